@@ -1,0 +1,48 @@
+"""The errors a user can cause. The CLI turns each into one message and a non-zero exit status."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class FellrecError(Exception):
+    """Base of every error whose message is written for the user."""
+
+
+class ConfigError(FellrecError):
+    """A setting is unknown, of the wrong type, or out of range."""
+
+
+class DataError(FellrecError):
+    """A data file or the interactions in it cannot be used."""
+
+
+class BackboneError(FellrecError):
+    """A backbone, its split or its adapter cannot be built."""
+
+
+class TrainingError(FellrecError):
+    """Training cannot go on; the last good state is kept."""
+
+
+def nearest_first(value: str, choices: Iterable[str]) -> list[str]:
+    """Order ``choices`` for an error message: those that look like ``value`` first, the rest by name.
+
+    Example:
+        >>> nearest_first("fedavgg", ["local", "fellrec", "fedavg"])
+        ['fedavg', 'fellrec', 'local']
+    """
+    names = sorted(str(choice) for choice in choices)
+    close = get_close_matches(value, names, n=len(names) or 1, cutoff=0.6)
+    return close + [name for name in names if name not in close]
+
+
+def unknown(kind: str, value: object, choices: Iterable[str]) -> str:
+    """Word the message for a name that is not among ``choices``.
+
+    Example:
+        >>> unknown("aggregation", "fedavgg", ["local", "fedavg"])
+        "unknown aggregation 'fedavgg'; choose from: fedavg, local"
+    """
+    return f"unknown {kind} {str(value)!r}; choose from: {', '.join(nearest_first(str(value), choices))}"
