@@ -1,0 +1,22 @@
+"""The upper reference: all interactions in one place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fellrec.aggregation.base import AggregationCallback
+from fellrec.types import Updates
+
+
+class Centralized(AggregationCallback):
+    """The loop trains one client that holds everybody's data, and serves every client with its adapter.
+
+    Not federated: it shows what could be reached if interactions could leave the clients.
+    """
+
+    pools_clients = True
+
+    def mixing_matrix(self, updates: Updates, round_index: int) -> Tensor:
+        """The identity, ``[N, N]`` float64: there is nothing to mix."""
+        return torch.eye(len(updates.clients), dtype=torch.float64)

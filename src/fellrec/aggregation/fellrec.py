@@ -1,0 +1,117 @@
+"""FELLRec's dynamic balance strategy (METHOD section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fellrec.aggregation.base import AggregationCallback
+from fellrec.aggregation.checks import check_choice, check_flag, check_number
+from fellrec.errors import TrainingError
+from fellrec.functional import mixing
+from fellrec.types import Aggregated, Updates
+
+
+@dataclass(frozen=True)
+class BalanceTerms:
+    """The terms of METHOD (1)-(4) in one round, all float64.
+
+    Attributes:
+        similarity: ``[N, N]``, METHOD (1). Also given where attention is off, so that it can be looked at.
+        difficulty: ``[N]``, METHOD (2).
+        learning_speed: ``[N]``, METHOD (3); ones where heating is off.
+        mixing: ``[N, N]``, METHOD (4).
+    """
+
+    similarity: Tensor
+    difficulty: Tensor
+    learning_speed: Tensor
+    mixing: Tensor
+
+
+class FELLRec(AggregationCallback):
+    """Clients listen to similar clients, and the more so the easier their task is and the later the round.
+
+    Attention off: all similarities count as 1. Heating off: all learning speeds are 1. Both off: `Uniform`.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.7,
+        beta: float = 5.0,
+        temperature: float = 0.05,
+        *,
+        attention: bool = True,
+        heating: bool = True,
+        similarity: str = "update",
+        fidelity: str = "paper",
+    ) -> None:
+        """Set the hyper-parameters.
+
+        Args:
+            alpha: Of METHOD (3), at least 0; at 0 nobody listens, which is `Local`.
+            beta: Of METHOD (3), positive; the larger, the slower the heating.
+            temperature: τ of METHOD (2), positive.
+            attention: Whether similarities weigh the senders, METHOD (1).
+            heating: Whether difficulties slow the receivers, METHOD (2)-(3).
+            similarity: What is compared: ``"update"`` (end minus start of the round) or ``"parameters"``.
+            fidelity: ``"paper"``, or ``"released_code"`` for the authors' program with its mistakes: exponent
+                ``t + 1/beta``, no heating at ``beta = 1``, raw parameters compared whatever ``similarity`` says, and
+                mixing in place in client order. The weights are computed before anything is mixed.
+
+        Raises:
+            ConfigError: If a value is not allowed.
+        """
+        self.alpha = check_number("alpha", alpha, minimum=0)
+        self.beta = check_number("beta", beta, above=0)
+        self.temperature = check_number("temperature", temperature, above=0)
+        self.attention = check_flag("attention", attention)
+        self.heating = check_flag("heating", heating)
+        self.similarity = check_choice("similarity", similarity, ("update", "parameters"))
+        self.fidelity = check_choice("fidelity", fidelity, ("paper", "released_code"))
+
+    def mixing_matrix(self, updates: Updates, round_index: int) -> Tensor:
+        """METHOD (4), ``[N, N]`` float64; see `terms`."""
+        return self.terms(updates, round_index).mixing
+
+    def aggregate(self, updates: Updates, round_index: int) -> Aggregated:
+        """Mix, and report ``mixing``, ``similarity``, ``difficulty`` and ``learning_speed``."""
+        terms = self.terms(updates, round_index)
+        return self.combine(
+            updates,
+            terms.mixing,
+            matrices={"similarity": terms.similarity},
+            per_client={"difficulty": terms.difficulty, "learning_speed": terms.learning_speed},
+        )
+
+    def terms(self, updates: Updates, round_index: int) -> BalanceTerms:
+        """All terms of METHOD (1)-(4) for one round.
+
+        Raises:
+            TrainingError: If a client's loss or adapter is not finite.
+        """
+        self._check_finite("loss", updates.losses, updates)
+        released = self.fidelity == "released_code"
+        start = updates.start if self.similarity == "update" and not released else None
+        gram = mixing.gram_matrix(updates.end, start)
+        self._check_finite("adapter", gram.diagonal(), updates)
+        similarity = mixing.similarity(gram)
+        difficulty = mixing.difficulty(updates.losses.cpu(), self.temperature)
+        speed = self._learning_speed(difficulty, round_index)
+        matrix = mixing.mixing_matrix(similarity if self.attention else torch.ones_like(similarity), speed)
+        return BalanceTerms(similarity, difficulty, speed, mixing.sequential_matrix(matrix) if released else matrix)
+
+    def _learning_speed(self, difficulty: Tensor, round_index: int) -> Tensor:
+        released = self.fidelity == "released_code"
+        if not self.heating or (released and self.beta == 1):
+            return torch.ones_like(difficulty)
+        exponent = mixing.released_exponent if released else mixing.heating_exponent
+        return mixing.learning_speed(difficulty, self.alpha, exponent(round_index, self.beta))
+
+    def _check_finite(self, what: str, values: Tensor, updates: Updates) -> None:
+        bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
+        if bad:
+            clients = [updates.clients[row] for row in bad]
+            raise TrainingError(f"aggregation {self.name}: the {what} is not finite for clients {clients}")

@@ -1,0 +1,18 @@
+"""The plain average."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fellrec.aggregation.base import AggregationCallback
+from fellrec.types import Updates
+
+
+class Uniform(AggregationCallback):
+    """Every client gets the unweighted mean; FELLRec with both halves switched off."""
+
+    def mixing_matrix(self, updates: Updates, round_index: int) -> Tensor:
+        """``1 / N`` everywhere, ``[N, N]`` float64."""
+        num_clients = len(updates.clients)
+        return torch.full((num_clients, num_clients), 1 / num_clients, dtype=torch.float64)

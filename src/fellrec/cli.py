@@ -1,0 +1,137 @@
+"""The command line: ``fellrec VERB [OVERRIDE ...]``. Verbs import what they need when they are called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from fellrec.errors import FellrecError
+
+VERBS = {
+    "prepare": "read a data set, verify its counts, print statistics, cache it",
+    "train": "one federated run (-m: a Hydra multirun over comma-separated values)",
+    "compare": "several rules and seeds on one partition, one table with the reference rankers",
+    "evaluate": "score a finished run's adapters again on the validation or test holdout",
+    "ui": "open the MLflow UI on the runs' store",
+    "doctor": "check the installation, devices, folders and the tracking store",
+}
+
+_EXAMPLES = {
+    "prepare": ["fellrec prepare data=ml_1m data.root=ml-1m", "fellrec prepare data=ml_100k data.root=ml-100k data.core=5"],
+    "train": [
+        "fellrec train aggregation=fedavg trainer.num_rounds=3",
+        "fellrec train data=ml_100k data.root=ml-100k backbone=hf backbone.path=MODEL_FOLDER",
+        "fellrec train -m aggregation=fedavg,fellrec aggregation.alpha=0.3,0.7",
+        "fellrec train resume=runs/RUN",
+    ],
+    "compare": [
+        "fellrec compare",
+        "fellrec compare data=ml_1m data.root=ml-1m aggregation=local,fedavg,fellrec,centralized seed=0,1,2",
+        "fellrec compare experiment=ml_1m_small data.root=ml-1m --format json",
+    ],
+    "evaluate": ["fellrec evaluate runs/RUN", "fellrec evaluate runs/RUN --stage val --format json"],
+    "ui": ["fellrec ui", "fellrec ui tracking.uri=sqlite:///other.db --port 5001"],
+    "doctor": ["fellrec doctor"],
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one verb and exit: 0 if it succeeded, 1 for an error the user can mend, 130 after Ctrl-C."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parse(given)
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s %(message)s")
+    _quieten(options.verbose)
+    try:
+        command = importlib.import_module(f"fellrec.commands.{options.verb}")
+        command.run(options)
+    except FellrecError as error:
+        if options.debug:
+            raise
+        sys.stderr.write(f"fellrec {options.verb}: {error}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        if options.debug:
+            raise
+        sys.stderr.write(f"\nfellrec {options.verb}: interrupted\n")
+        sys.exit(130)
+
+
+def _parse(given: list[str]) -> argparse.Namespace:
+    """Like ``parse_args``, with overrides before and after options."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(given)
+    unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
+    if unknown:
+        parser.error(f"unrecognised arguments: {' '.join(unknown)}; see fellrec {options.verb} --help")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fellrec",
+        description="Federated LLM-based recommendation. Settings are Hydra overrides: GROUP=CHOICE or GROUP.KEY=VALUE.",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, purpose in VERBS.items():
+        sub = verbs.add_parser(
+            verb,
+            help=purpose,
+            description=purpose[0].upper() + purpose[1:] + ".",
+            epilog=_epilog(verb),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        _add_arguments(sub, verb)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.add_argument("--verbose", action="store_true", help="log what is done")
+    return parser
+
+
+def _add_arguments(sub: argparse.ArgumentParser, verb: str) -> None:
+    if verb == "evaluate":
+        sub.add_argument("run_dir", metavar="RUN_DIR", help="directory of a finished run")
+        sub.add_argument("--stage", choices=("val", "test"), default="test", help="holdout (default: test)")
+    elif verb != "doctor":
+        sub.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=CHOICE or GROUP.KEY=VALUE")
+    if verb in ("compare", "evaluate", "train", "prepare"):
+        sub.add_argument(
+            "--format", choices=("table", "json"), default="table", help="json: results only, on standard output"
+        )
+    if verb == "train":
+        sub.add_argument("-m", "--multirun", action="store_true", help="one run per combination of values")
+    if verb in ("train", "compare"):
+        sub.add_argument("--show-config", action="store_true", help="print the composed configuration and stop")
+    if verb == "ui":
+        sub.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+        sub.add_argument("--port", type=int, default=5000, help="port (default: 5000)")
+
+
+def _epilog(verb: str) -> str:
+    lines = ["examples:", *(f"  {example}" for example in _EXAMPLES[verb])]
+    if verb in ("train", "compare", "prepare"):
+        lines += ["", "groups and their choices:", *_groups()]
+        lines += ["", "`fellrec train --show-config` prints every setting with its value."]
+    return "\n".join(lines)
+
+
+def _groups() -> list[str]:
+    from fellrec.layout import group_choices
+
+    return [f"  {group:<14} {', '.join(choices)}" for group, choices in group_choices().items()]
+
+
+def _quieten(verbose: bool) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not verbose:
+        for name in ("lightning", "lightning.fabric", "lightning.pytorch", "mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""``fellrec evaluate``: score a finished run's selected adapters again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from fellrec.build import build_data, build_loop, build_recommender
+from fellrec.data.prepared import PreparedData
+from fellrec.errors import ConfigError
+from fellrec.federated.checkpoint import load_state
+from fellrec.runs import reference_results, rule_name
+from fellrec.tracking.results import Comparison, RuleResult
+from fellrec.tracking.tables import print_comparison
+
+
+def run(options: argparse.Namespace) -> None:
+    """Entry point of the verb."""
+    comparison = evaluate(Path(options.run_dir), options.stage)
+    if options.format == "json":
+        sys.stdout.write(json.dumps(comparison.to_dict(), indent=1) + "\n")
+    else:
+        print_comparison(comparison, Console())
+
+
+def evaluate(run_dir: Path, stage: str) -> Comparison:
+    """Load the run's best adapters from its last checkpoint and rank all items again.
+
+    Args:
+        run_dir: Directory of a run.
+        stage: ``"val"`` or ``"test"``.
+
+    Raises:
+        ConfigError: If the directory is no run's, or the data is no longer what the run was trained on.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} has no config.yaml; give the directory of a run")
+    config = OmegaConf.load(path)
+    assert isinstance(config, DictConfig)
+    data = build_data(config)
+    _check_same_data(run_dir, data)
+    recommender = build_recommender(config, data)
+    loop = build_loop(config, recommender, ())
+    load_state(run_dir / "checkpoints", loop.state, recommender.module.trainable)
+    bank, rows = loop.selected
+    evaluation = loop.evaluate(stage, loop.state.selection.round_index, bank, rows)
+    best_round = loop.state.selection.round_index
+    result = RuleResult(rule_name(config), config.seed, "learned", evaluation, best_round=best_round)
+    return Comparison.of(data, [result, *reference_results(recommender, config.seed, stage)])
+
+
+def _check_same_data(run_dir: Path, data: PreparedData) -> None:
+    trained_on = json.loads((run_dir / "data.json").read_text())["key"]
+    if trained_on != data.key:
+        raise ConfigError(
+            f"the data has changed since {run_dir} was trained: its key was {trained_on}, now it is {data.key}"
+        )

@@ -1,0 +1,79 @@
+"""``fellrec train``: one federated run, or a Hydra multirun over several."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from fellrec.build import build_data, build_recommender
+from fellrec.config import compose, expand
+from fellrec.errors import ConfigError
+from fellrec.layout import conf_dir
+from fellrec.runs import Run, finish_message
+from fellrec.tracking.results import Comparison
+from fellrec.tracking.tables import print_comparison
+
+
+def run(options: argparse.Namespace) -> None:
+    """Entry point of the verb."""
+    if options.multirun:
+        _multirun(options.overrides)
+        return
+    config = compose(options.overrides)
+    if options.show_config:
+        sys.stdout.write(OmegaConf.to_yaml(config))
+        return
+    if config.resume:
+        config = _resumed(options.overrides, Path(config.resume))
+    train(config, options.format)
+
+
+def train(config: DictConfig, output_format: str = "table") -> None:
+    """One run from a composed configuration: data, backbone, rounds, test, table.
+
+    Args:
+        config: The composed configuration.
+        output_format: ``"table"`` or ``"json"``.
+    """
+    run = Run(config)
+    data = build_data(config)
+    recommender = build_recommender(config, data)
+    result = run.execute(recommender)
+    comparison = Comparison.of(data, [result, *run.reference_results(recommender)])
+    if output_format == "json":
+        sys.stdout.write(json.dumps(comparison.to_dict(), indent=1) + "\n")
+        return
+    console = Console()
+    print_comparison(comparison, console)
+    console.print(finish_message(run.run_dir, config), highlight=False)
+
+
+def _resumed(overrides: Sequence[str], run_dir: Path) -> DictConfig:
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"resume={run_dir}: no config.yaml there; give the directory of a run")
+    others = [item for item in overrides if not item.startswith("resume=")]
+    if others:
+        raise ConfigError(f"resume goes on with the run's own configuration; leave out {' '.join(others)}")
+    config = OmegaConf.load(path)
+    assert isinstance(config, DictConfig)
+    config.run_dir, config.resume = str(run_dir), str(run_dir)
+    return config
+
+
+def _multirun(overrides: Sequence[str]) -> None:
+    """Check every combination first, then let Hydra run them with the launcher that is configured."""
+    import hydra
+
+    for combination in expand(overrides):
+        compose(combination)
+    sys.argv = ["fellrec train", "--multirun", *overrides]
+    decorate: Callable[[Any], Any] = hydra.main(str(conf_dir()), "config", version_base="1.3")
+    decorate(train)()

@@ -1,0 +1,220 @@
+"""Configuration: where it lies, how overrides are composed, and what is checked before anything starts."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fellrec.errors import ConfigError, nearest_first, unknown
+from fellrec.layout import conf_dir, group_choices
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """Compose the configuration for one run.
+
+    Args:
+        overrides: Hydra overrides such as ``aggregation=fedavg`` or ``trainer.num_rounds=3``.
+
+    Raises:
+        ConfigError: For an unknown key or choice (the nearest names come first), a malformed override, or a value
+            that is out of range.
+    """
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            config = hydra_compose("config", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error, overrides)) from error
+    check(config)
+    return config
+
+
+def expand(overrides: Sequence[str]) -> list[list[str]]:
+    """Expand comma-separated values into one list of overrides per combination, the last key varying fastest.
+
+    Raises:
+        ConfigError: For a malformed override.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(f"cannot read the overrides: {str(error).splitlines()[0]}") from error
+    axes = [
+        [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
+        if item.is_sweep_override()
+        else [str(item.input_line)]
+        for item in parsed
+    ]
+    return [list(combination) for combination in itertools.product(*axes)]
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one flat dictionary with dotted keys.
+
+    Example:
+        >>> flatten({"trainer": {"num_rounds": 3}, "seed": 0})
+        {'trainer.num_rounds': 3, 'seed': 0}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def as_dict(config: DictConfig) -> dict[str, Any]:
+    """The resolved configuration as plain Python values."""
+    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    text = str(error) or str(error.__cause__)
+    missing = re.search(r"Could not find '([\w./-]+)/([^'/]*)'", text)
+    if missing:
+        group, choice = missing.groups()
+        return unknown(group, choice, group_choices().get(group, []))
+    bad_key = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    if bad_key:
+        return _unknown_key(bad_key.group(1))
+    no_value = re.search(r"Missing mandatory value: ([\w.]+)", text)
+    if no_value:
+        return f"{no_value.group(1)} needs a value: give {no_value.group(1)}=…"
+    return f"cannot compose {' '.join(overrides)}: {text.splitlines()[0]}"
+
+
+def _unknown_key(key: str) -> str:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        base = hydra_compose("config")
+    known = OmegaConf.to_container(base, resolve=False)
+    assert isinstance(known, dict)
+    names = list(flatten(known)) + sorted(group_choices())
+    parent = key.rpartition(".")[0]
+    siblings = [name for name in names if name.startswith(f"{parent}.")] if parent else []
+    choices = siblings or nearest_first(key, names)[:8]
+    return unknown("setting", key, choices)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    key: str
+    accepts: Callable[[Any], bool]
+    allowed: str
+
+
+def _integer(least: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _number(low: float, high: float = float("inf"), open_low: bool = False) -> Callable[[Any], bool]:
+    def accepts(value: Any) -> bool:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return is_number and (low < value if open_low else low <= value) and value <= high
+
+    return accepts
+
+
+def _optional(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or accepts(value)
+
+
+def _one_of(*choices: Any) -> Callable[[Any], bool]:
+    return lambda value: value in choices
+
+
+def _cutoffs(value: Any) -> bool:
+    return bool(value) and all(_integer(1)(cutoff) for cutoff in value)
+
+
+_AT_LEAST_1, _AT_LEAST_0 = "a whole number of at least 1", "a whole number of at least 0"
+_RULES = (
+    _Rule("seed", _integer(0), _AT_LEAST_0),
+    _Rule("trainer.num_rounds", _integer(1), _AT_LEAST_1),
+    _Rule("trainer.local_epochs", _integer(1), _AT_LEAST_1),
+    _Rule("trainer.max_local_steps", _optional(_integer(1)), f"{_AT_LEAST_1}, or null"),
+    _Rule("trainer.batch_size", _integer(1), _AT_LEAST_1),
+    _Rule("trainer.eval_batch_size", _integer(1), _AT_LEAST_1),
+    _Rule("trainer.learning_rate", _number(0, open_low=True), "a number above 0"),
+    _Rule("trainer.weight_decay", _number(0), "a number of at least 0"),
+    _Rule("trainer.warmup_steps", _integer(0), _AT_LEAST_0),
+    _Rule("trainer.gradient_clip", _optional(_number(0, open_low=True)), "a number above 0, or null"),
+    _Rule("trainer.reset_optimizer", _one_of(True, False), "true or false"),
+    _Rule("trainer.evaluate_every", _integer(1), _AT_LEAST_1),
+    _Rule("trainer.checkpoint_every", _integer(1), _AT_LEAST_1),
+    _Rule("trainer.patience", _optional(_integer(1)), f"{_AT_LEAST_1}, or null"),
+    _Rule("trainer.select", _one_of("population", "client"), "population or client"),
+    _Rule("trainer.cutoffs", _cutoffs, "a list of whole numbers of at least 1, such as [5,10]"),
+    _Rule("trainer.devices", _one_of(1), "1 (clients over several devices are not supported yet)"),
+    _Rule("trainer.precision", _one_of("32-true", "bf16-mixed", "bf16-true"), "32-true, bf16-mixed or bf16-true"),
+    _Rule("participation.rate", _number(0, 1, open_low=True), "a number in (0, 1]"),
+    _Rule("data.max_history", _integer(1), _AT_LEAST_1),
+    _Rule("data.max_train_samples", _optional(_integer(1)), f"{_AT_LEAST_1}, or null"),
+    _Rule("data.max_users", _optional(_integer(1)), f"{_AT_LEAST_1}, or null"),
+    _Rule("data.public_user_rate", lambda value: _number(0)(value) and value < 1, "a number in [0, 1)"),
+    _Rule("partition.num_clients", _optional(_integer(1)), f"{_AT_LEAST_1}, or null"),
+    _Rule("split.head_layers", _integer(0), _AT_LEAST_0),
+    _Rule("split.tail_layers", _integer(0), _AT_LEAST_0),
+)
+
+
+def check(config: DictConfig) -> None:
+    """Check every setting whose range is known, and name all that are wrong in one error.
+
+    Raises:
+        ConfigError: With one line per problem: the key, the value, what is allowed.
+    """
+    problems = []
+    for rule in _RULES:
+        try:
+            value = OmegaConf.select(config, rule.key, throw_on_missing=True)
+        except OmegaConfBaseException:
+            problems.append(f"{rule.key} needs a value: give {rule.key}=…")
+            continue
+        if not rule.accepts(value):
+            problems.append(f"{rule.key}={value} is not allowed: {rule.allowed}")
+    problems += [f"{key} needs a value: give {key}=…" for key in sorted(OmegaConf.missing_keys(config))]
+    problems += _check_metric(config)
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
+def _check_metric(config: DictConfig) -> list[str]:
+    cutoffs = config.trainer.cutoffs
+    if not _cutoffs(cutoffs):
+        return []
+    metrics = [f"{name}_at_{cutoff}" for name in ("ndcg", "recall", "hr", "mrr") for cutoff in cutoffs]
+    metric = config.trainer.metric
+    return [] if metric in metrics else [unknown("trainer.metric", metric, metrics)]
+
+
+def make(config: DictConfig, label: str, **arguments: Any) -> Any:
+    """Instantiate ``config._target_`` with the configured settings and some live objects.
+
+    Args:
+        config: A node with ``_target_``.
+        label: The node's name for messages, such as ``objective``.
+        **arguments: Objects that do not come from the configuration.
+
+    Raises:
+        ConfigError: If the target cannot be imported or does not take these settings.
+    """
+    try:
+        target = get_object(config["_target_"])
+    except Exception as error:  # Hydra wraps whatever the import raised
+        raise ConfigError(f"{label}._target_={config['_target_']} cannot be imported: {error}") from error
+    settings = {str(key): value for key, value in as_dict(config).items() if key != "_target_"}
+    accepted = inspect.signature(target).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    for name in settings:
+        if name not in accepted and not takes_any:
+            raise ConfigError(unknown(f"setting of {label}", f"{label}.{name}", [f"{label}.{key}" for key in accepted]))
+    return target(**settings, **arguments)

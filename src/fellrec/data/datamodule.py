@@ -1,0 +1,173 @@
+"""Batches for training and evaluation, per client or pooled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fellrec.data.prepared import PreparedData
+from fellrec.data.ragged import IntArray, Ragged
+from fellrec.data.windows import TrainingRows, last_position_rows, windows
+from fellrec.functional.rng import derive_seed
+
+Collate = Callable[[Tensor, Tensor], dict[str, Tensor]]
+
+
+class _Rows(Dataset[Any]):
+    """Training rows that a loader reads a whole batch at a time."""
+
+    def __init__(self, rows: TrainingRows) -> None:
+        self.items = torch.from_numpy(rows.items)
+        self.is_target = torch.from_numpy(rows.is_target)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        index = torch.tensor(indices)
+        return self.items[index], self.is_target[index]
+
+
+class _Users(Dataset[Any]):
+    """Users to evaluate, read a whole batch at a time."""
+
+    def __init__(self, data: PreparedData, stage: str, users: IntArray) -> None:
+        self.users = users
+        self.clients = data.client_of_user[users]
+        seen = data.train if stage == "val" else data.train.join(data.valid)
+        self.seen = seen.take(users)
+        self.histories = self.seen.last(data.max_history)
+        self.targets = (data.valid if stage == "val" else data.test).take(users)
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        index = np.asarray(indices)
+        targets, seen = self.targets.take(index), self.seen.take(index)
+        arrays = {
+            "users": self.users[index],
+            "clients": self.clients[index],
+            "histories": self.histories[index],
+            "target_rows": targets.row_index,
+            "target_items": targets.values,
+            "masked_rows": seen.row_index,
+            "masked_items": seen.values,
+        }
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def evaluated_users(data: PreparedData, stage: str) -> IntArray:
+    """Users of clients who have a target and at least one earlier item, ascending."""
+    targets = data.valid if stage == "val" else data.test
+    seen = data.train.lengths if stage == "val" else data.train.lengths + data.valid.lengths
+    return np.flatnonzero((data.client_of_user >= 0) & (targets.lengths > 0) & (seen > 0))
+
+
+class FellrecDataModule(LightningDataModule):
+    """Training rows and users to evaluate, for one client or for all of them pooled.
+
+    As a ``LightningDataModule`` it is the pooled data: ``Trainer().fit(module, datamodule.pooled())`` is the
+    centralised baseline.
+
+    Args:
+        data: The prepared data set.
+        collate: Turns ``items [B, W + 1]`` and ``is_target [B, W + 1]`` into a batch (an objective's ``collate``).
+        one_target_per_row: Whether a training row has one target (its last item) or one at every position.
+        batch_size: Training rows a batch.
+        eval_batch_size: Users a batch.
+        seed: Seed of the order of the rows.
+    """
+
+    def __init__(
+        self,
+        data: PreparedData,
+        collate: Collate,
+        one_target_per_row: bool = False,
+        batch_size: int = 64,
+        eval_batch_size: int = 256,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.data = data
+        self.collate = collate
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.seed = seed
+        self._make_rows = last_position_rows if one_target_per_row else windows
+        self._cache: dict[tuple[Any, ...], Dataset[Any]] = {}
+
+    def pooled(self) -> FellrecDataModule:
+        """The data of all clients together: what the centralised baseline trains on."""
+        return self
+
+    def num_samples(self, client: int | None) -> int:
+        """Training targets of one client, or of all clients for ``None``."""
+        return int(self._rows(client).is_target.sum())
+
+    def num_batches(self, client: int | None) -> int:
+        """Training batches of one pass over a client's data, or over all clients' for ``None``."""
+        return -(-len(self._rows(client)) // self.batch_size)
+
+    def train_loader(self, client: int | None, seed: int) -> DataLoader[Any]:
+        """Shuffled training batches of one client, or of all clients for ``None``."""
+        return self._loader(self._rows(client), seed)
+
+    def public_loader(self, seed: int) -> DataLoader[Any] | None:
+        """Shuffled training batches of the public users, or ``None`` if there are none."""
+        users = np.flatnonzero(self.data.client_of_user < 0)
+        rows = self._training_rows(users, np.ones(len(self.data.train.values), dtype=bool))
+        return self._loader(_Rows(rows), seed) if len(rows) else None
+
+    def eval_loader(self, stage: str, clients: tuple[int, ...] | None = None) -> DataLoader[Any]:
+        """Users of the given clients (all for ``None``) with their targets; ``stage`` is ``"val"`` or ``"test"``."""
+        key = ("eval", stage, clients)
+        if key not in self._cache:
+            users = evaluated_users(self.data, stage)
+            if clients is not None:
+                users = users[np.isin(self.data.client_of_user[users], clients)]
+            self._cache[key] = _Users(self.data, stage, users)
+        return DataLoader(self._cache[key], batch_size=self.eval_batch_size, collate_fn=_as_is)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Lightning's hook: the pooled training batches."""
+        return self.train_loader(None, derive_seed(self.seed, "pooled"))
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Lightning's hook: all clients' users with their validation targets."""
+        return self.eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Lightning's hook: all clients' users with their test targets."""
+        return self.eval_loader("test")
+
+    def _rows(self, client: int | None) -> _Rows:
+        key = ("train", client)
+        if key not in self._cache:
+            owner = self.data.client_of_user
+            users = np.flatnonzero(owner >= 0 if client is None else owner == client)
+            self._cache[key] = _Rows(self._training_rows(users, self.data.train_targets))
+        rows = self._cache[key]
+        assert isinstance(rows, _Rows)
+        return rows
+
+    def _training_rows(self, users: IntArray, is_target: np.ndarray) -> TrainingRows:
+        flags = Ragged(is_target.astype(np.int64), self.data.train.offsets).take(users)
+        return self._make_rows(self.data.train.take(users), flags.values.astype(bool), self.data.max_history)
+
+    def _loader(self, rows: _Rows, seed: int) -> DataLoader[Any]:
+        generator = torch.Generator().manual_seed(seed)
+        collate = self.collate
+        return DataLoader(
+            rows, self.batch_size, shuffle=True, generator=generator, collate_fn=lambda pair: collate(*pair)
+        )
+
+
+def _as_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return batch

@@ -1,0 +1,191 @@
+"""Partitions: which users belong to which client.
+
+A partition sees the training interactions of all users at one place. That is a device of the simulation: in a real
+federation the clients are given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from sklearn.cluster import KMeans
+from sklearn.decomposition import TruncatedSVD
+from sklearn.preprocessing import normalize
+
+from fellrec.data.ragged import IntArray, Ragged
+from fellrec.data.schema import Catalogue
+from fellrec.errors import ConfigError, unknown
+
+
+@dataclass(frozen=True)
+class PartitionInput:
+    """What a partition may look at; user ``u`` is row ``u`` of ``train`` and ``users``.
+
+    Attributes:
+        train: Training interactions of the users to be divided.
+        users: Their attributes.
+        catalogue: The items.
+    """
+
+    train: Ragged
+    users: pd.DataFrame
+    catalogue: Catalogue
+
+
+class Partition(Protocol):
+    """What ``partition`` provides."""
+
+    def assign(self, given: PartitionInput) -> IntArray:
+        """A label per user, ``[U]``; labels need not be consecutive."""
+
+
+@dataclass(frozen=True)
+class KMeansPartition:
+    """k-means on length-normalised factors of the binary user-item matrix (METHOD §2).
+
+    Without the normalisation k-means sorts users by activity.
+
+    Attributes:
+        num_clients: C.
+        num_factors: Factors of the truncated SVD.
+        seed: Of SVD and k-means.
+    """
+
+    num_clients: int = 5
+    num_factors: int = 32
+    seed: int = 0
+
+    def assign(self, given: PartitionInput) -> IntArray:
+        """See `Partition.assign`."""
+        _check_count(self.num_clients, given)
+        matrix = user_item_matrix(given.train, len(given.catalogue))
+        num_factors = min(self.num_factors, min(matrix.shape) - 1)
+        factors = TruncatedSVD(num_factors, random_state=self.seed).fit_transform(matrix)
+        labels = KMeans(self.num_clients, n_init=10, random_state=self.seed).fit_predict(normalize(factors))
+        return labels.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class RandomPartition:
+    """Users at random, clients of nearly equal size.
+
+    Attributes:
+        num_clients: C.
+        seed: Of the shuffle.
+    """
+
+    num_clients: int = 5
+    seed: int = 0
+
+    def assign(self, given: PartitionInput) -> IntArray:
+        """See `Partition.assign`."""
+        _check_count(self.num_clients, given)
+        labels = np.arange(len(given.train), dtype=np.int64) % self.num_clients
+        return np.random.default_rng(self.seed).permutation(labels)
+
+
+@dataclass(frozen=True)
+class AttributePartition:
+    """One client per value of a user attribute, such as ``gender`` or ``occupation``.
+
+    Attributes:
+        column: The attribute.
+        num_clients: Not used: the data decide; ``None``.
+    """
+
+    column: str
+    num_clients: int | None = None
+
+    def assign(self, given: PartitionInput) -> IntArray:
+        """See `Partition.assign`.
+
+        Raises:
+            ConfigError: If users have no such attribute.
+        """
+        if self.column not in given.users.columns:
+            choices = [name for name in given.users.columns if name != "user_id"]
+            raise ConfigError(unknown("partition.column", self.column, choices))
+        return pd.factorize(given.users[self.column].astype(str), sort=True)[0].astype(np.int64)
+
+
+@dataclass(frozen=True)
+class DirichletPartition:
+    """Users who prefer the same genre go to clients in Dirichlet proportions; small concentrations are far from IID.
+
+    Attributes:
+        num_clients: C.
+        concentration: Of the Dirichlet distribution, above 0.
+        seed: Of the draws.
+    """
+
+    num_clients: int = 5
+    concentration: float = 0.3
+    seed: int = 0
+
+    def assign(self, given: PartitionInput) -> IntArray:
+        """See `Partition.assign`.
+
+        Raises:
+            ConfigError: If the items have no genre or the concentration is not positive.
+        """
+        _check_count(self.num_clients, given)
+        if "genre" not in given.catalogue.attributes.columns:
+            raise ConfigError("partition=dirichlet needs a genre per item, which this data set does not have")
+        if not self.concentration > 0:
+            raise ConfigError(f"partition.concentration={self.concentration} must be above 0")
+        first_genre = given.catalogue.attributes["genre"].fillna("").astype(str).str.split().str[0]
+        genre = pd.factorize(first_genre)[0]
+        genre = np.where(genre < 0, genre.max() + 1, genre)
+        counts = np.zeros((len(given.train), genre.max() + 1), dtype=np.int64)
+        np.add.at(counts, (given.train.row_index, genre[given.train.values]), 1)
+        generator = np.random.default_rng(self.seed)
+        shares = generator.dirichlet([self.concentration] * self.num_clients, size=counts.shape[1])
+        bounds = shares.cumsum(axis=1)[counts.argmax(axis=1)]
+        draw = generator.random(len(given.train))[:, None] * bounds[:, -1:]
+        return (draw > bounds).sum(axis=1).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class PerUserPartition:
+    """One client per user.
+
+    Attributes:
+        num_clients: Not used: the data decide; ``None``.
+    """
+
+    num_clients: int | None = None
+
+    def assign(self, given: PartitionInput) -> IntArray:
+        """See `Partition.assign`."""
+        return np.arange(len(given.train), dtype=np.int64)
+
+
+def user_item_matrix(train: Ragged, num_items: int) -> sparse.csr_matrix:
+    """The binary matrix of training interactions, ``[U, I]`` float32."""
+    ones = np.ones(len(train.values), dtype=np.float32)
+    return sparse.csr_matrix((ones, train.values, train.offsets), shape=(len(train), num_items))
+
+
+def by_size(labels: IntArray) -> IntArray:
+    """Number the clients from 0 by descending number of users; empty labels vanish.
+
+    Example:
+        >>> by_size(np.array([7, 3, 7, 7])).tolist()
+        [0, 1, 0, 0]
+    """
+    values, first, inverse, counts = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
+    order = np.lexsort((first, -counts))
+    rank = np.empty(len(values), dtype=np.int64)
+    rank[order] = np.arange(len(values))
+    return rank[inverse]
+
+
+def _check_count(num_clients: int, given: PartitionInput) -> None:
+    if num_clients is None or num_clients < 1:
+        raise ConfigError(f"partition.num_clients={num_clients} must be at least 1")
+    if num_clients > len(given.train):
+        raise ConfigError(f"partition.num_clients={num_clients} is more than the {len(given.train)} users to divide")

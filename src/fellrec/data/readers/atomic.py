@@ -1,0 +1,88 @@
+"""RecBole's atomic files, the generic door: ``<name>.inter``, ``<name>.item`` and, if present, ``<name>.user``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from fellrec.data.readers.table import hash_files, lines_of, read_table, to_numbers
+from fellrec.data.schema import RawData
+from fellrec.errors import DataError, unknown
+
+TITLES = ("title", "movie_title", "item_name", "name")
+
+
+@dataclass(frozen=True)
+class AtomicReader:
+    """Tab-separated UTF-8 files whose header names and types the columns, such as ``user_id:token``.
+
+    Attributes:
+        root: Folder of the files.
+        name: Their stem; ``None`` takes the only ``.inter`` file.
+        title_column: Column of the item file that holds the title; ``None`` looks for the usual names.
+    """
+
+    root: str
+    name: str | None = None
+    title_column: str | None = None
+
+    def read(self) -> RawData:
+        """Read the files.
+
+        Raises:
+            DataError: If a file or column is missing or a line is malformed.
+        """
+        paths = self._paths()
+        interactions = _columns(paths[0])
+        items = _columns(paths[1])
+        users = _columns(paths[2]) if paths[2].exists() else interactions[["user_id"]].drop_duplicates()
+        _require(interactions, ("user_id", "item_id", "timestamp"), paths[0])
+        _require(items, ("item_id",), paths[1])
+        _require(users, ("user_id",), paths[2])
+        interactions["timestamp"] = to_numbers(interactions["timestamp"], paths[0], first_line=2)
+        items = items.rename(columns={self._title(items, paths[1]): "title", "genres": "genre"})
+        return RawData(
+            interactions[["user_id", "item_id", "timestamp"]],
+            items,
+            users.reset_index(drop=True),
+            lines_of(paths[0], 2),
+            lines_of(paths[1], 2),
+        )
+
+    def fingerprint(self) -> str:
+        """Hash of the files' contents."""
+        return hash_files(self._paths()) + f"|{self.title_column}"
+
+    def _paths(self) -> tuple[Path, Path, Path]:
+        folder = Path(self.root).expanduser()
+        if not folder.is_dir():
+            raise DataError(f"data.root={self.root} is no folder")
+        found = sorted(folder.glob("*.inter"))
+        if self.name is None and len(found) != 1:
+            raise DataError(f"{folder} holds {len(found)} .inter files, expected one; name it by data.reader.name")
+        stem = self.name or found[0].stem
+        paths = tuple(folder / f"{stem}.{kind}" for kind in ("inter", "item", "user"))
+        for path in paths[:2]:
+            if not path.is_file():
+                raise DataError(f"{path} is missing; atomic files are {stem}.inter, {stem}.item and {stem}.user")
+        return paths[0], paths[1], paths[2]
+
+    def _title(self, items: pd.DataFrame, path: Path) -> str:
+        wanted = (self.title_column,) if self.title_column else TITLES
+        for name in wanted:
+            if name in items.columns:
+                return name
+        raise DataError(f"{path} has no title: {unknown('column', ' or '.join(wanted), items.columns)}")
+
+
+def _columns(path: Path) -> pd.DataFrame:
+    table = read_table(path, "\t")
+    return table.rename(columns=lambda name: str(name).partition(":")[0])
+
+
+def _require(table: pd.DataFrame, columns: tuple[str, ...], path: Path) -> None:
+    missing = [name for name in columns if name not in table.columns]
+    if missing:
+        raise DataError(f"{path}:1 lacks the column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")

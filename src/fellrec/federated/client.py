@@ -1,0 +1,133 @@
+"""Local training of one client: its adapter in the backbone, its data, its optimiser state."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from lightning import Fabric
+
+from fellrec.data.datamodule import FellrecDataModule
+from fellrec.errors import TrainingError
+from fellrec.functional.rng import derive_seed
+from fellrec.models.module import FellrecModule
+from fellrec.types import ClientUpdate
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """How a client trains in one round.
+
+    Attributes:
+        local_epochs: Passes over the client's data, at least 1.
+        max_local_steps: Upper bound on the optimiser steps of one round, ``None`` for no bound.
+        gradient_clip: Largest gradient norm, ``None`` for no clipping.
+        warmup_steps: The learning rate rises linearly over the client's first steps, counted over all rounds.
+        seed: Seed of the run; batch order and dropout depend on (seed, round, client) only.
+    """
+
+    local_epochs: int = 1
+    max_local_steps: int | None = None
+    gradient_clip: float | None = 1.0
+    warmup_steps: int = 0
+    seed: int = 0
+
+
+class LocalTrainer:
+    """Trains the adapter that is in the module on one client's data.
+
+    Args:
+        fabric: Device and precision.
+        module: The recommender; its trainable parameters hold the client's adapter.
+        datamodule: Batches by client.
+        optimizer: Over the module's trainable parameters.
+        settings: How to train.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        module: FellrecModule,
+        datamodule: FellrecDataModule,
+        optimizer: torch.optim.Optimizer,
+        settings: LocalSettings,
+    ) -> None:
+        self.fabric = fabric
+        self.module = module
+        self.datamodule = datamodule
+        self.optimizer = optimizer
+        self.settings = settings
+
+    def num_steps(self, client: int | None) -> int:
+        """Optimiser steps that one round of this client takes."""
+        steps = self.settings.local_epochs * self.datamodule.num_batches(client)
+        return min(steps, self.settings.max_local_steps or steps)
+
+    def train(
+        self, client: int, data_of: int | None, round_index: int, first_step: int, on_step: Callable[[float], None]
+    ) -> ClientUpdate:
+        """Run one round of local training in place.
+
+        Args:
+            client: Index of the client, for seeds and messages.
+            data_of: Client whose data is used; ``None`` is the pooled data of all.
+            round_index: Round, from 0.
+            first_step: Optimiser steps that this client took in earlier rounds.
+            on_step: Called after every step with the batch's mean loss.
+
+        Raises:
+            TrainingError: If a loss is not finite; names client, round and step.
+        """
+        started = time.perf_counter()
+        seed = derive_seed(self.settings.seed, "train", round_index, client)
+        self.module.train()
+        total, num_targets, steps = 0.0, 0, 0
+        devices = [self.fabric.device] if self.fabric.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            for batch in self._batches(client, data_of, round_index):
+                self._warm_up(first_step + steps)
+                loss, count = self._step(batch)
+                if not math.isfinite(loss):
+                    raise TrainingError(
+                        f"the training loss of client {client} became {loss} in round {round_index}, "
+                        f"local step {steps}; lower trainer.learning_rate or check the data"
+                    )
+                total, num_targets, steps = total + loss * count, num_targets + count, steps + 1
+                on_step(loss)
+        return ClientUpdate(
+            client=client,
+            num_samples=self.datamodule.num_samples(data_of),
+            num_steps=steps,
+            loss=total / max(num_targets, 1),
+            seconds=time.perf_counter() - started,
+        )
+
+    def _batches(self, client: int, data_of: int | None, round_index: int):  # type: ignore[no-untyped-def]
+        left = self.num_steps(data_of)
+        for epoch in range(self.settings.local_epochs):
+            seed = derive_seed(self.settings.seed, "order", round_index, client, epoch)
+            for batch in self.datamodule.train_loader(data_of, seed):
+                if left == 0:
+                    return
+                left -= 1
+                yield self.fabric.to_device(batch)
+
+    def _step(self, batch: dict[str, torch.Tensor]) -> tuple[float, int]:
+        with self.fabric.autocast():
+            result = self.module.training_step(batch)
+        self.fabric.backward(result["loss"])
+        if self.settings.gradient_clip is not None:
+            torch.nn.utils.clip_grad_norm_(list(self.module.trainable.values()), self.settings.gradient_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(result["loss"].detach()), int(result["num_targets"])
+
+    def _warm_up(self, step: int) -> None:
+        if self.settings.warmup_steps:
+            factor = min(1.0, (step + 1) / self.settings.warmup_steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = factor * self.module.optimizer_settings.learning_rate

@@ -1,0 +1,104 @@
+"""The metric of the federated loop: ranking metrics of every user, by client."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat
+
+from fellrec.functional.ranking import METRICS, ranking_metrics
+from fellrec.metrics.summary import client_means, summarise, user_mean
+from fellrec.types import Evaluation
+
+
+class ClientRankingMetrics(Metric):
+    """Keeps each user's metrics and gives them per user, per client and pooled.
+
+    Users are sorted before anything is averaged, and a user that several processes evaluated (a sampler that pads)
+    counts once, so the result is the same, to the last bit, whatever the number of processes and of batches.
+
+    Args:
+        num_clients: C.
+        cutoffs: The K, already checked with ``fellrec.functional.ranking.check_cutoffs``.
+        **kwargs: As for ``torchmetrics.Metric``.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    is_differentiable = False
+
+    users: list[Tensor]
+    clients: list[Tensor]
+    values: list[Tensor]
+
+    def __init__(self, num_clients: int, cutoffs: Sequence[int], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.num_clients = num_clients
+        self.cutoffs = tuple(cutoffs)
+        self.names = tuple(f"{name}_at_{cutoff}" for cutoff in self.cutoffs for name in METRICS)
+        self.add_state("users", default=[], dist_reduce_fx="cat")
+        self.add_state("clients", default=[], dist_reduce_fx="cat")
+        self.add_state("values", default=[], dist_reduce_fx="cat")
+
+    def update(self, users: Tensor, clients: Tensor, ranks: Tensor, rows: Tensor) -> None:
+        """Add a batch of users.
+
+        Args:
+            users: ``[B]`` int64 user indices.
+            clients: ``[B]`` int64 client of each.
+            ranks: ``[T]`` int64 ranks of all their targets, from ``fellrec.functional.ranking.target_ranks``.
+            rows: ``[T]`` int64 position in ``users`` of each target. A user without targets is not evaluated: it is
+                left out and not counted.
+        """
+        metrics = ranking_metrics(ranks, rows, len(users), self.cutoffs)
+        values = torch.stack([metrics[name] for name in self.names], dim=1)
+        evaluated = ~values.isnan().any(dim=1)
+        self.users.append(users.cpu()[evaluated].to(self.device))
+        self.clients.append(clients.cpu()[evaluated].to(self.device))
+        self.values.append(values[evaluated].to(self.device))
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """As in torchmetrics; a process that had no users takes part with empty states of the right type and shape."""
+        if not self.users:
+            none = torch.empty(0, dtype=torch.int64, device=self.device)
+            self.users, self.clients = [none], [none]
+            self.values = [torch.empty(0, len(self.names), dtype=torch.float64, device=self.device)]
+        super().sync(*args, **kwargs)
+
+    def compute(self) -> dict[str, Any]:
+        """Figures of all processes' users.
+
+        Returns:
+            ``users`` and ``client_of_user`` ``[U]`` int64, ascending by user; ``per_user`` and ``per_client``: metric
+            name → ``[U]`` or ``[C]`` float64; ``pooled``: metric name → mean over users. All on the CPU. Tensors with
+            one element come back as scalars, as torchmetrics does with every result; `evaluation` undoes it.
+        """
+        users, client_of_user, values = self._sorted_by_user()
+        per_user = dict(zip(self.names, values.T.contiguous(), strict=True))
+        return {
+            "users": users,
+            "client_of_user": client_of_user,
+            "per_user": per_user,
+            "per_client": {
+                name: client_means(column, client_of_user, self.num_clients) for name, column in per_user.items()
+            },
+            "pooled": {name: user_mean(column) for name, column in per_user.items()},
+        }
+
+    def evaluation(self, stage: str, round_index: int) -> Evaluation:
+        """The same as the record that the loop logs; see ``fellrec.metrics.summary.summarise``."""
+        result = self.compute()
+        per_user = {name: column.reshape(-1) for name, column in result["per_user"].items()}
+        return summarise(per_user, result["client_of_user"].reshape(-1), self.num_clients, stage, round_index)
+
+    def _sorted_by_user(self) -> tuple[Tensor, Tensor, Tensor]:
+        if not isinstance(self.users, Tensor) and not self.users:
+            return torch.empty(0).long(), torch.empty(0).long(), torch.empty(0, len(self.names), dtype=torch.float64)
+        users, clients, values = (dim_zero_cat(state).cpu() for state in (self.users, self.clients, self.values))
+        first = torch.from_numpy(np.unique(users.numpy(), return_index=True)[1])
+        return users[first], clients[first], values[first]

@@ -1,0 +1,78 @@
+"""From one value per user to values per client and the flat figures that are logged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fellrec.functional.balance import balance
+from fellrec.types import Evaluation
+
+
+def client_means(values: Tensor, client_of_user: Tensor, num_clients: int) -> Tensor:
+    """Mean of each client's users.
+
+    Args:
+        values: ``[U]`` values, one per evaluated user.
+        client_of_user: ``[U]`` int64 client of each.
+        num_clients: C.
+
+    Returns:
+        ``[C]`` float64 on the CPU; NaN, not 0, for a client without evaluated users.
+
+    Example:
+        >>> client_means(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([0, 0, 2]), num_clients=3)
+        tensor([0.5000,    nan, 1.0000], dtype=torch.float64)
+    """
+    clients = client_of_user.cpu()
+    counts = torch.bincount(clients, minlength=num_clients)
+    return torch.bincount(clients, weights=values.cpu().double(), minlength=num_clients) / counts
+
+
+def user_mean(values: Tensor) -> float:
+    """Mean over users; each user counts once. NumPy's sum does not depend on the number of threads.
+
+    Example:
+        >>> user_mean(torch.tensor([0.0, 1.0, 1.0, 0.0]))
+        0.5
+    """
+    return float(np.mean(values.cpu().double().numpy())) if len(values) else float("nan")
+
+
+def summarise(
+    per_user: Mapping[str, Tensor], client_of_user: Tensor, num_clients: int, stage: str, round_index: int
+) -> Evaluation:
+    """Collect one evaluation of all clients.
+
+    Args:
+        per_user: Metric name → ``[U]``, one value per evaluated user.
+        client_of_user: ``[U]`` int64 client of each user.
+        num_clients: C.
+        stage: ``"val"`` or ``"test"``.
+        round_index: Round after which the evaluation ran; -1 is before the first.
+
+    Returns:
+        The record. Its summary has for each metric ``/mean`` (each client counts once), ``/pooled`` (each user counts
+        once) and all balance statistics, over the clients that have evaluated users; and ``num_users`` and
+        ``num_clients_without_users``, which says how many clients were left out (their ``per_client`` is NaN).
+
+    Example:
+        >>> evaluation = summarise({"hr_at_1": torch.tensor([0.0, 1.0, 1.0])}, torch.tensor([0, 0, 1]), 2, "val", 0)
+        >>> evaluation.summary["hr_at_1/mean"], evaluation.summary["hr_at_1/worst"]
+        (0.75, 0.5)
+    """
+    client_of_user = client_of_user.cpu()
+    per_client = {name: client_means(values, client_of_user, num_clients) for name, values in per_user.items()}
+    has_users = torch.bincount(client_of_user, minlength=num_clients) > 0
+    summary = {
+        "num_users": float(len(client_of_user)),
+        "num_clients_without_users": float((~has_users).sum()),
+    }
+    for name, values in per_client.items():
+        evaluated = values[has_users]
+        figures = {"mean": float(evaluated.mean()), "pooled": user_mean(per_user[name]), **balance(evaluated)}
+        summary |= {f"{name}/{figure}": value for figure, value in figures.items()}
+    return Evaluation(stage, round_index, dict(per_user), client_of_user, per_client, summary)

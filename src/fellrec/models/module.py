@@ -1,0 +1,162 @@
+"""The LightningModule: a split backbone, a local objective and a ranker. It knows nothing of rounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from fellrec.functional.ranking import target_ranks
+from fellrec.metrics.clients import ClientRankingMetrics
+from fellrec.models.split import SplitModel
+from fellrec.types import Evaluation
+
+
+class Objective(Protocol):
+    """What a local objective provides; see ``RetrievalObjective`` for an example."""
+
+    one_target_per_row: bool
+
+    def check(self, model: SplitModel) -> None:
+        """Refuse a backbone that cannot serve this objective, before anything expensive starts."""
+
+    def collate(self, items: Tensor, is_target: Tensor) -> dict[str, Tensor]:
+        """Turn training rows ``[B, W + 1]`` into a batch."""
+
+    def loss(self, model: SplitModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        """Sum of the negative log-likelihood over the batch's targets, and their number."""
+
+
+class Ranker(Protocol):
+    """What turns a model and histories into one score per item; see ``SimilarityRanker`` for an example."""
+
+    def refresh(self, model: SplitModel) -> None:
+        """Prepare for the adapter that is in the model now."""
+
+    def scores(self, model: SplitModel, histories: Tensor) -> Tensor:
+        """Score all items, ``[B, I]`` float32, for histories ``[B, H]`` padded with -1 on the right."""
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW's settings.
+
+    Attributes:
+        learning_rate: Step size.
+        weight_decay: Decoupled weight decay.
+    """
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+
+
+class FellrecModule(LightningModule):
+    """A recommender with one adapter in it, trainable by ``FederatedLoop`` and by ``lightning.Trainer`` alike.
+
+    Args:
+        model: The backbone, cut in head, body and tail, adapter attached.
+        trainable: The adapter's parameters in the model, by name.
+        objective: Local loss.
+        ranker: Scores of all items.
+        metrics: Accumulates every evaluated user's metrics.
+        title_groups: ``[I]`` int64; items with the same title share a number.
+        optimizer: AdamW's settings.
+    """
+
+    def __init__(
+        self,
+        model: SplitModel,
+        trainable: dict[str, nn.Parameter],
+        objective: Objective,
+        ranker: Ranker,
+        metrics: ClientRankingMetrics,
+        title_groups: Tensor,
+        optimizer: OptimizerSettings,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.trainable = trainable
+        self.objective = objective
+        self.ranker = ranker
+        self.metrics = metrics
+        self.title_groups = title_groups
+        self.optimizer_settings = optimizer
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int = 0) -> dict[str, Any]:
+        """Mean loss over the batch's targets under ``loss``, and their number under ``num_targets``."""
+        total, num_targets = self.objective.loss(self.model, batch)
+        loss = total / num_targets
+        if self._trainer is not None:
+            self.log("train/loss", loss, prog_bar=True, batch_size=num_targets)
+        return {"loss": loss, "num_targets": num_targets}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW over the adapter's parameters."""
+        settings = self.optimizer_settings
+        parameters = list(self.trainable.values())
+        return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+
+    @torch.no_grad()
+    def score_batch(self, batch: dict[str, Tensor]) -> None:
+        """Rank all items for the batch's users and add their metrics to ``self.metrics``.
+
+        Call ``self.ranker.refresh(self.model)`` first whenever the adapter has changed.
+        """
+        self.add_scores(self.ranker.scores(self.model, batch["histories"]), batch)
+
+    def add_scores(self, scores: Tensor, batch: dict[str, Tensor]) -> None:
+        """Add the metrics of the batch's users to ``self.metrics``.
+
+        Args:
+            scores: ``[B, I]``, from any ranker.
+            batch: From ``FellrecDataModule.eval_loader``.
+
+        Raises:
+            TrainingError: If a score is NaN.
+        """
+        scores = scores.float()
+        ranks = target_ranks(
+            scores,
+            batch["target_rows"],
+            batch["target_items"],
+            batch["masked_rows"],
+            batch["masked_items"],
+            self.title_groups.to(scores.device),
+        )
+        self.metrics.update(batch["users"], batch["clients"], ranks, batch["target_rows"])
+
+    def finish_evaluation(self, stage: str, round_index: int) -> Evaluation:
+        """Close the evaluation: gather the users of all processes, summarise, reset."""
+        evaluation = self.metrics.evaluation(stage, round_index)
+        self.metrics.reset()
+        return evaluation
+
+    def on_validation_epoch_start(self) -> None:
+        """Lightning's hook."""
+        self.metrics.reset()
+        self.ranker.refresh(self.model)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int = 0) -> None:
+        """Lightning's hook: see ``score_batch``."""
+        self.score_batch(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Lightning's hook: log ``val/ndcg_at_10/mean`` and the rest."""
+        self._log_evaluation("val")
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int = 0) -> None:
+        """Lightning's hook: see ``score_batch``."""
+        self.score_batch(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Lightning's hook: log ``test/ndcg_at_10/mean`` and the rest."""
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, stage: str) -> None:
+        evaluation = self.finish_evaluation(stage, self.current_epoch)
+        self.log_dict({f"{stage}/{name}": value for name, value in evaluation.summary.items()})

@@ -1,0 +1,186 @@
+"""The retrieval family: the history's text is encoded and every item is scored by similarity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from fellrec.data.schema import Catalogue
+from fellrec.errors import BackboneError, ConfigError, unknown
+from fellrec.models.split import SplitModel
+
+ITEM_ENCODERS = ("tokens", "encoded")
+
+
+class ItemText:
+    """The catalogue as token ids, made once per run.
+
+    Args:
+        tokenizer: Hugging Face tokenizer of the backbone.
+        texts: One text per item.
+        max_tokens: Longest text in tokens; longer ones are cut on the right.
+
+    Attributes:
+        tokens: ``[I, max length]`` int64, padded with 0 on the right.
+        lengths: ``[I]`` int64, at least 1.
+    """
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str], max_tokens: int) -> None:
+        encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        rows = [ids[:max_tokens] for ids in encoded]
+        self.lengths = torch.tensor([len(ids) for ids in rows])
+        if int(self.lengths.min()) == 0:
+            empty = int(self.lengths.argmin())
+            raise BackboneError(f"item {empty} has no tokens: the tokenizer turns {texts[empty]!r} into nothing")
+        self.tokens = torch.zeros(len(rows), int(self.lengths.max()), dtype=torch.long)
+        flat = torch.tensor([token for ids in rows for token in ids])
+        self.inside = torch.arange(self.tokens.shape[1])[None, :] < self.lengths[:, None]
+        self.tokens[self.inside] = flat
+
+    def concatenate(self, items: Tensor, prefix: int | None) -> tuple[Tensor, Tensor]:
+        """Write the texts of each row's items one after the other.
+
+        Args:
+            items: ``[B, H]`` int64, padded with -1 on the right.
+            prefix: Token id put before every row (such as BOS), or ``None``.
+
+        Returns:
+            Token ids ``[B, L]``, right-padded with 0, and for every item the index of its last token ``[B, H]``.
+        """
+        known = items >= 0
+        lengths = torch.where(known, self.lengths[items.clamp(min=0)], 0)
+        skip = 0 if prefix is None else 1
+        ends = lengths.cumsum(dim=1) - 1 + skip
+        ids = torch.zeros(len(items), int(ends[:, -1].max()) + 1, dtype=torch.long)
+        if prefix is not None:
+            ids[:, 0] = prefix
+        inside = self.inside[items.clamp(min=0)] & known[:, :, None]
+        row, column, offset = inside.nonzero(as_tuple=True)
+        start = ends - lengths + 1
+        ids[row, start[row, column] + offset] = self.tokens[items[row, column], offset]
+        return ids, ends
+
+
+class RetrievalObjective:
+    """Cross-entropy over the whole catalogue of similarity / temperature, at every next-item position.
+
+    The history is the text of its titles, oldest first, one title a line; the hidden state at the end of each line
+    predicts the next item. Padding is on the right, so a causal model needs no mask.
+
+    Args:
+        tokenizer: Hugging Face tokenizer of the backbone.
+        catalogue: The items.
+        max_history: Longest history in items.
+        temperature: Divides the cosine similarity, METHOD §1.
+        history_fields: Catalogue fields written into the history.
+        item_fields: Catalogue fields that an item vector is made from.
+        item_encoder: ``"tokens"`` (mean of the text's token embeddings) or ``"encoded"`` (mean of the model's
+            hidden states over the text; two towers, slower by a forward pass over the catalogue a step).
+        max_title_tokens: Longest item text in tokens.
+
+    Raises:
+        ConfigError: For an unknown ``item_encoder`` or a temperature that is not positive.
+    """
+
+    one_target_per_row = False
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        catalogue: Catalogue,
+        max_history: int = 10,
+        temperature: float = 0.05,
+        history_fields: Sequence[str] = ("title",),
+        item_fields: Sequence[str] = ("title", "genre"),
+        item_encoder: str = "tokens",
+        max_title_tokens: int = 24,
+    ) -> None:
+        if item_encoder not in ITEM_ENCODERS:
+            raise ConfigError(unknown("objective.item_encoder", item_encoder, ITEM_ENCODERS))
+        if not temperature > 0:
+            raise ConfigError(f"objective.temperature={temperature} must be above 0")
+        self.temperature = temperature
+        self.item_encoder = item_encoder
+        self.prefix = tokenizer.bos_token_id
+        lines = [f"{text}\n" for text in catalogue.texts(history_fields)]
+        self.history_text = ItemText(tokenizer, lines, max_title_tokens)
+        self.item_text = ItemText(tokenizer, catalogue.texts(item_fields), max_title_tokens)
+        self.max_tokens = int(self.history_text.lengths.max()) * max_history + 1
+
+    def check(self, model: SplitModel) -> None:
+        """Refuse a backbone whose context is too short for the longest possible history.
+
+        Raises:
+            BackboneError: With both numbers.
+        """
+        context = getattr(model.model.config, "max_position_embeddings", None)
+        if context is not None and self.max_tokens > context:
+            raise BackboneError(
+                f"a history can have {self.max_tokens} tokens, the backbone's context is {context}; "
+                "lower data.max_history or objective.max_title_tokens"
+            )
+
+    def collate(self, items: Tensor, is_target: Tensor) -> dict[str, Tensor]:
+        """Turn training rows into a batch.
+
+        Args:
+            items: ``[B, W + 1]`` int64, padded with -1 on the right.
+            is_target: ``[B, W + 1]`` bool.
+
+        Returns:
+            ``input_ids [B, L]``, the positions of the queries ``rows [T]`` and ``columns [T]``, and the items to be
+            predicted ``targets [T]``.
+        """
+        history = items[:, :-1].masked_fill(items[:, 1:] < 0, -1)
+        ids, ends = self.history_text.concatenate(history, self.prefix)
+        row, column = is_target[:, 1:].nonzero(as_tuple=True)
+        return {"input_ids": ids, "rows": row, "columns": ends[row, column], "targets": items[row, column + 1]}
+
+    def loss(self, model: SplitModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        """Sum of the negative log-likelihood over the batch's targets, and their number."""
+        hidden_BLD = model(batch["input_ids"])
+        query_TD = F.normalize(hidden_BLD[batch["rows"], batch["columns"]].float(), dim=-1)
+        logits_TI = (query_TD / self.temperature) @ self.item_vectors(model).T
+        return F.cross_entropy(logits_TI, batch["targets"], reduction="sum"), len(batch["targets"])
+
+    def item_vectors(self, model: SplitModel) -> Tensor:
+        """Unit vectors of all items, ``[I, D]`` float32, differentiable."""
+        if self.item_encoder == "tokens":
+            return F.normalize(self._mean_embeddings(model), dim=-1)
+        return F.normalize(self._mean_hidden_states(model), dim=-1)
+
+    def _mean_embeddings(self, model: SplitModel) -> Tensor:
+        weight = model.model.get_input_embeddings().weight
+        text = self.item_text
+        flat = text.tokens[text.inside].to(weight.device)
+        offsets = (text.lengths.cumsum(0) - text.lengths).to(weight.device)
+        return F.embedding_bag(flat, weight.float(), offsets, mode="mean")
+
+    def _mean_hidden_states(self, model: SplitModel) -> Tensor:
+        device = model.model.get_input_embeddings().weight.device
+        inside = self.item_text.inside.to(device)[:, :, None].float()
+        hidden_ILD = model(self.item_text.tokens.to(device)).float()
+        return (hidden_ILD * inside).sum(dim=1) / inside.sum(dim=1)
+
+    def queries(self, model: SplitModel, histories: Tensor) -> Tensor:
+        """Unit query vectors for the next item after each history, ``[B, D]`` float32.
+
+        Args:
+            model: The backbone with a client's adapter in it.
+            histories: ``[B, H]`` int64, oldest first, padded with -1 on the right, at least one item a row.
+        """
+        ids, ends = self.history_text.concatenate(histories, self.prefix)
+        device = model.model.get_input_embeddings().weight.device
+        hidden_BLD = model(ids.to(device))
+        last = ends[torch.arange(len(ends)), (histories >= 0).sum(dim=1) - 1].to(device)
+        return F.normalize(hidden_BLD[torch.arange(len(last), device=device), last].float(), dim=-1)
+
+
+def as_tensors(items: np.ndarray, is_target: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Training rows as tensors that share memory with the arrays."""
+    return torch.from_numpy(items), torch.from_numpy(is_target)

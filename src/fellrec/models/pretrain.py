@@ -1,0 +1,103 @@
+"""Pre-training of the tiny backbone on catalogue text and public users, before any client takes part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from fellrec.functional.rng import derive_seed
+from fellrec.models.module import Objective
+from fellrec.models.split import SplitModel
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """How the tiny backbone is pre-trained.
+
+    Attributes:
+        steps: Optimiser steps; each takes one batch of public users and one of catalogue text.
+        batch_size: Public users' training rows a step.
+        text_batch_size: Catalogue texts a step.
+        text_weight: Weight of the catalogue text's language-model loss beside the objective's.
+        learning_rate: Peak of AdamW's step size: 5 % linear warm-up, then linear decay to a tenth.
+        seed: Order of the batches.
+    """
+
+    steps: int = 300
+    batch_size: int = 64
+    text_batch_size: int = 32
+    text_weight: float = 0.1
+    learning_rate: float = 2e-3
+    seed: int = 0
+
+
+def pretrain(
+    model: SplitModel,
+    objective: Objective,
+    public_batches: Callable[[int], Iterable[dict[str, Tensor]]] | None,
+    catalogue_tokens: Tensor,
+    settings: PretrainSettings,
+    on_step: Callable[[float], None] = lambda loss: None,
+) -> None:
+    """Train all parameters of the backbone in place.
+
+    Args:
+        model: The backbone before an adapter is attached.
+        objective: The run's objective, applied to public users' histories.
+        public_batches: Seed → batches of public users, one pass; ``None`` if there are no public users.
+        catalogue_tokens: ``[I, L]`` token ids of the catalogue's texts, padded with -100.
+        settings: Steps, sizes, learning rate.
+        on_step: Called after every step with its loss.
+    """
+    device = model.model.get_input_embeddings().weight.device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, settings.steps))
+    batches = _endless(public_batches, settings.seed) if public_batches is not None else None
+    text_order = torch.Generator().manual_seed(derive_seed(settings.seed, "catalogue"))
+    model.train()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(derive_seed(settings.seed, "pretrain"))
+        for _ in range(settings.steps):
+            texts = torch.randint(len(catalogue_tokens), (settings.text_batch_size,), generator=text_order)
+            loss = settings.text_weight * _text_loss(model, catalogue_tokens[texts].to(device))
+            if batches is not None:
+                batch = {name: tensor.to(device) for name, tensor in next(batches).items()}
+                total, num_targets = objective.loss(model, batch)
+                loss = loss + total / num_targets
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            on_step(float(loss.detach()))
+
+
+def catalogue_tokens(tokenizer: Any, texts: list[str], max_tokens: int = 64) -> Tensor:
+    """Token ids of each text with the tokenizer's BOS and EOS where it has them, ``[I, L]``, padded with -100."""
+    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    rows = [torch.tensor(before + ids[:max_tokens] + after) for ids in encoded]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+
+
+def _text_loss(model: SplitModel, tokens: Tensor) -> Tensor:
+    logits = model.lm_head(model(tokens.clamp(min=0))[:, :-1]).float()
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=-100)
+
+
+def _endless(batches: Callable[[int], Iterable[dict[str, Tensor]]], seed: int) -> Iterator[dict[str, Tensor]]:
+    epoch = 0
+    while True:
+        yield from batches(derive_seed(seed, "public", epoch))
+        epoch += 1
+
+
+def _learning_rate_factor(step: int, steps: int) -> float:
+    warmup = max(1, steps // 20)
+    return min(1.0, (step + 1) / warmup) * (1.0 - 0.9 * step / max(1, steps))

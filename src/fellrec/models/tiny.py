@@ -1,0 +1,88 @@
+"""The tiny backbone: a small Llama with a tokenizer of its own, both made here from the catalogue's text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fellrec.errors import ConfigError
+from fellrec.functional.rng import derive_seed
+from fellrec.models.architectures import arch_of
+from fellrec.models.backbone import Backbone
+
+_SPECIAL = ("<pad>", "<s>", "</s>")
+
+
+def build_tokenizer(texts: Sequence[str], vocab_size: int = 4000) -> Any:
+    """Train a byte-level BPE tokenizer: any text can be written with it, and read back unchanged.
+
+    Args:
+        texts: What it is trained on.
+        vocab_size: Upper bound on the pieces; small catalogues give fewer.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(_SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    pad, bos, eos = _SPECIAL
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos, clean_up_tokenization_spaces=False
+    )
+
+
+def build_tiny(
+    texts: Sequence[str],
+    hidden_size: int = 64,
+    num_layers: int = 4,
+    num_heads: int = 2,
+    vocab_size: int = 4000,
+    max_position_embeddings: int = 512,
+    seed: int = 0,
+) -> Backbone:
+    """A small Llama with random weights and tied embeddings.
+
+    Args:
+        texts: The catalogue's text, for the tokenizer.
+        hidden_size: D, a multiple of ``2 · num_heads``.
+        num_layers: Decoder layers.
+        num_heads: Attention heads.
+        vocab_size: Upper bound on the tokenizer's pieces.
+        max_position_embeddings: Longest input in tokens.
+        seed: Of the weights; the global generator is left alone.
+
+    Raises:
+        ConfigError: If the sizes do not fit together.
+    """
+    if min(hidden_size, num_layers, num_heads) < 1 or hidden_size % (2 * num_heads):
+        raise ConfigError(
+            f"backbone.hidden_size={hidden_size} must be a multiple of 2 · backbone.num_heads={num_heads}, "
+            f"and backbone.num_layers={num_layers} at least 1"
+        )
+    tokenizer = build_tokenizer(texts, vocab_size)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=8 * round(hidden_size * 8 / 3 / 8),
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads,
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "tiny"))
+        model = LlamaForCausalLM(config)
+    return Backbone(model, tokenizer, arch_of(config), "tiny")

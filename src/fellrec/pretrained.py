@@ -1,0 +1,91 @@
+"""The tiny backbone, pre-trained once for a catalogue, an objective and a set of public users, and cached."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from fellrec.data.datamodule import FellrecDataModule
+from fellrec.data.prepared import PreparedData
+from fellrec.models.backbone import Backbone, load_hf
+from fellrec.models.module import Objective
+from fellrec.models.pretrain import PretrainSettings, catalogue_tokens, pretrain
+from fellrec.models.split import SplitModel
+from fellrec.models.tiny import build_tiny
+
+_FORMAT = 1
+"""Raise it when pre-training changes, so that backbones of the old kind are not taken from the cache."""
+
+
+def tiny_backbone(
+    cache: Path, settings: Mapping[str, Any], make_objective: Callable[[Backbone], Objective], data: PreparedData
+) -> Backbone:
+    """Take the pre-trained tiny backbone from the cache, or make it.
+
+    Args:
+        cache: Folder of pre-trained backbones; each is an ordinary Hugging Face folder.
+        settings: The ``backbone`` and ``objective`` groups, plain values, under these names.
+        make_objective: Builds the run's objective for a backbone.
+        data: Catalogue and public users.
+    """
+    folder = cache / _key(settings, data)
+    if not folder.is_dir():
+        _make(folder, settings["backbone"], make_objective, data)
+    return load_hf(str(folder))
+
+
+def _key(settings: Mapping[str, Any], data: PreparedData) -> str:
+    """Hash of everything that shapes the result: settings, the catalogue's text, the public users' histories."""
+    public = data.train.take((data.client_of_user < 0).nonzero()[0])
+    digest = hashlib.sha256(json.dumps({**settings, "format": _FORMAT}, sort_keys=True).encode())
+    digest.update("\n".join(data.catalogue.texts()).encode())
+    digest.update(public.values.tobytes() + public.offsets.tobytes())
+    digest.update(str(data.max_history).encode())
+    return digest.hexdigest()[:16]
+
+
+def _make(
+    folder: Path, settings: Mapping[str, Any], make_objective: Callable[[Backbone], Objective], data: PreparedData
+) -> None:
+    texts = data.catalogue.texts()
+    shape = {key: value for key, value in settings.items() if key not in ("name", "pretrain")}
+    backbone = build_tiny([f"{text}\n" for text in texts], **shape)
+    model = SplitModel(backbone.model, 0, 0)
+    objective = make_objective(backbone)
+    objective.check(model)
+    how = PretrainSettings(**settings["pretrain"], seed=settings["seed"])
+    batches = FellrecDataModule(data, objective.collate, objective.one_target_per_row, batch_size=how.batch_size)
+    has_public_users = bool((data.client_of_user < 0).any())
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.print(f"pre-training the tiny backbone: {how.steps} steps, once for this data set", highlight=False)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("pre-training the tiny backbone", total=how.steps)
+        pretrain(
+            model,
+            objective,
+            batches.public_loader if has_public_users else None,
+            catalogue_tokens(backbone.tokenizer, texts),
+            how,
+            on_step=lambda loss: progress.advance(task),
+        )
+    _save(backbone, folder)
+
+
+def _save(backbone: Backbone, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.with_name(f".{folder.name}-{os.getpid()}")
+    backbone.model.save_pretrained(draft)
+    backbone.tokenizer.save_pretrained(draft)
+    try:
+        draft.rename(folder)
+    except OSError:  # another process was faster; its backbone is the same
+        shutil.rmtree(draft)

@@ -1,0 +1,100 @@
+"""The run directory: what a finished or interrupted run leaves on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import DictConfig, OmegaConf
+
+from fellrec.data.prepared import PreparedData
+from fellrec.errors import ConfigError
+from fellrec.types import Evaluation
+
+_PACKAGES = ("fellrec", "torch", "lightning", "transformers", "peft", "torchmetrics", "hydra-core", "mlflow")
+
+
+def new_run_dir(requested: str | None, label: str) -> Path:
+    """Make the run directory.
+
+    Args:
+        requested: The user's ``run_dir``, or ``None`` for ``runs/<time>-<label>``.
+        label: Data set, rule and seed.
+
+    Raises:
+        ConfigError: If the directory exists and is not empty: nothing is overwritten.
+    """
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    folder = Path(requested) if requested else Path("runs") / f"{stamp}-{label}"
+    number = 1
+    while not requested and folder.exists():
+        number += 1
+        folder = Path("runs") / f"{stamp}-{label}-{number}"
+    check_new(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir={folder} cannot be made: {error}") from error
+    return folder.resolve()
+
+
+def check_new(folder: Path) -> None:
+    """Refuse a run directory that holds something.
+
+    Raises:
+        ConfigError: See above.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(
+            f"run_dir={folder} exists and is not empty; choose another, or go on with it by resume={folder}"
+        )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON beside ``path`` and rename it, so that no reader sees half of it."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(value, indent=1, default=float) + "\n")
+    draft.replace(path)
+
+
+def write_start(run_dir: Path, config: DictConfig, data: PreparedData) -> None:
+    """Write what shaped the run: resolved configuration, versions, data statistics, partition."""
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    write_json(run_dir / "versions.json", versions())
+    write_json(run_dir / "data.json", {"key": data.key, "name": data.name, "statistics": data.statistics})
+    partition = pd.DataFrame({"user_id": data.users["user_id"], "client": data.client_of_user})
+    partition.to_parquet(run_dir / "partition.parquet", index=False)
+
+
+def write_evaluation(run_dir: Path, evaluation: Evaluation, extra: Mapping[str, Any]) -> None:
+    """Write ``results.json`` (figures) and ``users.parquet`` (one row per evaluated user) for a stage."""
+    per_client = {name: values.tolist() for name, values in evaluation.per_client.items()}
+    summary = dict(evaluation.summary)
+    results = {"stage": evaluation.stage, "round_index": evaluation.round_index, **extra}
+    write_json(run_dir / "results.json", {**results, "summary": summary, "per_client": per_client})
+    columns = {"client": evaluation.client_of_user.numpy()}
+    columns |= {name: values.numpy() for name, values in evaluation.per_user.items()}
+    pd.DataFrame(columns).to_parquet(run_dir / "users.parquet", index=False)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that shape the numbers, and the git commit of the folder, if any."""
+    found = {name: version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **found, "git_commit": git_commit()}
+
+
+def git_commit() -> str:
+    """The commit of the current folder's repository, ``unknown`` outside one."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,174 @@
+"""One run, from its directory to its result; what ``train`` and ``compare`` share."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from fellrec.build import Recommender, build_loop
+from fellrec.callbacks.checkpoint import Checkpoint
+from fellrec.callbacks.mlflow_logging import MLflowLogging
+from fellrec.callbacks.progress import RoundProgress
+from fellrec.config import as_dict
+from fellrec.federated.checkpoint import load_state
+from fellrec.federated.hooks import FederatedCallback
+from fellrec.federated.loop import FederatedLoop
+from fellrec.rankers.reference import reference_rankers
+from fellrec.records import new_run_dir, versions, write_evaluation, write_start
+from fellrec.tracking.results import RuleResult
+from fellrec.tracking.store import make_logger
+from fellrec.types import Evaluation, RoundRecord
+
+
+class Run:
+    """One federated run with its directory and its MLflow run.
+
+    Args:
+        config: The composed configuration; its ``run_dir`` must be new unless ``resume`` is set.
+        recommender: What the rules of a comparison share.
+        parent_run_id: MLflow run that groups a comparison.
+    """
+
+    def __init__(self, config: DictConfig, recommender: Recommender, parent_run_id: str | None = None) -> None:
+        self.config = config
+        self.recommender = recommender
+        self.rule = rule_name(config)
+        self.label = f"{config.data.name}-{self.rule}-s{config.seed}"
+        self.run_dir = Path(config.run_dir) if config.resume else new_run_dir(config.run_dir, self.label)
+        self.parent_run_id = parent_run_id
+        self._clock = _Clock()
+
+    def execute(self) -> RuleResult:
+        """Train, test, and write everything down.
+
+        Raises:
+            TrainingError: If a client's training diverges; the last checkpoint stays.
+        """
+        config, recommender = self.config, self.recommender
+        if not config.resume:
+            write_start(self.run_dir, config, recommender.data)
+        loop = build_loop(config, recommender, ())
+        if config.resume:
+            load_state(self.run_dir / "checkpoints", loop.state, recommender.module.trainable)
+            loop.aggregation.load_state_dict(loop.state.extras.get("aggregation", {}))
+        logging = self._mlflow(loop)
+        loop.state.extras["mlflow_run_id"] = logging.run_id
+        loop.callbacks += [
+            RoundProgress(self.rule, config.trainer.metric),
+            self._clock,
+            Checkpoint(self.run_dir, config.trainer.checkpoint_every),
+            _Outputs(self),
+            logging,
+        ]
+        evaluation = loop.run()
+        return RuleResult(
+            rule=self.rule,
+            seed=config.seed,
+            kind="learned",
+            evaluation=evaluation,
+            seconds_per_round=self._clock.seconds_per_round,
+            total_seconds=self._clock.total_seconds,
+            peak_memory_bytes=peak_memory_bytes(),
+            best_round=loop.state.selection.round_index,
+            run_id=logging.run_id,
+        )
+
+    def _mlflow(self, loop: FederatedLoop) -> MLflowLogging:
+        config, data = self.config, self.recommender.data
+        tags = {
+            "rule": self.rule,
+            "data": config.data.name,
+            "backbone": self.recommender.backbone.name,
+            "git_commit": versions()["git_commit"],
+        }
+        logger = make_logger(
+            config.tracking.uri,
+            config.tracking.experiment,
+            self.label,
+            tags,
+            parent_run_id=self.parent_run_id,
+            run_id=loop.state.extras.get("mlflow_run_id"),
+        )
+        return MLflowLogging(logger, self.run_dir, as_dict(config), tags, dataset_input(data, config))
+
+
+class _Clock(FederatedCallback):
+    """Measures the rounds and the whole run."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._rounds: list[float] = []
+
+    @property
+    def seconds_per_round(self) -> float:
+        """Mean wall seconds of training and aggregation, evaluation left out."""
+        return sum(self._rounds) / max(1, len(self._rounds))
+
+    @property
+    def total_seconds(self) -> float:
+        """Wall seconds since the run began, evaluation included."""
+        return time.perf_counter() - self._started
+
+    def on_round_end(self, loop: FederatedLoop, record: RoundRecord) -> None:
+        """Take the round's time."""
+        self._rounds.append(record.seconds)
+
+
+class _Outputs(FederatedCallback):
+    """Writes the test results and the selected adapters into the run directory."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def on_fit_end(self, loop: FederatedLoop) -> None:
+        """Write ``results.json``, ``users.parquet`` and ``adapters/``."""
+        assert loop.test_evaluation is not None
+        write_evaluation(self.run.run_dir, loop.test_evaluation, {"rule": self.run.rule, "seed": self.run.config.seed})
+        recommender = self.run.recommender
+        bank, rows = loop.selected
+        for row in sorted(set(rows)):
+            name = f"client_{row:02d}" if len(set(rows)) > 1 else "shared"
+            bank.copy_to(recommender.module.trainable, row)
+            recommender.adapter.save(recommender.backbone.model, self.run.run_dir / "adapters" / name)
+
+
+def rule_name(config: DictConfig) -> str:
+    """The rule's name in tables: its class's name in lower case."""
+    return str(config.aggregation["_target_"]).rpartition(".")[2].lower()
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reference_results(recommender: Recommender, seed: int) -> list[RuleResult]:
+    """The random, popularity and Markov rankers, and the backbone before any round, on the same test users."""
+    data, module = recommender.data, recommender.module
+    rankers: dict[str, Any] = reference_rankers(data.train, len(data.catalogue), seed)
+    results = [
+        RuleResult(rule=name, seed=seed, kind="reference", evaluation=_evaluate(recommender, ranker.scores))
+        for name, ranker in rankers.items()
+    ]
+    for name, parameter in module.trainable.items():
+        parameter.data.copy_(recommender.initial[name])
+    module.eval()
+    module.ranker.refresh(module.model)
+    start = _evaluate(recommender, lambda histories: module.ranker.scores(module.model, histories))
+    return [*results, RuleResult(rule="pretrained", seed=seed, kind="reference", evaluation=start)]
+
+
+def _evaluate(recommender: Recommender, scores: Callable[[Tensor], Tensor]) -> Evaluation:
+    module = recommender.module
+    with torch.no_grad(), recommender.fabric.autocast():
+        for batch in recommender.datamodule.eval_loader("test"):
+            moved = recommender.fabric.to_device(batch)
+            module.add_scores(scores(moved["histories"]), moved)
+    return module.finish_evaluation("test", -1)

@@ -1,0 +1,110 @@
+"""The laws of STYLE.md, for every rule that has a file in ``conf/aggregation`` and for every variant of FELLRec.
+
+``fidelity=released_code`` is not among them: that it breaks the permutation law is tested in unit/aggregation.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from fellrec.aggregation import build_aggregation
+from fellrec.types import Updates
+
+CONF = Path(__file__).parents[2] / "conf" / "aggregation"
+VARIANTS = [
+    {"_target_": "fellrec.aggregation.FELLRec", "similarity": "parameters"},
+    {"_target_": "fellrec.aggregation.FELLRec", "attention": False},
+    {"_target_": "fellrec.aggregation.FELLRec", "heating": False},
+    {"_target_": "fellrec.aggregation.FELLRec", "alpha": 3.0, "beta": 1.0, "temperature": 0.001},
+]
+RULES = [pytest.param(OmegaConf.load(path), id=path.stem) for path in sorted(CONF.glob("*.yaml"))]
+RULES += [pytest.param(cfg, id="-".join(map(str, list(cfg.values())[1:]))) for cfg in VARIANTS]
+
+every_rule = pytest.mark.parametrize("cfg", RULES)
+quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@st.composite
+def rounds(draw):
+    """Updates of 1 to 6 clients, some of which may not have moved, and a round."""
+    num_clients, seed = draw(st.integers(1, 6)), draw(st.integers(0, 10_000))
+    generator = torch.Generator().manual_seed(seed)
+    start = {
+        "a": torch.randn(num_clients, 2, 3, generator=generator),
+        "b": torch.randn(num_clients, 4, generator=generator),
+    }
+    moved = torch.tensor(draw(st.lists(st.booleans(), min_size=num_clients, max_size=num_clients)))
+    end = {
+        name: p + torch.randn(p.shape, generator=generator) * moved.reshape(-1, *[1] * (p.ndim - 1))
+        for name, p in start.items()
+    }
+    losses = draw(st.lists(st.floats(0, 20), min_size=num_clients, max_size=num_clients))
+    samples = draw(st.lists(st.integers(1, 1000), min_size=num_clients, max_size=num_clients))
+    updates = Updates(
+        tuple(range(num_clients)), start, end, torch.tensor(losses).double(), torch.tensor(samples).double()
+    )
+    return updates, draw(st.integers(0, 100))
+
+
+@every_rule
+@quick
+@given(rounds())
+def test_rows_sum_to_one_and_no_weight_is_negative(cfg, problem):
+    matrix = build_aggregation(cfg).mixing_matrix(*problem)
+    torch.testing.assert_close(matrix.sum(1), torch.ones(len(matrix), dtype=torch.float64))
+    assert (matrix >= 0).all()
+
+
+@every_rule
+@quick
+@given(rounds(), st.randoms(use_true_random=False))
+def test_permuting_clients_permutes_the_result(cfg, problem, random):
+    updates, round_index = problem
+    order = list(range(len(updates.clients)))
+    random.shuffle(order)
+    permuted = Updates(
+        tuple(updates.clients[n] for n in order),
+        {name: p[order] for name, p in updates.start.items()},
+        {name: p[order] for name, p in updates.end.items()},
+        updates.losses[order],
+        updates.num_samples[order],
+    )
+    rule = build_aggregation(cfg)
+    expected, result = rule.aggregate(updates, round_index), rule.aggregate(permuted, round_index)
+    for name, parameter in expected.adapters.items():
+        torch.testing.assert_close(result.adapters[name], parameter[order], rtol=1e-5, atol=1e-6)
+    for name, matrix in expected.matrices.items():
+        torch.testing.assert_close(result.matrices[name], matrix[order][:, order], rtol=1e-7, atol=1e-9)
+    for name, vector in expected.per_client.items():
+        torch.testing.assert_close(result.per_client[name], vector[order], rtol=1e-7, atol=1e-9)
+
+
+@every_rule
+@quick
+@given(rounds())
+def test_equal_inputs_are_a_fixed_point(cfg, problem):
+    updates, round_index = problem
+    same = {name: p[:1].expand_as(p).clone() for name, p in updates.end.items()}
+    equal = Updates(updates.clients, updates.start, same, updates.losses, updates.num_samples)
+    for name, parameter in build_aggregation(cfg).aggregate(equal, round_index).adapters.items():
+        torch.testing.assert_close(parameter, same[name], rtol=0, atol=0)
+
+
+@every_rule
+@quick
+@given(rounds())
+def test_inputs_are_not_changed_nor_handed_out(cfg, problem):
+    updates, round_index = problem
+    tensors = [*updates.start.values(), *updates.end.values(), updates.losses, updates.num_samples]
+    before = [tensor.clone() for tensor in tensors]
+    result = build_aggregation(cfg).aggregate(updates, round_index)
+    for parameter in result.adapters.values():
+        parameter.fill_(np.pi)
+    for tensor, copy in zip(tensors, before, strict=True):
+        torch.testing.assert_close(tensor, copy, rtol=0, atol=0)
+    assert list(result.adapters) == list(updates.end)

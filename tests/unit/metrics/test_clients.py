@@ -1,0 +1,102 @@
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fellrec.functional.ranking import ranking_metrics
+from fellrec.metrics import NDCG, ClientRankingMetrics
+
+SCRIPT = Path(__file__).parent / "two_processes.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("two_processes", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def assert_same(first, second):
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for name in first:
+            assert_same(first[name], second[name])
+    elif isinstance(first, torch.Tensor):
+        torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+    else:
+        assert first == second
+
+
+def test_figures_are_means_over_users_and_clients(script):
+    users, clients, ranks, rows = script.problem()
+    result = script.filled(ClientRankingMetrics(4, (5, 10)), torch.arange(200)).compute()
+    order = users.argsort()
+    expected = ranking_metrics(ranks, rows, 200, (5, 10))
+    assert_same(result["users"], users[order])
+    assert_same(result["client_of_user"], clients[order])
+    for name, values in expected.items():
+        assert_same(result["per_user"][name], values[order])
+        assert result["pooled"][name] == pytest.approx(values.mean().item(), rel=1e-12)
+        for client in range(3):
+            mean = result["per_client"][name][client].item()
+            assert mean == pytest.approx(values[clients == client].mean().item(), rel=1e-12)
+        assert result["per_client"][name][3].isnan()
+
+
+def test_batches_do_not_matter(script):
+    chosen = torch.randperm(200, generator=torch.Generator().manual_seed(9))
+    whole = script.filled(ClientRankingMetrics(4, (5, 10)), torch.arange(200), 200).compute()
+    assert_same(script.filled(ClientRankingMetrics(4, (5, 10)), chosen, 7).compute(), whole)
+
+
+@pytest.mark.parametrize("case", ["interleaved", "padded", "one_idle"])
+def test_two_processes_equal_one_exactly(script, tmp_path, case):
+    outputs = [tmp_path / f"{rank}.pt" for rank in range(2)]
+    commands = [
+        [sys.executable, str(SCRIPT), str(rank), "2", str(tmp_path / "store"), str(outputs[rank]), case]
+        for rank in range(2)
+    ]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    results = [torch.load(output, weights_only=True) for output in outputs]
+
+    alone = script.filled(ClientRankingMetrics(4, (5, 10)), torch.arange(200)).compute()
+    scores = torch.randn(20, 50, generator=torch.Generator().manual_seed(1))
+    none = torch.tensor([], dtype=torch.long)
+    ndcg = NDCG(10)
+    ndcg.update(scores, torch.arange(20), torch.arange(20), none, none)
+    for result in results:
+        assert_same(result["clients"], alone)
+        assert result["ndcg"].item() == pytest.approx(ndcg.compute().item(), rel=1e-14)
+
+
+def test_users_without_targets_are_not_evaluated():
+    metric = ClientRankingMetrics(2, (5,))
+    metric.update(torch.tensor([8, 3]), torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([1]))
+    evaluation = metric.evaluation("val", 4)
+    assert evaluation.per_user["ndcg_at_5"].tolist() == [1.0]
+    assert evaluation.client_of_user.tolist() == [1]
+    assert evaluation.per_client["hr_at_5"].isnan().tolist() == [True, False]
+    assert evaluation.summary["num_users"] == 1
+    assert evaluation.summary["num_clients_without_users"] == 1
+    assert (evaluation.stage, evaluation.round_index) == ("val", 4)
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_no_user_at_all_is_nan():
+    result = ClientRankingMetrics(2, (5,)).compute()
+    assert result["per_client"]["mrr_at_5"].isnan().all()
+
+
+def test_reset_forgets(script):
+    metric = script.filled(ClientRankingMetrics(4, (5, 10)), torch.arange(200))
+    metric.compute()
+    metric.reset()
+    metric.update(torch.tensor([1, 2]), torch.tensor([0, 0]), torch.tensor([0, 9]), torch.tensor([0, 1]))
+    assert metric.compute()["pooled"]["hr_at_5"] == 0.5
