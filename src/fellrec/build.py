@@ -122,9 +122,7 @@ def build_backbone(config: DictConfig, data: PreparedData) -> Backbone:
     )
 
 
-def build_loop(
-    config: DictConfig, recommender: Recommender, callbacks: Sequence[FederatedCallback]
-) -> FederatedLoop:
+def build_loop(config: DictConfig, recommender: Recommender, callbacks: Sequence[FederatedCallback]) -> FederatedLoop:
     """A federated loop before its first round, every client with the same starting adapter."""
     aggregation = build_aggregation(config.aggregation)
     num_clients = recommender.data.num_clients

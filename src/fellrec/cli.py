@@ -21,7 +21,10 @@ VERBS = {
 }
 
 _EXAMPLES = {
-    "prepare": ["fellrec prepare data=ml_1m data.root=ml-1m", "fellrec prepare data=ml_100k data.root=ml-100k data.core=5"],
+    "prepare": [
+        "fellrec prepare data=ml_1m data.root=ml-1m",
+        "fellrec prepare data=ml_100k data.root=ml-100k data.core=5",
+    ],
     "train": [
         "fellrec train aggregation=fedavg trainer.num_rounds=3",
         "fellrec train data=ml_100k data.root=ml-100k backbone=hf backbone.path=MODEL_FOLDER",

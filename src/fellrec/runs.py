@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -14,16 +13,17 @@ from torch import Tensor
 
 from fellrec.build import Recommender, build_loop
 from fellrec.callbacks.checkpoint import Checkpoint
-from fellrec.callbacks.mlflow_logging import MLflowLogging
+from fellrec.callbacks.mlflow_logging import DatasetInput, MLflowLogging
 from fellrec.callbacks.progress import RoundProgress
 from fellrec.config import as_dict
 from fellrec.federated.checkpoint import load_state
 from fellrec.federated.hooks import FederatedCallback
 from fellrec.federated.loop import FederatedLoop
+from fellrec.models.bank import AdapterBank
 from fellrec.rankers.reference import reference_rankers
 from fellrec.records import new_run_dir, versions, write_evaluation, write_start
-from fellrec.tracking.results import RuleResult
-from fellrec.tracking.store import make_logger
+from fellrec.tracking.results import Comparison, RuleResult
+from fellrec.tracking.store import child_tags, make_logger
 from fellrec.types import Evaluation, RoundRecord
 
 
@@ -43,7 +43,6 @@ class Run:
         self.label = f"{config.data.name}-{self.rule}-s{config.seed}"
         self.run_dir = Path(config.run_dir) if config.resume else new_run_dir(config.run_dir, self.label)
         self.parent_run_id = parent_run_id
-        self._clock = _Clock()
 
     def execute(self) -> RuleResult:
         """Train, test, and write everything down.
@@ -52,17 +51,18 @@ class Run:
             TrainingError: If a client's training diverges; the last checkpoint stays.
         """
         config, recommender = self.config, self.recommender
-        if not config.resume:
-            write_start(self.run_dir, config, recommender.data)
         loop = build_loop(config, recommender, ())
         if config.resume:
             load_state(self.run_dir / "checkpoints", loop.state, recommender.module.trainable)
             loop.aggregation.load_state_dict(loop.state.extras.get("aggregation", {}))
+        else:
+            write_start(self.run_dir, config, recommender.data)
         logging = self._mlflow(loop)
         loop.state.extras["mlflow_run_id"] = logging.run_id
+        clock = _Clock()
         loop.callbacks += [
-            RoundProgress(self.rule, config.trainer.metric),
-            self._clock,
+            RoundProgress(self.label, config.trainer.metric),
+            clock,
             Checkpoint(self.run_dir, config.trainer.checkpoint_every),
             _Outputs(self),
             logging,
@@ -73,8 +73,8 @@ class Run:
             seed=config.seed,
             kind="learned",
             evaluation=evaluation,
-            seconds_per_round=self._clock.seconds_per_round,
-            total_seconds=self._clock.total_seconds,
+            seconds_per_round=clock.seconds_per_round,
+            total_seconds=clock.total_seconds,
             peak_memory_bytes=peak_memory_bytes(),
             best_round=loop.state.selection.round_index,
             run_id=logging.run_id,
@@ -84,19 +84,20 @@ class Run:
         config, data = self.config, self.recommender.data
         tags = {
             "rule": self.rule,
-            "data": config.data.name,
+            "data": data.name,
             "backbone": self.recommender.backbone.name,
-            "git_commit": versions()["git_commit"],
+            **{name: value for name, value in versions().items() if name in ("fellrec", "git_commit")},
         }
         logger = make_logger(
             config.tracking.uri,
             config.tracking.experiment,
             self.label,
-            tags,
-            parent_run_id=self.parent_run_id,
+            {**tags, **child_tags(self.parent_run_id)},
             run_id=loop.state.extras.get("mlflow_run_id"),
         )
-        return MLflowLogging(logger, self.run_dir, as_dict(config), tags, dataset_input(data, config))
+        source = str(config.data.root or "embedded")
+        dataset = DatasetInput(data.name, data.key, source, data.statistics)
+        return MLflowLogging(logger, self.run_dir, as_dict(config), dataset, is_resumed=bool(config.resume))
 
 
 class _Clock(FederatedCallback):
@@ -136,7 +137,8 @@ class _Outputs(FederatedCallback):
         for row in sorted(set(rows)):
             name = f"client_{row:02d}" if len(set(rows)) > 1 else "shared"
             bank.copy_to(recommender.module.trainable, row)
-            recommender.adapter.save(recommender.backbone.model, self.run.run_dir / "adapters" / name)
+            backbone = recommender.backbone
+            recommender.adapter.save(backbone.model, backbone.tokenizer, self.run.run_dir / "adapters" / name)
 
 
 def rule_name(config: DictConfig) -> str:
@@ -144,31 +146,49 @@ def rule_name(config: DictConfig) -> str:
     return str(config.aggregation["_target_"]).rpartition(".")[2].lower()
 
 
+def table_cutoff(config: DictConfig) -> int:
+    """The cutoff that tables show: 10 if it is among the run's, else its first."""
+    cutoffs = list(config.trainer.cutoffs)
+    return 10 if 10 in cutoffs else int(cutoffs[0])
+
+
 def peak_memory_bytes() -> int:
     """Largest resident memory of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def reference_results(recommender: Recommender, seed: int) -> list[RuleResult]:
-    """The random, popularity and Markov rankers, and the backbone before any round, on the same test users."""
+def collect(recommender: Recommender, results: Sequence[RuleResult]) -> Comparison:
+    """Results with the sizes of the partition they were made on."""
+    data = recommender.data
+    return Comparison(data.name, data.statistics["users_per_client"], len(data.catalogue), results)
+
+
+def reference_results(recommender: Recommender, seed: int, stage: str = "test") -> list[RuleResult]:
+    """The random, popularity and Markov rankers, and the backbone before any round, on the same users."""
     data, module = recommender.data, recommender.module
-    rankers: dict[str, Any] = reference_rankers(data.train, len(data.catalogue), seed)
+    rankers = reference_rankers(data.train, len(data.catalogue), seed)
     results = [
-        RuleResult(rule=name, seed=seed, kind="reference", evaluation=_evaluate(recommender, ranker.scores))
+        RuleResult(name, seed, "reference", _evaluate(recommender, ranker.scores, stage))
         for name, ranker in rankers.items()
     ]
-    for name, parameter in module.trainable.items():
-        parameter.data.copy_(recommender.initial[name])
+    AdapterBank.replicate(recommender.initial, 1).copy_to(module.trainable, 0)
     module.eval()
     module.ranker.refresh(module.model)
-    start = _evaluate(recommender, lambda histories: module.ranker.scores(module.model, histories))
-    return [*results, RuleResult(rule="pretrained", seed=seed, kind="reference", evaluation=start)]
+    start = _evaluate(recommender, lambda histories: module.ranker.scores(module.model, histories), stage)
+    return [*results, RuleResult("pretrained", seed, "reference", start)]
 
 
-def _evaluate(recommender: Recommender, scores: Callable[[Tensor], Tensor]) -> Evaluation:
+def finish_message(run_dir: Path, config: DictConfig) -> str:
+    """Where the run lies, and how to look at it."""
+    uri = config.tracking.uri
+    option = "" if uri == "sqlite:///mlflow.db" else f" tracking.uri={uri}"
+    return f"Run directory: {run_dir}\nMLflow: {uri}, experiment {config.tracking.experiment}; open it by: fellrec ui{option}"
+
+
+def _evaluate(recommender: Recommender, scores: Callable[[Tensor], Tensor], stage: str) -> Evaluation:
     module = recommender.module
     with torch.no_grad(), recommender.fabric.autocast():
-        for batch in recommender.datamodule.eval_loader("test"):
+        for batch in recommender.datamodule.eval_loader(stage):
             moved = recommender.fabric.to_device(batch)
             module.add_scores(scores(moved["histories"]), moved)
-    return module.finish_evaluation("test", -1)
+    return module.finish_evaluation(stage, -1)

@@ -6,20 +6,22 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from fellrec.build import Recommender, build_data, build_recommender
-from fellrec.config import as_dict, compose, expand
+from fellrec.config import as_dict, compose, expand, flatten
+from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError
 from fellrec.records import check_new, new_run_dir, write_json
-from fellrec.runs import Run, finish_message, reference_results, rule_name
+from fellrec.runs import Run, collect, finish_message, reference_results, rule_name, table_cutoff
+from fellrec.tracking.plots import client_dots, save_png
 from fellrec.tracking.results import Comparison, RuleResult
 from fellrec.tracking.store import parent_run
-from fellrec.tracking.tables import print_comparison, write_tables
+from fellrec.tracking.tables import display_name, print_comparison, write_tables
 
 _DEFAULT_RULES = "aggregation=local,fedavg,fellrec,centralized"
 
@@ -38,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
         sys.stdout.write(json.dumps(comparison.to_dict(), indent=1) + "\n")
         return
     console = Console()
-    print_comparison(comparison, console)
+    print_comparison(comparison, console, table_cutoff(configs[0]))
     console.print(finish_message(run_dir, configs[0]), highlight=False)
 
 
@@ -56,14 +58,83 @@ def compare(configs: Sequence[DictConfig]) -> tuple[Comparison, Path]:
     """
     _check_comparable(configs)
     first = configs[0]
+    if first.run_dir:
+        check_new(Path(first.run_dir))
     data = build_data(first)
+    recommenders = _Recommenders(data)
+    recommenders.of(first)
     run_dir = new_run_dir(first.run_dir, f"{first.data.name}-compare")
-    recommenders = _Shared()
-    results: list[RuleResult] = []
-    with parent_run(first.tracking.uri, first.tracking.experiment, run_dir.name) as parent_id:
-        for config in configs:
-            recommender = recommenders.get(config, data)
-            config.run_dir = str(run_dir / f"{rule_name(config)}-s{config.seed}")
-            results.append(Run(config, recommender, parent_id).execute())
-        ...
+    tags = {"data": data.name, "kind": "comparison"}
+    with parent_run(first.tracking.uri, first.tracking.experiment, run_dir.name, tags) as (parent_id, client):
+        learned = [_one(config, recommenders, run_dir, parent_id) for config in configs]
+        references = reference_results(recommenders.of(first), first.seed)
+        comparison = collect(recommenders.of(first), [*learned, *references])
+        write_outputs(comparison, run_dir, table_cutoff(first))
+        client.log_artifacts(parent_id, str(run_dir / "comparison"))
     return comparison, run_dir
+
+
+def write_outputs(comparison: Comparison, run_dir: Path, cutoff: int) -> None:
+    """Write the table, the JSON and the figure into ``run_dir/comparison``."""
+    folder = run_dir / "comparison"
+    folder.mkdir(exist_ok=True)
+    write_tables(comparison, folder, cutoff)
+    write_json(folder / "comparison.json", comparison.to_dict())
+    metric = f"ndcg_at_{cutoff}"
+    dots = {
+        display_name(rule): torch.stack([r.evaluation.per_client[metric] for r in comparison.of_rule(rule)])
+        .mean(dim=0)
+        .tolist()
+        for rule in comparison.rules("learned")
+    }
+    references = {
+        display_name(rule): comparison.mean_and_sd(rule, f"{metric}/mean")[0] for rule in comparison.rules("reference")
+    }
+    save_png(client_dots(dots, f"NDCG@{cutoff}", references), folder / "clients.png")
+
+
+class _Recommenders:
+    """One recommender at a time, shared by all runs that differ in their rule only."""
+
+    def __init__(self, data: PreparedData) -> None:
+        self._data = data
+        self._current: tuple[str, Recommender] | None = None
+
+    def of(self, config: DictConfig) -> Recommender:
+        """The recommender of a configuration; the backbone is loaded again only if something but the rule changed."""
+        plain = as_dict(config)
+        key = repr([plain[name] for name in ("backbone", "adapter", "split", "objective", "ranker", "trainer", "seed")])
+        if self._current is None or self._current[0] != key:
+            self._current = None  # the old backbone goes before the new one comes
+            self._current = (key, build_recommender(config, self._data))
+        return self._current[1]
+
+
+def _one(config: DictConfig, recommenders: _Recommenders, run_dir: Path, parent_id: str) -> RuleResult:
+    name = f"{rule_name(config)}-s{config.seed}"
+    own = OmegaConf.merge(config, {"run_dir": str(run_dir / name)})
+    assert isinstance(own, DictConfig)
+    return Run(own, recommenders.of(config), parent_id).execute()
+
+
+def _check_comparable(configs: Sequence[DictConfig]) -> None:
+    """Refuse comparisons over anything but rules and seeds.
+
+    Raises:
+        ConfigError: Naming the settings that differ.
+    """
+    flat = [flatten(as_dict(config)) for config in configs]
+    keys = dict.fromkeys(key for settings in flat for key in settings)
+    differing = [key for key in keys if len({repr(settings.get(key)) for settings in flat}) > 1]
+    other = [key for key in differing if key != "seed" and not key.startswith("aggregation.")]
+    if other:
+        raise ConfigError(
+            f"compare varies aggregation and seed only, not {', '.join(other)}; use fellrec train -m for other sweeps"
+        )
+    names = [(rule_name(config), config.seed) for config in configs]
+    twice = sorted({name for name, seed in names if names.count((name, seed)) > 1})
+    if twice:
+        raise ConfigError(
+            f"{', '.join(twice)} would run twice with the same seed; compare one setting of a rule at a time "
+            "or use fellrec train -m"
+        )

@@ -14,7 +14,7 @@ from fellrec.build import build_data, build_loop, build_recommender
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError
 from fellrec.federated.checkpoint import load_state
-from fellrec.runs import reference_results, rule_name
+from fellrec.runs import collect, reference_results, rule_name
 from fellrec.tracking.results import Comparison, RuleResult
 from fellrec.tracking.tables import print_comparison
 
@@ -52,7 +52,7 @@ def evaluate(run_dir: Path, stage: str) -> Comparison:
     evaluation = loop.evaluate(stage, loop.state.selection.round_index, bank, rows)
     best_round = loop.state.selection.round_index
     result = RuleResult(rule_name(config), config.seed, "learned", evaluation, best_round=best_round)
-    return Comparison.of(data, [result, *reference_results(recommender, config.seed, stage)])
+    return collect(recommender, [result, *reference_results(recommender, config.seed, stage)])
 
 
 def _check_same_data(run_dir: Path, data: PreparedData) -> None:

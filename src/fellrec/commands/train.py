@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,8 +17,8 @@ from fellrec.build import build_data, build_recommender
 from fellrec.config import compose, expand
 from fellrec.errors import ConfigError
 from fellrec.layout import conf_dir
-from fellrec.runs import Run, finish_message
-from fellrec.tracking.results import Comparison
+from fellrec.records import check_new
+from fellrec.runs import Run, collect, finish_message, reference_results, table_cutoff
 from fellrec.tracking.tables import print_comparison
 
 
@@ -42,16 +43,18 @@ def train(config: DictConfig, output_format: str = "table") -> None:
         config: The composed configuration.
         output_format: ``"table"`` or ``"json"``.
     """
-    run = Run(config)
+    if not config.resume and config.run_dir:
+        check_new(Path(config.run_dir))
     data = build_data(config)
     recommender = build_recommender(config, data)
-    result = run.execute(recommender)
-    comparison = Comparison.of(data, [result, *run.reference_results(recommender)])
+    run = Run(config, recommender)
+    result = run.execute()
+    comparison = collect(recommender, [result, *reference_results(recommender, config.seed)])
     if output_format == "json":
         sys.stdout.write(json.dumps(comparison.to_dict(), indent=1) + "\n")
         return
     console = Console()
-    print_comparison(comparison, console)
+    print_comparison(comparison, console, table_cutoff(config))
     console.print(finish_message(run.run_dir, config), highlight=False)
 
 
@@ -74,6 +77,7 @@ def _multirun(overrides: Sequence[str]) -> None:
 
     for combination in expand(overrides):
         compose(combination)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back to the CLI, which words them
     sys.argv = ["fellrec train", "--multirun", *overrides]
     decorate: Callable[[Any], Any] = hydra.main(str(conf_dir()), "config", version_base="1.3")
     decorate(train)()

@@ -131,9 +131,7 @@ def _key(reader: Reader, settings: DataSettings, holdout: Holdout, partition: Pa
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 
 
-def _prepare(
-    reader: Reader, settings: DataSettings, holdout: Holdout, partition: Partition, key: str
-) -> PreparedData:
+def _prepare(reader: Reader, settings: DataSettings, holdout: Holdout, partition: Partition, key: str) -> PreparedData:
     raw, num_duplicates = clean(reader.read(), settings.on_empty_title)
     counts = {f"{name}_as_read": count for name, count in _counts(raw.interactions).items()}
     kept = k_core(raw.interactions, settings.core)
@@ -179,14 +177,16 @@ def _index(
     raw: RawData, kept: pd.DataFrame, settings: DataSettings
 ) -> tuple[Catalogue, pd.DataFrame, Ragged, NDArray[np.float64]]:
     """Replace ids by indices in the order of the item and user files; sort each user by time."""
-    rated = raw.items[raw.items["item_id"].isin(kept["item_id"])].reset_index(drop=True)
-    users = raw.users[raw.users["user_id"].isin(kept["user_id"])].reset_index(drop=True)
+    item_codes, item_ids = pd.factorize(kept["item_id"])  # comparing a million ids as text would take seconds
+    user_codes, user_ids = pd.factorize(kept["user_id"])
+    rated = raw.items[raw.items["item_id"].isin(item_ids)].reset_index(drop=True)
+    users = raw.users[raw.users["user_id"].isin(user_ids)].reset_index(drop=True)
     if settings.max_users is not None and settings.max_users < len(users):
         generator = np.random.default_rng(derive_seed(settings.seed, "max_users"))
         chosen = np.sort(generator.choice(len(users), size=settings.max_users, replace=False))
         users = users.iloc[chosen].reset_index(drop=True)
-    item = pd.Index(rated["item_id"]).get_indexer(kept["item_id"])
-    user = pd.Index(users["user_id"]).get_indexer(kept["user_id"])
+    item = pd.Index(rated["item_id"]).get_indexer(pd.Index(item_ids))[item_codes]
+    user = pd.Index(users["user_id"]).get_indexer(pd.Index(user_ids))[user_codes]
     time = kept["timestamp"].to_numpy(dtype=np.float64)
     inside = user >= 0
     user, item, time = user[inside], item[inside], time[inside]
@@ -289,7 +289,9 @@ def _save(data: PreparedData, folder: Path) -> None:
     draft = folder.with_name(f".{folder.name}-{os.getpid()}")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    arrays = {f"{name}_{part}": getattr(getattr(data, name), part) for name in _RAGGED for part in ("values", "offsets")}
+    arrays = {
+        f"{name}_{part}": getattr(getattr(data, name), part) for name in _RAGGED for part in ("values", "offsets")
+    }
     np.savez(draft / "arrays.npz", train_targets=data.train_targets, client_of_user=data.client_of_user, **arrays)
     catalogue = data.catalogue
     items = pd.DataFrame({"item_id": catalogue.item_ids, "title": catalogue.titles})

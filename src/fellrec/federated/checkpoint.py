@@ -111,7 +111,9 @@ def _optimizer_tensors(
     }
 
 
-def _optimizer_states(tensors: Mapping[str, Tensor], trainable: Mapping[str, nn.Parameter]) -> dict[int, OptimizerState]:
+def _optimizer_states(
+    tensors: Mapping[str, Tensor], trainable: Mapping[str, nn.Parameter]
+) -> dict[int, OptimizerState]:
     states: dict[int, OptimizerState] = {}
     for path, tensor in tensors.items():
         client, name, key = path.split("|")

@@ -46,7 +46,7 @@ def check_cutoffs(cutoffs: Sequence[int], num_items: int) -> tuple[int, ...]:
     return tuple(sorted(set(cutoffs)))
 
 
-def target_ranks(  # noqa: PLR0917 - one tensor per ragged side; a record would hide what is needed
+def target_ranks(
     scores: Tensor,
     target_rows: Tensor,
     target_items: Tensor,

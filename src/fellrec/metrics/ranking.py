@@ -37,7 +37,7 @@ class RankingMetric(Metric):
         self.add_state("ranks", default=[], dist_reduce_fx="cat")
         self.add_state("num_targets", default=[], dist_reduce_fx="cat")
 
-    def update(  # noqa: PLR0917 - mirrors fellrec.functional.ranking.target_ranks
+    def update(
         self,
         scores: Tensor,
         target_rows: Tensor,

@@ -30,7 +30,9 @@ class AdapterBank:
     @classmethod
     def replicate(cls, adapter: Adapter, num_clients: int) -> AdapterBank:
         """A bank in which every client has a copy of ``adapter``."""
-        return cls({name: tensor.detach().cpu().expand(num_clients, *tensor.shape).clone() for name, tensor in adapter.items()})
+        return cls(
+            {name: tensor.detach().cpu().expand(num_clients, *tensor.shape).clone() for name, tensor in adapter.items()}
+        )
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))

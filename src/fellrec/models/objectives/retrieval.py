@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from fellrec.data.schema import Catalogue
 from fellrec.errors import BackboneError, ConfigError, unknown

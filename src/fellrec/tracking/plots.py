@@ -1,0 +1,82 @@
+"""Figures: heat-maps of matrices between clients, and the comparison of rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MOST_NUMBERS = 12
+"""Largest matrix whose cells are labelled with numbers."""
+
+
+def heat_map(matrix: Sequence[Sequence[float]], clients: Sequence[int], title: str, is_mixing: bool) -> Figure:
+    """A square matrix between clients.
+
+    Args:
+        matrix: ``[N, N]``, receiver by sender for a mixing matrix.
+        clients: Index of each row and column.
+        title: Above the figure.
+        is_mixing: Whether rows are receivers and columns senders.
+    """
+    values = np.asarray(matrix)
+    figure, axes = _new(4.6, 4.0)
+    image = axes.imshow(values, cmap="viridis", vmin=min(0.0, float(values.min())), vmax=max(1e-9, float(values.max())))
+    if len(clients) <= 40:
+        axes.set_xticks(range(len(clients)), clients)
+        axes.set_yticks(range(len(clients)), clients)
+    axes.set_xlabel("sender" if is_mixing else "client")
+    axes.set_ylabel("receiver" if is_mixing else "client")
+    axes.set_title(title, fontsize=10)
+    if len(clients) <= _MOST_NUMBERS:
+        middle = (values.min() + values.max()) / 2
+        for (row, column), value in np.ndenumerate(values):
+            colour = "black" if value > middle else "white"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+    figure.colorbar(image, ax=axes, shrink=0.85)
+    return figure
+
+
+def client_dots(values: Mapping[str, Sequence[float]], metric: str, references: Mapping[str, float]) -> Figure:
+    """One dot per client and rule, the mean as a bar, reference rankers as dashed lines.
+
+    Args:
+        values: Rule → the metric of each client.
+        metric: Axis label.
+        references: Reference ranker → its mean over clients.
+    """
+    figure, axes = _new(1.6 + 1.1 * max(4, len(values)), 4.0)
+    for position, per_client in enumerate(values.values()):
+        spread = np.linspace(-0.18, 0.18, len(per_client)) if len(per_client) > 1 else np.zeros(1)
+        axes.scatter(position + spread, per_client, s=22, c=range(len(per_client)), cmap="tab10", vmax=10, zorder=3)
+        axes.hlines(float(np.nanmean(per_client)), position - 0.3, position + 0.3, color="black", linewidth=1.5)
+    for name, value in references.items():
+        axes.axhline(value, linestyle="--", linewidth=0.8, color="grey")
+        axes.annotate(
+            name, (1.0, value), xycoords=("axes fraction", "data"), xytext=(3, 0), textcoords="offset points",
+            fontsize=8, color="grey", va="center",
+        )  # fmt: skip
+    axes.set_xticks(range(len(values)), list(values))
+    axes.set_ylabel(metric)
+    axes.set_ylim(bottom=0)
+    axes.set_title("one dot per client, bar: mean over clients", fontsize=9)
+    return figure
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write the figure as PNG."""
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def _new(width: float, height: float):  # type: ignore[no-untyped-def]
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()

@@ -1,0 +1,148 @@
+"""Results of runs and of comparisons: figures that the table, the JSON output and MLflow share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from fellrec.functional.balance import gain
+from fellrec.types import Evaluation
+
+
+@dataclass(frozen=True)
+class RuleResult:
+    """One run of one rule, or one reference ranker.
+
+    Attributes:
+        rule: Name.
+        seed: Of the run.
+        kind: ``"learned"`` or ``"reference"``.
+        evaluation: Of the test holdout (or the one that was asked for).
+        seconds_per_round: Training and aggregation; ``None`` for reference rankers.
+        total_seconds: The whole run, evaluation included.
+        peak_memory_bytes: Largest resident memory of the process by the end of this run.
+        best_round: The round whose adapters were tested; -1 is the start.
+        run_id: Of the MLflow run.
+    """
+
+    rule: str
+    seed: int
+    kind: str
+    evaluation: Evaluation
+    seconds_per_round: float | None = None
+    total_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    best_round: int | None = None
+    run_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several rules and seeds on one partition.
+
+    Attributes:
+        data: Name of the data set.
+        users_per_client: Of the partition.
+        num_items: Items that are ranked.
+        results: In the order in which they ran.
+        baseline: The rule that gains are measured against.
+    """
+
+    data: str
+    users_per_client: Sequence[int]
+    num_items: int
+    results: Sequence[RuleResult]
+    baseline: str = field(default="local")
+
+    @property
+    def stage(self) -> str:
+        """The holdout that was scored."""
+        return self.results[0].evaluation.stage
+
+    def rules(self, kind: str) -> list[str]:
+        """Names of the rules of one kind, in order."""
+        return list(dict.fromkeys(result.rule for result in self.results if result.kind == kind))
+
+    def of_rule(self, rule: str) -> list[RuleResult]:
+        """The results of one rule, one per seed."""
+        return [result for result in self.results if result.rule == rule]
+
+    def mean_and_sd(self, rule: str, figure: str) -> tuple[float, float]:
+        """Mean and sample standard deviation over seeds of a figure of the summary; the latter is 0 for one seed."""
+        values = [result.evaluation.summary[figure] for result in self.of_rule(rule)]
+        return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+    def gain(self, rule: str, metric: str) -> float | None:
+        """Mean over clients and seeds of the difference to the baseline, paired by client and seed."""
+        gains = [
+            gain(result.evaluation.per_client[metric], base.evaluation.per_client[metric])["gain_mean"]
+            for result in self.of_rule(rule)
+            for base in self.of_rule(self.baseline)
+            if base.seed == result.seed
+        ]
+        return float(np.mean(gains)) if gains else None
+
+    def difference(self, rule: str, other: str, metric: str) -> list[float]:
+        """Per client, mean over seeds of ``rule`` minus ``other``, paired by seed; empty if there are no pairs."""
+        pairs = [
+            result.evaluation.per_client[metric] - base.evaluation.per_client[metric]
+            for result in self.of_rule(rule)
+            for base in self.of_rule(other)
+            if base.seed == result.seed
+        ]
+        return torch.stack(pairs).mean(dim=0).tolist() if pairs else []
+
+    def seconds_per_round(self, rule: str) -> float | None:
+        """Mean over seeds; ``None`` for reference rankers."""
+        seconds = [value for result in self.of_rule(rule) if (value := result.seconds_per_round) is not None]
+        return float(np.mean(seconds)) if seconds else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON-ready values; the figures are those of the table."""
+        rules = [*self.rules("learned"), *self.rules("reference")]
+        return {
+            "data": self.data,
+            "stage": self.stage,
+            "num_items": self.num_items,
+            "users_per_client": list(self.users_per_client),
+            "rules": {rule: self._rule_dict(rule) for rule in rules},
+        }
+
+    def _rule_dict(self, rule: str) -> dict[str, Any]:
+        results = self.of_rule(rule)
+        figures = results[0].evaluation.summary
+        metrics = results[0].evaluation.per_client
+        return {
+            "kind": results[0].kind,
+            "mean": {figure: self.mean_and_sd(rule, figure)[0] for figure in figures},
+            "sd": {figure: self.mean_and_sd(rule, figure)[1] for figure in figures},
+            "gain_over_local": {metric: self.gain(rule, metric) for metric in metrics},
+            "minus_fedavg_per_client": {metric: self.difference(rule, "fedavg", metric) for metric in metrics},
+            "seconds_per_round": self.seconds_per_round(rule),
+            "runs": [_run_dict(result) for result in results],
+        }
+
+
+def _run_dict(result: RuleResult) -> dict[str, Any]:
+    evaluation = result.evaluation
+    per_client: Mapping[str, Any] = {name: _plain(values.tolist()) for name, values in evaluation.per_client.items()}
+    return {
+        "seed": result.seed,
+        "run_id": result.run_id,
+        "best_round": result.best_round,
+        "seconds_per_round": result.seconds_per_round,
+        "total_seconds": result.total_seconds,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "summary": dict(evaluation.summary),
+        "per_client": per_client,
+    }
+
+
+def _plain(values: list[float]) -> list[float | None]:
+    """JSON has no NaN."""
+    return [None if math.isnan(value) else value for value in values]

@@ -1,0 +1,113 @@
+"""The comparison as a table: for the terminal, as Markdown and as CSV."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from fellrec.tracking.results import Comparison
+
+NAMES = {
+    "local": "local",
+    "fedavg": "FedAvg",
+    "uniform": "uniform",
+    "fellrec": "FELLRec",
+    "centralized": "centralised",
+    "random": "random",
+    "popularity": "popularity",
+    "markov": "Markov",
+    "markov_decay": "Markov, decayed",
+    "pretrained": "pretrained backbone",
+}
+"""How rules and reference rankers are called in tables; others keep their own name."""
+
+
+def display_name(rule: str) -> str:
+    """The name for tables."""
+    base, _, rest = rule.partition(" ")
+    return " ".join(part for part in (NAMES.get(base, base), rest) if part)
+
+
+def comparison_frame(comparison: Comparison, cutoff: int) -> pd.DataFrame:
+    """The table's figures as text, one row per rule.
+
+    Args:
+        comparison: Results.
+        cutoff: K of NDCG@K and Recall@K.
+    """
+    ndcg, recall = f"ndcg_at_{cutoff}", f"recall_at_{cutoff}"
+    rows = []
+    for kind in ("learned", "reference"):
+        for rule in comparison.rules(kind):
+            gain, seconds = comparison.gain(rule, ndcg), comparison.seconds_per_round(rule)
+            rows.append(
+                {
+                    "kind": kind,
+                    "rule": display_name(rule),
+                    f"NDCG@{cutoff}": _figure(comparison, rule, f"{ndcg}/mean"),
+                    "pooled": _figure(comparison, rule, f"{ndcg}/pooled"),
+                    f"Recall@{cutoff}": _figure(comparison, rule, f"{recall}/mean"),
+                    "pooled ": _figure(comparison, rule, f"{recall}/pooled"),
+                    "std": _figure(comparison, rule, f"{ndcg}/std"),
+                    "variance": f"{comparison.mean_and_sd(rule, f'{ndcg}/variance')[0]:.1e}",
+                    "worst": _figure(comparison, rule, f"{ndcg}/worst"),
+                    "gain": "" if gain is None else f"{gain:+.4f}",
+                    "s/round": "" if seconds is None else f"{seconds:.1f}",
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def print_comparison(comparison: Comparison, console: Console, cutoff: int = 10) -> None:
+    """Print the table; the best learned NDCG, Recall, spread and worst client are bold."""
+    frame = comparison_frame(comparison, cutoff)
+    clients = len(comparison.users_per_client)
+    table = Table(
+        title=f"{comparison.data}: {sum(comparison.users_per_client)} users of {clients} clients, "
+        f"{comparison.num_items} items ranked, {comparison.stage} holdout",
+        caption=f"NDCG and Recall: mean over clients | pooled over users. std, variance, worst, gain: NDCG@{cutoff} "
+        "over clients; gain: mean over local.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    columns = [name for name in frame.columns if name != "kind"]
+    for name in columns:
+        table.add_column(name.strip(), justify="left" if name == "rule" else "right", no_wrap=True)
+    best = _best(frame, cutoff)
+    previous = None
+    for _, row in frame.iterrows():
+        if previous is not None and row["kind"] != previous:
+            table.add_section()
+        previous = row["kind"]
+        table.add_row(*(f"[bold]{row[name]}[/bold]" if (row["rule"], name) in best else row[name] for name in columns))
+    console.print(table)
+
+
+def write_tables(comparison: Comparison, folder: Path, cutoff: int = 10) -> None:
+    """Write ``comparison.csv`` and ``comparison.md`` into ``folder``."""
+    frame = comparison_frame(comparison, cutoff)
+    frame.to_csv(folder / "comparison.csv", index=False)
+    shown = frame.drop(columns="kind")
+    header = [f"| {' | '.join(name.strip() for name in shown.columns)} |", "|---" * len(shown.columns) + "|"]
+    body = [f"| {' | '.join(row)} |" for row in shown.itertuples(index=False)]
+    (folder / "comparison.md").write_text("\n".join([*header, *body]) + "\n")
+
+
+def _figure(comparison: Comparison, rule: str, figure: str) -> str:
+    mean, sd = comparison.mean_and_sd(rule, figure)
+    return f"{mean:.4f} ±{sd:.4f}" if len(comparison.of_rule(rule)) > 1 else f"{mean:.4f}"
+
+
+def _best(frame: pd.DataFrame, cutoff: int) -> set[tuple[str, str]]:
+    learned = frame[frame["kind"] == "learned"]
+    if len(learned) < 2:
+        return set()
+    found = set()
+    for name in (f"NDCG@{cutoff}", "pooled", f"Recall@{cutoff}", "pooled ", "worst", "std", "variance"):
+        values = learned[name].str.split().str[0].astype(float)
+        extreme = values.min() if name in ("std", "variance") else values.max()
+        found |= {(rule, name) for rule, value in zip(learned["rule"], values, strict=True) if value == extreme}
+    return found
