@@ -78,7 +78,7 @@ def _parse(given: list[str]) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fellrec",
-        description="Federated LLM-based recommendation. Settings are Hydra overrides: GROUP=CHOICE or GROUP.KEY=VALUE.",
+        description="Federated LLM-based recommendation. Settings are Hydra overrides: GROUP=CHOICE, GROUP.KEY=VALUE.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, purpose in VERBS.items():

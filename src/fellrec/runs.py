@@ -182,7 +182,8 @@ def finish_message(run_dir: Path, config: DictConfig) -> str:
     """Where the run lies, and how to look at it."""
     uri = config.tracking.uri
     option = "" if uri == "sqlite:///mlflow.db" else f" tracking.uri={uri}"
-    return f"Run directory: {run_dir}\nMLflow: {uri}, experiment {config.tracking.experiment}; open it by: fellrec ui{option}"
+    where = f"MLflow: {uri}, experiment {config.tracking.experiment}"
+    return f"Run directory: {run_dir}\n{where}; open it by: fellrec ui{option}"
 
 
 def _evaluate(recommender: Recommender, scores: Callable[[Tensor], Tensor], stage: str) -> Evaluation:

@@ -80,6 +80,7 @@ class RoundProgress(FederatedCallback):
                 f"train loss {sum(losses) / len(losses):.4f}, val {self.metric} {self._value:.4f}, "
                 f"{record.seconds:.1f} s",
                 highlight=False,
+                soft_wrap=True,
             )
 
     def on_fit_end(self, loop: FederatedLoop) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from fellrec.build import Recommender, build_data, build_recommender
 from fellrec.config import as_dict, compose, expand, flatten
@@ -21,7 +20,7 @@ from fellrec.runs import Run, collect, finish_message, reference_results, rule_n
 from fellrec.tracking.plots import client_dots, save_png
 from fellrec.tracking.results import Comparison, RuleResult
 from fellrec.tracking.store import parent_run
-from fellrec.tracking.tables import display_name, print_comparison, write_tables
+from fellrec.tracking.tables import display_name, print_comparison, results_console, write_tables
 
 _DEFAULT_RULES = "aggregation=local,fedavg,fellrec,centralized"
 
@@ -39,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
     if options.format == "json":
         sys.stdout.write(json.dumps(comparison.to_dict(), indent=1) + "\n")
         return
-    console = Console()
+    console = results_console()
     print_comparison(comparison, console, table_cutoff(configs[0]))
     console.print(finish_message(run_dir, configs[0]), highlight=False)
 

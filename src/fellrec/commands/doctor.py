@@ -62,8 +62,8 @@ def _writable(folder: Path) -> str:
 
 
 def _tracking() -> str:
-    from fellrec.tracking.store import check_store
+    from fellrec.tracking.store import make_client
 
     uri = compose([]).tracking.uri
-    check_store(uri)
+    make_client(uri)
     return str(uri)

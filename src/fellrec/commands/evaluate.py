@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from fellrec.build import build_data, build_loop, build_recommender
 from fellrec.data.prepared import PreparedData
@@ -16,7 +15,7 @@ from fellrec.errors import ConfigError
 from fellrec.federated.checkpoint import load_state
 from fellrec.runs import collect, reference_results, rule_name
 from fellrec.tracking.results import Comparison, RuleResult
-from fellrec.tracking.tables import print_comparison
+from fellrec.tracking.tables import print_comparison, results_console
 
 
 def run(options: argparse.Namespace) -> None:
@@ -25,7 +24,7 @@ def run(options: argparse.Namespace) -> None:
     if options.format == "json":
         sys.stdout.write(json.dumps(comparison.to_dict(), indent=1) + "\n")
     else:
-        print_comparison(comparison, Console())
+        print_comparison(comparison, results_console())
 
 
 def evaluate(run_dir: Path, stage: str) -> Comparison:

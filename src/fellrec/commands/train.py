@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from fellrec.build import build_data, build_recommender
 from fellrec.config import compose, expand
@@ -19,7 +18,7 @@ from fellrec.errors import ConfigError
 from fellrec.layout import conf_dir
 from fellrec.records import check_new
 from fellrec.runs import Run, collect, finish_message, reference_results, table_cutoff
-from fellrec.tracking.tables import print_comparison
+from fellrec.tracking.tables import print_comparison, results_console
 
 
 def run(options: argparse.Namespace) -> None:
@@ -53,7 +52,7 @@ def train(config: DictConfig, output_format: str = "table") -> None:
     if output_format == "json":
         sys.stdout.write(json.dumps(comparison.to_dict(), indent=1) + "\n")
         return
-    console = Console()
+    console = results_console()
     print_comparison(comparison, console, table_cutoff(config))
     console.print(finish_message(run.run_dir, config), highlight=False)
 

@@ -308,7 +308,7 @@ def _save(data: PreparedData, folder: Path) -> None:
 def _load(folder: Path) -> PreparedData:
     scalars = json.loads((folder / "data.json").read_text())
     with np.load(folder / "arrays.npz", allow_pickle=False) as arrays:
-        ragged = {name: Ragged(arrays[f"{name}_values"], arrays[f"{name}_offsets"]) for name in _RAGGED}
+        train, valid, test = (Ragged(arrays[f"{name}_values"], arrays[f"{name}_offsets"]) for name in _RAGGED)
         train_targets, client_of_user = arrays["train_targets"], arrays["client_of_user"]
     items = pd.read_parquet(folder / "items.parquet")
     return PreparedData(
@@ -316,6 +316,8 @@ def _load(folder: Path) -> PreparedData:
         users=pd.read_parquet(folder / "users.parquet"),
         train_targets=train_targets,
         client_of_user=client_of_user,
-        **ragged,
+        train=train,
+        valid=valid,
+        test=test,
         **scalars,
     )

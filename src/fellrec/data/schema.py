@@ -117,11 +117,8 @@ def clean(raw: RawData, on_empty_title: str = "error") -> tuple[RawData, int]:
         ),
         _first(~np.isfinite(raw.interactions["timestamp"]), "timestamps are no numbers", raw.where_interaction),
     ]
-    if raw.users is not None and len(raw.users):
-        outside = ~raw.interactions["user_id"].isin(raw.users["user_id"])
-        problems.append(
-            _first(outside, "interactions are of a user that is not in the user file", raw.where_interaction)
-        )
+    outside = ~raw.interactions["user_id"].isin(raw.users["user_id"])
+    problems.append(_first(outside, "interactions are of a user who is not in the user file", raw.where_interaction))
     found = [problem for problem in problems if problem]
     if found:
         raise DataError("the data cannot be used: " + "; ".join(found))

@@ -62,9 +62,10 @@ class LocalTrainer:
         self.settings = settings
 
     def num_steps(self, client: int | None) -> int:
-        """Optimiser steps that one round of this client takes."""
+        """Optimiser steps that one round of this client takes; the pooled client may take those of all clients."""
         steps = self.settings.local_epochs * self.datamodule.num_batches(client)
-        return min(steps, self.settings.max_local_steps or steps)
+        clients = 1 if client is not None else self.datamodule.data.num_clients
+        return min(steps, clients * self.settings.max_local_steps) if self.settings.max_local_steps else steps
 
     def train(
         self, client: int, data_of: int | None, round_index: int, first_step: int, on_step: Callable[[float], None]

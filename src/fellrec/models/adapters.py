@@ -46,7 +46,7 @@ class LoraAdapter:
     """
 
     def __init__(
-        self, rank: int = 8, alpha: float = 16, dropout: float = 0.05, target_modules: Sequence[str] | None = None
+        self, rank: int = 8, alpha: int = 16, dropout: float = 0.05, target_modules: Sequence[str] | None = None
     ) -> None:
         if rank < 1:
             raise ConfigError(f"adapter.rank={rank} must be at least 1")
@@ -88,7 +88,7 @@ class LoraAdapter:
         """Write PEFT's own format, which ``PeftModel.from_pretrained`` loads."""
         assert self._config is not None, "attach comes before save"
         folder.mkdir(parents=True, exist_ok=True)
-        self._config.save_pretrained(folder)
+        self._config.save_pretrained(str(folder))
         # PEFT's names are those of the wrapped model: base_model.model.<name>.
         tensors = get_peft_model_state_dict(model, adapter_name=_NAME)
         named = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +21,7 @@ NAMES = {
     "popularity": "popularity",
     "markov": "Markov",
     "markov_decay": "Markov, decayed",
-    "pretrained": "pretrained backbone",
+    "pretrained": "pretrained base",
 }
 """How rules and reference rankers are called in tables; others keep their own name."""
 
@@ -29,6 +30,12 @@ def display_name(rule: str) -> str:
     """The name for tables."""
     base, _, rest = rule.partition(" ")
     return " ".join(part for part in (NAMES.get(base, base), rest) if part)
+
+
+def results_console() -> Console:
+    """Standard output; as wide as the table needs where it is no terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
 
 
 def comparison_frame(comparison: Comparison, cutoff: int) -> pd.DataFrame:
@@ -71,6 +78,8 @@ def print_comparison(comparison: Comparison, console: Console, cutoff: int = 10)
         caption=f"NDCG and Recall: mean over clients | pooled over users. std, variance, worst, gain: NDCG@{cutoff} "
         "over clients; gain: mean over local.",
         title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
         caption_justify="left",
     )
     columns = [name for name in frame.columns if name != "kind"]

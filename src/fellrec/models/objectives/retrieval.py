@@ -5,65 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fellrec.data.schema import Catalogue
+from fellrec.data.text import TokenizedTexts, compact, repeat_row
 from fellrec.errors import BackboneError, ConfigError, unknown
 from fellrec.models.split import SplitModel
 
 ITEM_ENCODERS = ("tokens", "encoded")
-
-
-class ItemText:
-    """The catalogue as token ids, made once per run.
-
-    Args:
-        tokenizer: Hugging Face tokenizer of the backbone.
-        texts: One text per item.
-        max_tokens: Longest text in tokens; longer ones are cut on the right.
-
-    Attributes:
-        tokens: ``[I, max length]`` int64, padded with 0 on the right.
-        lengths: ``[I]`` int64, at least 1.
-    """
-
-    def __init__(self, tokenizer: Any, texts: Sequence[str], max_tokens: int) -> None:
-        encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        rows = [ids[:max_tokens] for ids in encoded]
-        self.lengths = torch.tensor([len(ids) for ids in rows])
-        if int(self.lengths.min()) == 0:
-            empty = int(self.lengths.argmin())
-            raise BackboneError(f"item {empty} has no tokens: the tokenizer turns {texts[empty]!r} into nothing")
-        self.tokens = torch.zeros(len(rows), int(self.lengths.max()), dtype=torch.long)
-        flat = torch.tensor([token for ids in rows for token in ids])
-        self.inside = torch.arange(self.tokens.shape[1])[None, :] < self.lengths[:, None]
-        self.tokens[self.inside] = flat
-
-    def concatenate(self, items: Tensor, prefix: int | None) -> tuple[Tensor, Tensor]:
-        """Write the texts of each row's items one after the other.
-
-        Args:
-            items: ``[B, H]`` int64, padded with -1 on the right.
-            prefix: Token id put before every row (such as BOS), or ``None``.
-
-        Returns:
-            Token ids ``[B, L]``, right-padded with 0, and for every item the index of its last token ``[B, H]``.
-        """
-        known = items >= 0
-        lengths = torch.where(known, self.lengths[items.clamp(min=0)], 0)
-        skip = 0 if prefix is None else 1
-        ends = lengths.cumsum(dim=1) - 1 + skip
-        ids = torch.zeros(len(items), int(ends[:, -1].max()) + 1, dtype=torch.long)
-        if prefix is not None:
-            ids[:, 0] = prefix
-        inside = self.inside[items.clamp(min=0)] & known[:, :, None]
-        row, column, offset = inside.nonzero(as_tuple=True)
-        start = ends - lengths + 1
-        ids[row, start[row, column] + offset] = self.tokens[items[row, column], offset]
-        return ids, ends
 
 
 class RetrievalObjective:
@@ -106,10 +57,10 @@ class RetrievalObjective:
             raise ConfigError(f"objective.temperature={temperature} must be above 0")
         self.temperature = temperature
         self.item_encoder = item_encoder
-        self.prefix = tokenizer.bos_token_id
+        self.prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         lines = [f"{text}\n" for text in catalogue.texts(history_fields)]
-        self.history_text = ItemText(tokenizer, lines, max_title_tokens)
-        self.item_text = ItemText(tokenizer, catalogue.texts(item_fields), max_title_tokens)
+        self.history_text = TokenizedTexts(tokenizer, lines, max_title_tokens)
+        self.item_text = TokenizedTexts(tokenizer, catalogue.texts(item_fields), max_title_tokens)
         self.max_tokens = int(self.history_text.lengths.max()) * max_history + 1
 
     def check(self, model: SplitModel) -> None:
@@ -137,9 +88,16 @@ class RetrievalObjective:
             predicted ``targets [T]``.
         """
         history = items[:, :-1].masked_fill(items[:, 1:] < 0, -1)
-        ids, ends = self.history_text.concatenate(history, self.prefix)
+        ids, ends = self._history_tokens(history)
         row, column = is_target[:, 1:].nonzero(as_tuple=True)
         return {"input_ids": ids, "rows": row, "columns": ends[row, column], "targets": items[row, column + 1]}
+
+    def _history_tokens(self, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids ``[B, L]`` of histories ``[B, H]``, and where each title ends in them ``[B, H]``."""
+        before, tokens = repeat_row(self.prefix, len(items)), self.history_text.of(items)
+        ids, positions = compact(torch.cat([before[0], tokens[0]], dim=1), torch.cat([before[1], tokens[1]], dim=1))
+        width = self.history_text.tokens.shape[1]
+        return ids, positions[:, len(self.prefix) + width - 1 :: width]
 
     def loss(self, model: SplitModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """Sum of the negative log-likelihood over the batch's targets, and their number."""
@@ -174,13 +132,8 @@ class RetrievalObjective:
             model: The backbone with a client's adapter in it.
             histories: ``[B, H]`` int64, oldest first, padded with -1 on the right, at least one item a row.
         """
-        ids, ends = self.history_text.concatenate(histories, self.prefix)
+        ids, ends = self._history_tokens(histories.cpu())
         device = model.model.get_input_embeddings().weight.device
         hidden_BLD = model(ids.to(device))
-        last = ends[torch.arange(len(ends)), (histories >= 0).sum(dim=1) - 1].to(device)
+        last = ends[:, -1].to(device)  # the end of the newest title: padding adds nothing
         return F.normalize(hidden_BLD[torch.arange(len(last), device=device), last].float(), dim=-1)
-
-
-def as_tensors(items: np.ndarray, is_target: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Training rows as tensors that share memory with the arrays."""
-    return torch.from_numpy(items), torch.from_numpy(is_target)

@@ -1,0 +1,139 @@
+"""The generative family: a causal LM writes the title of the next item after an instruction and the history."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fellrec.data.prompts import PromptTemplate
+from fellrec.data.schema import Catalogue
+from fellrec.data.text import TokenizedTexts, compact, repeat_row
+from fellrec.errors import BackboneError, ConfigError
+from fellrec.models.split import SplitModel
+
+
+class GenerativeObjective:
+    """Mean negative log-likelihood of the target title's tokens and its end, and of nothing else (METHOD §1).
+
+    Prompts are put together from pieces that are tokenised once: the instruction, one line per title, the answer's
+    beginning. The same function makes them for training and for inference.
+
+    Args:
+        tokenizer: Hugging Face tokenizer of the backbone.
+        catalogue: The items.
+        max_history: Longest history in items.
+        max_tokens: Longest prompt with its answer in tokens; the oldest titles are dropped, never the instruction.
+        max_title_tokens: Longest title in tokens.
+        template: Wording of the prompt.
+
+    Raises:
+        ConfigError: If ``max_tokens`` leaves no room for a single title of history.
+        BackboneError: If the tokenizer has no end token.
+    """
+
+    one_target_per_row = True
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        catalogue: Catalogue,
+        max_history: int = 10,
+        max_tokens: int = 512,
+        max_title_tokens: int = 24,
+        template: PromptTemplate | None = None,
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise BackboneError("objective=generative needs a tokenizer with an end-of-sequence token")
+        self.tokenizer = tokenizer
+        self.catalogue = catalogue
+        self.template = template or PromptTemplate()
+        self.max_history = max_history
+        self.max_tokens = max_tokens
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.before = bos + tokenizer(self.template.before, add_special_tokens=False)["input_ids"]
+        self.after = tokenizer(self.template.after, add_special_tokens=False)["input_ids"]
+        self.lines = TokenizedTexts(tokenizer, self.template.history_lines(catalogue.titles), max_title_tokens + 8)
+        self.titles = _with_end(TokenizedTexts(tokenizer, catalogue.titles, max_title_tokens), tokenizer.eos_token_id)
+        self._room = max_tokens - len(self.before) - len(self.after) - int(self.titles.lengths.max())
+        if self._room < int(self.lines.lengths.max()):
+            raise ConfigError(
+                f"objective.max_tokens={max_tokens} leaves {self._room} tokens for the history beside instruction and "
+                f"answer; one title can take {int(self.lines.lengths.max())}"
+            )
+
+    def check(self, model: SplitModel) -> None:
+        """Refuse a backbone whose context is too short for the longest possible prompt.
+
+        Raises:
+            BackboneError: With both numbers.
+        """
+        context = getattr(model.model.config, "max_position_embeddings", None)
+        longest = self.max_tokens - self._room + min(self._room, self.max_history * int(self.lines.lengths.max()))
+        if context is not None and longest > context:
+            raise BackboneError(
+                f"a prompt with its answer can have {longest} tokens, the backbone's context is {context}; "
+                f"lower objective.max_tokens to {context} or less"
+            )
+
+    def prompts(self, histories: Tensor) -> tuple[Tensor, Tensor]:
+        """Prompts up to where the answer begins.
+
+        Args:
+            histories: ``[B, H]`` int64, oldest first, padded with -1 on the right.
+
+        Returns:
+            Token ids ``[B, L]``, right-padded with 0, and lengths ``[B]``.
+        """
+        tokens, inside = self._prompt_pieces(histories)
+        ids, positions = compact(tokens, inside)
+        return ids, positions[:, -1] + 1
+
+    def collate(self, items: Tensor, is_target: Tensor) -> dict[str, Tensor]:
+        """Turn training rows into a batch.
+
+        Args:
+            items: ``[B, W + 1]`` int64, padded with -1 on the right; the last item is the target.
+            is_target: ``[B, W + 1]`` bool, true for that item.
+
+        Returns:
+            ``input_ids [B, L]``; the positions ``rows [T]``, ``columns [T]`` whose next token is one of the target
+            title, and these tokens ``targets [T]``.
+        """
+        row = torch.arange(len(items))
+        last = is_target.long().argmax(dim=1)
+        answer, answer_inside = self.titles.of(items[row, last][:, None])
+        tokens, inside = self._prompt_pieces(items.masked_fill(is_target, -1))
+        ids, positions = compact(torch.cat([tokens, answer], dim=1), torch.cat([inside, answer_inside], dim=1))
+        rows, column = answer_inside.nonzero(as_tuple=True)
+        columns = positions[rows, tokens.shape[1] + column]
+        return {"input_ids": ids, "rows": rows, "columns": columns - 1, "targets": answer[rows, column]}
+
+    def loss(self, model: SplitModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        """Sum of the negative log-likelihood of the target titles' tokens, and their number."""
+        hidden_BLD = model(batch["input_ids"])
+        logits_TV = model.lm_head(hidden_BLD[batch["rows"], batch["columns"]]).float()
+        return F.cross_entropy(logits_TV, batch["targets"], reduction="sum"), len(batch["targets"])
+
+    def _prompt_pieces(self, histories: Tensor) -> tuple[Tensor, Tensor]:
+        histories = self._drop_oldest(histories)
+        pieces = [repeat_row(self.before, len(histories)), self.lines.of(histories)]
+        pieces.append(repeat_row(self.after, len(histories)))
+        return torch.cat([tokens for tokens, _ in pieces], dim=1), torch.cat([inside for _, inside in pieces], dim=1)
+
+    def _drop_oldest(self, histories: Tensor) -> Tensor:
+        """Forget the oldest titles that do not fit."""
+        lengths = torch.where(histories >= 0, self.lines.lengths[histories.clamp(min=0)], 0)
+        from_newest = lengths.flip(1).cumsum(dim=1).flip(1)
+        return histories.masked_fill(from_newest > self._room, -1)
+
+
+def _with_end(texts: TokenizedTexts, end: int) -> TokenizedTexts:
+    """The same texts, each with the end token after it."""
+    texts.tokens = F.pad(texts.tokens, (0, 1))
+    texts.tokens[torch.arange(len(texts.lengths)), texts.lengths] = end
+    texts.lengths = texts.lengths + 1
+    texts.inside = torch.arange(texts.tokens.shape[1])[None, :] < texts.lengths[:, None]
+    return texts

@@ -1,0 +1,108 @@
+"""Title likelihood: every title of the catalogue is scored as the answer to the prompt."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fellrec.data.text import pad_left
+from fellrec.errors import ConfigError, unknown
+from fellrec.models.objectives.generative import GenerativeObjective
+from fellrec.models.split import SplitModel
+
+NORMALISE = ("mean", "sum")
+
+
+class LikelihoodRanker:
+    """Log-likelihood of each title's tokens after the prompt, which is computed once per user.
+
+    The prompt's keys and values are kept and shared by all titles. The model runs whole: with a cache, nothing crosses
+    a cut here.
+
+    Args:
+        objective: The objective that the model was trained with; it makes the prompts.
+        normalise: ``"mean"`` over a title's tokens, or their ``"sum"``, which prefers short titles.
+        max_batch_tokens: Tokens of prompts and titles in one forward pass.
+
+    Raises:
+        ConfigError: For an unknown ``normalise``.
+    """
+
+    def __init__(self, objective: GenerativeObjective, normalise: str = "mean", max_batch_tokens: int = 65536) -> None:
+        if normalise not in NORMALISE:
+            raise ConfigError(unknown("ranker.normalise", normalise, NORMALISE))
+        self.objective = objective
+        self.normalise = normalise
+        self.max_batch_tokens = max_batch_tokens
+
+    def refresh(self, model: SplitModel) -> None:
+        """Nothing is kept between adapters."""
+
+    @torch.no_grad()
+    def scores(self, model: SplitModel, histories: Tensor) -> Tensor:
+        """Score all items for each history.
+
+        Args:
+            model: The backbone with a client's adapter in it.
+            histories: ``[B, H]`` int64, oldest first, padded with -1 on the right.
+
+        Returns:
+            ``[B, I]`` float32, higher is better.
+        """
+        device = model.model.get_input_embeddings().weight.device
+        ids, lengths = self.objective.prompts(histories.cpu())
+        num_items, width = self.objective.titles.tokens.shape
+        rows = max(1, self.max_batch_tokens // (ids.shape[1] + width))
+        users = max(1, rows // num_items)
+        parts = []
+        for first in range(0, len(ids), users):
+            prompt = pad_left(ids[first : first + users], lengths[first : first + users])
+            parts.append(self._score_users(model.model, *(tensor.to(device) for tensor in prompt), rows))
+        return torch.cat(parts)
+
+    def _score_users(self, lm: Any, ids: Tensor, mask: Tensor, rows: int) -> Tensor:
+        """Scores ``[b, I]`` for a few left-padded prompts ``[b, L]``."""
+        position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        prompt = lm(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=True, logits_to_keep=1)
+        first_logp_bV = prompt.logits[:, -1].float().log_softmax(dim=-1)
+        chunk = max(1, rows // len(ids))
+        titles = self.objective.titles
+        scores = [
+            self._score_titles(
+                lm,
+                copy.deepcopy(prompt.past_key_values),
+                mask,
+                first_logp_bV,
+                titles.tokens[start : start + chunk].to(ids.device),
+                titles.inside[start : start + chunk].to(ids.device),
+            )
+            for start in range(0, len(titles.tokens), chunk)
+        ]
+        return torch.cat(scores, dim=1)
+
+    def _score_titles(
+        self, lm: Any, cache: Any, mask: Tensor, first_logp: Tensor, titles: Tensor, inside: Tensor
+    ) -> Tensor:
+        """Scores ``[b, n]`` of ``n`` titles after each of ``b`` cached prompts."""
+        num_users, num_titles = len(mask), len(titles)
+        cache.batch_repeat_interleave(num_titles)
+        inputs, inside_all = titles.repeat(num_users, 1), inside.repeat(num_users, 1)
+        full_mask = torch.cat([mask.repeat_interleave(num_titles, dim=0), inside_all.long()], dim=1)
+        position_ids = (full_mask.cumsum(dim=1) - 1).clamp(min=0)[:, mask.shape[1] :]
+        # The last token of a title predicts nothing that is scored, so it is not fed.
+        logits = lm(
+            input_ids=inputs[:, :-1],
+            attention_mask=full_mask[:, :-1],
+            position_ids=position_ids[:, :-1],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        later = logits.float().log_softmax(dim=-1).gather(2, inputs[:, 1:, None])[:, :, 0]
+        first = first_logp[:, titles[:, 0]].reshape(-1, 1)
+        logp = torch.cat([first, later], dim=1).masked_fill(~inside_all, 0.0).sum(dim=1)
+        if self.normalise == "mean":
+            logp = logp / inside_all.sum(dim=1)
+        return logp.reshape(num_users, num_titles)
