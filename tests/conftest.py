@@ -1,0 +1,44 @@
+"""What all tests share: the real data, and a synthetic run that is small enough to train in a second."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TINY = [
+    "data.reader.num_users=90",
+    "data.reader.num_items=60",
+    "data.reader.mean_length=12",
+    "partition.num_clients=3",
+    "backbone.hidden_size=16",
+    "backbone.num_layers=2",
+    "backbone.pretrain.steps=3",
+    "trainer.num_rounds=2",
+    "trainer.batch_size=16",
+]
+"""Overrides of a run that takes about a second."""
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of the real data sets, which cannot be shipped."""
+    folder = Path(os.environ.get("FELLREC_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"needs the real data: {folder} is absent; set FELLREC_TEST_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache of prepared data and backbones for the whole session."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def tiny_overrides(cache: Path) -> list[str]:
+    """Overrides of a small synthetic run that uses the session's cache."""
+    return [*TINY, f"cache_dir={cache}"]

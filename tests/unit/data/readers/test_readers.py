@@ -1,0 +1,149 @@
+"""Readers on small files made here: formats agree with each other, and every bad line is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from fellrec.data.readers import AtomicReader, MovieLens1MReader, MovieLens100KReader, SyntheticReader
+from fellrec.data.schema import clean
+from fellrec.errors import ConfigError, DataError
+
+INTER = "user_id:token\titem_id:token\ttimestamp:float\nu1\ti1\t5\nu1\ti2\t6\nu2\ti1\t1\n"
+ITEM = 'item_id:token\tmovie_title:token_seq\tgenre:token_seq\ni1\tAmélie "2001"\tComedy Romance\ni2\tHeat\tCrime\n'
+USER = "user_id:token\tgender:token\nu1\tF\nu2\tM\n"
+
+
+@pytest.fixture
+def atomic(tmp_path: Path) -> Path:
+    for kind, text in (("inter", INTER), ("item", ITEM), ("user", USER)):
+        (tmp_path / f"films.{kind}").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def read(folder: Path) -> object:
+    return clean(AtomicReader(str(folder)).read())
+
+
+def test_atomic_files(atomic: Path) -> None:
+    raw = AtomicReader(str(atomic)).read()
+    assert raw.interactions["timestamp"].tolist() == [5.0, 6.0, 1.0]
+    assert raw.items["title"].tolist() == ['Amélie "2001"', "Heat"]
+    assert raw.users["gender"].tolist() == ["F", "M"]
+
+
+def test_without_a_user_file_the_users_are_those_of_the_interactions(atomic: Path) -> None:
+    (atomic / "films.user").unlink()
+    assert AtomicReader(str(atomic)).read().users["user_id"].tolist() == ["u1", "u2"]
+
+
+def test_the_fingerprint_follows_the_contents(atomic: Path) -> None:
+    before = AtomicReader(str(atomic)).fingerprint()
+    assert AtomicReader(str(atomic)).fingerprint() == before
+    (atomic / "films.item").write_text(ITEM + "i3\tAlien\tHorror\n", encoding="utf-8")
+    assert AtomicReader(str(atomic)).fingerprint() != before
+
+
+def test_published_1m_files_equal_atomic_ones(tmp_path: Path) -> None:
+    """The same films in the published format: ``::`` between fields, genres with bars, latin-1."""
+    published, atomic = tmp_path / "published", tmp_path / "atomic"
+    published.mkdir()
+    atomic.mkdir()
+    (published / "ratings.dat").write_bytes(b"1::10::5::978300760\n1::11::3::978300761\n2::10::4::978300762\n")
+    (published / "movies.dat").write_bytes(
+        "10::Misérables, Les (1995)::Drama|Musical\n11::Heat (1995)::Action\n".encode("latin-1")
+    )
+    (published / "users.dat").write_bytes(b"1::F::1::10::48067\n2::M::56::16::70072\n")
+    (atomic / "m.inter").write_text(
+        "user_id:token\titem_id:token\ttimestamp:float\n1\t10\t978300760\n1\t11\t978300761\n2\t10\t978300762\n"
+    )
+    (atomic / "m.item").write_text(
+        "item_id:token\tmovie_title:token_seq\tgenre:token_seq\n10\tMisérables, Les (1995)\tDrama Musical\n11\tHeat (1995)\tAction\n",
+        encoding="utf-8",
+    )
+    left, right = (MovieLens1MReader(str(folder)).read() for folder in (published, atomic))
+    pd.testing.assert_frame_equal(left.interactions, right.interactions)
+    pd.testing.assert_frame_equal(left.items, right.items)
+
+
+def test_published_100k_files(tmp_path: Path) -> None:
+    (tmp_path / "u.data").write_bytes(b"1\t1\t5\t881250949\n")
+    flags = "0|0|0|1|1|1" + "|0" * 13
+    (tmp_path / "u.item").write_bytes(f"1|Cité (1995)|01-Jan-1995||http://x|{flags}\n".encode("latin-1"))
+    (tmp_path / "u.user").write_bytes(b"1|24|M|technician|85711\n")
+    raw = MovieLens100KReader(str(tmp_path)).read()
+    assert raw.items.loc[0, ["title", "genre"]].tolist() == ["Cité (1995)", "Animation Children's Comedy"]
+    assert raw.users["occupation"].tolist() == ["technician"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        ("inter", INTER.replace("timestamp:float", "when:float"), r"films.inter:1 lacks the column timestamp"),
+        ("inter", INTER + "u2\ti2\n", r"films.inter:5 has 2 fields instead of 3 .*1 lines like that"),
+        ("inter", INTER + "u2\ti2\tsoon\n", r"films.inter:5: 'soon' is no number for timestamp"),
+        ("inter", INTER + "u2\ti9\t3\nu1\ti9\t3\n", r"2 interactions are with an item .* first at .*films.inter:5"),
+        ("inter", INTER + "u9\ti1\t3\n", r"1 interactions are of a user .* first at .*films.inter:5"),
+        ("inter", INTER.splitlines()[0] + "\n", r"there are no interactions"),
+        ("inter", "", r"films.inter is empty"),
+        ("item", ITEM.replace("Heat", " "), r"1 items have an empty title .* first at .*films.item:3"),
+        ("item", ITEM + "i1\tTwice\tDrama\n", r"1 item ids occur twice, the first at .*films.item:4"),
+        ("item", ITEM.replace("movie_title", "headline"), r"has no title: unknown column 'title or"),
+        ("item", "item_id:token\ttitle:token_seq\ni1\n", r"films.item:2 has 1 fields instead of 2"),
+    ],
+)
+def test_bad_lines_are_named(atomic: Path, kind: str, text: str, message: str) -> None:
+    path = atomic / f"films.{kind}"
+    path.write_text(text, encoding="utf-8")
+    before = {file: file.read_bytes() for file in atomic.iterdir()}
+    with pytest.raises(DataError, match=message):
+        read(atomic)
+    assert {file: file.read_bytes() for file in atomic.iterdir()} == before
+
+
+def test_a_title_that_is_not_utf8_is_named(atomic: Path) -> None:
+    (atomic / "films.item").write_bytes(ITEM.encode("latin-1"))
+    with pytest.raises(DataError, match=r"films.item:2 is not utf-8: byte 0xe9"):
+        read(atomic)
+
+
+def test_missing_files_are_named(atomic: Path) -> None:
+    with pytest.raises(DataError, match="is no folder"):
+        read(atomic / "nowhere")
+    (atomic / "films.item").unlink()
+    with pytest.raises(DataError, match=r"films.item is missing"):
+        read(atomic)
+    (atomic / "films.inter").unlink()
+    with pytest.raises(DataError, match=r"holds 0 .inter files"):
+        read(atomic)
+    with pytest.raises(DataError, match=r"lacks ratings.dat, movies.dat, users.dat"):
+        MovieLens1MReader(str(atomic)).read()
+
+
+def test_empty_titles_can_be_allowed(atomic: Path) -> None:
+    (atomic / "films.item").write_text(ITEM.replace("Heat", ""), encoding="utf-8")
+    cleaned, _ = clean(AtomicReader(str(atomic)).read(), on_empty_title="item_id")
+    assert cleaned.items["title"].tolist()[1] == "item i2"
+
+
+def test_repeated_interactions_keep_the_last_time(atomic: Path) -> None:
+    (atomic / "films.inter").write_text(INTER + "u1\ti1\t9\nu2\ti1\t0\n", encoding="utf-8")
+    cleaned, dropped = clean(AtomicReader(str(atomic)).read())
+    assert dropped == 2
+    times = cleaned.interactions.set_index(["user_id", "item_id"])["timestamp"].to_dict()
+    assert times == {("u1", "i1"): 9.0, ("u1", "i2"): 6.0, ("u2", "i1"): 1.0}
+
+
+@pytest.mark.parametrize("settings", [{"num_items": 10}, {"num_items": 600}, {"mean_length": 300}, {"num_groups": 0}])
+def test_synthetic_settings_are_checked(settings: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="data.reader"):
+        SyntheticReader(**settings).read()
+
+
+def test_synthetic_is_seeded() -> None:
+    same, other = SyntheticReader(num_users=20).read(), SyntheticReader(num_users=20, seed=1).read()
+    pd.testing.assert_frame_equal(SyntheticReader(num_users=20).read().interactions, same.interactions)
+    assert not same.interactions.equals(other.interactions)
+    assert not same.interactions.duplicated(["user_id", "item_id"]).any()

@@ -1,0 +1,181 @@
+"""Preparation: what reaches the clients, what is public, what is cached."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fellrec.data.datamodule import FellrecDataModule, evaluated_users
+from fellrec.data.holdout import LeaveOneOut
+from fellrec.data.partition import KMeansPartition, PerUserPartition, RandomPartition
+from fellrec.data.prepared import DataSettings, PreparedData, prepare
+from fellrec.data.readers import SyntheticReader
+from fellrec.data.schema import RawData
+from fellrec.errors import DataError
+from fellrec.functional.ranking import ranking_metrics, target_ranks
+from fellrec.rankers.reference import reference_rankers
+
+READER = SyntheticReader(num_users=200, num_items=80, mean_length=15)
+SETTINGS = DataSettings("synthetic")
+
+
+def make(settings: DataSettings = SETTINGS, reader: object = READER, cache: Path | None = None) -> PreparedData:
+    return prepare(reader, settings, LeaveOneOut(), KMeansPartition(num_clients=4), cache)  # type: ignore[arg-type]
+
+
+def same(left: PreparedData, right: PreparedData) -> bool:
+    return (
+        all(
+            np.array_equal(getattr(getattr(left, name), part), getattr(getattr(right, name), part))
+            for name in ("train", "valid", "test")
+            for part in ("values", "offsets")
+        )
+        and np.array_equal(left.client_of_user, right.client_of_user)
+        and np.array_equal(left.train_targets, right.train_targets)
+        and left.catalogue.titles == right.catalogue.titles
+    )
+
+
+def test_every_interaction_is_somewhere_once() -> None:
+    data, raw = make(), READER.read()
+    joined = data.train.join(data.valid).join(data.test)
+    private = data.client_of_user >= 0
+    by_user = raw.interactions.sort_values("timestamp").groupby("user_id")["item_id"].apply(list)
+    for user in np.flatnonzero(private)[:50]:
+        got = [data.catalogue.item_ids[item] for item in joined.row(user)]
+        assert got == by_user[data.users["user_id"][user]]
+
+
+def test_public_users_are_in_no_client_and_no_evaluation() -> None:
+    data = make()
+    public = data.client_of_user < 0
+    assert public.sum() == 40 == data.statistics["public_users"]
+    assert data.valid.lengths[public].sum() == data.test.lengths[public].sum() == 0
+    assert not set(evaluated_users(data, "test")) & set(np.flatnonzero(public))
+    module = FellrecDataModule(data, lambda items, is_target: {"items": items}, batch_size=1000)
+    train_items = sum(int(data.train.lengths[user]) for user in np.flatnonzero(~public))
+    assert module.num_samples(None) == train_items - (~public).sum()
+    assert sum(module.num_samples(client) for client in range(4)) == module.num_samples(None)
+
+
+def test_no_target_is_in_its_own_history() -> None:
+    data = make()
+    module = FellrecDataModule(data, lambda items, is_target: {}, eval_batch_size=64)
+    for stage, targets in (("val", data.valid), ("test", data.test)):
+        for batch in module.eval_loader(stage):
+            masked = set(zip(batch["masked_rows"].tolist(), batch["masked_items"].tolist()))
+            wanted = list(zip(batch["target_rows"].tolist(), batch["target_items"].tolist()))
+            assert not masked & set(wanted)
+            assert [item for _, item in wanted] == targets.take(batch["users"].numpy()).values.tolist()
+            assert (batch["histories"][:, 0] >= 0).all()
+
+
+def test_validation_histories_do_not_hold_validation_items_and_test_histories_do() -> None:
+    data = make()
+    module = FellrecDataModule(data, lambda items, is_target: {}, eval_batch_size=1000)
+    val, test = next(iter(module.eval_loader("val"))), next(iter(module.eval_loader("test")))
+    newest = test["histories"].gather(1, ((test["histories"] >= 0).sum(1) - 1)[:, None])[:, 0]
+    assert newest.tolist() == val["target_items"].tolist()
+
+
+def test_few_shot_keeps_exactly_so_many_targets_of_clients() -> None:
+    data = make(dataclasses.replace(SETTINGS, max_train_samples=100))
+    assert data.train_targets.sum() == 100
+    assert (data.client_of_user[data.train.row_index[data.train_targets]] >= 0).all()
+    assert (data.train.positions[data.train_targets] > 0).all()
+
+
+def test_max_users_leaves_the_catalogue_alone() -> None:
+    data = make(dataclasses.replace(SETTINGS, max_users=50))
+    assert len(data.users) == 50
+    assert len(data.catalogue) == len(make().catalogue)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"core": 2}, {"max_history": 5}, {"max_train_samples": 99}, {"max_users": 99}, {"seed": 1}, {"name": "x"}],
+)
+def test_the_key_knows_every_setting(change: dict[str, object]) -> None:
+    assert make(dataclasses.replace(SETTINGS, **change)).key != make().key  # type: ignore[arg-type]
+
+
+def test_cached_data_equal_fresh_data_and_damage_is_mended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fresh, cached = make(cache=tmp_path), make(cache=tmp_path)
+    assert same(fresh, cached)
+    assert cached.statistics == fresh.statistics
+    (tmp_path / fresh.key / "arrays.npz").write_bytes(b"broken")
+    with caplog.at_level("WARNING"):
+        assert same(make(cache=tmp_path), fresh)
+    assert "damaged" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == [fresh.key]
+
+
+def test_the_order_of_the_file_does_not_matter_where_times_differ() -> None:
+    class Shuffled:
+        def read(self) -> RawData:
+            raw = READER.read()
+            order = np.random.default_rng(1).permutation(len(raw.interactions))
+            return dataclasses.replace(raw, interactions=raw.interactions.iloc[order].reset_index(drop=True))
+
+        def fingerprint(self) -> str:
+            return "shuffled"
+
+    assert same(make(reader=Shuffled()), make())
+
+
+def test_a_client_without_validation_users_is_named() -> None:
+    class Short:
+        def read(self) -> RawData:
+            raw = READER.read()
+            kept = raw.interactions.groupby("user_id").head(2).reset_index(drop=True)
+            return dataclasses.replace(raw, interactions=kept)
+
+        def fingerprint(self) -> str:
+            return "short"
+
+    with pytest.raises(DataError, match=r"client 0 has no user with a validation target \(4 of 4 clients\)"):
+        prepare(Short(), SETTINGS, LeaveOneOut(), RandomPartition(num_clients=4), None)
+
+
+def test_one_client_per_user() -> None:
+    data = prepare(READER, SETTINGS, LeaveOneOut(), PerUserPartition(), None)
+    assert data.num_clients == 160
+    assert np.bincount(data.client_of_user[data.client_of_user >= 0]).tolist() == [1] * 160
+
+
+def ndcg(data: PreparedData, name: str) -> float:
+    ranker = reference_rankers(data.train, len(data.catalogue), 0)[name]
+    module = FellrecDataModule(data, lambda items, is_target: {}, eval_batch_size=10_000)
+    batch = next(iter(module.eval_loader("test")))
+    ranks = target_ranks(
+        ranker.scores(batch["histories"]),
+        batch["target_rows"],
+        batch["target_items"],
+        batch["masked_rows"],
+        batch["masked_items"],
+    )
+    return float(ranking_metrics(ranks, batch["target_rows"], len(batch["users"]), [10])["ndcg_at_10"].mean())
+
+
+def test_the_synthetic_set_can_be_learned() -> None:
+    data = prepare(SyntheticReader(), SETTINGS, LeaveOneOut(), KMeansPartition(), None)
+    assert ndcg(data, "random") < ndcg(data, "popularity") < 0.5 * ndcg(data, "markov")
+    assert pd.Series(data.catalogue.titles).is_unique
+    sizes = data.statistics["users_per_client"]
+    assert max(sizes) > 1.5 * min(sizes)
+
+
+def test_the_synthetic_groups_contradict_each_other() -> None:
+    """The most frequent successor of a film differs between groups for about half of the films."""
+    raw = SyntheticReader(num_users=1500, num_items=60, mean_length=20, num_groups=2).read()
+    joined = raw.interactions.merge(raw.users, on="user_id").sort_values(["user_id", "timestamp"])
+    joined["next"] = joined.groupby("user_id")["item_id"].shift(-1)
+    common = joined.dropna().groupby(["group", "item_id"])["next"].agg(lambda films: films.value_counts().index[0])
+    first, second = (common[name] for name in ("group0", "group1"))
+    shared = first.index.intersection(second.index)
+    share = float((first[shared] == second[shared]).mean())
+    assert 0.3 < share < 0.7
