@@ -38,7 +38,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_overrides(cache: Path) -> list[str]:
     """Overrides of a small synthetic run that uses the session's cache."""
     return [*TINY, f"cache_dir={cache}"]

@@ -85,6 +85,7 @@ class LocalTrainer:
         started = time.perf_counter()
         seed = derive_seed(self.settings.seed, "train", round_index, client)
         self.module.train()
+        self.optimizer.zero_grad(set_to_none=True)
         total, num_targets, steps = 0.0, 0, 0
         devices = [self.fabric.device] if self.fabric.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):

@@ -1,0 +1,124 @@
+"""Head, body and tail equal the whole model, to the last bit, for every architecture."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from fellrec.models.architectures import ARCHITECTURES
+from fellrec.models.split import SplitModel
+
+LAYERS = 5
+TOKENS = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SHAPE = {
+    **TOKENS,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SHAPE),
+    "qwen2": Qwen2Config(**SHAPE),
+    "qwen2_sliding": Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=4, max_window_layers=2),
+    "qwen3": Qwen3Config(**SHAPE),
+    "mistral": MistralConfig(**SHAPE, sliding_window=4),
+    "gemma": GemmaConfig(**SHAPE),
+    "gemma2": Gemma2Config(**SHAPE, sliding_window=4),
+    "gemma3_text": Gemma3TextConfig(**SHAPE, sliding_window=4),
+    "gpt2": GPT2Config(**TOKENS, n_embd=32, n_layer=LAYERS, n_head=4),
+    "gpt_neox": GPTNeoXConfig(
+        **TOKENS, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4
+    ),
+}
+
+
+def masks() -> dict[str, torch.Tensor | None]:
+    left, right = torch.ones(3, 9, dtype=torch.long), torch.ones(3, 9, dtype=torch.long)
+    left[0, :3] = 0
+    right[2, 6:] = 0
+    return {"none": None, "left": left, "right": right}
+
+
+def gradients(model: torch.nn.Module, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    logits.square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_every_architecture_is_here() -> None:
+    assert set(ARCHITECTURES) == {config.model_type for config in CONFIGS.values()}
+
+
+@pytest.mark.parametrize("mask", ["none", "left", "right"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_forward_and_every_gradient_are_exact(name: str, mask: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    ids, attention_mask = torch.randint(3, 97, (3, 9)), masks()[mask]
+    whole = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
+    expected = gradients(model, whole)
+    assert len(expected) > LAYERS
+    for head, tail in [(0, 0), (1, 1), (2, 3), (LAYERS, 0), (0, LAYERS), (3, 1)]:
+        split = SplitModel(model, head, tail)
+        logits = split.lm_head(split(ids, attention_mask))
+        assert torch.equal(logits, whole), (head, tail)
+        found = gradients(model, logits)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected), (head, tail)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_dropout_draws_the_same_numbers(name: str) -> None:
+    config = CONFIGS[name].__class__(**{**CONFIGS[name].to_dict(), **_dropout(name)})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).train()
+    split, ids = SplitModel(model, 2, 1).train(), torch.randint(3, 97, (3, 9))
+    torch.manual_seed(1)
+    whole = model(input_ids=ids, use_cache=False).logits
+    torch.manual_seed(1)
+    assert torch.equal(split.lm_head(split(ids)), whole)
+    torch.manual_seed(2)
+    assert not torch.equal(split.lm_head(split(ids)), whole), "dropout is on"
+
+
+def _dropout(name: str) -> dict[str, float]:
+    if name == "gpt2":
+        return {"embd_pdrop": 0.2, "attn_pdrop": 0.2, "resid_pdrop": 0.2}
+    return {"attention_dropout": 0.2, "hidden_dropout": 0.2} if name == "gpt_neox" else {"attention_dropout": 0.2}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parts_own_all_parameters_under_their_own_names(name: str) -> None:
+    model = AutoModelForCausalLM.from_config(CONFIGS[name])
+    split = SplitModel(model, 2, 1)
+    parts = split.part_of_parameter()
+    assert list(parts) == [name for name, _ in model.named_parameters()]
+    arch = split.arch
+    for layer, part in enumerate(["head", "head", "body", "body", "tail"]):
+        prefix = f"{arch.inner}.{arch.layers}.{layer}."
+        assert {parts[key] for key in parts if key.startswith(prefix)} == {part}
+    assert len(list(split.parameters())) == len(list(model.parameters())), "nothing is listed twice"
+
+
+@pytest.mark.parametrize(("head", "tail"), [(3, 3), (-1, 0), (0, 6)])
+def test_a_split_deeper_than_the_model_is_refused(head: int, tail: int) -> None:
+    from fellrec.errors import BackboneError
+
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"])
+    with pytest.raises(BackboneError, match=f"split.head_layers={head} and split.tail_layers={tail} do not fit.* 5"):
+        SplitModel(model, head, tail)

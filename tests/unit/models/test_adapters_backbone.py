@@ -1,0 +1,196 @@
+"""Adapters and backbones on a real pretrained model, and the bank that holds the clients' adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fellrec.errors import BackboneError, ConfigError
+from fellrec.models.adapters import FullAdapter, LoraAdapter
+from fellrec.models.backbone import Backbone, load_hf
+from fellrec.models.bank import AdapterBank
+from fellrec.models.split import SplitModel
+from fellrec.models.tiny import build_tiny, build_tokenizer
+
+TITLES = ["Amélie (2001)", "Léon: The Professional", "Toy Story 🚀", "WALL·E", "千と千尋の神隠し"]
+
+
+@pytest.fixture
+def stories(real_data: Path) -> Backbone:
+    return load_hf(str(real_data / "stories260K-hf"))
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(3, 40)[None]).logits
+
+
+def disturb(parameters: dict[str, torch.nn.Parameter]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def test_the_pretrained_model_tells_its_story(stories: Backbone) -> None:
+    ids = torch.tensor([[stories.tokenizer.bos_token_id]])
+    written = stories.model.generate(ids, max_new_tokens=60, do_sample=False)
+    text = stories.tokenizer.decode(written[0], skip_special_tokens=True)
+    assert text.strip().startswith(
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+    )
+    assert stories.num_parameters == 260_032
+    assert stories.tokenizer.pad_token_id is not None
+
+
+def test_lora_travels_in_pefts_own_format(stories: Backbone, real_data: Path, tmp_path: Path) -> None:
+    adapter = LoraAdapter(rank=4, dropout=0.0)
+    adapter.attach(stories.model, stories.arch, seed=0)
+    trainable = adapter.trainable(stories.model)
+    assert len(trainable) == 5 * 2 * 2
+    assert [name for name, p in stories.model.named_parameters() if p.requires_grad] == [
+        name for name, _ in stories.model.named_parameters() if "lora_" in name
+    ]
+    disturb(trainable)
+    adapter.save(stories.model, stories.tokenizer, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    fresh = AutoModelForCausalLM.from_pretrained(real_data / "stories260K-hf")
+    before = logits(fresh)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path)
+    assert torch.equal(logits(loaded), logits(stories.model))
+    assert not torch.equal(before, logits(loaded))
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(logits(merged), logits(stories.model), atol=1e-4, rtol=1e-4)
+
+
+def test_lora_starts_as_the_backbone_and_depends_on_the_seed_only(stories: Backbone, real_data: Path) -> None:
+    before = logits(stories.model)
+    state = torch.get_rng_state()
+    adapter = LoraAdapter()
+    adapter.attach(stories.model, stories.arch, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(logits(stories.model), before)
+    again, other = (load_hf(str(real_data / "stories260K-hf")) for _ in range(2))
+    for backbone, seed in ((again, 3), (other, 4)):
+        LoraAdapter().attach(backbone.model, backbone.arch, seed)
+    mine = adapter.trainable(stories.model)
+    assert all(torch.equal(mine[n], p) for n, p in adapter.trainable(again.model).items())
+    assert not all(torch.equal(mine[n], p) for n, p in adapter.trainable(other.model).items())
+
+
+def test_lora_works_through_the_cuts(stories: Backbone) -> None:
+    split = SplitModel(stories.model, 2, 1)
+    adapter = LoraAdapter(dropout=0.0)
+    adapter.attach(stories.model, stories.arch, seed=0)
+    disturb(adapter.trainable(stories.model))
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(split.eval().lm_head(split(ids)), stories.model(input_ids=ids, use_cache=False).logits)
+
+
+def test_targets_that_match_nothing_are_named() -> None:
+    tiny = build_tiny(TITLES, hidden_size=16, num_layers=2)
+    with pytest.raises(BackboneError, match=r"'q_prj' matches no module of the backbone; it has q_proj"):
+        LoraAdapter(target_modules=["q_prj"]).attach(tiny.model, tiny.arch, seed=0)
+
+
+@pytest.mark.parametrize("settings", [{"rank": 0}, {"dropout": 1.0}])
+def test_lora_settings_are_checked(settings: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="adapter"):
+        LoraAdapter(**settings)  # type: ignore[arg-type]
+
+
+def test_a_full_adapter_is_an_ordinary_model_folder(tmp_path: Path) -> None:
+    tiny = build_tiny(TITLES, hidden_size=16, num_layers=2)
+    adapter = FullAdapter()
+    adapter.attach(tiny.model, tiny.arch, seed=0)
+    assert list(adapter.trainable(tiny.model)) == sorted(name for name, _ in tiny.model.named_parameters())
+    disturb(adapter.trainable(tiny.model))
+    adapter.save(tiny.model, tiny.tokenizer, tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(tiny.model))
+    assert AutoTokenizer.from_pretrained(tmp_path)(TITLES)["input_ids"] == tiny.tokenizer(TITLES)["input_ids"]
+
+
+def test_the_tokenizer_loses_nothing() -> None:
+    tokenizer = build_tokenizer(TITLES[:2], vocab_size=300)
+    for title in TITLES:
+        ids = tokenizer(title, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == title
+    assert len(tokenizer) <= 300
+
+
+def test_the_tiny_model_depends_on_its_seed_and_leaves_the_global_generator_alone() -> None:
+    state = torch.get_rng_state()
+    first, same, other = (build_tiny(TITLES, hidden_size=16, num_layers=2, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(logits(first.model), logits(same.model))
+    assert not torch.equal(logits(first.model), logits(other.model))
+
+
+def test_tiny_sizes_are_checked() -> None:
+    with pytest.raises(ConfigError, match="backbone.hidden_size=30"):
+        build_tiny(TITLES, hidden_size=30, num_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "is no folder"),
+        ([], "has no config.json"),
+        (["config.json"], "has no .*safetensors"),
+        (["config.json", "model.safetensors"], "cannot be loaded"),
+    ],
+)
+def test_bad_folders_are_explained(files: list[str] | None, message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    if files is not None:
+        folder.mkdir()
+        for name in files:
+            (folder / name).write_text("{}")
+    with pytest.raises(BackboneError, match=message):
+        load_hf(str(folder))
+
+
+def test_unknown_architectures_name_the_known_ones(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bloom"}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(BackboneError, match=r"unknown architecture \(model_type\) 'bloom'; choose from: .*gpt2"):
+        load_hf(str(tmp_path))
+
+
+def adapter(value: float) -> dict[str, torch.Tensor]:
+    return {"a": torch.full((2, 3), value), "b": torch.full((4,), value)}
+
+
+def test_the_bank_touches_only_the_clients_it_is_asked_to() -> None:
+    bank = AdapterBank.replicate(adapter(0.0), 4)
+    bank.store(2, adapter(2.0))
+    bank.replace((0, 3), {name: torch.stack([t, t + 1]) for name, t in adapter(5.0).items()})
+    assert bank.tensors["b"][:, 0].tolist() == [5.0, 0.0, 2.0, 6.0]
+    stack = bank.stack((3, 2))
+    assert stack["a"][:, 0, 0].tolist() == [6.0, 2.0]
+    stack["a"].zero_()
+    assert bank.tensors["a"][3, 0, 0] == 6.0, "a stack is a copy"
+    parameters = {name: torch.nn.Parameter(tensor) for name, tensor in adapter(9.0).items()}
+    bank.copy_to(parameters, 2)
+    assert parameters["a"].unique().tolist() == [2.0]
+    assert bank.nbytes == 4 * 10 * 4
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"a": torch.zeros(2, 3)}, r"missing \['b'\]"),
+        ({**adapter(0.0), "c": torch.zeros(1)}, r"unexpected \['c'\]"),
+        ({"a": torch.zeros(3, 2), "b": torch.zeros(4)}, r"a has shape \[3, 2\], expected \[2, 3\]"),
+    ],
+)
+def test_the_bank_is_strict(wrong: dict[str, torch.Tensor], message: str) -> None:
+    bank = AdapterBank.replicate(adapter(0.0), 2)
+    with pytest.raises(BackboneError, match=message):
+        bank.store(0, wrong)
+    with pytest.raises(BackboneError, match=message):
+        bank.replace((1,), {name: tensor[None] for name, tensor in wrong.items()})
