@@ -7,6 +7,7 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fellrec.errors import ConfigError, nearest_first, unknown
+from fellrec.functional.nested import flatten
 from fellrec.layout import conf_dir, group_choices
 
 
@@ -37,6 +39,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides)) from error
     check(config)
+    _make_paths_absolute(config)
     return config
 
 
@@ -59,22 +62,17 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     return [list(combination) for combination in itertools.product(*axes)]
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one flat dictionary with dotted keys.
-
-    Example:
-        >>> flatten({"trainer": {"num_rounds": 3}, "seed": 0})
-        {'trainer.num_rounds': 3, 'seed': 0}
-    """
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
 def as_dict(config: DictConfig) -> dict[str, Any]:
     """The resolved configuration as plain Python values."""
     return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
+def _make_paths_absolute(config: DictConfig) -> None:
+    """A run directory's configuration must mean the same from any folder."""
+    if config.data.root is not None:
+        config.data.root = str(Path(config.data.root).expanduser().resolve())
+    if config.backbone.get("path") and Path(config.backbone.path).expanduser().is_dir():
+        config.backbone.path = str(Path(config.backbone.path).expanduser().resolve())
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
@@ -181,10 +179,16 @@ def check(config: DictConfig) -> None:
             continue
         if not rule.accepts(value):
             problems.append(f"{rule.key}={value} is not allowed: {rule.allowed}")
-    problems += [f"{key} needs a value: give {key}=…" for key in sorted(OmegaConf.missing_keys(config))]
+    problems += [f"{key} needs a value: give {key}=…" for key in _missing(config)]
     problems += _check_metric(config)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
+def _missing(config: DictConfig) -> list[str]:
+    plain = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(plain, dict)
+    return [key for key, value in flatten(plain).items() if value == "???"]
 
 
 def _check_metric(config: DictConfig) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,11 +64,16 @@ class Run:
         loop.callbacks += [
             RoundProgress(self.label, config.trainer.metric),
             clock,
-            Checkpoint(self.run_dir, config.trainer.checkpoint_every),
             _Outputs(self),
             logging,
+            # Last: a round that was stopped before it was logged is run, and logged, again.
+            Checkpoint(self.run_dir, config.trainer.checkpoint_every),
         ]
-        evaluation = loop.run()
+        try:
+            evaluation = loop.run()
+        except BaseException as error:
+            self._say_how_to_resume(error)
+            raise
         return RuleResult(
             rule=self.rule,
             seed=config.seed,
@@ -79,6 +85,11 @@ class Run:
             best_round=loop.state.selection.round_index,
             run_id=logging.run_id,
         )
+
+    def _say_how_to_resume(self, error: BaseException) -> None:
+        if any((self.run_dir / "checkpoints").glob("round_*")):
+            what = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
+            sys.stderr.write(f"\n{what}; go on from the last finished round: fellrec train resume={self.run_dir}\n")
 
     def _mlflow(self, loop: FederatedLoop) -> MLflowLogging:
         config, data = self.config, self.recommender.data

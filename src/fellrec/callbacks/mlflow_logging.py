@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from lightning.pytorch.loggers import MLFlowLogger
 
-from fellrec.config import flatten
 from fellrec.federated.hooks import FederatedCallback
+from fellrec.functional.nested import flatten
 from fellrec.types import Aggregated, Evaluation, RoundRecord
 
 if TYPE_CHECKING:

@@ -12,14 +12,15 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from fellrec.build import Recommender, build_data, build_recommender
-from fellrec.config import as_dict, compose, expand, flatten
+from fellrec.config import as_dict, compose, expand
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError
+from fellrec.functional.nested import flatten
 from fellrec.records import check_new, new_run_dir, write_json
 from fellrec.runs import Run, collect, finish_message, reference_results, rule_name, table_cutoff
 from fellrec.tracking.plots import client_dots, save_png
 from fellrec.tracking.results import Comparison, RuleResult
-from fellrec.tracking.store import parent_run
+from fellrec.tracking.store import check_reachable, parent_run
 from fellrec.tracking.tables import display_name, print_comparison, results_console, write_tables
 
 _DEFAULT_RULES = "aggregation=local,fedavg,fellrec,centralized"
@@ -59,6 +60,7 @@ def compare(configs: Sequence[DictConfig]) -> tuple[Comparison, Path]:
     first = configs[0]
     if first.run_dir:
         check_new(Path(first.run_dir))
+    check_reachable(first.tracking.uri)
     data = build_data(first)
     recommenders = _Recommenders(data)
     recommenders.of(first)

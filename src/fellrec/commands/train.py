@@ -18,6 +18,7 @@ from fellrec.errors import ConfigError
 from fellrec.layout import conf_dir
 from fellrec.records import check_new
 from fellrec.runs import Run, collect, finish_message, reference_results, table_cutoff
+from fellrec.tracking.store import check_reachable
 from fellrec.tracking.tables import print_comparison, results_console
 
 
@@ -44,6 +45,7 @@ def train(config: DictConfig, output_format: str = "table") -> None:
     """
     if not config.resume and config.run_dir:
         check_new(Path(config.run_dir))
+    check_reachable(config.tracking.uri)
     data = build_data(config)
     recommender = build_recommender(config, data)
     run = Run(config, recommender)

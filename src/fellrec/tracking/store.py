@@ -39,6 +39,16 @@ def make_client(uri: str) -> MlflowClient:
     return client
 
 
+def check_reachable(uri: str) -> None:
+    """Refuse a tracking server that does not answer; local stores are made when they are needed.
+
+    Raises:
+        ConfigError: See above.
+    """
+    if uri.startswith("http"):
+        make_client(uri)
+
+
 def ensure_experiment(uri: str, name: str) -> str:
     """The experiment's id; a new one keeps its artefacts beside a sqlite store, whatever the current folder is."""
     client = make_client(uri)

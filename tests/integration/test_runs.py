@@ -1,0 +1,275 @@
+"""Whole runs through the command line on a small synthetic set, and what they leave in the run directory and MLflow."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from mlflow.tracking import MlflowClient
+
+from fellrec.cli import main
+from fellrec.models.backbone import load_hf
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def client_of(folder: Path) -> MlflowClient:
+    return MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
+
+
+def runs_of(folder: Path) -> list[Any]:
+    client = client_of(folder)
+    experiment = client.get_experiment_by_name("fellrec")
+    assert experiment is not None
+    return list(client.search_runs([experiment.experiment_id]))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_overrides: list[str]) -> tuple[Path, str]:
+    """One FELLRec run and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    command = [sys.executable, "-m", "fellrec.cli", "train", *tiny_overrides, "run_dir=run"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_a_run_ends_with_a_table_and_says_where_it_lies(finished: tuple[Path, str]) -> None:
+    folder, shown = finished
+    for name in ("FELLRec", "random", "popularity", "Markov", "Markov, decayed", "pretrained base", "NDCG@10", "worst"):
+        assert name in shown
+    assert f"Run directory: {folder / 'run'}" in shown
+    assert "fellrec ui" in shown
+
+
+def test_the_run_directory_is_complete(finished: tuple[Path, str]) -> None:
+    run = finished[0] / "run"
+    names = {path.name for path in run.iterdir()}
+    assert names >= {
+        *("config.yaml", "versions.json", "data.json", "partition.parquet", "results.json", "users.parquet"),
+        *("clients.csv", "adapters", "checkpoints", "matrices"),
+    }
+    users = pd.read_parquet(run / "users.parquet")
+    results = json.loads((run / "results.json").read_text())
+    assert users["ndcg_at_10"].mean() == pytest.approx(results["summary"]["ndcg_at_10/pooled"], rel=1e-12)
+    per_client = users.groupby("client")["ndcg_at_10"].mean()
+    assert per_client.tolist() == pytest.approx(results["per_client"]["ndcg_at_10"], rel=1e-12)
+    assert per_client.mean() == pytest.approx(results["summary"]["ndcg_at_10/mean"], rel=1e-12)
+    assert per_client.var(ddof=0) == pytest.approx(results["summary"]["ndcg_at_10/variance"], rel=1e-9)
+    backbone = load_hf(str(run / "adapters" / "client_00"))
+    assert backbone.model.config.hidden_size == 16
+
+
+def test_mlflow_has_everything(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    client = client_of(folder)
+    (run,) = runs_of(folder)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["aggregation.alpha"] == "0.7"
+    assert run.data.params["trainer.num_rounds"] == "2"
+    assert {run.data.tags[name] for name in ("rule", "data", "backbone")} == {"fellrec", "synthetic", "tiny"} or (
+        run.data.tags["rule"],
+        run.data.tags["data"],
+    ) == ("fellrec", "synthetic")
+    assert len(run.data.tags["git_commit"]) > 6
+    results = json.loads((folder / "run" / "results.json").read_text())
+    for name, value in results["summary"].items():
+        assert run.data.metrics[f"test/{name}"] == pytest.approx(value, rel=1e-9)
+    history = client.get_metric_history(run.info.run_id, "train/loss/mean")
+    assert [point.step for point in history] == [0, 1]
+    assert history[1].value < history[0].value
+    for name in (
+        *("val/ndcg_at_10/mean", "val/client_02/recall_at_20", "val/ndcg_at_5/gini", "cost/round_seconds"),
+        *("train/client_01/loss", "aggregation/client_00/learning_speed"),
+    ):
+        assert name in run.data.metrics
+    files = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert files >= {"config.yaml", "clients.csv", "clients.json", "results.json", "adapters", "matrices"}
+    matrices = {item.path for item in client.list_artifacts(run.info.run_id, "matrices/round_001")}
+    assert matrices == {
+        f"matrices/round_001/{name}.{kind}" for name in ("mixing", "similarity") for kind in ("json", "png")
+    }
+    (dataset,) = run.inputs.dataset_inputs
+    assert dataset.dataset.name == "synthetic"
+    assert dataset.dataset.digest == json.loads((folder / "run" / "data.json").read_text())["key"]
+
+
+def test_the_logged_mixing_matrix_is_fellrecs(finished: tuple[Path, str]) -> None:
+    folder = finished[0] / "run" / "matrices" / "round_000"
+    rows = json.loads((folder / "mixing.json").read_text())["matrix"]
+    assert all(sum(row) == pytest.approx(1.0, abs=1e-6) for row in rows)
+    assert all(row[i] == max(row) for i, row in enumerate(rows)), "own weight 1 before division"
+
+
+def test_evaluate_reproduces_the_runs_own_figures(
+    finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(finished[0])
+    main(["evaluate", "run", "--format", "json"])
+    shown = json.loads(capsys.readouterr().out)
+    results = json.loads((finished[0] / "run" / "results.json").read_text())
+    assert shown["rules"]["fellrec"]["mean"] == results["summary"]
+
+
+def test_an_existing_run_directory_is_refused_and_unchanged(
+    finished: tuple[Path, str],
+    tiny_overrides: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(finished[0])
+    before = {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")}
+    for verb in ("train", "compare"):
+        with pytest.raises(SystemExit) as done:
+            main([verb, *tiny_overrides, "run_dir=run"])
+        assert done.value.code == 1
+        assert "run_dir=run exists and is not empty" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")} == before
+
+
+def test_compare_prints_the_same_figures_as_table_and_json(
+    workplace: Path, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = ["aggregation=local,fedavg,fellrec,centralized", "seed=0,1", "trainer.num_rounds=1"]
+    main(["compare", *tiny_overrides, *sweep, "run_dir=both", "--format", "json"])
+    shown = capsys.readouterr().out
+    comparison = json.loads(shown)
+    assert comparison == json.loads((workplace / "both" / "comparison" / "comparison.json").read_text())
+    assert list(comparison["rules"]) == [
+        *("local", "fedavg", "fellrec", "centralized"),
+        *("random", "popularity", "markov", "markov_decay", "pretrained"),
+    ]
+    table = pd.read_csv(workplace / "both" / "comparison" / "comparison.csv", keep_default_na=False)
+    for row, rule in zip(table.to_dict("records"), comparison["rules"].values(), strict=True):
+        mean = rule["mean"]["ndcg_at_10/mean"]
+        assert row["NDCG@10"].startswith(f"{mean:.4f}")
+        assert len(rule["runs"]) == (2 if rule["kind"] == "learned" else 1)
+        if rule["kind"] == "learned":
+            values = [run["summary"]["ndcg_at_10/mean"] for run in rule["runs"]]
+            assert mean == pytest.approx(sum(values) / 2)
+            assert row["NDCG@10"].endswith(f"±{abs(values[0] - values[1]) / 2**0.5:.4f}")
+    gain = comparison["rules"]["fellrec"]["gain_over_local"]["ndcg_at_10"]
+    differences = [
+        mine - base
+        for run, local in zip(comparison["rules"]["fellrec"]["runs"], comparison["rules"]["local"]["runs"], strict=True)
+        for mine, base in zip(run["per_client"]["ndcg_at_10"], local["per_client"]["ndcg_at_10"], strict=True)
+    ]
+    assert gain == pytest.approx(sum(differences) / len(differences))
+    runs = runs_of(workplace)
+    (parent,) = [run for run in runs if run.data.tags.get("kind") == "comparison"]
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(children) == 8 == len(runs) - 1
+    assert {item.path for item in client_of(workplace).list_artifacts(parent.info.run_id)} >= {"comparison.csv"}
+
+
+def test_compare_refuses_other_sweeps(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["compare", "trainer.num_rounds=1,2"])
+    assert "compare varies aggregation and seed only, not trainer.num_rounds" in capsys.readouterr().err
+    assert not list(workplace.iterdir())
+
+
+def test_a_multirun_covers_every_combination(workplace: Path, tiny_overrides: list[str]) -> None:
+    command = [sys.executable, "-m", "fellrec.cli", "train", "-m", *tiny_overrides, "trainer.num_rounds=1"]
+    command += ["aggregation=fedavg,fellrec", "aggregation.alpha=0.3,0.7"]
+    done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = sorted((run.data.tags["rule"], run.data.params["aggregation.alpha"]) for run in runs_of(workplace))
+    assert found == [("fedavg", "0.3"), ("fedavg", "0.7"), ("fellrec", "0.3"), ("fellrec", "0.7")]
+
+
+def test_a_multirun_checks_every_combination_first(workplace: Path, tiny_overrides: list[str]) -> None:
+    command = [sys.executable, "-m", "fellrec.cli", "train", "-m", *tiny_overrides, "trainer.num_rounds=1,0"]
+    done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "fellrec train: trainer.num_rounds=0 is not allowed: a whole number of at least 1"
+    assert not list(workplace.iterdir())
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(workplace: Path, tiny_overrides: list[str]) -> None:
+    settings = [*tiny_overrides, "trainer.num_rounds=40", "partition.num_clients=2"]
+    train = [sys.executable, "-m", "fellrec.cli", "train"]
+    whole = subprocess.run(
+        [*train, *settings, "run_dir=whole"], cwd=workplace, capture_output=True, text=True, check=False
+    )
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen(
+        [*train, *settings, "run_dir=cut"], cwd=workplace, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list((workplace / "cut").glob("checkpoints/round_0000[3-9]")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"resume={workplace / 'cut'}" in errors
+    (killed,) = [run for run in runs_of(workplace) if run.info.status == "KILLED"]
+    resumed = subprocess.run([*train, "resume=cut"], cwd=workplace, capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    both = [json.loads((workplace / name / "results.json").read_text()) for name in ("whole", "cut")]
+    assert both[0] == both[1]
+    after = client_of(workplace).get_run(killed.info.run_id)
+    assert after.info.status == "FINISHED"
+    assert len(runs_of(workplace)) == 2
+    steps = [p.step for p in client_of(workplace).get_metric_history(killed.info.run_id, "train/loss/mean")]
+    assert sorted(set(steps)) == list(range(40))
+
+
+def test_resume_needs_a_run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "resume=nowhere"])
+    assert "resume=nowhere: no config.yaml there" in capsys.readouterr().err
+
+
+def test_prepare_prints_statistics(
+    workplace: Path, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = [item for item in tiny_overrides if item.startswith(("data.", "cache_dir", "partition."))]
+    main(["prepare", *small, "--format", "json"])
+    statistics = json.loads(capsys.readouterr().out)["statistics"]
+    assert statistics["users"] == 90
+    assert sum(statistics["users_per_client"]) == 72
+
+
+def test_doctor_finds_nothing_wrong(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["doctor"])
+    assert done.value.code == 0
+    assert "tracking store" in capsys.readouterr().out
+
+
+def test_a_real_pretrained_model_with_lora(
+    workplace: Path, cache: Path, real_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The data and model of the issue's own command, cut to a minute's work; the adapters load with PEFT."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = real_data / "stories260K-hf"
+    main(
+        [
+            *("train", "data=ml_100k", f"data.root={real_data / 'ml-100k'}", "backbone=hf", f"backbone.path={folder}"),
+            *("aggregation=fellrec", "data.max_users=60", "trainer.num_rounds=1", "trainer.max_local_steps=2"),
+            *("trainer.batch_size=8", f"cache_dir={cache}", "run_dir=run", "--format", "json"),
+        ]
+    )
+    comparison = json.loads(capsys.readouterr().out)
+    assert comparison["rules"]["fellrec"]["mean"]["num_users"] == 48
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder), workplace / "run/adapters/client_00"
+    )
+    assert any("lora_A" in name for name, _ in loaded.named_parameters())

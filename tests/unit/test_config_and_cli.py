@@ -1,0 +1,232 @@
+"""Configuration and command line: every choice composes, every mistake gets one clear line."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+import fellrec
+from fellrec.cli import VERBS, main
+from fellrec.config import compose, expand
+from fellrec.errors import ConfigError
+from fellrec.functional.nested import flatten
+from fellrec.layout import conf_dir, group_choices
+
+NEEDS = {
+    ("data", "ml_1m"): ["data.root=x"],
+    ("data", "ml_100k"): ["data.root=x"],
+    ("data", "games"): ["data.root=x"],
+    ("data", "atomic"): ["data.root=x"],
+    ("backbone", "hf"): ["backbone.path=x"],
+    ("partition", "attribute"): ["partition.column=x"],
+    ("ranker", "likelihood"): ["objective=generative"],
+    ("ranker", "grounding"): ["objective=generative"],
+    ("experiment", "ml_1m_small"): ["data.root=x"],
+}
+CHOICES = [(group, choice) for group, choices in group_choices().items() for choice in choices]
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes_and_names_classes_that_exist(group: str, choice: str) -> None:
+    from hydra.utils import get_object
+
+    config = compose([f"{group}={choice}", *NEEDS.get((group, choice), [])])
+    targets = [value for key, value in flatten(OmegaConf.to_container(config)).items() if key.endswith("_target_")]
+    assert len(targets) >= 6
+    for target in targets:
+        assert callable(get_object(target))
+
+
+def test_every_yaml_file_is_a_choice() -> None:
+    files = {path for path in conf_dir().rglob("*.yaml") if path.name != "config.yaml"}
+    hidden = {path for path in files if path.stem.startswith(("_", "for_"))}
+    assert len(files - hidden) == len(CHOICES)
+
+
+def test_the_backbone_decides_the_adapter_and_the_objective_the_ranker() -> None:
+    assert compose([]).adapter["_target_"].endswith("FullAdapter")
+    assert compose(["backbone=hf", "backbone.path=x"]).adapter["_target_"].endswith("LoraAdapter")
+    assert compose(["adapter=lora"]).adapter.rank == 8
+    assert compose([]).ranker["_target_"].endswith("SimilarityRanker")
+    assert compose(["objective=generative"]).ranker["_target_"].endswith("LikelihoodRanker")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=3",
+        "run_dir=x",
+        "trainer.num_rounds=3",
+        "trainer.local_epochs=2",
+        "trainer.batch_size=8",
+        "data.max_train_samples=100",
+        "data.max_users=50",
+        "partition.num_clients=4",
+        "aggregation.alpha=0.3",
+        "aggregation.beta=2",
+        "aggregation.temperature=0.1",
+    ],
+)
+@pytest.mark.parametrize("rule", ["fellrec", "fedavg", "local", "uniform", "centralized"])
+def test_the_keys_that_scripts_rely_on(rule: str, override: str) -> None:
+    key, _, value = override.partition("=")
+    assert str(OmegaConf.select(compose([f"aggregation={rule}", override]), key)) == value
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["aggregation=fedavgg"], "unknown aggregation 'fedavgg'; choose from: fedavg, "),
+        (["data=ml_1mm"], "unknown data 'ml_1mm'; choose from: ml_1m, "),
+        (["trainer.num_round=3"], "unknown setting 'trainer.num_round'; choose from: trainer.num_rounds, "),
+        (["trainr.num_rounds=3"], "unknown setting 'trainr.num_rounds'; choose from: trainer.num_rounds"),
+        (["aggregation.alfa=3"], "unknown setting 'aggregation.alfa'; choose from: aggregation.alpha"),
+        (["trainer.metric=ndgc_at_10"], "unknown trainer.metric 'ndgc_at_10'; choose from: ndcg_at_10, "),
+        (["trainer.num_rounds=0"], "trainer.num_rounds=0 is not allowed: a whole number of at least 1"),
+        (["trainer.num_rounds=abc"], "trainer.num_rounds=abc is not allowed: a whole number of at least 1"),
+        (["trainer.learning_rate=-1"], "trainer.learning_rate=-1 is not allowed: a number above 0"),
+        (["trainer.learning_rate=nan"], "trainer.learning_rate=nan is not allowed"),
+        (["participation.rate=0"], "participation.rate=0 is not allowed: a number in (0, 1]"),
+        (["data.public_user_rate=1"], "data.public_user_rate=1 is not allowed: a number in [0, 1)"),
+        (["trainer.cutoffs=[]"], "trainer.cutoffs=[] is not allowed"),
+        (["trainer.devices=2"], "trainer.devices=2 is not allowed: 1"),
+        (["data=ml_1m"], "data.root needs a value: give data.root="),
+        (["backbone=hf"], "backbone.path needs a value: give backbone.path="),
+        (["a=b=[c"], "cannot"),
+    ],
+)
+def test_mistakes_name_the_key_the_value_and_what_is_allowed(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides)
+    assert message in str(caught.value)
+
+
+def test_all_problems_are_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(["trainer.num_rounds=0", "split.head_layers=-1"])
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_sweeps_expand_to_every_combination() -> None:
+    combinations = expand(["aggregation=fedavg,fellrec", "seed=0,1", "trainer.cutoffs=[5,10]"])
+    assert combinations == [
+        [f"aggregation={rule}", f"seed={seed}", "trainer.cutoffs=[5,10]"]
+        for rule in ("fedavg", "fellrec")
+        for seed in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main([verb, "--help"])
+    assert done.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"fellrec {verb}" in shown
+    assert "examples:" in shown
+
+
+def test_help_starts_at_once() -> None:
+    """No heavy import stands between the user and the help text."""
+    code = "import sys; import fellrec.cli; fellrec.cli._parser(); print(sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for module in ("torch", "hydra", "mlflow", "transformers", "pandas"):
+        assert f"'{module}'" not in loaded
+
+
+@pytest.mark.parametrize("arguments", [["trian"], ["train", "--frmat", "json"], ["evaluate"], []])
+def test_wrong_words_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(arguments)
+    assert done.value.code == 2
+    assert "usage: fellrec" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["partition.num_clients=99999"], "partition.num_clients=99999 is more than the"),
+        (["trainer.cutoffs=[5,10,100]"], "cutoff 100 cannot be used; allowed are integers from 1 to 60"),
+        (["split.head_layers=9"], "split.head_layers=9 and split.tail_layers=1 do not fit"),
+        (
+            ["adapter=lora", "adapter.target_modules=[q_prj]"],
+            "'q_prj' matches no module of the backbone; it has q_proj",
+        ),
+        (["aggregation=fellrec", "aggregation.alpha=-1"], "alpha"),
+        (["aggregation._target_=my.Rule"], "aggregation._target_ is 'my.Rule', which cannot be imported"),
+        (["objective._target_=fellrec.nothing"], "objective._target_=fellrec.nothing cannot be imported"),
+        (["tracking.uri=http://127.0.0.1:9"], "tracking.uri=http://127.0.0.1:9 cannot be used"),
+        (["data.reader.num_items=7"], "data.reader.num_items=7 must be from 20 to 500"),
+    ],
+)
+def test_bad_input_gets_one_message_and_leaves_nothing(
+    overrides: list[str],
+    message: str,
+    tiny_overrides: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as done:
+        main(["train", *tiny_overrides, *overrides])
+    shown = capsys.readouterr()
+    assert done.value.code == 1
+    assert message in shown.err
+    assert "Traceback" not in shown.err
+    assert shown.out == ""
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_missing_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["prepare", "data=ml_1m", "data.root=nowhere", f"cache_dir={tmp_path}"])
+    assert done.value.code == 1
+    assert "data.root=" in (shown := capsys.readouterr().err)
+    assert "nowhere is no folder" in shown
+
+
+LAYERS = [
+    ("types", "errors", "layout", "functional"),
+    ("data",),
+    ("metrics",),
+    ("models",),
+    ("rankers",),
+    ("federated",),
+    ("aggregation", "callbacks", "tracking"),
+    ("config",),
+    ("pretrained", "records"),
+    ("build",),
+    ("runs",),
+    ("commands",),
+    ("cli",),
+]
+
+
+def test_imports_only_go_downwards() -> None:
+    """A module imports from its own layer or those before it; ``TYPE_CHECKING`` blocks do not count."""
+    rank = {name: number for number, names in enumerate(LAYERS) for name in names}
+    root = Path(fellrec.__file__).parent
+    wrong = []
+    for path in root.rglob("*.py"):
+        own = path.relative_to(root).with_suffix("").parts[0]
+        if own == "__init__":
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        typing_only = {
+            id(node)
+            for block in ast.walk(tree)
+            if isinstance(block, ast.If) and getattr(block.test, "id", "") == "TYPE_CHECKING"
+            for node in ast.walk(block)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and id(node) not in typing_only and node.module:
+                parts = node.module.split(".")
+                if parts[0] == "fellrec" and len(parts) > 1 and rank[parts[1]] > rank[own]:
+                    wrong.append(f"{path.relative_to(root)} imports {node.module}")
+    assert not wrong
