@@ -25,6 +25,10 @@ NAMES = {
 }
 """How rules and reference rankers are called in tables; others keep their own name."""
 
+_WIDE = 100
+"""Columns of a console in which the headings are written out."""
+_NARROW = {"NDCG": "NDCG", "Recall": "Recall", "variance": "var", "s/round": "s/rd"}
+
 
 def display_name(rule: str) -> str:
     """The name for tables."""
@@ -75,16 +79,18 @@ def print_comparison(comparison: Comparison, console: Console, cutoff: int = 10)
     table = Table(
         title=f"{comparison.data}: {sum(comparison.users_per_client)} users of {clients} clients, "
         f"{comparison.num_items} items ranked, {comparison.stage} holdout",
-        caption=f"NDCG and Recall: mean over clients | pooled over users. std, variance, worst, gain: NDCG@{cutoff} "
-        "over clients; gain: mean over local.",
+        caption=f"NDCG@{cutoff} and Recall@{cutoff}: mean over clients | pooled over users. std, variance, worst: "
+        f"NDCG@{cutoff} over clients. gain: its mean difference to local.",
         title_justify="left",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        show_edge=False,
+        padding=0 if console.width < _WIDE else (0, 1, 0, 0),
         caption_justify="left",
     )
     columns = [name for name in frame.columns if name != "kind"]
     for name in columns:
-        table.add_column(name.strip(), justify="left" if name == "rule" else "right", no_wrap=True)
+        heading = _NARROW.get(name.partition("@")[0], name) if console.width < _WIDE else name
+        table.add_column(heading.strip(), justify="left" if name == "rule" else "right", no_wrap=True)
     best = _best(frame, cutoff)
     previous = None
     for _, row in frame.iterrows():

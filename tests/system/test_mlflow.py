@@ -1,0 +1,144 @@
+"""A real MLflow server and a real browser: what a run logs is what the UI shows."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from fellrec.cli import main
+from fellrec.tracking.store import ui_command
+
+CHROMIUM = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """``fellrec ui``'s own command on a free port; yields its address."""
+    folder, port = tmp_path_factory.mktemp("server"), free_port()
+    command = ui_command(f"sqlite:///{folder / 'mlflow.db'}", "127.0.0.1", port)
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=2)
+                break
+            except OSError:
+                assert process.poll() is None, (folder / "log").read_text()
+                assert time.monotonic() < deadline, (folder / "log").read_text()
+                time.sleep(0.3)
+        yield address
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def logged(server: str, tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A comparison logged through the server; yields the experiment's id."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("runs"))
+    try:
+        main(["compare", *tiny_overrides, "aggregation=fedavg,fellrec", f"tracking.uri={server}"])
+    finally:
+        os.chdir(before)
+    experiment = MlflowClient(tracking_uri=server).get_experiment_by_name("fellrec")
+    assert experiment is not None
+    return str(experiment.experiment_id)
+
+
+def test_a_comparison_arrives_at_the_server(server: str, logged: str) -> None:
+    client = MlflowClient(tracking_uri=server)
+    runs = client.search_runs([logged])
+    parents = [run for run in runs if run.data.tags.get("kind") == "comparison"]
+    children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    assert len(parents) == 1
+    assert sorted(run.data.tags["rule"] for run in children) == ["fedavg", "fellrec"]
+    for run in children:
+        assert run.info.status == "FINISHED"
+        assert {"test/ndcg_at_10/mean", "test/ndcg_at_10/variance"} <= set(run.data.metrics)
+        assert "adapters" in {item.path for item in client.list_artifacts(run.info.run_id)}
+
+
+@pytest.fixture(scope="module")
+def chromium() -> str:
+    """Chromium, installed from Debian where that is possible."""
+    if shutil.which("chromium") is None and shutil.which("apt-get") and os.geteuid() == 0:
+        for command in (["apt-get", "update", "-qq"], ["apt-get", "install", "-y", "-qq", "chromium"]):
+            subprocess.run(command, check=False, capture_output=True, timeout=600)
+    found = shutil.which("chromium")
+    if found is None:
+        pytest.skip("needs chromium, and it cannot be installed here (apt-get as root)")
+    return found
+
+
+def test_the_runs_can_be_compared_in_the_browser(server: str, logged: str, chromium: str, tmp_path: Path) -> None:
+    """The runs' chart page names both runs and their NDCG and variance."""
+    page = f"{server}/#/experiments/{logged}/runs?searchFilter=&orderByKey=attributes.start_time&compareRunsMode=CHART"
+    text = ""
+    for number in range(3):
+        options = [*CHROMIUM, f"--user-data-dir={tmp_path / str(number)}", "--window-size=1600,2400"]
+        command = [chromium, *options, "--virtual-time-budget=40000", "--dump-dom", page]
+        text = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False).stdout
+        if "synthetic-fellrec-s0" in text:
+            break
+    assert "synthetic-fellrec-s0" in text
+    assert "synthetic-fedavg-s0" in text
+    assert "ndcg_at_10" in text
+
+
+def test_an_installed_wheel_brings_its_configuration(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(tmp_path),
+        str(root),
+    ]
+    subprocess.run(build, check=True, capture_output=True, timeout=300)
+    (wheel,) = tmp_path.glob("fellrec-*.whl")
+    unpacked = tmp_path / "site"
+    shutil.unpack_archive(wheel, unpacked, "zip")
+    done = subprocess.run(
+        [sys.executable, "-m", "fellrec.cli", "train", "--show-config", "aggregation=fedavg"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(unpacked)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "fellrec.aggregation.FedAvg" in done.stdout
+    code = "import fellrec.layout as layout; print(layout.conf_dir())"
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(unpacked)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stdout.strip() == str(unpacked / "fellrec" / "conf")
