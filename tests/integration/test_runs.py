@@ -89,6 +89,8 @@ def test_mlflow_has_everything(finished: tuple[Path, str]) -> None:
         assert run.data.metrics[f"test/{name}"] == pytest.approx(value, rel=1e-9)
     history = client.get_metric_history(run.info.run_id, "train/loss/mean")
     assert [point.step for point in history] == [0, 1]
+    validated = client.get_metric_history(run.info.run_id, "val/ndcg_at_10/mean")
+    assert [point.step for point in validated] == [-1, 0, 1], "the start of the run is step -1"
     assert history[1].value < history[0].value
     for name in (
         *("val/ndcg_at_10/mean", "val/client_02/recall_at_20", "val/ndcg_at_5/gini", "cost/round_seconds"),

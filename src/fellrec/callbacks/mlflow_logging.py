@@ -83,9 +83,9 @@ class MLflowLogging(FederatedCallback):
         self._log_dataset()
 
     def on_evaluate_end(self, loop: FederatedLoop, evaluation: Evaluation) -> None:
-        """Log what no round reports: the start of the run and the test."""
+        """Log what no round reports: the start of the run, as step -1, and the test."""
         if evaluation.stage == "test" or evaluation.round_index < 0:
-            self.logger.log_metrics(evaluation_metrics(evaluation), step=max(0, evaluation.round_index))
+            self.logger.log_metrics(evaluation_metrics(evaluation), step=evaluation.round_index)
 
     def on_round_end(self, loop: FederatedLoop, record: RoundRecord) -> None:
         """Log the round in one batch, and its matrices."""

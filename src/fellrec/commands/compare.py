@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from mlflow.entities import Metric
+from mlflow.tracking import MlflowClient
 from omegaconf import DictConfig, OmegaConf
 
 from fellrec.build import Recommender, build_data, build_recommender
@@ -23,6 +26,7 @@ from fellrec.tracking.results import Comparison, RuleResult
 from fellrec.tracking.store import check_reachable, parent_run
 from fellrec.tracking.tables import display_name, print_comparison, results_console, write_tables
 
+_SHOWN = ("mean", "pooled", "variance", "worst")
 _DEFAULT_RULES = "aggregation=local,fedavg,fellrec,centralized"
 
 
@@ -72,6 +76,7 @@ def compare(configs: Sequence[DictConfig]) -> tuple[Comparison, Path]:
         comparison = collect(recommenders.of(first), [*learned, *references])
         write_outputs(comparison, run_dir, table_cutoff(first))
         client.log_artifacts(parent_id, str(run_dir / "comparison"))
+        log_figures(client, parent_id, comparison, table_cutoff(first))
     return comparison, run_dir
 
 
@@ -92,6 +97,18 @@ def write_outputs(comparison: Comparison, run_dir: Path, cutoff: int) -> None:
         display_name(rule): comparison.mean_and_sd(rule, f"{metric}/mean")[0] for rule in comparison.rules("reference")
     }
     save_png(client_dots(dots, f"NDCG@{cutoff}", references), folder / "clients.png")
+
+
+def log_figures(client: MlflowClient, run_id: str, comparison: Comparison, cutoff: int) -> None:
+    """Log every rule's main figures to the parent run: its line in the UI is the table, before it is unfolded."""
+    now = int(time.time() * 1000)
+    figures = [f"{metric}_at_{cutoff}/{figure}" for metric in ("ndcg", "recall") for figure in _SHOWN]
+    metrics = [
+        Metric(f"{figure}/{rule}", comparison.mean_and_sd(rule, figure)[0], now, 0)
+        for figure in figures
+        for rule in [*comparison.rules("learned"), *comparison.rules("reference")]
+    ]
+    client.log_batch(run_id, metrics=metrics)
 
 
 class _Recommenders:

@@ -22,6 +22,7 @@ class _NoPositions(nn.Module):
     """Stands for a learned position embedding where it was added already: adds zero."""
 
     def forward(self, position_ids: Tensor) -> Tensor:
+        """A zero that broadcasts to any hidden state."""
         return torch.zeros((), device=position_ids.device)
 
 

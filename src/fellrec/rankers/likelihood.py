@@ -59,8 +59,8 @@ class LikelihoodRanker:
         users = max(1, rows // num_items)
         parts = []
         for first in range(0, len(ids), users):
-            prompt = pad_left(ids[first : first + users], lengths[first : first + users])
-            parts.append(self._score_users(model.model, *(tensor.to(device) for tensor in prompt), rows))
+            prompt, mask = pad_left(ids[first : first + users], lengths[first : first + users])
+            parts.append(self._score_users(model.model, prompt.to(device), mask.to(device), rows))
         return torch.cat(parts)
 
     def _score_users(self, lm: Any, ids: Tensor, mask: Tensor, rows: int) -> Tensor:
