@@ -279,6 +279,7 @@ def _statistics(data: PreparedData) -> dict[str, Any]:
         .astype(int)
         .tolist(),
         "evaluated_users": int(((data.test.lengths > 0) & private).sum()),
+        "users_too_short_to_test": int(((data.test.lengths == 0) & private).sum()),
         "users_without_training": int((private & (data.train.lengths == 0)).sum()),
         "test_targets_never_trained_on": int((~seen[data.test.values]).sum()),
     }
