@@ -183,6 +183,16 @@ def test_compare_refuses_other_sweeps(workplace: Path, capsys: pytest.CaptureFix
     assert not list(workplace.iterdir())
 
 
+def test_compare_checks_every_rule_before_the_first_one_trains(
+    workplace: Path, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["compare", *tiny_overrides, "aggregation=local,fellrec", "aggregation.beta=0"])
+    assert done.value.code == 1
+    assert "beta" in capsys.readouterr().err
+    assert not list(workplace.iterdir())
+
+
 def test_a_multirun_covers_every_combination(workplace: Path, tiny_overrides: list[str]) -> None:
     command = [sys.executable, "-m", "fellrec.cli", "train", "-m", *tiny_overrides, "trainer.num_rounds=1"]
     command += ["aggregation=fedavg,fellrec", "aggregation.alpha=0.3,0.7"]

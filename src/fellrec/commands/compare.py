@@ -14,6 +14,7 @@ from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 from omegaconf import DictConfig, OmegaConf
 
+from fellrec.aggregation.build import build_aggregation
 from fellrec.build import Recommender, build_data, build_recommender
 from fellrec.config import as_dict, compose, expand
 from fellrec.data.prepared import PreparedData
@@ -61,6 +62,8 @@ def compare(configs: Sequence[DictConfig]) -> tuple[Comparison, Path]:
         ConfigError: If the configurations differ in more than rule and seed.
     """
     _check_comparable(configs)
+    for config in configs:
+        build_aggregation(config.aggregation)  # a rule that cannot be built must not be found out an hour later
     first = configs[0]
     if first.run_dir:
         check_new(Path(first.run_dir))

@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from fellrec.aggregation.build import build_aggregation
 from fellrec.build import build_data, build_recommender
 from fellrec.config import compose, expand
 from fellrec.errors import ConfigError
@@ -46,6 +47,7 @@ def train(config: DictConfig, output_format: str = "table") -> None:
     if not config.resume and config.run_dir:
         check_new(Path(config.run_dir))
     check_reachable(config.tracking.uri)
+    build_aggregation(config.aggregation)  # a mistake in it must show before the backbone is loaded
     data = build_data(config)
     recommender = build_recommender(config, data)
     run = Run(config, recommender)
