@@ -61,9 +61,7 @@ class RoundProgress(FederatedCallback):
         """Show which client trains."""
         assert self._progress is not None
         shown = loop.state.round_index + 1
-        text = (
-            f"{self.title} · round {shown}/{self._num_rounds} · client {client} · val {self.metric} {self._value:.4f}"
-        )
+        text = f"{self.title} · round {shown}/{self._num_rounds} · client {client} · val {self._value:.4f}"
         self._progress.update(self._task, description=text)
 
     def on_evaluate_end(self, loop: FederatedLoop, evaluation: Evaluation) -> None:
