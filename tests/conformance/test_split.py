@@ -1,9 +1,12 @@
-"""Head, body and tail equal the whole model, to the last bit, for every architecture."""
+"""Head, body and tail equal the whole model, to the last bit, for every architecture; so does what PEFT reads back."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -17,8 +20,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from fellrec.models.architectures import ARCHITECTURES
+from fellrec.models.adapters import LoraAdapter
+from fellrec.models.architectures import ARCHITECTURES, arch_of
+from fellrec.models.backbone import load_hf
 from fellrec.models.split import SplitModel
+from fellrec.models.tiny import build_tokenizer
 
 LAYERS = 5
 TOKENS = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -113,6 +119,40 @@ def test_parts_own_all_parameters_under_their_own_names(name: str) -> None:
         prefix = f"{arch.inner}.{arch.layers}.{layer}."
         assert {parts[key] for key in parts if key.startswith(prefix)} == {part}
     assert len(list(split.parameters())) == len(list(model.parameters())), "nothing is listed twice"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_lora_is_exact_through_the_cuts_and_through_peft(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]).to(dtype).eval()
+    fresh = AutoModelForCausalLM.from_config(CONFIGS[name]).to(dtype).eval()
+    fresh.load_state_dict(model.state_dict())
+    split, adapter, ids = SplitModel(model, 2, 1), LoraAdapter(dropout=0.0), torch.randint(3, 97, (3, 9))
+    base = model(input_ids=ids, use_cache=False).logits
+    adapter.attach(model, arch_of(model.config), seed=0)
+    assert torch.equal(model(input_ids=ids, use_cache=False).logits, base), "B starts at zero"
+    parameters = adapter.trainable(model)
+    assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.normal_(std=0.1)
+    adapter.save(model, None, tmp_path)
+    whole = model(input_ids=ids, use_cache=False).logits
+    assert not torch.equal(whole, base)
+    assert torch.equal(split.eval().lm_head(split(ids)), whole)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path).eval()
+    assert torch.equal(loaded(input_ids=ids, use_cache=False).logits, whole)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_architecture_loads_from_its_folder(name: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    model.save_pretrained(tmp_path)
+    build_tokenizer(["a"], vocab_size=259).save_pretrained(tmp_path)
+    loaded, ids = load_hf(str(tmp_path)), torch.randint(3, 97, (3, 9))
+    assert loaded.arch == ARCHITECTURES[CONFIGS[name].model_type]
+    assert torch.equal(loaded.model(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize(("head", "tail"), [(3, 3), (-1, 0), (0, 6)])

@@ -8,9 +8,11 @@ from typing import Any, Protocol
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.tuners_utils import cast_adapter_dtype
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fellrec.errors import BackboneError, ConfigError, nearest_first
 from fellrec.functional.rng import derive_seed
@@ -39,25 +41,27 @@ class LoraAdapter:
         rank: Rank r of the update B·A.
         alpha: The update is scaled by alpha / r.
         dropout: Dropout on the adapter's input, in [0, 1).
-        target_modules: Names of the modules to adapt; ``None`` takes the architecture's own.
+        target_modules: Name or names of the modules to adapt, matched at the end of their full names; ``None`` takes
+            the architecture's own.
 
     Raises:
         ConfigError: If a number is out of range.
     """
 
     def __init__(
-        self, rank: int = 8, alpha: int = 16, dropout: float = 0.05, target_modules: Sequence[str] | None = None
+        self, rank: int = 8, alpha: int = 16, dropout: float = 0.05, target_modules: str | Sequence[str] | None = None
     ) -> None:
         if rank < 1:
             raise ConfigError(f"adapter.rank={rank} must be at least 1")
         if not 0 <= dropout < 1:
             raise ConfigError(f"adapter.dropout={dropout} must be in [0, 1)")
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
-        self.target_modules = list(target_modules) if target_modules else None
+        names = [target_modules] if isinstance(target_modules, str) else target_modules
+        self.target_modules = list(names) if names else None
         self._config: LoraConfig | None = None
 
     def attach(self, model: nn.Module, arch: ArchSpec, seed: int) -> None:
-        """Inject the adapter, with an initialisation that depends on the seed only.
+        """Inject the adapter in float32, with an initialisation that depends on the seed only.
 
         Raises:
             BackboneError: If a target matches no module; names some that exist, the nearest first.
@@ -75,8 +79,10 @@ class LoraAdapter:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "lora"))
+            # PEFT draws on the CPU; torch.manual_seed would reseed the accelerators too.
+            torch.default_generator.manual_seed(derive_seed(seed, "lora"))
             inject_adapter_in_model(self._config, model, adapter_name=_NAME)
+        cast_adapter_dtype(model, _NAME)  # as PeftModel does: half precision would lose small optimiser steps
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
 
@@ -119,11 +125,11 @@ def adapter_bytes(adapter: Mapping[str, torch.Tensor]) -> int:
 
 
 def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
-    present = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    present |= {name.rpartition(".")[2] for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
+    adaptable = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     for target in targets:
-        if target.rpartition(".")[2] not in present:
+        if not any(f".{name}".endswith(f".{target}") for name in adaptable):
+            last_parts = {name.rpartition(".")[2] for name in adaptable}
             raise BackboneError(
                 f"adapter.target_modules: {target!r} matches no module of the backbone; "
-                f"it has {', '.join(nearest_first(target, present)[:8])}"
+                f"it has {', '.join(nearest_first(target.rpartition('.')[2], last_parts)[:8])}"
             )

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import logging
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from fellrec.errors import BackboneError, unknown
 from fellrec.models.architectures import ArchSpec, arch_of
-
-log = logging.getLogger(__name__)
 
 transformers_logging.disable_progress_bar()  # a bar for each saved adapter would bury the run's own
 
@@ -49,36 +49,70 @@ def load_hf(path: str, dtype: str = "float32") -> Backbone:
     """Load a causal LM and its tokenizer.
 
     Args:
-        path: A local folder, or a name on the hub.
+        path: A local folder (``~`` is the home folder), or a name on the hub.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
 
     Returns:
         The backbone. A tokenizer without a padding token pads with its end (or unknown) token.
 
     Raises:
-        BackboneError: If the folder is missing or incomplete, or the architecture is not known.
+        BackboneError: If the folder is missing or incomplete, the architecture is not known, the weights are damaged or
+            do not fill the model, or the tokenizer does not fit it.
     """
     if dtype not in DTYPES:
         raise BackboneError(unknown("backbone.dtype", dtype, DTYPES))
-    _check_folder(path)
+    folder = Path(path).expanduser()
+    is_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists()
+    if is_local:
+        _check_folder(path, folder)
+    source = str(folder) if is_local else path
     try:
-        arch = arch_of(AutoConfig.from_pretrained(path, trust_remote_code=False))
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True
+        arch = arch_of(AutoConfig.from_pretrained(source, trust_remote_code=False))
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=DTYPES[dtype],
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise BackboneError(f"backbone.path={path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise BackboneError(f"backbone.path={path} cannot be loaded: {(str(error).splitlines() or [''])[0]}") from error
+    model, report = loaded
+    _check_weights(path, report)
+    _check_tokenizer(path, tokenizer, model)
+    return Backbone(model, tokenizer, arch, os.path.basename(os.path.abspath(folder)))
+
+
+def _check_weights(path: str, report: Mapping[str, Any]) -> None:
+    # Transformers fills such tensors with random numbers and goes on.
+    missing, mismatched = sorted(report["missing_keys"]), sorted(name for name, *_ in report["mismatched_keys"])
+    if missing or mismatched:
+        raise BackboneError(
+            f"backbone.path={path}: the weights do not fill the model of config.json; "
+            f"missing {len(missing)} ({', '.join(missing[:3])}), of another shape {len(mismatched)} "
+            f"({', '.join(mismatched[:3])})"
+        )
+
+
+def _check_tokenizer(path: str, tokenizer: Any, model: Any) -> None:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return Backbone(model, tokenizer, arch, Path(path).name)
+    if tokenizer.pad_token_id is None:
+        raise BackboneError(f"backbone.path={path}: the tokenizer has no padding, end or unknown token to pad with")
+    # Not the tokenizer's length: some have tokens for images that a text model never meets.
+    num_embeddings = model.get_input_embeddings().num_embeddings
+    for token in ("pad_token", "bos_token", "eos_token"):
+        token_id = getattr(tokenizer, f"{token}_id")
+        if token_id is not None and token_id >= num_embeddings:
+            raise BackboneError(
+                f"backbone.path={path}: the tokenizer's {token} is number {token_id}, "
+                f"but the model has embeddings for 0 to {num_embeddings - 1}"
+            )
 
 
-def _check_folder(path: str) -> None:
-    folder = Path(path)
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists()
-    if not looks_local:
-        return
+def _check_folder(path: str, folder: Path) -> None:
     if not folder.is_dir():
         raise BackboneError(f"backbone.path={path} is no folder")
     if not (folder / "config.json").is_file():

@@ -77,9 +77,12 @@ class AdapterBank:
         """Write some clients' adapters; those of all other clients stay as they are.
 
         Raises:
-            BackboneError: If names or shapes differ.
+            BackboneError: If names, shapes or the number of clients differ.
         """
         self._check({name: tensor.shape[1:] for name, tensor in stack.items()})
+        for name, tensor in stack.items():  # a single row would be broadcast to all clients
+            if len(tensor) != len(clients):
+                raise BackboneError(f"{name} has rows for {len(tensor)} clients, expected {len(clients)}")
         rows = torch.tensor(clients, dtype=torch.long)
         for name, tensor in self.tensors.items():
             tensor[rows] = stack[name].to(tensor)

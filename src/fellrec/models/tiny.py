@@ -15,6 +15,7 @@ from fellrec.models.architectures import arch_of
 from fellrec.models.backbone import Backbone
 
 _SPECIAL = ("<pad>", "<s>", "</s>")
+_SMALLEST_VOCABULARY = 256 + len(_SPECIAL)
 
 
 def build_tokenizer(texts: Sequence[str], vocab_size: int = 4000) -> Any:
@@ -23,7 +24,15 @@ def build_tokenizer(texts: Sequence[str], vocab_size: int = 4000) -> Any:
     Args:
         texts: What it is trained on.
         vocab_size: Upper bound on the pieces; small catalogues give fewer.
+
+    Raises:
+        ConfigError: If ``vocab_size`` has no room for every byte and the special tokens.
     """
+    if vocab_size < _SMALLEST_VOCABULARY:
+        raise ConfigError(
+            f"backbone.vocab_size={vocab_size} must be at least {_SMALLEST_VOCABULARY}: "
+            f"256 bytes and {len(_SPECIAL)} special tokens"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -68,6 +77,8 @@ def build_tiny(
             f"backbone.hidden_size={hidden_size} must be a multiple of 2 · backbone.num_heads={num_heads}, "
             f"and backbone.num_layers={num_layers} at least 1"
         )
+    if max_position_embeddings < 1:
+        raise ConfigError(f"backbone.max_position_embeddings={max_position_embeddings} must be at least 1")
     tokenizer = build_tokenizer(texts, vocab_size)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -83,6 +94,7 @@ def build_tiny(
         eos_token_id=tokenizer.eos_token_id,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "tiny"))
+        # The weights are drawn on the CPU; torch.manual_seed would reseed the accelerators too.
+        torch.default_generator.manual_seed(derive_seed(seed, "tiny"))
         model = LlamaForCausalLM(config)
     return Backbone(model, tokenizer, arch_of(config), "tiny")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fellrec.errors import BackboneError, ConfigError
@@ -93,8 +96,29 @@ def test_lora_works_through_the_cuts(stories: Backbone) -> None:
 
 def test_targets_that_match_nothing_are_named() -> None:
     tiny = build_tiny(TITLES, hidden_size=16, num_layers=2)
-    with pytest.raises(BackboneError, match=r"'q_prj' matches no module of the backbone; it has q_proj"):
-        LoraAdapter(target_modules=["q_prj"]).attach(tiny.model, tiny.arch, seed=0)
+    for target in ("q_prj", "self_attn.q_prj", "mlp.q_proj"):
+        with pytest.raises(BackboneError, match=rf"'{target}' matches no module of the backbone; it has q_proj"):
+            LoraAdapter(target_modules=[target]).attach(tiny.model, tiny.arch, seed=0)
+
+
+@pytest.mark.parametrize("targets", ["q_proj", ["q_proj"], ["self_attn.q_proj"]])
+def test_targets_match_the_end_of_a_modules_name(targets: str | list[str]) -> None:
+    tiny = build_tiny(TITLES, hidden_size=16, num_layers=2)
+    adapter = LoraAdapter(target_modules=targets)
+    adapter.attach(tiny.model, tiny.arch, seed=0)
+    assert {name.split(".lora_")[0] for name in adapter.trainable(tiny.model)} == {
+        f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)
+    }
+
+
+def test_building_a_model_or_an_adapter_does_not_reseed_the_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+    reseeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", reseeded.append)
+    torch.manual_seed(0)
+    assert reseeded == [0], "this is how PyTorch reseeds them"
+    tiny = build_tiny(TITLES, hidden_size=16, num_layers=2, seed=1)
+    LoraAdapter().attach(tiny.model, tiny.arch, seed=2)
+    assert reseeded == [0]
 
 
 @pytest.mark.parametrize("settings", [{"rank": 0}, {"dropout": 1.0}])
@@ -130,9 +154,17 @@ def test_the_tiny_model_depends_on_its_seed_and_leaves_the_global_generator_alon
     assert not torch.equal(logits(first.model), logits(other.model))
 
 
-def test_tiny_sizes_are_checked() -> None:
-    with pytest.raises(ConfigError, match="backbone.hidden_size=30"):
-        build_tiny(TITLES, hidden_size=30, num_heads=4)
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"hidden_size": 30, "num_heads": 4}, "backbone.hidden_size=30"),
+        ({"vocab_size": 258}, "backbone.vocab_size=258 must be at least 259"),
+        ({"max_position_embeddings": 0}, "backbone.max_position_embeddings=0"),
+    ],
+)
+def test_tiny_sizes_are_checked(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_tiny(TITLES, **sizes)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +184,67 @@ def test_bad_folders_are_explained(files: list[str] | None, message: str, tmp_pa
             (folder / name).write_text("{}")
     with pytest.raises(BackboneError, match=message):
         load_hf(str(folder))
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path) -> Path:
+    tiny = build_tiny(TITLES, hidden_size=16, num_layers=2)
+    FullAdapter().save(tiny.model, tiny.tokenizer, tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def edit_json(name: str, **changes: object) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        kept = {key: value for key, value in json.loads((folder / name).read_text()).items() if key not in changes}
+        new = {key: value for key, value in changes.items() if value is not None}
+        (folder / name).write_text(json.dumps({**kept, **new}))
+
+    return edit
+
+
+def cut_off(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+
+
+def drop_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_off, "cannot be loaded: .*header"),
+        (drop_a_tensor, r"missing 1 \(model.layers.1.mlp.up_proj.weight\), of another shape 0"),
+        (edit_json("config.json", num_hidden_layers=3), r"missing 9 \(model.layers.2."),
+        (edit_json("config.json", intermediate_size=8), r"missing 0 \(\), of another shape 6 \(model.layers.0.mlp"),
+        (edit_json("tokenizer_config.json", pad_token=None, eos_token=None), "no padding, end or unknown token"),
+        (edit_json("tokenizer_config.json", pad_token="<new>"), "pad_token is number .* embeddings for 0 to"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "cannot be loaded"),
+        (lambda folder: (folder / "tokenizer.json").write_text('{"a": 1}'), "cannot be loaded"),
+    ],
+)
+def test_nothing_is_made_up_for_a_damaged_folder(
+    damage: Callable[[Path], None], message: str, tiny_folder: Path
+) -> None:
+    load_hf(str(tiny_folder))
+    damage(tiny_folder)
+    with pytest.raises(BackboneError, match=message):
+        load_hf(str(tiny_folder))
+
+
+def test_a_folder_may_be_given_from_home_or_from_within(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tiny_folder.parent))
+    monkeypatch.chdir(tiny_folder)
+    assert [load_hf(path).name for path in ("~/tiny", ".", "../tiny/")] == ["tiny"] * 3
+
+
+def test_a_saved_tokenizer_still_loses_nothing(tiny_folder: Path) -> None:
+    tokenizer = load_hf(str(tiny_folder)).tokenizer
+    for title in [*TITLES, "two  spaces , and a comma"]:
+        assert tokenizer.decode(tokenizer(title, add_special_tokens=False)["input_ids"]) == title
 
 
 def test_unknown_architectures_name_the_known_ones(tmp_path: Path) -> None:
@@ -194,3 +287,14 @@ def test_the_bank_is_strict(wrong: dict[str, torch.Tensor], message: str) -> Non
         bank.store(0, wrong)
     with pytest.raises(BackboneError, match=message):
         bank.replace((1,), {name: tensor[None] for name, tensor in wrong.items()})
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_a_stack_of_other_clients_is_not_broadcast(num_rows: int) -> None:
+    bank = AdapterBank.replicate(adapter(0.0), 2)
+    stack = {name: tensor.expand(num_rows, *tensor.shape) for name, tensor in adapter(1.0).items()}
+    with pytest.raises(BackboneError, match=f"rows for {num_rows} clients, expected 2"):
+        bank.replace((0, 1), stack)
+    with pytest.raises(BackboneError, match=f"rows for {num_rows} clients, expected 2"):
+        bank.load_state_dict(stack)
+    assert all(tensor.count_nonzero() == 0 for tensor in bank.tensors.values())
