@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _MOST_NUMBERS = 12
 """Largest matrix whose cells are labelled with numbers."""
+_MOST_COLOURS = 10
+"""Most clients that can be told apart by their dots' colour."""
+_LABEL_GAP = 0.045
+"""Least distance of two labels, as a share of the axis."""
 
 
 def heat_map(matrix: Sequence[Sequence[float]], clients: Sequence[int], title: str, is_mixing: bool) -> Figure:
@@ -34,9 +39,8 @@ def heat_map(matrix: Sequence[Sequence[float]], clients: Sequence[int], title: s
     axes.set_ylabel("receiver" if is_mixing else "client")
     axes.set_title(title, fontsize=10)
     if len(clients) <= _MOST_NUMBERS:
-        middle = (values.min() + values.max()) / 2
         for (row, column), value in np.ndenumerate(values):
-            colour = "black" if value > middle else "white"
+            colour = "black" if image.norm(value) > 0.6 else "white"
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
     figure.colorbar(image, ax=axes, shrink=0.85)
     return figure
@@ -53,24 +57,42 @@ def client_dots(values: Mapping[str, Sequence[float]], metric: str, references: 
     figure, axes = _new(1.6 + 1.1 * max(4, len(values)), 4.0)
     for position, per_client in enumerate(values.values()):
         spread = np.linspace(-0.18, 0.18, len(per_client)) if len(per_client) > 1 else np.zeros(1)
-        axes.scatter(position + spread, per_client, s=22, c=range(len(per_client)), cmap="tab10", vmax=10, zorder=3)
+        if len(per_client) > _MOST_COLOURS:
+            axes.plot(position + spread, per_client, "o", markersize=2, color="C0")
+        else:
+            for client, (offset, value) in enumerate(zip(spread, per_client, strict=True)):
+                label = f"client {client}" if position == 0 else None
+                axes.plot(position + offset, value, "o", markersize=5, color=f"C{client}", label=label)
         axes.hlines(float(np.nanmean(per_client)), position - 0.3, position + 0.3, color="black", linewidth=1.5)
-    for name, value in references.items():
-        axes.axhline(value, linestyle="--", linewidth=0.8, color="grey")
-        axes.annotate(
-            name, (1.0, value), xycoords=("axes fraction", "data"), xytext=(3, 0), textcoords="offset points",
-            fontsize=8, color="grey", va="center",
-        )  # fmt: skip
     axes.set_xticks(range(len(values)), list(values))
     axes.set_ylabel(metric)
     axes.set_ylim(bottom=0)
     axes.set_title("one dot per client, bar: mean over clients", fontsize=9)
+    _label_references(axes, references)
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False, handletextpad=0.1)
     return figure
 
 
 def save_png(figure: Figure, path: Path) -> None:
     """Write the figure as PNG."""
     figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def _label_references(axes: Axes, references: Mapping[str, float]) -> None:
+    """Draw a dashed line per ranker; its name stands beside it, moved up where it would cover the one below."""
+    bottom, top = axes.get_ylim()
+    top = max(top, 1.05 * max(references.values(), default=0.0))
+    axes.set_ylim(bottom, top)
+    previous = -1.0
+    for name, value in sorted(references.items(), key=lambda item: item[1]):
+        height = (value - bottom) / (top - bottom)
+        previous = max(height, previous + _LABEL_GAP)
+        axes.axhline(value, linestyle="--", linewidth=0.8, color="grey", zorder=0)
+        axes.annotate(
+            name, (1.0, height), (1.05, previous), "axes fraction", fontsize=8, color="dimgrey", va="center",
+            arrowprops={"arrowstyle": "-", "color": "lightgrey", "linewidth": 0.8},
+        )  # fmt: skip
 
 
 def _new(width: float, height: float):  # type: ignore[no-untyped-def]

@@ -122,7 +122,7 @@ class Comparison:
             "mean": {figure: self.mean_and_sd(rule, figure)[0] for figure in figures},
             "sd": {figure: self.mean_and_sd(rule, figure)[1] for figure in figures},
             "gain_over_local": {metric: self.gain(rule, metric) for metric in metrics},
-            "minus_fedavg_per_client": {metric: self.difference(rule, "fedavg", metric) for metric in metrics},
+            "minus_fedavg_per_client": {metric: _plain(self.difference(rule, "fedavg", metric)) for metric in metrics},
             "seconds_per_round": self.seconds_per_round(rule),
             "runs": [_run_dict(result) for result in results],
         }

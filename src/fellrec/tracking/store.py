@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 _PARENT_TAG = "mlflow.parentRunId"
+_SQLITE = b"SQLite format 3\0"
+"""What a database file begins with."""
 
 
 def make_client(uri: str) -> MlflowClient:
@@ -27,6 +29,7 @@ def make_client(uri: str) -> MlflowClient:
     Raises:
         ConfigError: If the store does not answer within seconds.
     """
+    _check_file(uri)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     from mlflow.tracking import MlflowClient
@@ -40,13 +43,16 @@ def make_client(uri: str) -> MlflowClient:
 
 
 def check_reachable(uri: str) -> None:
-    """Refuse a tracking server that does not answer; local stores are made when they are needed.
+    """Refuse a store that cannot be used; a new sqlite file is made only when it is needed.
 
     Raises:
         ConfigError: See above.
     """
-    if uri.startswith("http"):
+    path = _sqlite_path(uri)
+    if path is None or path.exists():
         make_client(uri)
+    else:
+        _check_file(uri)
 
 
 def ensure_experiment(uri: str, name: str) -> str:
@@ -117,7 +123,30 @@ def ui_command(uri: str, host: str, port: int) -> list[str]:
 
 def _artifact_location(uri: str) -> str | None:
     """Beside a sqlite file; elsewhere the server decides."""
+    path = _sqlite_path(uri)
+    return None if path is None else (path.parent / "mlartifacts").as_uri()
+
+
+def _sqlite_path(uri: str) -> Path | None:
     prefix = "sqlite:///"
-    if not uri.startswith(prefix):
-        return None
-    return (Path(uri.removeprefix(prefix)).resolve().parent / "mlartifacts").as_uri()
+    return Path(uri.removeprefix(prefix)).resolve() if uri.startswith(prefix) else None
+
+
+def _begins_with(path: Path, start: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(start)) == start
+
+
+def _check_file(uri: str) -> None:
+    """MLflow would try for minutes to open a sqlite file that cannot be opened, and write into a short other file."""
+    path = _sqlite_path(uri)
+    if path is None:
+        return
+    if path.is_file() and path.stat().st_size and not _begins_with(path, _SQLITE):
+        raise ConfigError(f"tracking.uri={uri} cannot be used: {path} is no sqlite database")
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    if path.is_dir() or not os.access(existing, os.W_OK) or (existing != path and not existing.is_dir()):
+        raise ConfigError(
+            f"tracking.uri={uri} cannot be used: {path} must be a file in a folder that can be written, "
+            "such as tracking.uri=sqlite:///mlflow.db"
+        )

@@ -10,9 +10,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from fellrec.errors import ConfigError
 from fellrec.metrics.summary import summarise
 from fellrec.tracking.plots import client_dots, heat_map, save_png
 from fellrec.tracking.results import Comparison, RuleResult
+from fellrec.tracking.store import check_reachable
 from fellrec.tracking.tables import comparison_frame, display_name, print_comparison, write_tables
 
 CLIENT = torch.tensor([0, 0, 1])
@@ -108,3 +110,14 @@ def test_figures_are_pictures_with_something_on_them(size: int, tmp_path: Path) 
         picture = matplotlib.image.imread(tmp_path / f"{name}.png")
         assert picture.shape[0] > 200
         assert picture.std() > 0.02
+
+
+def test_a_store_that_cannot_be_one_is_refused_and_unchanged(tmp_path: Path) -> None:
+    note = tmp_path / "notes.txt"
+    note.write_text("not a database")
+    for path in (note, tmp_path):
+        with pytest.raises(ConfigError, match="cannot be used"):
+            check_reachable(f"sqlite:///{path}")
+    assert note.read_text() == "not a database"
+    check_reachable(f"sqlite:///{tmp_path / 'new.db'}")
+    assert not (tmp_path / "new.db").exists()
