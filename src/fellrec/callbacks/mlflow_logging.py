@@ -75,7 +75,10 @@ class MLflowLogging(FederatedCallback):
     def on_fit_start(self, loop: FederatedLoop) -> None:
         """Log parameters, configuration and data set once."""
         if self.is_resumed:
-            self.logger.experiment.update_run(self.run_id, status="RUNNING")
+            client = self.logger.experiment
+            client.update_run(self.run_id, status="RUNNING")
+            if "error" in client.get_run(self.run_id).data.tags:
+                client.delete_tag(self.run_id, "error")
             return
         flat = {key: str(value)[:_LONGEST_PARAM] for key, value in flatten(dict(self.params)).items()}
         self.logger.log_hyperparams(flat)

@@ -13,7 +13,7 @@ from fellrec.build import build_data, build_loop, build_recommender
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError
 from fellrec.federated.checkpoint import load_state
-from fellrec.runs import collect, reference_results, rule_name
+from fellrec.runs import collect, reference_results, rule_name, table_cutoff
 from fellrec.tracking.results import Comparison, RuleResult
 from fellrec.tracking.tables import print_comparison, results_console
 
@@ -24,7 +24,8 @@ def run(options: argparse.Namespace) -> None:
     if options.format == "json":
         sys.stdout.write(json.dumps(comparison.to_dict(), indent=1) + "\n")
     else:
-        print_comparison(comparison, results_console())
+        cutoff = table_cutoff(read_config(Path(options.run_dir)))
+        print_comparison(comparison, results_console(), cutoff)
 
 
 def evaluate(run_dir: Path, stage: str) -> Comparison:
@@ -37,11 +38,7 @@ def evaluate(run_dir: Path, stage: str) -> Comparison:
     Raises:
         ConfigError: If the directory is no run's, or the data is no longer what the run was trained on.
     """
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{run_dir} has no config.yaml; give the directory of a run")
-    config = OmegaConf.load(path)
-    assert isinstance(config, DictConfig)
+    config = read_config(run_dir)
     data = build_data(config)
     _check_same_data(run_dir, data)
     recommender = build_recommender(config, data)
@@ -52,6 +49,20 @@ def evaluate(run_dir: Path, stage: str) -> Comparison:
     best_round = loop.state.selection.round_index
     result = RuleResult(rule_name(config), config.seed, "learned", evaluation, best_round=best_round)
     return collect(recommender, [result, *reference_results(recommender, config.seed, stage)])
+
+
+def read_config(run_dir: Path) -> DictConfig:
+    """The configuration that a run was started with.
+
+    Raises:
+        ConfigError: If the directory is no run's.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} has no config.yaml; give the directory of a run")
+    config = OmegaConf.load(path)
+    assert isinstance(config, DictConfig)
+    return config
 
 
 def _check_same_data(run_dir: Path, data: PreparedData) -> None:

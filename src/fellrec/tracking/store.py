@@ -77,9 +77,11 @@ def make_logger(
         run_id: Go on with this run.
 
     Raises:
-        ConfigError: If the store cannot be used.
+        ConfigError: If the store cannot be used or does not hold the run to go on with.
     """
     ensure_experiment(uri, experiment)
+    if run_id is not None:
+        _check_run(uri, run_id)
     from lightning.pytorch.loggers import MLFlowLogger
 
     return MLFlowLogger(experiment_name=experiment, run_name=run_name, tracking_uri=uri, tags=dict(tags), run_id=run_id)
@@ -130,6 +132,18 @@ def _artifact_location(uri: str) -> str | None:
 def _sqlite_path(uri: str) -> Path | None:
     prefix = "sqlite:///"
     return Path(uri.removeprefix(prefix)).resolve() if uri.startswith(prefix) else None
+
+
+def _check_run(uri: str, run_id: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        make_client(uri).get_run(run_id)
+    except MlflowException as error:
+        raise ConfigError(
+            f"tracking.uri={uri} does not hold run {run_id}: {str(error).splitlines()[0]}; "
+            "resume from the folder that the run was started in"
+        ) from error
 
 
 def _begins_with(path: Path, start: bytes) -> bool:

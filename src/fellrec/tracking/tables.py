@@ -25,8 +25,6 @@ NAMES = {
 }
 """How rules and reference rankers are called in tables; others keep their own name."""
 
-_WIDE = 100
-"""Columns of a console in which the headings are written out."""
 _NARROW = {"NDCG": "NDCG", "Recall": "Recall", "variance": "var", "s/round": "s/rd"}
 
 
@@ -73,23 +71,38 @@ def comparison_frame(comparison: Comparison, cutoff: int) -> pd.DataFrame:
 
 
 def print_comparison(comparison: Comparison, console: Console, cutoff: int = 10) -> None:
-    """Print the table; the best learned NDCG, Recall, spread and worst client are bold."""
+    """Print the table; the best learned NDCG, Recall, spread and worst client are bold.
+
+    Figures are never cut: where the console is too narrow, each deviation goes below its mean, then headings are
+    shortened.
+    """
     frame = comparison_frame(comparison, cutoff)
+    layouts = [(False, False), (True, False), (True, True)]
+    tables = [_table(comparison, frame, cutoff, *layout) for layout in layouts]
+    unbounded = console.options.update(max_width=10_000)
+    fitting = [table for table in tables if console.measure(table, options=unbounded).maximum <= console.width]
+    console.print((fitting or tables[-1:])[0])
+
+
+def _table(comparison: Comparison, frame: pd.DataFrame, cutoff: int, is_stacked: bool, is_narrow: bool) -> Table:
+    """The table; stacked: deviations below their means; narrow: short headings and one space between columns."""
     clients = len(comparison.users_per_client)
+    has_seeds = bool(frame[f"NDCG@{cutoff}"].str.contains("±").any())
     table = Table(
         title=f"{comparison.data}: {sum(comparison.users_per_client)} users of {clients} clients, "
         f"{comparison.num_items} items ranked, {comparison.stage} holdout",
         caption=f"NDCG@{cutoff} and Recall@{cutoff}: mean over clients | pooled over users. std, variance, worst: "
-        f"NDCG@{cutoff} over clients. gain: its mean difference to local.",
+        f"NDCG@{cutoff} over clients. gain: its mean difference to {display_name(comparison.baseline)}."
+        + (" ±: standard deviation over seeds." if has_seeds else ""),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
-        padding=0 if console.width < _WIDE else (0, 1, 0, 0),
+        padding=0 if is_narrow else (0, 1, 0, 0),
         caption_justify="left",
     )
     columns = [name for name in frame.columns if name != "kind"]
     for name in columns:
-        heading = _NARROW.get(name.partition("@")[0], name) if console.width < _WIDE else name
+        heading = _NARROW.get(name.partition("@")[0], name) if is_narrow else name
         table.add_column(heading.strip(), justify="left" if name == "rule" else "right", no_wrap=True)
     best = _best(frame, cutoff)
     previous = None
@@ -97,8 +110,10 @@ def print_comparison(comparison: Comparison, console: Console, cutoff: int = 10)
         if previous is not None and row["kind"] != previous:
             table.add_section()
         previous = row["kind"]
-        table.add_row(*(f"[bold]{row[name]}[/bold]" if (row["rule"], name) in best else row[name] for name in columns))
-    console.print(table)
+        cells = [row[name].replace(" ±0.", "\n±.") if is_stacked else row[name] for name in columns]
+        bold = [(row["rule"], name) in best for name in columns]
+        table.add_row(*(f"[bold]{cell}[/bold]" if wins else cell for cell, wins in zip(cells, bold, strict=True)))
+    return table
 
 
 def write_tables(comparison: Comparison, folder: Path, cutoff: int = 10) -> None:

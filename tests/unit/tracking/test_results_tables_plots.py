@@ -64,7 +64,9 @@ def test_the_dictionary_is_json_and_has_the_tables_figures(comparison: Compariso
 def test_a_client_without_users_is_null_in_json() -> None:
     per_user = {"ndcg_at_10": torch.tensor([0.5]), "recall_at_10": torch.tensor([0.5])}
     lonely = RuleResult("local", 0, "learned", summarise(per_user, torch.tensor([1]), 2, "test", 0))
-    plain = Comparison("films", (0, 1), 5, [lonely]).to_dict()
+    fedavg = RuleResult("fedavg", 0, "learned", lonely.evaluation)
+    plain = json.loads(json.dumps(Comparison("films", (0, 1), 5, [lonely, fedavg]).to_dict(), allow_nan=False))
+    assert plain["rules"]["local"]["minus_fedavg_per_client"]["ndcg_at_10"] == [None, 0.0]
     assert plain["rules"]["local"]["runs"][0]["per_client"]["ndcg_at_10"] == [None, 0.5]
 
 
@@ -78,6 +80,21 @@ def test_the_printed_table_has_every_rule_and_fits(comparison: Comparison, width
         assert text in shown
     assert max(len(line) for line in shown.splitlines()) <= width
     assert "…" not in shown
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_several_seeds_are_never_cut(comparison: Comparison, width: int) -> None:
+    """The seeds of local have means 0.45 and 0.6: 0.525 with deviation 0.15 / √2 = 0.1061."""
+    names = ("centralized", "markov_decay", "pretrained", "popularity")
+    longer = [result(name, seed, [0.1, 0.2, 0.3]) for name in names for seed in (0, 1)]
+    several = Comparison("films", (2, 1), 50, [*comparison.results, *longer])
+    console = Console(width=width, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115
+    print_comparison(several, console)
+    shown = console.export_text()
+    assert "…" not in shown
+    assert "0.5250" in shown
+    assert "±.1061" in shown
+    assert max(len(line) for line in shown.splitlines()) <= width
 
 
 def test_the_best_learned_value_is_bold_whoever_has_it(comparison: Comparison) -> None:
