@@ -24,6 +24,7 @@ from fellrec.federated.loop import FederatedLoop, LoopSettings
 from fellrec.federated.state import RunState, Selection
 from fellrec.functional.ranking import check_cutoffs
 from fellrec.metrics.clients import ClientRankingMetrics
+from fellrec.models.adapters import adapter_bytes
 from fellrec.models.backbone import Backbone, load_hf
 from fellrec.models.bank import AdapterBank
 from fellrec.models.module import FellrecModule, Objective, OptimizerSettings
@@ -190,11 +191,11 @@ def _datamodule(config: DictConfig, data: PreparedData, objective: Objective) ->
 
 
 def _check_memory(initial: dict[str, Tensor], num_clients: int) -> None:
-    adapter_bytes = sum(tensor.numel() * tensor.element_size() for tensor in initial.values())
-    needed = adapter_bytes * num_clients * _BANKS
+    num_bytes = adapter_bytes(initial)
+    needed = num_bytes * num_clients * _BANKS
     present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > 0.8 * present:
         raise ConfigError(
-            f"{num_clients} clients with an adapter of {adapter_bytes / 1e6:.1f} MB each need about "
+            f"{num_clients} clients with an adapter of {num_bytes / 1e6:.1f} MB each need about "
             f"{needed / 1e9:.1f} GB, this machine has {present / 1e9:.1f} GB; use adapter=lora or fewer clients"
         )

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def tiny_backbone(
     folder = cache / _key(settings, data)
     if not folder.is_dir():
         _make(folder, settings["backbone"], make_objective, data)
-    return load_hf(str(folder))
+    return replace(load_hf(str(folder)), name="tiny")  # not the folder's name, which is a hash
 
 
 def _key(settings: Mapping[str, Any], data: PreparedData) -> str:
