@@ -97,7 +97,7 @@ def build_recommender(config: DictConfig, data: PreparedData) -> Recommender:
     objective = _objective(config, backbone, data)
     objective.check(model)
     adapter = make(config.adapter, "adapter")
-    adapter.attach(backbone.model, backbone.arch, config.seed)
+    adapter.attach(backbone.model, backbone.arch, config.seed, model.part_of)
     trainable = adapter.trainable(backbone.model)
     module = FellrecModule(
         model=model,

@@ -130,7 +130,7 @@ def test_lora_is_exact_through_the_cuts_and_through_peft(name: str, dtype: torch
     fresh.load_state_dict(model.state_dict())
     split, adapter, ids = SplitModel(model, 2, 1), LoraAdapter(dropout=0.0), torch.randint(3, 97, (3, 9))
     base = model(input_ids=ids, use_cache=False).logits
-    adapter.attach(model, arch_of(model.config), seed=0)
+    adapter.attach(model, arch_of(model.config), 0, split.part_of)
     assert torch.equal(model(input_ids=ids, use_cache=False).logits, base), "B starts at zero"
     parameters = adapter.trainable(model)
     assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}

@@ -14,6 +14,7 @@ from fellrec.data.datamodule import FellrecDataModule
 from fellrec.errors import TrainingError
 from fellrec.functional.rng import derive_seed
 from fellrec.models.module import FellrecModule
+from fellrec.models.streams import StreamPosition, training_seed
 from fellrec.types import ClientUpdate
 
 
@@ -83,12 +84,12 @@ class LocalTrainer:
             TrainingError: If a loss is not finite; names client, round and step.
         """
         started = time.perf_counter()
-        seed = derive_seed(self.settings.seed, "train", round_index, client)
+        seed = training_seed(self.settings.seed, round_index, client)
         self.module.train()
         self.optimizer.zero_grad(set_to_none=True)
         total, num_targets, steps = 0.0, 0, 0
         devices = [self.fabric.device] if self.fabric.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), self.module.model.streams.using(StreamPosition(seed)):
             torch.manual_seed(seed)
             for batch in self._batches(client, data_of, round_index):
                 self._warm_up(first_step + steps)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,18 +15,28 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fellrec.errors import BackboneError, ConfigError, nearest_first
+from fellrec.errors import BackboneError, ConfigError, nearest_first, unknown
 from fellrec.functional.rng import derive_seed
 from fellrec.models.architectures import ArchSpec
+from fellrec.models.cut import PARTS
 
 _NAME = "default"
+
+PartOf = Callable[[str], str]
+"""``head``, ``body`` or ``tail`` for a dotted name of the whole model."""
 
 
 class AdapterKind(Protocol):
     """What ``adapter=…`` provides."""
 
-    def attach(self, model: nn.Module, arch: ArchSpec, seed: int) -> None:
-        """Make the model's adapter trainable and everything else frozen, in place."""
+    parts: tuple[str, ...]
+    """The parts that have something to train."""
+
+    def attach(self, model: nn.Module, arch: ArchSpec, seed: int, part_of: PartOf) -> None:
+        """Make the model's adapter trainable and everything else frozen, in place.
+
+        The model may be the client's or the server's share only; what is attached there is what a whole model gets.
+        """
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The adapter's parameters in the model, sorted by name."""
@@ -43,13 +54,19 @@ class LoraAdapter:
         dropout: Dropout on the adapter's input, in [0, 1).
         target_modules: Name or names of the modules to adapt, matched at the end of their full names; ``None`` takes
             the architecture's own.
+        layers: The parts to adapt, such as ``"body+tail"``.
 
     Raises:
-        ConfigError: If a number is out of range.
+        ConfigError: If a number is out of range or a part is unknown.
     """
 
     def __init__(
-        self, rank: int = 8, alpha: int = 16, dropout: float = 0.05, target_modules: str | Sequence[str] | None = None
+        self,
+        rank: int = 8,
+        alpha: int = 16,
+        dropout: float = 0.05,
+        target_modules: str | Sequence[str] | None = None,
+        layers: str = "head+body+tail",
     ) -> None:
         if rank < 1:
             raise ConfigError(f"adapter.rank={rank} must be at least 1")
@@ -58,16 +75,24 @@ class LoraAdapter:
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         names = [target_modules] if isinstance(target_modules, str) else target_modules
         self.target_modules = list(names) if names else None
+        self.parts = parse_parts(layers)
         self._config: LoraConfig | None = None
 
-    def attach(self, model: nn.Module, arch: ArchSpec, seed: int) -> None:
-        """Inject the adapter in float32, with an initialisation that depends on the seed only.
+    def attach(self, model: nn.Module, arch: ArchSpec, seed: int, part_of: PartOf) -> None:
+        """Inject the adapter in float32, with an initialisation that depends on seed and name only.
 
         Raises:
             BackboneError: If a target matches no module; names some that exist, the nearest first.
         """
         targets = self.target_modules or list(arch.lora_targets)
         _check_targets(model, targets)
+        if self.parts != PARTS:
+            adaptable = _adaptable(model)
+            targets = [name for name in adaptable if _matches(name, targets) and part_of(name) in self.parts]
+            if not targets:
+                for parameter in model.parameters():  # a share of the model without any of these parts
+                    parameter.requires_grad_(False)
+                return
         self._config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
@@ -79,12 +104,12 @@ class LoraAdapter:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
-            # PEFT draws on the CPU; torch.manual_seed would reseed the accelerators too.
-            torch.default_generator.manual_seed(derive_seed(seed, "lora"))
             inject_adapter_in_model(self._config, model, adapter_name=_NAME)
         cast_adapter_dtype(model, _NAME)  # as PeftModel does: half precision would lose small optimiser steps
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
+            if "lora_A" in name:
+                _draw(parameter, derive_seed(seed, "lora", name))
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The A and B matrices, sorted by name."""
@@ -102,16 +127,26 @@ class LoraAdapter:
 
 
 class FullAdapter:
-    """All parameters of the backbone are trained and travel; for small backbones."""
+    """All parameters of the backbone are trained and travel; for small backbones.
 
-    def attach(self, model: nn.Module, arch: ArchSpec, seed: int) -> None:
-        """Make every parameter trainable."""
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
+    Args:
+        layers: The parts to train, such as ``"body+tail"``.
+
+    Raises:
+        ConfigError: If a part is unknown.
+    """
+
+    def __init__(self, layers: str = "head+body+tail") -> None:
+        self.parts = parse_parts(layers)
+
+    def attach(self, model: nn.Module, arch: ArchSpec, seed: int, part_of: PartOf) -> None:
+        """Make every parameter of the parts trainable."""
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(part_of(name) in self.parts)
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """All parameters, sorted by name; shared ones once."""
-        return dict(sorted(model.named_parameters()))
+        """All parameters of the parts, sorted by name; shared ones once."""
+        return dict(sorted((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad))
 
     def save(self, model: Any, tokenizer: Any, folder: Path) -> None:
         """Write a plain transformers folder, which ``AutoModelForCausalLM`` and ``AutoTokenizer`` load."""
@@ -119,15 +154,51 @@ class FullAdapter:
         tokenizer.save_pretrained(folder)
 
 
+def parse_parts(layers: str) -> tuple[str, ...]:
+    """The parts in ``adapter.layers``, in their own order.
+
+    Raises:
+        ConfigError: If one is unknown, or none is given.
+
+    Example:
+        >>> parse_parts("tail+body")
+        ('body', 'tail')
+    """
+    given = str(layers).split("+")
+    for part in given:
+        if part not in PARTS:
+            raise ConfigError(f"adapter.layers={layers}: {unknown('part', part, PARTS)}; join several by +")
+    return tuple(part for part in PARTS if part in given)
+
+
 def adapter_bytes(adapter: Mapping[str, torch.Tensor]) -> int:
     """Bytes that travel one way when one client sends its adapter."""
     return sum(tensor.numel() * tensor.element_size() for tensor in adapter.values())
 
 
+@torch.no_grad()
+def _draw(parameter: nn.Parameter, seed: int) -> None:
+    """PEFT's own initialisation of A, from a generator of its own: the same in a whole model and in a share of one."""
+    if parameter.device.type == "meta":
+        return
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.empty(parameter.shape, dtype=parameter.dtype)
+    nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+    parameter.copy_(values)
+
+
+def _adaptable(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+
+
+def _matches(name: str, targets: Sequence[str]) -> bool:
+    return any(f".{name}".endswith(f".{target}") for target in targets)
+
+
 def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
-    adaptable = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    adaptable = _adaptable(model)
     for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in adaptable):
+        if not any(_matches(name, [target]) for name in adaptable):
             last_parts = {name.rpartition(".")[2] for name in adaptable}
             raise BackboneError(
                 f"adapter.target_modules: {target!r} matches no module of the backbone; "

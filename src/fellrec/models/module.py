@@ -29,6 +29,12 @@ class Objective(Protocol):
     def loss(self, model: SplitModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """Sum of the negative log-likelihood over the batch's targets, and their number."""
 
+    def inputs(self, batch: dict[str, Tensor]) -> list[Tensor]:
+        """What of a batch goes through the model: token ids ``[B, L]``, one tensor per forward pass."""
+
+    def loss_of(self, model: SplitModel, hidden: list[Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        """``loss``, with the final hidden states ``[B, L, D]`` of ``inputs`` at hand."""
+
 
 class Ranker(Protocol):
     """What turns a model and histories into one score per item; see ``SimilarityRanker`` for an example."""

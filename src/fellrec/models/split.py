@@ -13,54 +13,55 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache, DynamicCache
 
 from fellrec.errors import BackboneError
 from fellrec.models.architectures import ArchSpec, arch_of, decoder_layers
-
-
-class _NoPositions(nn.Module):
-    """Stands for a learned position embedding where it was added already: adds zero."""
-
-    def forward(self, position_ids: Tensor) -> Tensor:
-        """A zero that broadcasts to any hidden state."""
-        return torch.zeros((), device=position_ids.device)
+from fellrec.models.cut import PARTS, BodyLink, Cut, CutCache, NoPositions, keep_client_share, remember_length
+from fellrec.models.streams import LayerStreams
 
 
 class SplitModel(nn.Module):
     """A causal LM cut in three: head and tail for the client, body for the server (METHOD §4).
 
-    All parts run here, in one process, and share the parameters of ``model``.
+    Without a link all parts run here and share the parameters of ``model``. With one, this is the client's share: the
+    body's layers leave ``model``, and whatever it computes crosses the two cuts.
 
     Args:
-        model: A Hugging Face causal LM of a known architecture.
+        model: A Hugging Face causal LM of a known architecture, or the server's share of one.
         head_layers: Decoder layers in the head, beside the embedding.
         tail_layers: Decoder layers in the tail, beside the final norm and the LM head.
+        link: To the server that runs the body; ``None`` if the body runs here.
 
     Attributes:
-        model: The whole model; its parameter names are those of the unsplit one.
+        model: The causal LM; its parameter names are those of the unsplit one, and so are its ``forward`` and
+            ``generate``.
+        cut: Where it is cut.
+        streams: Random numbers of its layers.
 
     Raises:
         BackboneError: If the cuts do not fit into the model's layers.
     """
 
-    def __init__(self, model: nn.Module, head_layers: int, tail_layers: int) -> None:
+    def __init__(self, model: nn.Module, head_layers: int, tail_layers: int, link: BodyLink | None = None) -> None:
         super().__init__()
         self.model: Any = model
         self.arch = arch_of(model.config)
-        num_layers = len(decoder_layers(model, self.arch))
-        if head_layers < 0 or tail_layers < 0 or head_layers + tail_layers > num_layers:
-            raise BackboneError(
-                f"split.head_layers={head_layers} and split.tail_layers={tail_layers} do not fit: both must be at "
-                f"least 0 and together at most {num_layers}, the backbone's decoder layers"
-            )
-        self.head_layers, self.tail_layers, self.num_layers = head_layers, tail_layers, num_layers
-        first_of_tail = num_layers - tail_layers
-        # Tuples keep the parts out of nn.Module's registry: a shared parameter is listed once, under the model's name.
-        self._parts = (
-            _part(model, self.arch, range(head_layers), is_head=True, is_tail=False),
-            _part(model, self.arch, range(head_layers, first_of_tail), is_head=False, is_tail=False),
-            _part(model, self.arch, range(first_of_tail, num_layers), is_head=False, is_tail=True),
-        )
+        self.cut = Cut(head_layers, tail_layers, len(decoder_layers(model, self.arch)))
+        self._link = link
+        if link is not None:
+            if not self.cut.layers("body"):
+                raise BackboneError(
+                    f"split.head_layers={head_layers} and split.tail_layers={tail_layers} leave the server nothing of "
+                    f"the backbone's {self.cut.num_layers} decoder layers; lower one of them or give split=default"
+                )
+            keep_client_share(model, self.cut, link)
+        inner = getattr(model, self.arch.inner)
+        entry = {-1: inner._modules[name] for name in self.arch.entry}
+        self.streams = LayerStreams({**entry, **dict(enumerate(decoder_layers(model, self.arch)))})
+        # A tuple keeps the parts out of nn.Module's registry: a shared parameter is listed once, under the model's name.
+        self._parts = tuple(_part(model, self.arch, self.cut, part) for part in PARTS)
+        self._num_caches = 0
 
     def train(self, mode: bool = True) -> SplitModel:
         """As in PyTorch; the parts follow."""
@@ -88,6 +89,8 @@ class SplitModel(nn.Module):
 
     def body(self, hidden_BLD: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Server: the middle layers, ``[B, L, D]`` to ``[B, L, D]``."""
+        if self._link is not None:
+            return self._link.run_body(hidden_BLD, attention_mask, None, None)
         return self._run(1, hidden_BLD, attention_mask)
 
     def tail(self, hidden_BLD: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -97,9 +100,48 @@ class SplitModel(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Head, body and tail: the final hidden state ``[B, L, D]``."""
         hidden_BLD = self.head(input_ids, attention_mask)
-        if self.head_layers + self.tail_layers < self.num_layers:
+        if self.cut.layers("body"):
             hidden_BLD = self.body(hidden_BLD, attention_mask)
         return self.tail(hidden_BLD, attention_mask)
+
+    def body_with_cache(self, hidden_BLD: Tensor, mask: Tensor | None, position_ids: Tensor, cache: Cache) -> Tensor:
+        """Server: the middle layers for the next L tokens, ``[B, L, D]`` to ``[B, L, D]``; the cache grows by them.
+
+        Args:
+            hidden_BLD: The head's output for the new tokens.
+            mask: ``[B, seen + L]``, 1 for tokens and 0 for padding.
+            position_ids: ``[B, L]`` or ``[1, L]`` int64.
+            cache: From ``new_cache``.
+        """
+        output = self._parts[1](
+            inputs_embeds=hidden_BLD,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        for number in (*self.cut.layers("head"), *self.cut.layers("tail")):
+            remember_length(cache, number, hidden_BLD)
+        return output.last_hidden_state
+
+    def new_cache(self) -> Cache:
+        """An empty key-value cache for ``model``; with a link it has a side on the server too."""
+        if self._link is None:
+            return DynamicCache(config=self.model.config)
+        self._num_caches += 1
+        return CutCache(self.model.config, self._link, self._num_caches)
+
+    def copy_cache(self, cache: Cache) -> Cache:
+        """A copy of a cache that grows on its own."""
+        if isinstance(cache, CutCache):
+            self._num_caches += 1
+            return cache.duplicate(self._num_caches)
+        return copy.deepcopy(cache)
+
+    def drop_cache(self, cache: Cache) -> None:
+        """Free the server's side of a cache that is not needed any more."""
+        if isinstance(cache, CutCache):
+            cache.link.drop_cache(cache.number)
 
     def lm_head(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., V]`` of final hidden states ``[..., D]``."""
@@ -107,39 +149,35 @@ class SplitModel(nn.Module):
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def part_of_parameter(self) -> dict[str, str]:
-        """``head``, ``body`` or ``tail`` for every parameter name of the whole model."""
-        return {name: self._part_of(name) for name, _ in self.model.named_parameters()}
+    def part_of(self, name: str) -> str:
+        """``head``, ``body`` or ``tail`` for a dotted name of the whole model."""
+        return self.cut.part_of(name, self.arch)
 
-    def _part_of(self, name: str) -> str:
-        prefix = f"{self.arch.inner}.{self.arch.layers}."
-        if name.startswith(prefix):
-            layer = int(name.removeprefix(prefix).split(".")[0])
-            if layer < self.head_layers:
-                return "head"
-            return "body" if layer < self.num_layers - self.tail_layers else "tail"
-        entry = (self.arch.embedding, self.arch.position_embedding)
-        return "head" if name.removeprefix(f"{self.arch.inner}.").split(".")[0] in entry else "tail"
+    def part_of_parameter(self) -> dict[str, str]:
+        """``head``, ``body`` or ``tail`` for every parameter name of the model."""
+        return {name: self.part_of(name) for name, _ in self.model.named_parameters()}
 
     def _run(self, part: int, inputs_embeds: Tensor, attention_mask: Tensor | None) -> Tensor:
         inner = self._parts[part]
         return inner(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 
-def _part(model: nn.Module, arch: ArchSpec, layers: range, is_head: bool, is_tail: bool) -> nn.Module:
+def _part(model: nn.Module, arch: ArchSpec, cut: Cut, name: str) -> nn.Module:
     """The inner model's class with some of its layers; the modules are shared, not copied."""
-    inner = getattr(model, arch.inner)
+    inner, layers = getattr(model, arch.inner), cut.layers(name)
     part = copy.copy(inner)
+    part._forward_pre_hooks = type(inner._forward_pre_hooks)()  # those of the whole model
+    part._forward_pre_hooks_with_kwargs = type(inner._forward_pre_hooks_with_kwargs)()
     part._modules = dict(inner._modules)
     part._modules[arch.layers] = getattr(inner, arch.layers)[layers.start : layers.stop]
     part.config = copy.copy(inner.config)
     if getattr(inner.config, "layer_types", None):  # looked up by position in the list of layers
         part.config.layer_types = inner.config.layer_types[layers.start : layers.stop] or inner.config.layer_types[:1]
-    if not is_tail:
+    if name != "tail":
         part._modules[arch.norm] = nn.Identity()
-    if not is_head:
-        for name in arch.entry:
-            part._modules[name] = nn.Identity()
+    if name != "head":
+        for entry in arch.entry:
+            part._modules[entry] = nn.Identity()
         if arch.position_embedding:
-            part._modules[arch.position_embedding] = _NoPositions()
+            part._modules[arch.position_embedding] = NoPositions()
     return part

@@ -72,16 +72,18 @@ class GroundingRanker:
         device = model.model.get_input_embeddings().weight.device
         ids, lengths = self.objective.prompts(histories.cpu())
         ids, mask = pad_left(ids, lengths)
-        tokenizer = self.objective.tokenizer
+        tokenizer, cache = self.objective.tokenizer, model.new_cache()
         written = model.model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             max_new_tokens=self.max_new_tokens,
             num_beams=self.num_beams,
+            past_key_values=cache,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
+        model.drop_cache(cache)
         texts: list[str] = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
 

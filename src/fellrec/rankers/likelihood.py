@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from fellrec.data.text import pad_left
 from fellrec.errors import ConfigError, unknown
@@ -19,8 +17,7 @@ NORMALISE = ("mean", "sum")
 class LikelihoodRanker:
     """Log-likelihood of each title's tokens after the prompt, which is computed once per user.
 
-    The prompt's keys and values are kept and shared by all titles. The model runs whole: with a cache, nothing crosses
-    a cut here.
+    The prompt's keys and values are kept and shared by all titles.
 
     Args:
         objective: The objective that the model was trained with; it makes the prompts.
@@ -60,20 +57,28 @@ class LikelihoodRanker:
         parts = []
         for first in range(0, len(ids), users):
             prompt, mask = pad_left(ids[first : first + users], lengths[first : first + users])
-            parts.append(self._score_users(model.model, prompt.to(device), mask.to(device), rows))
+            parts.append(self._score_users(model, prompt.to(device), mask.to(device), rows))
         return torch.cat(parts)
 
-    def _score_users(self, lm: Any, ids: Tensor, mask: Tensor, rows: int) -> Tensor:
+    def _score_users(self, model: SplitModel, ids: Tensor, mask: Tensor, rows: int) -> Tensor:
         """Scores ``[b, I]`` for a few left-padded prompts ``[b, L]``."""
         position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        prompt = lm(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=True, logits_to_keep=1)
+        cache = model.new_cache()
+        prompt = model.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         first_logp_bV = prompt.logits[:, -1].float().log_softmax(dim=-1)
         chunk = max(1, rows // len(ids))
         titles = self.objective.titles
         scores = [
             self._score_titles(
-                lm,
-                copy.deepcopy(prompt.past_key_values),
+                model,
+                model.copy_cache(cache),
                 mask,
                 first_logp_bV,
                 titles.tokens[start : start + chunk].to(ids.device),
@@ -81,10 +86,11 @@ class LikelihoodRanker:
             )
             for start in range(0, len(titles.tokens), chunk)
         ]
+        model.drop_cache(cache)
         return torch.cat(scores, dim=1)
 
     def _score_titles(
-        self, lm: Any, cache: Any, mask: Tensor, first_logp: Tensor, titles: Tensor, inside: Tensor
+        self, model: SplitModel, cache: Cache, mask: Tensor, first_logp: Tensor, titles: Tensor, inside: Tensor
     ) -> Tensor:
         """Scores ``[b, n]`` of ``n`` titles after each of ``b`` cached prompts."""
         num_users, num_titles = len(mask), len(titles)
@@ -93,13 +99,14 @@ class LikelihoodRanker:
         full_mask = torch.cat([mask.repeat_interleave(num_titles, dim=0), inside_all.long()], dim=1)
         position_ids = (full_mask.cumsum(dim=1) - 1).clamp(min=0)[:, mask.shape[1] :]
         # The last token of a title predicts nothing that is scored, so it is not fed.
-        logits = lm(
+        logits = model.model(
             input_ids=inputs[:, :-1],
             attention_mask=full_mask[:, :-1],
             position_ids=position_ids[:, :-1],
             past_key_values=cache,
             use_cache=True,
         ).logits
+        model.drop_cache(cache)
         later = logits.float().log_softmax(dim=-1).gather(2, inputs[:, 1:, None])[:, :, 0]
         first = first_logp[:, titles[:, 0]].reshape(-1, 1)
         logp = torch.cat([first, later], dim=1).masked_fill(~inside_all, 0.0).sum(dim=1)

@@ -52,7 +52,7 @@ def test_the_pretrained_model_tells_its_story(stories: Backbone) -> None:
 
 def test_lora_travels_in_pefts_own_format(stories: Backbone, real_data: Path, tmp_path: Path) -> None:
     adapter = LoraAdapter(rank=4, dropout=0.0)
-    adapter.attach(stories.model, stories.arch, seed=0)
+    adapter.attach(stories.model, stories.arch, 0, lambda name: "body")
     trainable = adapter.trainable(stories.model)
     assert len(trainable) == 5 * 2 * 2
     assert [name for name, p in stories.model.named_parameters() if p.requires_grad] == [
@@ -74,12 +74,12 @@ def test_lora_starts_as_the_backbone_and_depends_on_the_seed_only(stories: Backb
     before = logits(stories.model)
     state = torch.get_rng_state()
     adapter = LoraAdapter()
-    adapter.attach(stories.model, stories.arch, seed=3)
+    adapter.attach(stories.model, stories.arch, 3, lambda name: "body")
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(logits(stories.model), before)
     again, other = (load_hf(str(real_data / "stories260K-hf")) for _ in range(2))
     for backbone, seed in ((again, 3), (other, 4)):
-        LoraAdapter().attach(backbone.model, backbone.arch, seed)
+        LoraAdapter().attach(backbone.model, backbone.arch, seed, lambda name: "body")
     mine = adapter.trainable(stories.model)
     assert all(torch.equal(mine[n], p) for n, p in adapter.trainable(again.model).items())
     assert not all(torch.equal(mine[n], p) for n, p in adapter.trainable(other.model).items())
@@ -88,7 +88,7 @@ def test_lora_starts_as_the_backbone_and_depends_on_the_seed_only(stories: Backb
 def test_lora_works_through_the_cuts(stories: Backbone) -> None:
     split = SplitModel(stories.model, 2, 1)
     adapter = LoraAdapter(dropout=0.0)
-    adapter.attach(stories.model, stories.arch, seed=0)
+    adapter.attach(stories.model, stories.arch, 0, lambda name: "body")
     disturb(adapter.trainable(stories.model))
     ids = torch.arange(3, 40)[None]
     assert torch.equal(split.eval().lm_head(split(ids)), stories.model(input_ids=ids, use_cache=False).logits)
@@ -98,14 +98,14 @@ def test_targets_that_match_nothing_are_named() -> None:
     tiny = build_tiny(TITLES, hidden_size=16, num_layers=2)
     for target in ("q_prj", "self_attn.q_prj", "mlp.q_proj"):
         with pytest.raises(BackboneError, match=rf"'{target}' matches no module of the backbone; it has q_proj"):
-            LoraAdapter(target_modules=[target]).attach(tiny.model, tiny.arch, seed=0)
+            LoraAdapter(target_modules=[target]).attach(tiny.model, tiny.arch, 0, lambda name: "body")
 
 
 @pytest.mark.parametrize("targets", ["q_proj", ["q_proj"], ["self_attn.q_proj"]])
 def test_targets_match_the_end_of_a_modules_name(targets: str | list[str]) -> None:
     tiny = build_tiny(TITLES, hidden_size=16, num_layers=2)
     adapter = LoraAdapter(target_modules=targets)
-    adapter.attach(tiny.model, tiny.arch, seed=0)
+    adapter.attach(tiny.model, tiny.arch, 0, lambda name: "body")
     assert {name.split(".lora_")[0] for name in adapter.trainable(tiny.model)} == {
         f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)
     }
@@ -117,7 +117,7 @@ def test_building_a_model_or_an_adapter_does_not_reseed_the_accelerators(monkeyp
     torch.manual_seed(0)
     assert reseeded == [0], "this is how PyTorch reseeds them"
     tiny = build_tiny(TITLES, hidden_size=16, num_layers=2, seed=1)
-    LoraAdapter().attach(tiny.model, tiny.arch, seed=2)
+    LoraAdapter().attach(tiny.model, tiny.arch, 2, lambda name: "body")
     assert reseeded == [0]
 
 
@@ -130,7 +130,7 @@ def test_lora_settings_are_checked(settings: dict[str, float]) -> None:
 def test_a_full_adapter_is_an_ordinary_model_folder(tmp_path: Path) -> None:
     tiny = build_tiny(TITLES, hidden_size=16, num_layers=2)
     adapter = FullAdapter()
-    adapter.attach(tiny.model, tiny.arch, seed=0)
+    adapter.attach(tiny.model, tiny.arch, 0, lambda name: "body")
     assert list(adapter.trainable(tiny.model)) == sorted(name for name, _ in tiny.model.named_parameters())
     disturb(adapter.trainable(tiny.model))
     adapter.save(tiny.model, tiny.tokenizer, tmp_path)

@@ -113,8 +113,15 @@ class GenerativeObjective:
 
     def loss(self, model: SplitModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """Sum of the negative log-likelihood of the target titles' tokens, and their number."""
-        hidden_BLD = model(batch["input_ids"])
-        logits_TV = model.lm_head(hidden_BLD[batch["rows"], batch["columns"]]).float()
+        return self.loss_of(model, [model(ids) for ids in self.inputs(batch)], batch)
+
+    def inputs(self, batch: dict[str, Tensor]) -> list[Tensor]:
+        """Token ids that go through the whole model: the prompts with their answers."""
+        return [batch["input_ids"]]
+
+    def loss_of(self, model: SplitModel, hidden: list[Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        """The loss for the final hidden states ``[B, L, D]`` of ``inputs``; only the LM head is used of the model."""
+        logits_TV = model.lm_head(hidden[0][batch["rows"], batch["columns"]]).float()
         return F.cross_entropy(logits_TV, batch["targets"], reduction="sum"), len(batch["targets"])
 
     def _prompt_pieces(self, histories: Tensor) -> tuple[Tensor, Tensor]:

@@ -101,16 +101,27 @@ class RetrievalObjective:
 
     def loss(self, model: SplitModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """Sum of the negative log-likelihood over the batch's targets, and their number."""
-        hidden_BLD = model(batch["input_ids"])
-        query_TD = F.normalize(hidden_BLD[batch["rows"], batch["columns"]].float(), dim=-1)
-        logits_TI = (query_TD / self.temperature) @ self.item_vectors(model).T
+        return self.loss_of(model, [model(ids) for ids in self.inputs(batch)], batch)
+
+    def inputs(self, batch: dict[str, Tensor]) -> list[Tensor]:
+        """Token ids that go through the whole model: the histories, and with two towers the items' texts."""
+        if self.item_encoder == "tokens":
+            return [batch["input_ids"]]
+        return [batch["input_ids"], self.item_text.tokens.to(batch["input_ids"].device)]
+
+    def loss_of(self, model: SplitModel, hidden: list[Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        """The loss for the final hidden states ``[B, L, D]`` of ``inputs``; only the embedding is used of the model."""
+        query_TD = F.normalize(hidden[0][batch["rows"], batch["columns"]].float(), dim=-1)
+        vectors = self._mean_embeddings(model) if self.item_encoder == "tokens" else self._mean_hidden(hidden[1])
+        logits_TI = (query_TD / self.temperature) @ F.normalize(vectors, dim=-1).T
         return F.cross_entropy(logits_TI, batch["targets"], reduction="sum"), len(batch["targets"])
 
     def item_vectors(self, model: SplitModel) -> Tensor:
         """Unit vectors of all items, ``[I, D]`` float32, differentiable."""
         if self.item_encoder == "tokens":
             return F.normalize(self._mean_embeddings(model), dim=-1)
-        return F.normalize(self._mean_hidden_states(model), dim=-1)
+        device = model.model.get_input_embeddings().weight.device
+        return F.normalize(self._mean_hidden(model(self.item_text.tokens.to(device))), dim=-1)
 
     def _mean_embeddings(self, model: SplitModel) -> Tensor:
         weight = model.model.get_input_embeddings().weight
@@ -119,11 +130,9 @@ class RetrievalObjective:
         offsets = (text.lengths.cumsum(0) - text.lengths).to(weight.device)
         return F.embedding_bag(flat, weight.float(), offsets, mode="mean")
 
-    def _mean_hidden_states(self, model: SplitModel) -> Tensor:
-        device = model.model.get_input_embeddings().weight.device
-        inside = self.item_text.inside.to(device)[:, :, None].float()
-        hidden_ILD = model(self.item_text.tokens.to(device)).float()
-        return (hidden_ILD * inside).sum(dim=1) / inside.sum(dim=1)
+    def _mean_hidden(self, hidden_ILD: Tensor) -> Tensor:
+        inside = self.item_text.inside.to(hidden_ILD.device)[:, :, None].float()
+        return (hidden_ILD.float() * inside).sum(dim=1) / inside.sum(dim=1)
 
     def queries(self, model: SplitModel, histories: Tensor) -> Tensor:
         """Unit query vectors for the next item after each history, ``[B, D]`` float32.

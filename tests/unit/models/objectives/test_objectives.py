@@ -192,7 +192,7 @@ def test_grounding_embeds_with_the_frozen_backbone(real_data: Path) -> None:
     objective = GenerativeObjective(backbone.tokenizer, CATALOGUE, max_history=3)
     before = GroundingRanker(objective).embed(model, list(TITLES))
     adapter = LoraAdapter()
-    adapter.attach(backbone.model, backbone.arch, seed=0)
+    adapter.attach(backbone.model, backbone.arch, 0, lambda name: "body")
     with torch.no_grad():
         for parameter in adapter.trainable(backbone.model).values():
             parameter.add_(0.1)
@@ -207,7 +207,7 @@ def test_training_on_titles_raises_their_likelihood(real_data: Path) -> None:
     model = SplitModel(backbone.model, 1, 1)
     objective = GenerativeObjective(backbone.tokenizer, CATALOGUE, max_history=3)
     adapter = LoraAdapter(dropout=0.0)
-    adapter.attach(backbone.model, backbone.arch, seed=0)
+    adapter.attach(backbone.model, backbone.arch, 0, lambda name: "body")
     last = torch.tensor([[0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]]).bool()
     batch = objective.collate(ITEMS, last)
     optimizer = torch.optim.AdamW(adapter.trainable(backbone.model).values(), lr=1e-2)

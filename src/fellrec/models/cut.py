@@ -1,0 +1,201 @@
+"""Where a causal LM is cut, and what stands for the layers that run elsewhere."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+
+from fellrec.errors import BackboneError
+from fellrec.models.architectures import ArchSpec, arch_of, decoder_layers
+
+PARTS = ("head", "body", "tail")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Two cuts through a stack of decoder layers.
+
+    Attributes:
+        head_layers: Layers on the client after the embedding.
+        tail_layers: Layers on the client before the final norm and the LM head.
+        num_layers: All decoder layers.
+
+    Raises:
+        BackboneError: If the cuts do not fit into the layers.
+    """
+
+    head_layers: int
+    tail_layers: int
+    num_layers: int
+
+    def __post_init__(self) -> None:
+        head, tail = self.head_layers, self.tail_layers
+        if head < 0 or tail < 0 or head + tail > self.num_layers:
+            raise BackboneError(
+                f"split.head_layers={head} and split.tail_layers={tail} do not fit: both must be at "
+                f"least 0 and together at most {self.num_layers}, the backbone's decoder layers"
+            )
+
+    def layers(self, part: str) -> range:
+        """The layers of ``head``, ``body`` or ``tail``."""
+        bounds = (0, self.head_layers, self.num_layers - self.tail_layers, self.num_layers)
+        index = PARTS.index(part)
+        return range(bounds[index], bounds[index + 1])
+
+    def part_of(self, name: str, arch: ArchSpec) -> str:
+        """The part that a parameter or module of the whole model belongs to, by its dotted name."""
+        prefix = f"{arch.inner}.{arch.layers}."
+        if name.startswith(prefix):
+            layer = int(name.removeprefix(prefix).split(".")[0])
+            return next(part for part in PARTS if layer in self.layers(part))
+        first = name.removeprefix(f"{arch.inner}.").split(".")[0]
+        return "head" if first in (arch.embedding, arch.position_embedding, *arch.entry) else "tail"
+
+
+class BodyLink(Protocol):
+    """What a client's model needs of the server: the body's output for a hidden state, no gradients."""
+
+    def run_body(self, hidden: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None) -> Tensor:
+        """The body's output ``[B, L, D]`` for the head's ``[B, L, D]``."""
+
+    def select_rows(self, source: int, target: int, rows: Tensor | None) -> None:
+        """Let the server's cache ``target`` be the rows of its cache ``source``, all of them for ``None``."""
+
+    def drop_cache(self, cache: int) -> None:
+        """Let the server forget a cache."""
+
+
+class CutCache(DynamicCache):
+    """The client's side of a key-value cache: what is done to it is done to the server's side too.
+
+    Args:
+        config: Of the whole model.
+        link: To the server.
+        number: Names the server's side of the cache.
+    """
+
+    def __init__(self, config: Any, link: BodyLink, number: int) -> None:
+        super().__init__(config=config)
+        self.link = link
+        self.number = number
+        self.copies = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """As in transformers, on both sides."""
+        super().reorder_cache(beam_idx)
+        self.link.select_rows(self.number, self.number, beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """As in transformers, on both sides."""
+        rows = torch.arange(len(self.layers[0].keys)).repeat_interleave(repeats)
+        super().batch_repeat_interleave(repeats)
+        self.link.select_rows(self.number, self.number, rows)
+
+    def duplicate(self, number: int) -> CutCache:
+        """A copy that grows on its own, under another number."""
+        twin = copy.copy(self)
+        twin.layers = copy.deepcopy(self.layers)
+        twin.number = number
+        self.link.select_rows(self.number, number, None)
+        return twin
+
+
+class Elsewhere(nn.Module):
+    """Stands for a decoder layer of another process; the hidden state passes unchanged.
+
+    The cache gets an entry of the right length, so that whatever asks it how much it has seen gets the right answer.
+    """
+
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``[B, L, D]`` unchanged."""
+        caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+        if caches:
+            remember_length(caches[0], self.layer, hidden)
+        return hidden
+
+
+class RemoteBody(Elsewhere):
+    """Stands for the first layer of the body, and sends the hidden state through all of it.
+
+    Args:
+        layer: Its number.
+        link: To the server.
+    """
+
+    def __init__(self, layer: int, link: BodyLink) -> None:
+        super().__init__(layer)
+        self.link = link
+        self._call: dict[str, Any] = {}
+
+    def listen(self, inner: nn.Module) -> None:
+        """Learn of every call of the whole model what its layers are not told: the mask as it was given."""
+        inner.register_forward_pre_hook(self._remember, with_kwargs=True)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The body's output ``[B, L, D]``."""
+        call = self._call
+        output = self.link.run_body(hidden, call["attention_mask"], call["position_ids"], call["past_key_values"])
+        super().forward(hidden, *args, **kwargs)
+        return output
+
+    def _remember(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._call = {name: kwargs.get(name) for name in ("attention_mask", "position_ids", "past_key_values")}
+
+
+class NoPositions(nn.Module):
+    """Stands for a learned position embedding where it was added already: adds zero."""
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """A zero that broadcasts to any hidden state."""
+        return torch.zeros((), device=position_ids.device)
+
+
+def remember_length(cache: Cache, layer: int, hidden: Tensor) -> None:
+    """Lengthen a cache's entry of a layer that runs elsewhere by the ``[B, L, D]`` hidden state's L."""
+    nothing = hidden.new_zeros(len(hidden), 1, hidden.shape[1], 1)
+    cache.update(nothing, nothing, layer)
+
+
+def server_shell(model: Any, cut: Cut) -> Any:
+    """The server's share of a causal LM: the body's layers under their own names, nothing else.
+
+    Args:
+        model: The whole causal LM, or one without weights; not changed, and its layers are shared.
+        cut: Where it is cut.
+    """
+    arch = arch_of(model.config)
+    shell, inner = copy.copy(model), copy.copy(getattr(model, arch.inner))
+    shell._modules = dict.fromkeys(model._modules, nn.Identity())
+    shell._modules[arch.inner] = inner
+    inner._modules = dict(inner._modules)
+    for name in (arch.embedding, arch.norm, *arch.entry):
+        inner._modules[name] = nn.Identity()
+    if arch.position_embedding:
+        inner._modules[arch.position_embedding] = NoPositions()
+    layers, body = decoder_layers(model, arch), cut.layers("body")
+    inner._modules[arch.layers] = nn.ModuleList(
+        layer if number in body else Elsewhere(number) for number, layer in enumerate(layers)
+    )
+    return shell
+
+
+def keep_client_share(model: Any, cut: Cut, link: BodyLink) -> None:
+    """Replace the body's layers of a causal LM by a link to the server, in place.
+
+    The result is still a causal LM: its own ``forward`` and ``generate`` cross the two cuts.
+    """
+    arch = arch_of(model.config)
+    layers, body = decoder_layers(model, arch), cut.layers("body")
+    for number in body:
+        layers[number] = RemoteBody(number, link) if number == body.start else Elsewhere(number)
+    if body:
+        layers[body.start].listen(getattr(model, arch.inner))

@@ -1,0 +1,65 @@
+"""Random numbers per client, round and layer: dropout is the same wherever, and beside whatever, a layer runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fellrec.functional.rng import derive_seed
+
+
+@dataclass
+class StreamPosition:
+    """How far one client's random numbers of one round have been used up, layer by layer.
+
+    Attributes:
+        seed: Of the client's round, see ``training_seed``.
+        calls: Forward passes so far, by layer.
+    """
+
+    seed: int
+    calls: dict[int, int] = field(default_factory=dict)
+
+
+class LayerStreams:
+    """Seeds the generators before every layer's forward pass, from (client's round, layer, number of the pass).
+
+    One stream for a whole model could not be cut: a server's dropout would depend on what clients drew before.
+
+    Args:
+        layers: Modules by number; -1 for what acts before the first layer.
+    """
+
+    def __init__(self, layers: Mapping[int, nn.Module]) -> None:
+        self._position: StreamPosition | None = None
+        for number, layer in layers.items():
+            layer.register_forward_pre_hook(self._hook(number))
+
+    @contextmanager
+    def using(self, position: StreamPosition) -> Iterator[None]:
+        """Draw from one client's streams; outside of it nothing is seeded."""
+        previous, self._position = self._position, position
+        try:
+            yield
+        finally:
+            self._position = previous
+
+    def _hook(self, number: int) -> Any:
+        def seed(module: nn.Module, inputs: object) -> None:
+            position = self._position
+            if position is not None:
+                call = position.calls.get(number, 0)
+                position.calls[number] = call + 1
+                torch.manual_seed(derive_seed(position.seed, number, call))
+
+        return seed
+
+
+def training_seed(seed: int, round_index: int, client: int) -> int:
+    """The seed of all random numbers that one client's local training of one round uses."""
+    return derive_seed(seed, "train", round_index, client)
