@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -16,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from fellrec.errors import BackboneError, unknown
 from fellrec.models.architectures import ArchSpec, arch_of
+from fellrec.models.share import load_share
 
 transformers_logging.disable_progress_bar()  # a bar for each saved adapter would bury the run's own
 
@@ -31,12 +33,14 @@ class Backbone:
         tokenizer: Its tokenizer; has a padding token.
         arch: Where the parts of the model are.
         name: Short name for tables and tags.
+        folder: Where it was loaded from; ``None`` if it was made here.
     """
 
     model: Any
     tokenizer: Any
     arch: ArchSpec
     name: str
+    folder: Path | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -45,12 +49,13 @@ class Backbone:
         return sum(parameter.numel() for parameter in model.parameters())
 
 
-def load_hf(path: str, dtype: str = "float32") -> Backbone:
+def load_hf(path: str, dtype: str = "float32", client_cut: tuple[int, int] | None = None) -> Backbone:
     """Load a causal LM and its tokenizer.
 
     Args:
         path: A local folder (``~`` is the home folder), or a name on the hub.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
+        client_cut: Layers of head and tail, to load the client's share only; ``None`` for the whole model.
 
     Returns:
         The backbone. A tokenizer without a padding token pads with its end (or unknown) token.
@@ -65,10 +70,16 @@ def load_hf(path: str, dtype: str = "float32") -> Backbone:
     is_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists()
     if is_local:
         _check_folder(path, folder)
+    if client_cut is not None and not is_local:
+        folder, is_local = Path(snapshot_download(path, allow_patterns=["*.json", "*.model", "*.safetensors"])), True
     source = str(folder) if is_local else path
     try:
         arch = arch_of(AutoConfig.from_pretrained(source, trust_remote_code=False))
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        if client_cut is not None:
+            share = load_share(folder, "client", *client_cut, DTYPES[dtype])
+            _check_tokenizer(path, tokenizer, share)
+            return Backbone(share, tokenizer, arch, os.path.basename(os.path.abspath(folder)), folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=DTYPES[dtype],
@@ -82,7 +93,7 @@ def load_hf(path: str, dtype: str = "float32") -> Backbone:
     model, report = loaded
     _check_weights(path, report)
     _check_tokenizer(path, tokenizer, model)
-    return Backbone(model, tokenizer, arch, os.path.basename(os.path.abspath(folder)))
+    return Backbone(model, tokenizer, arch, os.path.basename(os.path.abspath(folder)), folder if is_local else None)
 
 
 def _check_weights(path: str, report: Mapping[str, Any]) -> None:
