@@ -202,7 +202,7 @@ LAYERS = [
     ("config",),
     ("pretrained", "records"),
     ("build",),
-    ("runs",),
+    ("runs", "roles"),
     ("commands",),
     ("cli",),
 ]
