@@ -7,57 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GemmaConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from small_models import CONFIGS, LAYERS, masks
+from transformers import AutoModelForCausalLM
 
 from fellrec.models.adapters import LoraAdapter
 from fellrec.models.architectures import ARCHITECTURES, arch_of
 from fellrec.models.backbone import load_hf
 from fellrec.models.split import SplitModel
 from fellrec.models.tiny import build_tokenizer
-
-LAYERS = 5
-TOKENS = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-SHAPE = {
-    **TOKENS,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
-CONFIGS = {
-    "llama": LlamaConfig(**SHAPE),
-    "qwen2": Qwen2Config(**SHAPE),
-    "qwen2_sliding": Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=4, max_window_layers=2),
-    "qwen3": Qwen3Config(**SHAPE),
-    "mistral": MistralConfig(**SHAPE, sliding_window=4),
-    "gemma": GemmaConfig(**SHAPE),
-    "gemma2": Gemma2Config(**SHAPE, sliding_window=4),
-    "gemma3_text": Gemma3TextConfig(**SHAPE, sliding_window=4),
-    "gpt2": GPT2Config(**TOKENS, n_embd=32, n_layer=LAYERS, n_head=4),
-    "gpt_neox": GPTNeoXConfig(
-        **TOKENS, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4
-    ),
-}
-
-
-def masks() -> dict[str, torch.Tensor | None]:
-    left, right = torch.ones(3, 9, dtype=torch.long), torch.ones(3, 9, dtype=torch.long)
-    left[0, :3] = 0
-    right[2, 6:] = 0
-    return {"none": None, "left": left, "right": right}
 
 
 def gradients(model: torch.nn.Module, logits: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -209,7 +209,7 @@ class Wire:
 
     def _gone_error(self, peer: int, error: BaseException) -> PeerGoneError:
         self._gone.add(peer)
-        is_silent = "imed out" in str(error)
+        is_silent = any(word in str(error).lower() for word in ("timed out", "timeout"))
         what = f"was silent for {self.timeout_seconds:g} s (split.timeout_seconds)" if is_silent else "is gone"
         return PeerGoneError(peer, f"rank {self.rank}: {role_name(peer)} {what}{self.where}")
 

@@ -22,6 +22,7 @@ class ArchSpec:
         entry: Modules that act on the embedding before the first layer, and must not act again in body and tail.
         position_embedding: Learned position embedding that ``forward`` adds, ``None`` for rotary ones.
         lora_targets: Modules that LoRA adapts by default.
+        names_in_files: Parameters that checkpoint files call by an older name: the model's name, the file's.
     """
 
     inner: str = "model"
@@ -31,6 +32,7 @@ class ArchSpec:
     entry: tuple[str, ...] = ()
     position_embedding: str | None = None
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
+    names_in_files: tuple[tuple[str, str], ...] = ()
 
 
 _LLAMA = ArchSpec()
@@ -57,6 +59,7 @@ ARCHITECTURES: dict[str, ArchSpec] = {
         norm="final_layer_norm",
         entry=("emb_dropout",),
         lora_targets=("query_key_value",),
+        names_in_files=(("lm_head.weight", "embed_out.weight"),),
     ),
 }
 

@@ -48,6 +48,18 @@ class Cut:
         index = PARTS.index(part)
         return range(bounds[index], bounds[index + 1])
 
+    def require_body(self) -> None:
+        """Refuse cuts that leave nothing between them, where the body runs elsewhere.
+
+        Raises:
+            BackboneError: If they do.
+        """
+        if not self.layers("body"):
+            raise BackboneError(
+                f"split.head_layers={self.head_layers} and split.tail_layers={self.tail_layers} leave the server "
+                f"nothing of the backbone's {self.num_layers} decoder layers; lower one of them or give split=default"
+            )
+
     def part_of(self, name: str, arch: ArchSpec) -> str:
         """The part that a parameter or module of the whole model belongs to, by its dotted name."""
         prefix = f"{arch.inner}.{arch.layers}."
@@ -213,7 +225,11 @@ def server_shell(model: Any, cut: Cut) -> Any:
     Args:
         model: The whole causal LM, or one without weights; not changed, and its layers are shared.
         cut: Where it is cut.
+
+    Raises:
+        BackboneError: If nothing is left for the server.
     """
+    cut.require_body()
     arch = arch_of(model.config)
     shell, inner = copy.copy(model), copy.copy(getattr(model, arch.inner))
     shell._modules = dict.fromkeys(model._modules, nn.Identity())
@@ -234,12 +250,15 @@ def keep_client_share(model: Any, cut: Cut, link: BodyLink) -> None:
     """Replace the body's layers of a causal LM by a link to the server, in place.
 
     The result is still a causal LM: its own ``forward`` and ``generate`` cross the two cuts.
+
+    Raises:
+        BackboneError: If nothing is left for the server.
     """
+    cut.require_body()
     arch = arch_of(model.config)
     layers, body = decoder_layers(model, arch), cut.layers("body")
     for number in body:
         layers[number] = RemoteBody(number, link) if number == body.start else Elsewhere(number)
-    if body:
-        remote = layers[body.start]
-        assert isinstance(remote, RemoteBody)
-        remote.listen(getattr(model, arch.inner))
+    remote = layers[body.start]
+    assert isinstance(remote, RemoteBody)
+    remote.listen(getattr(model, arch.inner))

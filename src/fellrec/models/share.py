@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fellrec.errors import BackboneError
-from fellrec.models.architectures import arch_of, decoder_layers
+from fellrec.models.architectures import ArchSpec, arch_of, decoder_layers
 from fellrec.models.cut import Cut, Elsewhere, server_shell
 
 SIDES = ("client", "server")
@@ -52,21 +52,23 @@ def load_share(folder: Path, side: str, head_layers: int, tail_layers: int, dtyp
     return model.eval()
 
 
-def read_tensors(folder: Path, names: Iterable[str], prefix: str) -> dict[str, Tensor]:
+def read_tensors(folder: Path, names: Iterable[str], arch: ArchSpec) -> dict[str, Tensor]:
     """Tensors of a causal LM by its own names; those that the files do not have are left out.
 
     Args:
         folder: With safetensors files.
         names: Parameter names of the causal LM.
-        prefix: Of the inner model, which some files leave out.
+        arch: Knows the names that files use.
 
     Raises:
         BackboneError: If a file is damaged.
     """
-    files, found = _files(folder), {}
+    files, found, older = _files(folder), {}, dict(arch.names_in_files)
     for name in names:
-        key = name if name in files else name.removeprefix(f"{prefix}.")
-        if key in files:
+        # Some files are those of the inner model alone, and leave its name out.
+        candidates = (name, older.get(name, name), name.removeprefix(f"{arch.inner}."))
+        key = next((candidate for candidate in candidates if candidate in files), None)
+        if key is not None:
             try:
                 # Opened anew for every tensor: an open file keeps all that was read of it in memory.
                 with safe_open(files[key], "pt") as file:
@@ -83,7 +85,7 @@ def read_body(folder: Path, head_layers: int, tail_layers: int) -> dict[str, Ten
         model: Any = AutoModelForCausalLM.from_config(config)
     cut = Cut(head_layers, tail_layers, len(decoder_layers(model, arch_of(config))))
     names = [name for name, _ in server_shell(model, cut).named_parameters()]
-    return read_tensors(folder, names, model.base_model_prefix)
+    return read_tensors(folder, names, arch_of(config))
 
 
 def fingerprint(folder: Path) -> str:
@@ -117,11 +119,10 @@ def _fill(model: Any, folder: Path, dtype: torch.dtype) -> None:
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {}) if model.config.tie_word_embeddings else {}
     places = {name: (module, key) for name, module, key in _places(model)}
     wanted = [name for name in places if name not in tied]
-    prefix = model.base_model_prefix
-    missing = []
+    arch, missing = arch_of(model.config), []
     for name in wanted:
         module, key = places[name]
-        tensor = read_tensors(folder, [name], prefix).get(name)
+        tensor = read_tensors(folder, [name], arch).get(name)
         if tensor is None or tensor.shape != module._parameters[key].shape:  # type: ignore[union-attr]
             missing.append(name)
             continue

@@ -18,7 +18,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-from fellrec.errors import BackboneError
 from fellrec.models.architectures import ArchSpec, arch_of, decoder_layers
 from fellrec.models.cut import (
     PARTS,
@@ -63,11 +62,6 @@ class SplitModel(nn.Module):
         self.cut = Cut(head_layers, tail_layers, len(decoder_layers(model, self.arch)))
         self._link = link
         if link is not None:
-            if not self.cut.layers("body"):
-                raise BackboneError(
-                    f"split.head_layers={head_layers} and split.tail_layers={tail_layers} leave the server nothing of "
-                    f"the backbone's {self.cut.num_layers} decoder layers; lower one of them or give split=default"
-                )
             keep_client_share(model, self.cut, link)
         inner = getattr(model, self.arch.inner)
         entry = {-1 - number: inner._modules[name] for number, name in enumerate(self.arch.entry)}

@@ -1,0 +1,202 @@
+"""The executed cut equals the whole model for every architecture: forward, every gradient, and generation with a cache.
+
+The server has its own share only. What the tests compare with is transformers' own model, whole.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import CONFIGS, LAYERS, masks
+from transformers import AutoModelForCausalLM
+
+from fellrec.aggregation import FedAvg
+from fellrec.errors import BackboneError, SplitError
+from fellrec.federated.ledger import Ledger
+from fellrec.federated.messages import Gradient, HiddenState, Step
+from fellrec.federated.server import BodyServer, ServerSettings
+from fellrec.federated.state import RunState, Selection
+from fellrec.federated.transport import InProcess, ServerLink
+from fellrec.functional.packing import Packed, pack
+from fellrec.models.bank import AdapterBank
+from fellrec.models.cut import Cut, server_shell
+from fellrec.models.module import OptimizerSettings
+from fellrec.models.share import load_share
+from fellrec.models.split import SplitModel
+
+CUTS = [(2, 1), (0, 2), (1, 0), (0, 0)]
+
+
+def whole_model(name: str) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+
+
+def cut_in_two(model: Any, head: int, tail: int) -> tuple[SplitModel, ServerLink, BodyServer]:
+    """A copy of the model as the client's share, and the server that has the rest; every parameter is trainable."""
+    model = copy.deepcopy(model)
+    cut = Cut(head, tail, LAYERS)
+    body = SplitModel(server_shell(model, cut), head, tail)
+    trainable = dict(sorted(body.model.named_parameters()))
+    initial = {name: parameter.detach().clone() for name, parameter in trainable.items()}
+    bank = AdapterBank.replicate(initial, 2)
+    state = RunState(bank, Selection("m", bank, bank), AdapterBank.repeat(initial, 2), local_steps=[0, 0])
+    server = BodyServer(body, trainable, state, FedAvg(), ServerSettings(0, OptimizerSettings()), nullcontext)
+    link = ServerLink(InProcess(server), Ledger())
+    return SplitModel(model, head, tail, link).eval(), link, server
+
+
+@pytest.mark.parametrize("mask", ["none", "left", "right"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_forward_is_exact(name: str, mask: str) -> None:
+    model, ids, attention_mask = whole_model(name), torch.randint(3, 97, (3, 9)), masks()[mask]
+    expected = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
+    for head, tail in CUTS:
+        client, link, _ = cut_in_two(model, head, tail)
+        with torch.no_grad(), link.on_behalf_of(0, 0, "val", "current"):
+            logits = client.lm_head(client(ids, attention_mask))
+        assert torch.equal(logits, expected), (head, tail)
+        assert link.ledger.total(direction="down") == 3 * 9 * 32 * 4
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_gradient_is_exact(name: str) -> None:
+    """Head and tail by the client, the body by the server, from ∂L/∂h alone."""
+    model, ids = whole_model(name), torch.randint(3, 97, (3, 9))
+    model(input_ids=ids, use_cache=False).logits.square().sum().backward()
+    expected = {key: parameter.grad for key, parameter in model.named_parameters()}
+    client, link, server = cut_in_two(model, 2, 1)
+    head = client.head(ids)
+    link.send(HiddenState(1, 0, "train", 1, (pack(head, "float32"),)))
+    body = link.receive().hidden[0].codes.detach().requires_grad_()  # type: ignore[attr-defined]
+    client.lm_head(client.tail(body)).square().sum().backward()
+    assert body.grad is not None
+    link.send(Gradient(1, 0, "train", 1, (pack(body.grad, "float32"),)))
+    torch.autograd.backward(head, link.receive().gradient[0].codes)  # type: ignore[attr-defined]
+    found = {key: parameter.grad for key, parameter in client.model.named_parameters()}
+    found |= {key: tensor.grad for key, tensor in server._jobs[1].slot.parameters.items()}
+    assert found.keys() == expected.keys()
+    for key, gradient in expected.items():
+        assert torch.equal(found[key], gradient), key  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_generation_with_a_cache_on_both_sides_is_exact(name: str, beams: int) -> None:
+    model, ids, mask = whole_model(name), torch.randint(3, 97, (3, 6)), torch.ones(3, 6, dtype=torch.long)
+    mask[0, :2] = 0
+    how = {"attention_mask": mask, "max_new_tokens": 8, "num_beams": beams, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(input_ids=ids, **how)
+    for head, tail in CUTS:
+        client, link, server = cut_in_two(model, head, tail)
+        with link.on_behalf_of(1, 0, "test", "current"):
+            cache = client.new_cache()
+            written = client.model.generate(input_ids=ids, past_key_values=cache, **how)
+            assert server._caches
+            client.drop_cache(cache)
+        assert torch.equal(written, expected), (head, tail)
+        assert not server._caches, "the server forgets"
+        rows, new = 3 * beams, expected.shape[1] - 6
+        masks_bytes = sum(rows * (6 + step) for step in range(new))
+        hidden_bytes = rows * 32 * 4 * (6 + new - 1)
+        assert link.ledger.total(direction="up", kind="hidden_state") == hidden_bytes + masks_bytes
+        assert link.ledger.total(direction="down") == hidden_bytes, "once over the prompt, then one token at a time"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_copied_cache_grows_on_its_own(name: str) -> None:
+    model, ids = whole_model(name), torch.randint(3, 97, (2, 5))
+    client, link, _ = cut_in_two(model, 1, 1)
+    more = torch.randint(3, 97, (4, 3))
+    whole = model(torch.cat([ids.repeat_interleave(2, dim=0), more], dim=1), use_cache=False).logits[:, 5:]
+    with torch.no_grad(), link.on_behalf_of(0, 0, "val", "current"):
+        cache = client.new_cache()
+        client.model(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+        for _ in range(2):
+            twin = client.copy_cache(cache)
+            twin.batch_repeat_interleave(2)
+            mask = torch.ones(4, 8, dtype=torch.long)
+            logits = client.model(more, attention_mask=mask, past_key_values=twin, use_cache=True).logits
+            torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_each_side_loads_its_own_tensors_only(name: str, tmp_path: Path) -> None:
+    model = whole_model(name)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    ids = torch.randint(3, 97, (3, 9))
+    expected = model(input_ids=ids, use_cache=False).logits
+    client_lm, server_lm = (load_share(tmp_path, side, 2, 1, torch.float32) for side in ("client", "server"))
+    clients, servers = ({key for key, _ in lm.named_parameters()} for lm in (client_lm, server_lm))
+    assert not clients & servers
+    assert clients | servers == {key for key, _ in model.named_parameters()}
+    layers = f"{SplitModel(server_lm, 2, 1).arch.inner}.{SplitModel(server_lm, 2, 1).arch.layers}."
+    assert {key.removeprefix(layers).split(".")[0] for key in server_lm.state_dict()} <= {
+        "2",
+        "3",
+        layers.split(".", maxsplit=1)[0],
+    }
+    assert all(key.startswith((f"{layers}2.", f"{layers}3.")) for key in servers)
+    whole = dict(model.named_parameters())
+    for key, parameter in (*client_lm.named_parameters(), *server_lm.named_parameters()):
+        assert torch.equal(parameter, whole[key]), key
+    server = SplitModel(server_lm, 2, 1)
+
+    class Body:
+        def run_body(self, hidden: Any, mask: Any, positions: str, cache: Any) -> Any:
+            return server.serve_body(hidden, mask, positions, cache)
+
+    client = SplitModel(client_lm, 2, 1, Body())  # type: ignore[arg-type]
+    assert torch.equal(client.lm_head(client(ids)), expected)
+
+
+def test_files_that_do_not_fill_the_share_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    whole_model("llama").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = {key: value for key, value in load_file(path).items() if not key.startswith("model.layers.2.")}
+    save_file(tensors, path, metadata={"format": "pt"})
+    load_share(tmp_path, "client", 2, 1, torch.float32)
+    with pytest.raises(BackboneError, match=r"missing or of another shape are \d+ tensors \(model.layers.2"):
+        load_share(tmp_path, "server", 2, 1, torch.float32)
+
+
+def test_a_split_that_leaves_the_server_nothing_is_refused() -> None:
+    with pytest.raises(BackboneError, match="split.head_layers=3 and split.tail_layers=2 leave the server nothing"):
+        cut_in_two(whole_model("llama"), 3, 2)
+
+
+def packed(*shape: int) -> tuple[Packed]:
+    return (pack(torch.zeros(shape), "float32"),)
+
+
+@pytest.mark.parametrize(
+    ("message", "problem"),
+    [
+        (
+            HiddenState(0, 4, "train", 1, packed(2, 3, 31)),
+            "client 0 in round 4: its hidden size is 31, the body's is 32",
+        ),
+        (HiddenState(9, 4, "train", 1, packed(2, 3, 32)), "client 9 in round 4: there are 2 clients"),
+        (Gradient(0, 4, "train", 7, packed(2, 3, 32)), "client 0 in round 4: there is no forward pass 7"),
+        (Step(1, 4, "train", 1.0, 1e-3), "client 1 in round 4: the client is not being trained"),
+    ],
+)
+def test_messages_that_do_not_fit_are_refused(message: Any, problem: str) -> None:
+    _, link, _ = cut_in_two(whole_model("llama"), 2, 1)
+    with pytest.raises(SplitError, match=problem):
+        link.send(message)
+
+
+def test_a_gradient_of_another_shape_is_refused() -> None:
+    _, link, _ = cut_in_two(whole_model("llama"), 2, 1)
+    link.send(HiddenState(0, 4, "train", 1, packed(2, 3, 32)))
+    with pytest.raises(SplitError, match=r"its shapes \[\[2, 4, 32\]\] are not those of the forward pass"):
+        link.send(Gradient(0, 4, "train", 1, packed(2, 4, 32)))
