@@ -94,7 +94,7 @@ def build_recommender(config: DictConfig, data: PreparedData) -> Recommender:
     backbone = build_backbone(config, data)
     fabric.to_device(backbone.model)
     model = SplitModel(backbone.model, config.split.head_layers, config.split.tail_layers)
-    objective = _objective(config, backbone, data)
+    objective = build_objective(config, backbone, data)
     objective.check(model)
     adapter = make(config.adapter, "adapter")
     adapter.attach(backbone.model, backbone.arch, config.seed, model.part_of)
@@ -109,7 +109,7 @@ def build_recommender(config: DictConfig, data: PreparedData) -> Recommender:
         optimizer=OptimizerSettings(config.trainer.learning_rate, config.trainer.weight_decay),
     )
     initial = {name: parameter.detach().clone() for name, parameter in trainable.items()}
-    return Recommender(fabric, data, _datamodule(config, data, objective), module, initial, adapter, backbone)
+    return Recommender(fabric, data, build_datamodule(config, data, objective), module, initial, adapter, backbone)
 
 
 def build_backbone(config: DictConfig, data: PreparedData) -> Backbone:
@@ -119,7 +119,7 @@ def build_backbone(config: DictConfig, data: PreparedData) -> Backbone:
         return load_hf(settings["path"], dtype=settings["dtype"])
     shaping = {"backbone": settings, "objective": as_dict(config.objective)}
     return tiny_backbone(
-        cache_dir(config) / "backbones", shaping, lambda backbone: _objective(config, backbone, data), data
+        cache_dir(config) / "backbones", shaping, lambda backbone: build_objective(config, backbone, data), data
     )
 
 
@@ -164,7 +164,8 @@ def build_loop(config: DictConfig, recommender: Recommender, callbacks: Sequence
     )
 
 
-def _objective(config: DictConfig, backbone: Backbone, data: PreparedData) -> Objective:
+def build_objective(config: DictConfig, backbone: Backbone, data: PreparedData) -> Objective:
+    """The local objective for a backbone's tokenizer and the catalogue."""
     objective: Objective = make(
         config.objective,
         "objective",
@@ -179,7 +180,8 @@ def _ranker(config: DictConfig, objective: Objective, backbone: Backbone, data: 
     return make(config.ranker, "ranker", objective=objective)
 
 
-def _datamodule(config: DictConfig, data: PreparedData, objective: Objective) -> FellrecDataModule:
+def build_datamodule(config: DictConfig, data: PreparedData, objective: Objective) -> FellrecDataModule:
+    """Batches by client for an objective."""
     return FellrecDataModule(
         data,
         objective.collate,

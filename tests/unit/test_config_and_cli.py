@@ -202,6 +202,7 @@ LAYERS = [
     ("config",),
     ("pretrained", "records"),
     ("build",),
+    ("launch",),
     ("runs",),
     ("commands",),
     ("cli",),

@@ -1,0 +1,207 @@
+"""What a run will cost, from its configuration alone: no weights are read and nothing is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig
+
+from fellrec.aggregation.build import build_aggregation
+from fellrec.build import build_data, build_datamodule, build_objective
+from fellrec.config import as_dict, make
+from fellrec.data.prepared import PreparedData
+from fellrec.errors import ConfigError
+from fellrec.federated.client import LocalSettings
+from fellrec.functional.cost import PartCost, Traffic, Wire, checkpoint_bytes, share, together, traffic
+from fellrec.launch.load import Load, count_load
+from fellrec.launch.measure import measure_parts
+from fellrec.launch.probe import seconds_per_step
+from fellrec.launch.shape import empty_backbone, has_weights
+from fellrec.models.split import SplitModel
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of one configuration.
+
+    Attributes:
+        data: Name of the data set.
+        backbone: Name of the backbone.
+        num_parameters: Of the backbone.
+        num_clients: C.
+        cohort_size: Clients of a round.
+        head: The client's first part.
+        body: The server's part; peak memory is that of one client's micro-batch at a time.
+        tail: The client's last part.
+        load: Steps and tokens of a round.
+        traffic: Of one client and round, the mean over clients.
+        checkpoint_bytes: One checkpoint on disk.
+        micro_batch: ``[rows, tokens]`` of the largest micro-batch, which the activations are of.
+        has_own_tokenizer: Whether tokens were counted with the backbone's own tokenizer.
+        seconds_per_round: Of training, all clients one after the other; ``None`` without a probe.
+    """
+
+    data: str
+    backbone: str
+    num_parameters: int
+    num_clients: int
+    cohort_size: int
+    head: PartCost
+    body: PartCost
+    tail: PartCost
+    load: Load
+    traffic: Traffic
+    checkpoint_bytes: int
+    micro_batch: tuple[int, int]
+    has_own_tokenizer: bool
+    seconds_per_round: float | None = None
+
+    @property
+    def client(self) -> PartCost:
+        """Head and tail."""
+        return together([self.head, self.tail])
+
+    @property
+    def server(self) -> PartCost:
+        """The body."""
+        return self.body
+
+    @property
+    def client_weight_share(self) -> float:
+        """Share of the backbone's weights that the client stores, in [0, 1]."""
+        return share(self.client.weight_bytes, self.client.weight_bytes + self.server.weight_bytes)
+
+    @property
+    def client_compute_share(self) -> float:
+        """Share of the forward pass that the client computes, in [0, 1]."""
+        return share(self.client.forward_flops, self.client.forward_flops + self.server.forward_flops)
+
+    @property
+    def round_bytes(self) -> float:
+        """Traffic of all clients of a round."""
+        return self.traffic.total_bytes * self.cohort_size
+
+    @property
+    def cut_to_adapter_ratio(self) -> float | None:
+        """Traffic through the cuts over that of adapters; ``None`` if the client has no adapter."""
+        if not self.traffic.adapter_bytes:
+            return None
+        return (self.traffic.hidden_bytes + self.traffic.gradient_bytes) / self.traffic.adapter_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers: bytes, counts, seconds, and shares in [0, 1]."""
+        return {
+            "data": self.data,
+            "backbone": self.backbone,
+            "num_parameters": self.num_parameters,
+            "num_clients": self.num_clients,
+            "cohort_size": self.cohort_size,
+            "layers": {"head": self.head.num_layers, "body": self.body.num_layers, "tail": self.tail.num_layers},
+            "client": _with_derived(self.client),
+            "server": _with_derived(self.server),
+            "client_weight_share": self.client_weight_share,
+            "storage_saved": 1 - self.client_weight_share,
+            "client_compute_share": self.client_compute_share,
+            "micro_batch": {"rows": self.micro_batch[0], "tokens": self.micro_batch[1]},
+            "steps_per_client": self.load.mean.num_steps,
+            "tokens_per_client": self.load.mean.num_tokens,
+            "traffic_per_client": {**asdict(self.traffic), "total_bytes": self.traffic.total_bytes},
+            "traffic_per_round_bytes": self.round_bytes,
+            "cut_to_adapter_ratio": self.cut_to_adapter_ratio,
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "seconds_per_round": self.seconds_per_round,
+            "is_sampled": self.load.is_sampled,
+            "has_own_tokenizer": self.has_own_tokenizer,
+        }
+
+
+def _with_derived(part: PartCost) -> dict[str, int]:
+    derived = ("gradient_bytes", "optimizer_bytes", "peak_bytes")
+    return {**asdict(part), **{name: getattr(part, name) for name in derived}}
+
+
+class Planner:
+    """Plans configurations one after the other; what several share is read and counted once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Any] = {}
+
+    def plan(self, config: DictConfig, probe_steps: int | None = None) -> Plan:
+        """Gather the facts of one configuration and work out its cost.
+
+        Args:
+            config: Composed; ``backbone.path`` may be missing if ``backbone.config`` is given.
+            probe_steps: Local steps to time; ``None`` for none.
+
+        Raises:
+            ConfigError: If settings do not fit together, or a probe is wanted for a backbone without weights.
+            DataError: If the data cannot be used.
+            BackboneError: If the backbone cannot be read, cut, or adapted.
+        """
+        if not has_weights(config) and probe_steps is not None:
+            raise ConfigError(
+                f"--probe {probe_steps} needs weights to train: backbone.config={config.backbone.config} is a shape only; "
+                "give backbone.path=… or leave --probe out"
+            )
+        data = self._once(config, ("data", "holdout", "partition"), lambda: build_data(config))
+        backbone, is_own = empty_backbone(config, data.catalogue)
+        model = SplitModel(backbone.model, config.split.head_layers, config.split.tail_layers)
+        num_parameters = backbone.num_parameters
+        objective = build_objective(config, backbone, data)
+        objective.check(model)
+        batches = build_datamodule(config, data, objective)
+        groups = ("data", "holdout", "partition", "backbone", "objective", "trainer", "seed")
+        load = self._once(config, groups, lambda: count_load(batches, objective, _local(config)))
+        parts = measure_parts(model, make(config.adapter, "adapter"), objective, load.largest_batch)
+        size = math.ceil(config.participation.rate * data.num_clients - 1e-9)
+        rows, tokens = objective.inputs(load.largest_batch)[0].shape
+        return Plan(
+            data=data.name,
+            backbone=backbone.name,
+            num_parameters=num_parameters,
+            num_clients=data.num_clients,
+            cohort_size=size,
+            head=parts["head"],
+            body=parts["body"],
+            tail=parts["tail"],
+            load=load,
+            traffic=traffic(**parts, load=load.mean, wire=_wire(config, backbone.model)),
+            checkpoint_bytes=_checkpoint(config, data, together(parts.values())),
+            micro_batch=(rows, tokens),
+            has_own_tokenizer=is_own,
+            seconds_per_round=None
+            if probe_steps is None
+            else seconds_per_step(config, data, load.largest_client, probe_steps) * load.mean.num_steps * size,
+        )
+
+    def _once(self, config: DictConfig, groups: tuple[str, ...], make_it: Callable[[], T]) -> T:
+        """What only depends on some groups of the configuration."""
+        plain = as_dict(config)
+        key = repr([(name, plain[name]) for name in groups])
+        if key not in self._known:
+            self._known[key] = make_it()
+        found: T = self._known[key]
+        return found
+
+
+def _wire(config: DictConfig, model: Any) -> Wire:
+    return Wire(
+        hidden_size=model.config.hidden_size,
+        hidden_dtype=config.split.get("hidden_dtype", "float32"),
+        gradient_dtype=config.split.get("gradient_dtype", "float32"),
+        clips_gradients=config.trainer.gradient_clip is not None,
+    )
+
+
+def _checkpoint(config: DictConfig, data: PreparedData, whole: PartCost) -> int:
+    return checkpoint_bytes(whole, data.num_clients, build_aggregation(config.aggregation).pools_clients)
+
+
+def _local(config: DictConfig) -> LocalSettings:
+    trainer = config.trainer
+    return LocalSettings(trainer.local_epochs, trainer.max_local_steps, trainer.gradient_clip, seed=config.seed)
