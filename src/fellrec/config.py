@@ -74,8 +74,8 @@ def _make_paths_absolute(config: DictConfig) -> None:
         config.data.root = str(Path(config.data.root).expanduser().resolve())
     for key in ("path", "config"):
         value = config.backbone.get(key)
-        if value and Path(value).expanduser().exists():
-            config.backbone[key] = str(Path(value).expanduser().resolve())
+        if value and Path(str(value)).expanduser().exists():
+            config.backbone[key] = str(Path(str(value)).expanduser().resolve())
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:

@@ -118,19 +118,21 @@ def _percent(rate: float) -> str:
     return f"{100 * rate:.0f} %"
 
 
+def _shares(client: float) -> str:
+    return f"{_percent(client)}\n{_percent(1 - client)}"
+
+
 _STORAGE = (
     _Column("", lambda plan: "client\nserver"),
     _Column("weights", _both(lambda part: part.weight_bytes)),
-    _Column("share", lambda plan: f"{_percent(plan.client_weight_share)}\n{_percent(1 - plan.client_weight_share)}"),
+    _Column("share", lambda plan: _shares(plan.client_weight_share)),
     _Column("saved", lambda plan: _percent(1 - plan.client_weight_share)),
     _Column("adapter", _both(lambda part: part.adapter_bytes)),
     _Column("optimiser", _both(lambda part: part.optimizer_bytes)),
     _Column("gradients", _both(lambda part: part.gradient_bytes)),
     _Column("activations", _both(lambda part: part.activation_bytes)),
     _Column("peak memory", _both(lambda part: part.peak_bytes)),
-    _Column(
-        "compute", lambda plan: f"{_percent(plan.client_compute_share)}\n{_percent(1 - plan.client_compute_share)}"
-    ),
+    _Column("compute", lambda plan: _shares(plan.client_compute_share)),
 )
 
 
@@ -147,7 +149,7 @@ def _traffic_columns(has_probe: bool) -> tuple[_Column, ...]:
         _Column("scalars", lambda plan: _ways(plan.traffic.scalar_up_bytes, plan.traffic.scalar_down_bytes)),
         _Column("per client", lambda plan: human_bytes(plan.traffic.total_bytes)),
         _Column("all clients", lambda plan: human_bytes(plan.round_bytes)),
-        _Column("cuts : adapters", _ratio),
+        _Column("cuts/adapters", _ratio),
         _Column("checkpoint", lambda plan: human_bytes(plan.checkpoint_bytes)),
     )
     return (*columns, _Column("s/round", lambda plan: f"{plan.seconds_per_round:.3g}")) if has_probe else columns
@@ -166,8 +168,11 @@ def _fitting(rows: Sequence[Row], title: str, columns: Sequence[_Column], consol
         return [table]
     label, *others = columns
     half = (len(others) + 1) // 2
-    pieces = [[label, *others[:half]], [label, *others[half:]]]
-    return [table for piece in pieces for table in _fitting(rows, title, piece, console)]
+    rest = title if title.endswith("continued") else f"{title}, continued"
+    return [
+        *_fitting(rows, title, [label, *others[:half]], console),
+        *_fitting(rows, rest, [label, *others[half:]], console),
+    ]
 
 
 def _table(rows: Sequence[Row], title: str, columns: Sequence[_Column]) -> Table:
@@ -195,6 +200,12 @@ def _notes(rows: Sequence[Row]) -> str:
         "fused attention), peak memory (their sum with weights, adapter, optimiser and gradients; the server's for one "
         "client at a time), compute (share of the forward pass).",
     ]
+    if any(plan.transport == "none" for plan in plans):
+        notes.append("All parts run in one process here: the figures are those of a client and a server of their own.")
+    for precision in sorted({plan.precision for plan in plans} - {"32-true"}):
+        notes.append(
+            f"Activations are those of backbone.dtype; the casts of trainer.precision={precision} are left out."
+        )
     if any(plan.load.is_sampled for plan in plans):
         notes.append("Tokens were counted on a sample of the batches and scaled to all.")
     if not all(plan.has_own_tokenizer for plan in plans):

@@ -202,8 +202,10 @@ def traffic(head: PartCost, body: PartCost, tail: PartCost, load: RoundLoad, wir
 
         >>> part = PartCost(num_layers=1, adapter_bytes=40, num_adapter_tensors=1)
         >>> found = traffic(part, part, part, RoundLoad(2, 100), Wire(8, clips_gradients=True))
-        >>> found.hidden_bytes, found.gradient_bytes, found.adapter_bytes, found.scalar_up_bytes, found.scalar_down_bytes
-        (6400, 6400, 160, 40, 8)
+        >>> found.hidden_bytes, found.gradient_bytes, found.adapter_bytes
+        (6400, 6400, 160)
+        >>> found.scalar_up_bytes, found.scalar_down_bytes
+        (40, 8)
     """
     is_cut = body.num_layers > 0
     hidden = crossing_bytes(load.num_tokens, wire.hidden_size, wire.hidden_dtype) if is_cut else 0

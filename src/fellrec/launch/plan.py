@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -16,10 +15,12 @@ from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError
 from fellrec.federated.client import LocalSettings
 from fellrec.functional.cost import PartCost, Traffic, Wire, checkpoint_bytes, share, together, traffic
+from fellrec.functional.participation import cohort
 from fellrec.launch.load import Load, count_load
 from fellrec.launch.measure import measure_parts
 from fellrec.launch.probe import seconds_per_step
 from fellrec.launch.shape import empty_backbone, has_weights
+from fellrec.models.module import Objective
 from fellrec.models.split import SplitModel
 
 T = TypeVar("T")
@@ -42,6 +43,8 @@ class Plan:
         traffic: Of one client and round, the mean over clients.
         checkpoint_bytes: One checkpoint on disk.
         micro_batch: ``[rows, tokens]`` of the largest micro-batch, which the activations are of.
+        precision: ``trainer.precision``, which the activations know nothing of.
+        transport: How the parts would talk in a run of this configuration; ``none`` runs them in one process.
         has_own_tokenizer: Whether tokens were counted with the backbone's own tokenizer.
         seconds_per_round: Of training, all clients one after the other; ``None`` without a probe.
     """
@@ -58,6 +61,8 @@ class Plan:
     traffic: Traffic
     checkpoint_bytes: int
     micro_batch: tuple[int, int]
+    precision: str
+    transport: str
     has_own_tokenizer: bool
     seconds_per_round: float | None = None
 
@@ -115,6 +120,8 @@ class Plan:
             "cut_to_adapter_ratio": self.cut_to_adapter_ratio,
             "checkpoint_bytes": self.checkpoint_bytes,
             "seconds_per_round": self.seconds_per_round,
+            "precision": self.precision,
+            "transport": self.transport,
             "is_sampled": self.load.is_sampled,
             "has_own_tokenizer": self.has_own_tokenizer,
         }
@@ -143,41 +150,46 @@ class Planner:
             DataError: If the data cannot be used.
             BackboneError: If the backbone cannot be read, cut, or adapted.
         """
-        if not has_weights(config) and probe_steps is not None:
+        if probe_steps is not None and not has_weights(config):
             raise ConfigError(
-                f"--probe {probe_steps} needs weights to train: backbone.config={config.backbone.config} is a shape only; "
+                f"--probe {probe_steps} needs weights to train, and backbone.config={config.backbone.config} has none; "
                 "give backbone.path=… or leave --probe out"
             )
         data = self._once(config, ("data", "holdout", "partition"), lambda: build_data(config))
         backbone, is_own = empty_backbone(config, data.catalogue)
+        num_parameters = backbone.num_parameters  # before the adapter's come on top
         model = SplitModel(backbone.model, config.split.head_layers, config.split.tail_layers)
-        num_parameters = backbone.num_parameters
         objective = build_objective(config, backbone, data)
         objective.check(model)
-        batches = build_datamodule(config, data, objective)
-        groups = ("data", "holdout", "partition", "backbone", "objective", "trainer", "seed")
-        load = self._once(config, groups, lambda: count_load(batches, objective, _local(config)))
+        load = self._load(config, data, objective)
         parts = measure_parts(model, make(config.adapter, "adapter"), objective, load.largest_batch)
-        size = math.ceil(config.participation.rate * data.num_clients - 1e-9)
+        cohort_size = len(cohort(data.num_clients, config.participation.rate, config.seed, round_index=0))
         rows, tokens = objective.inputs(load.largest_batch)[0].shape
+        seconds = None
+        if probe_steps is not None:
+            steps = load.mean.num_steps * cohort_size
+            seconds = seconds_per_step(config, data, load.largest_client, probe_steps) * steps
         return Plan(
             data=data.name,
             backbone=backbone.name,
             num_parameters=num_parameters,
             num_clients=data.num_clients,
-            cohort_size=size,
-            head=parts["head"],
-            body=parts["body"],
-            tail=parts["tail"],
+            cohort_size=cohort_size,
+            **parts,
             load=load,
             traffic=traffic(**parts, load=load.mean, wire=_wire(config, backbone.model)),
             checkpoint_bytes=_checkpoint(config, data, together(parts.values())),
             micro_batch=(rows, tokens),
+            precision=config.trainer.precision,
+            transport=config.split.get("transport", "none"),
             has_own_tokenizer=is_own,
-            seconds_per_round=None
-            if probe_steps is None
-            else seconds_per_step(config, data, load.largest_client, probe_steps) * load.mean.num_steps * size,
+            seconds_per_round=seconds,
         )
+
+    def _load(self, config: DictConfig, data: PreparedData, objective: Objective) -> Load:
+        batches = build_datamodule(config, data, objective)
+        groups = ("data", "holdout", "partition", "backbone", "objective", "trainer", "seed")
+        return self._once(config, groups, lambda: count_load(batches, objective, _local(config)))
 
     def _once(self, config: DictConfig, groups: tuple[str, ...], make_it: Callable[[], T]) -> T:
         """What only depends on some groups of the configuration."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 from omegaconf import DictConfig
 
@@ -30,4 +31,4 @@ def seconds_per_step(config: DictConfig, data: PreparedData, client: int, num_st
     trainer = LocalTrainer(recommender.fabric, recommender.module, recommender.datamodule, loop.optimizer, settings)
     ends: list[float] = []
     trainer.train(client, client, 0, 0, on_step=lambda loss: ends.append(time.perf_counter()))
-    return statistics.median(after - before for before, after in zip(ends, ends[1:], strict=False))
+    return statistics.median(after - before for before, after in pairwise(ends))

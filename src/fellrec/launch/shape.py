@@ -32,7 +32,8 @@ def has_weights(config: DictConfig) -> bool:
     has_path = not OmegaConf.is_missing(config.backbone, "path")
     if has_path and config.backbone.config is not None:
         raise ConfigError(
-            f"backbone.path={config.backbone.path} and backbone.config={config.backbone.config} name two models; give one"
+            f"backbone.path={config.backbone.path} and backbone.config={config.backbone.config} name two models; "
+            "give one"
         )
     if not has_path and config.backbone.config is None:
         raise ConfigError(
@@ -67,7 +68,7 @@ def empty_backbone(config: DictConfig, catalogue: Catalogue) -> tuple[Backbone, 
         shape, tokenizer = load_shape(settings["path"])
         backbone, is_own = _on_meta(shape, dtype, tokenizer, short_name(settings["path"])), True
     else:
-        file = find_config(settings["config"])
+        file = find_config(str(settings["config"]))
         own = _tokenizer_beside(file)
         is_own, tokenizer = own is not None, own or _catalogue_tokenizer(catalogue)
         name = file.parent.name if file.name == "config.json" else file.stem

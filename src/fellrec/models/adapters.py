@@ -146,9 +146,7 @@ class FullAdapter:
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """All parameters of the parts, sorted by name; shared ones once."""
-        return dict(
-            sorted((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-        )
+        return dict(sorted((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad))
 
     def save(self, model: Any, tokenizer: Any, folder: Path) -> None:
         """Write a plain transformers folder, which ``AutoModelForCausalLM`` and ``AutoTokenizer`` load."""
