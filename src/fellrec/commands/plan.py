@@ -147,12 +147,16 @@ def _traffic_columns(has_probe: bool) -> tuple[_Column, ...]:
         _Column("gradients", lambda plan: _ways(plan.traffic.gradient_up_bytes, plan.traffic.gradient_down_bytes)),
         _Column("adapters", lambda plan: _ways(plan.traffic.adapter_up_bytes, plan.traffic.adapter_down_bytes)),
         _Column("scalars", lambda plan: _ways(plan.traffic.scalar_up_bytes, plan.traffic.scalar_down_bytes)),
-        _Column("per client", lambda plan: human_bytes(plan.traffic.total_bytes)),
-        _Column("all clients", lambda plan: human_bytes(plan.round_bytes)),
+        _Column("per client", lambda plan: _ways(plan.traffic.up_bytes, plan.traffic.down_bytes)),
+        _Column("all clients", _of_all_clients),
         _Column("cuts/adapters", _ratio),
         _Column("checkpoint", lambda plan: human_bytes(plan.checkpoint_bytes)),
     )
     return (*columns, _Column("s/round", lambda plan: f"{plan.seconds_per_round:.3g}")) if has_probe else columns
+
+
+def _of_all_clients(plan: Plan) -> str:
+    return _ways(plan.traffic.up_bytes * plan.cohort_size, plan.traffic.down_bytes * plan.cohort_size)
 
 
 def _ratio(plan: Plan) -> str:

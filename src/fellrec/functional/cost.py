@@ -162,14 +162,19 @@ class Traffic:
         return self.adapter_up_bytes + self.adapter_down_bytes
 
     @property
-    def scalar_bytes(self) -> float:
-        """Scalars, both ways."""
-        return self.scalar_up_bytes + self.scalar_down_bytes
+    def up_bytes(self) -> float:
+        """Everything that the client sends."""
+        return self.hidden_up_bytes + self.gradient_up_bytes + self.adapter_up_bytes + self.scalar_up_bytes
+
+    @property
+    def down_bytes(self) -> float:
+        """Everything that the client receives."""
+        return self.hidden_down_bytes + self.gradient_down_bytes + self.adapter_down_bytes + self.scalar_down_bytes
 
     @property
     def total_bytes(self) -> float:
         """Everything, both ways."""
-        return self.hidden_bytes + self.gradient_bytes + self.adapter_bytes + self.scalar_bytes
+        return self.up_bytes + self.down_bytes
 
 
 def crossing_bytes(num_tokens: float, hidden_size: int, dtype: str) -> float:

@@ -14,7 +14,7 @@ from fellrec.config import as_dict
 from fellrec.data.schema import Catalogue
 from fellrec.errors import BackboneError, ConfigError, unknown
 from fellrec.layout import conf_dir
-from fellrec.models.architectures import arch_of
+from fellrec.models.architectures import ARCHITECTURES, arch_of
 from fellrec.models.backbone import Backbone, check_tokenizer, dtype_of, load_shape, short_name
 from fellrec.models.tiny import build_tokenizer, tiny_config
 
@@ -104,14 +104,15 @@ def read_config(file: Path) -> Any:
     """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-        config = AutoConfig.for_model(values.pop("model_type"), **values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BackboneError(
-            f"backbone.config={file} is no Hugging Face config.json with a known model_type: "
-            f"{(str(error).splitlines() or [''])[0]}"
-        ) from error
-    arch_of(config)
-    return config
+    except ValueError as error:
+        raise BackboneError(f"backbone.config={file} is no JSON: {error}") from error
+    model_type = values.pop("model_type", None) if isinstance(values, dict) else None
+    if model_type not in ARCHITECTURES:
+        raise BackboneError(f"backbone.config={file}: {unknown('model_type', model_type, ARCHITECTURES)}")
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    except (ValueError, TypeError) as error:
+        raise BackboneError(f"backbone.config={file}: {(str(error).splitlines() or [''])[0]}") from error
 
 
 def _configs_dir() -> Path:

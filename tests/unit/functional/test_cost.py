@@ -37,6 +37,7 @@ def test_four_crossings_a_token() -> None:
     """METHOD §4: 4 crossings x hidden size x bytes. 1000 tokens of LLaMA-7B: 4 · 1000 · 4096 · 4 = 65.536 MB."""
     found = traffic(TRAINED, TRAINED, TRAINED, RoundLoad(1, 1000), Wire(4096))
     assert found.hidden_bytes + found.gradient_bytes == 65_536_000
+    assert found.total_bytes == 65_536_000 + 2 * (40 + 40) + 32, "two adapters, up and down, and the loss"
     assert found.hidden_up_bytes == found.hidden_down_bytes == found.gradient_up_bytes == found.gradient_down_bytes
 
 

@@ -323,13 +323,22 @@ def test_mistakes_get_one_message(
     assert shown.out == ""
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": "nothing"}', '{"model_type": "bert"}'])
-def test_a_file_that_is_no_configuration(content: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "unknown model_type 'None'; choose from: "),
+        ("{}", "unknown model_type 'None'; choose from: "),
+        ('{"model_type": "gpt-2"}', "unknown model_type 'gpt-2'; choose from: gpt2, "),
+        ('{"model_type": "llama", "hidden_size": "large"}', "hidden_size"),
+    ],
+)
+def test_a_file_that_is_no_configuration(content: str, message: str, tmp_path: Path) -> None:
     from fellrec.errors import BackboneError
 
     file = tmp_path / "config.json"
     file.write_text(content)
-    with pytest.raises(BackboneError, match="model_type"):
+    with pytest.raises(BackboneError, match=message):
         read_config(find_config(str(tmp_path)))
 
 
