@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from lightning import Fabric
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from fellrec.aggregation.build import build_aggregation
 from fellrec.config import as_dict, make
@@ -19,20 +20,46 @@ from fellrec.data.datamodule import FellrecDataModule
 from fellrec.data.prepared import DataSettings, PreparedData, prepare
 from fellrec.errors import ConfigError
 from fellrec.federated.client import LocalSettings
+from fellrec.federated.execution import SplitExecution
+from fellrec.federated.head_cache import HeadCache
 from fellrec.federated.hooks import FederatedCallback
+from fellrec.federated.ledger import Ledger
 from fellrec.federated.loop import FederatedLoop, LoopSettings
+from fellrec.federated.pipeline import CutSettings, PipelinedTrainer
+from fellrec.federated.server import BodyServer, ServerSettings
 from fellrec.federated.state import RunState, Selection
+from fellrec.federated.transport import InProcess, Nowhere, ServerLink, Transport
 from fellrec.functional.ranking import check_cutoffs
 from fellrec.metrics.clients import ClientRankingMetrics
 from fellrec.models.adapters import adapter_bytes
+from fellrec.models.architectures import decoder_layers
 from fellrec.models.backbone import Backbone, load_hf
 from fellrec.models.bank import AdapterBank
+from fellrec.models.cut import Cut, server_shell
 from fellrec.models.module import FellrecModule, Objective, OptimizerSettings
+from fellrec.models.share import read_body
 from fellrec.models.split import SplitModel
 from fellrec.pretrained import tiny_backbone
 
 _BANKS = 7
 """Copies of all adapters that a run holds: now, best, best per client, two AdamW moments, start and end of a round."""
+
+
+@dataclass(frozen=True)
+class ServerShare:
+    """What the server has of a recommender.
+
+    Attributes:
+        model: The body.
+        adapter: What is trained.
+        trainable: The adapter's parameters in the body, by name.
+        initial: The body's adapter that every client starts from.
+    """
+
+    model: SplitModel
+    adapter: Any
+    trainable: dict[str, nn.Parameter]
+    initial: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,7 +73,9 @@ class Recommender:
         module: The recommender.
         initial: The adapter that every client starts from, by name.
         adapter: What is trained and travels; saves adapters to disk.
-        backbone: The backbone with its tokenizer.
+        backbone: The backbone with its tokenizer; with the executed cut, the client's share of it.
+        link: To the server; ``None`` if the cut is not executed.
+        server: The server's share, if it is in this process.
     """
 
     fabric: Fabric
@@ -56,6 +85,8 @@ class Recommender:
     initial: dict[str, Tensor]
     adapter: Any
     backbone: Backbone
+    link: ServerLink | None = None
+    server: ServerShare | None = None
 
 
 def cache_dir(config: DictConfig) -> Path:
@@ -86,19 +117,25 @@ def build_data(config: DictConfig) -> PreparedData:
 def build_recommender(config: DictConfig, data: PreparedData) -> Recommender:
     """Load or pre-train the backbone, cut it, attach the adapter, and wire objective, ranker and metrics.
 
+    With ``split.transport=inprocess`` the cut is executed: the recommender has the client's share, and
+    ``Recommender.server`` the server's. With ``distributed`` this is a client's process, and has the client's share.
+
     Raises:
         ConfigError: If settings do not fit together.
         BackboneError: If the backbone cannot be loaded, cut, or adapted.
     """
-    fabric = Fabric(accelerator=config.trainer.accelerator, devices=1, precision=config.trainer.precision)
-    backbone = build_backbone(config, data)
-    fabric.to_device(backbone.model)
-    model = SplitModel(backbone.model, config.split.head_layers, config.split.tail_layers)
-    objective = build_objective(config, backbone, data)
+    fabric = build_fabric(config)
+    backbone, split, transport = build_backbone(config, data), config.split, config.split.transport
+    body = _server_share(config, backbone) if transport == "inprocess" else None
+    link = None if transport == "none" else ServerLink(Nowhere(), Ledger(), split.hidden_dtype)
+    model = SplitModel(backbone.model, split.head_layers, split.tail_layers, link)
+    objective = _objective(config, backbone, data)
     objective.check(model)
+    fabric.to_device(backbone.model)
     adapter = make(config.adapter, "adapter")
     adapter.attach(backbone.model, backbone.arch, config.seed, model.part_of)
     trainable = adapter.trainable(backbone.model)
+    server = None if body is None else attach_server(config, body, fabric)
     module = FellrecModule(
         model=model,
         trainable=trainable,
@@ -108,18 +145,58 @@ def build_recommender(config: DictConfig, data: PreparedData) -> Recommender:
         title_groups=torch.from_numpy(data.catalogue.title_groups),
         optimizer=OptimizerSettings(config.trainer.learning_rate, config.trainer.weight_decay),
     )
-    initial = {name: parameter.detach().clone() for name, parameter in trainable.items()}
-    return Recommender(fabric, data, build_datamodule(config, data, objective), module, initial, adapter, backbone)
+    initial = copy_adapter(trainable)
+    datamodule = _datamodule(config, data, objective)
+    return Recommender(fabric, data, datamodule, module, initial, adapter, backbone, link, server)
+
+
+def build_fabric(config: DictConfig) -> Fabric:
+    """Device and precision of this process."""
+    return Fabric(accelerator=config.trainer.accelerator, devices=1, precision=config.trainer.precision)
 
 
 def build_backbone(config: DictConfig, data: PreparedData) -> Backbone:
-    """The backbone of the configuration: a folder or hub name, or the tiny one, pre-trained once and cached."""
+    """The backbone of the configuration: a folder or hub name, or the tiny one, pre-trained once and cached.
+
+    With ``split.transport=distributed`` it is the client's share.
+    """
+    split = config.split
+    cut = (split.head_layers, split.tail_layers) if split.transport == "distributed" else None
     settings = as_dict(config.backbone)
     if settings["name"] == "hf":
-        return load_hf(settings["path"], dtype=settings["dtype"])
+        return load_hf(settings["path"], dtype=settings["dtype"], client_cut=cut)
     shaping = {"backbone": settings, "objective": as_dict(config.objective)}
     return tiny_backbone(
-        cache_dir(config) / "backbones", shaping, lambda backbone: build_objective(config, backbone, data), data
+        cache_dir(config) / "backbones", shaping, lambda backbone: _objective(config, backbone, data), data, cut
+    )
+
+
+def attach_server(config: DictConfig, model: SplitModel, fabric: Fabric) -> ServerShare:
+    """Attach the adapter to the server's share, as a whole model would get it."""
+    adapter = make(config.adapter, "adapter")
+    adapter.attach(model.model, model.arch, config.seed, model.part_of)
+    fabric.to_device(model.model)
+    trainable = adapter.trainable(model.model)
+    return ServerShare(model, adapter, trainable, copy_adapter(trainable))
+
+
+def build_server(config: DictConfig, share: ServerShare, num_clients: int, fabric: Fabric) -> BodyServer:
+    """The server before the first round, every client with the same starting adapter."""
+    rule, trainer = build_aggregation(config.aggregation), config.trainer
+    rows = 1 if rule.pools_clients else num_clients
+    return BodyServer(
+        model=share.model,
+        trainable=share.trainable,
+        state=new_state(share.initial, rows, num_clients, trainer.metric),
+        rule=rule,
+        settings=ServerSettings(
+            seed=config.seed,
+            optimizer=OptimizerSettings(trainer.learning_rate, trainer.weight_decay),
+            reset_optimizer=trainer.reset_optimizer,
+            hidden_dtype=config.split.hidden_dtype,
+            gradient_dtype=config.split.gradient_dtype,
+        ),
+        autocast=fabric.autocast,
     )
 
 
@@ -130,21 +207,13 @@ def build_loop(config: DictConfig, recommender: Recommender, callbacks: Sequence
     rows = 1 if aggregation.pools_clients else num_clients
     _check_memory(recommender.initial, num_clients)
     trainer = config.trainer
-    return FederatedLoop(
+    loop = FederatedLoop(
         fabric=recommender.fabric,
         module=recommender.module,
         datamodule=recommender.datamodule,
         aggregation=aggregation,
         callbacks=callbacks,
-        state=RunState(
-            bank=AdapterBank.replicate(recommender.initial, rows),
-            selection=Selection(
-                metric=trainer.metric,
-                bank=AdapterBank.replicate(recommender.initial, rows),
-                client_bank=AdapterBank.replicate(recommender.initial, num_clients),
-            ),
-            local_steps=[0] * rows,
-        ),
+        state=new_state(recommender.initial, rows, num_clients, trainer.metric),
         settings=LoopSettings(
             num_rounds=trainer.num_rounds,
             evaluate_every=trainer.evaluate_every,
@@ -152,20 +221,106 @@ def build_loop(config: DictConfig, recommender: Recommender, callbacks: Sequence
             select=trainer.select,
             reset_optimizer=trainer.reset_optimizer,
             participation_rate=config.participation.rate,
+            on_failure=config.participation.on_failure,
+            quorum=config.participation.quorum,
             seed=config.seed,
         ),
         local=LocalSettings(
             local_epochs=trainer.local_epochs,
             max_local_steps=trainer.max_local_steps,
+            accumulate_grad_batches=trainer.accumulate_grad_batches,
             gradient_clip=trainer.gradient_clip,
             warmup_steps=trainer.warmup_steps,
             seed=config.seed,
         ),
     )
+    if recommender.server is not None:
+        assert recommender.link is not None
+        server = build_server(config, recommender.server, num_clients, recommender.fabric)
+        connect(config, loop, recommender, InProcess(server), tuple(sorted(recommender.server.trainable)))
+    return loop
 
 
-def build_objective(config: DictConfig, backbone: Backbone, data: PreparedData) -> Objective:
-    """The local objective for a backbone's tokenizer and the catalogue."""
+def connect(
+    config: DictConfig, loop: FederatedLoop, recommender: Recommender, transport: Transport, body_names: tuple[str, ...]
+) -> SplitExecution:
+    """Let the loop train through the executed cut.
+
+    Args:
+        config: The configuration.
+        loop: With the client's share of the model.
+        recommender: Whose link is connected.
+        transport: To the server.
+        body_names: The server's trainable parameters.
+    """
+    link, split = recommender.link, config.split
+    assert link is not None
+    link.transport, link.ledger = transport, Ledger()
+    settings = CutSettings(split.in_flight, split.hidden_dtype, split.gradient_dtype, body_names)
+    cache = _head_cache(config, loop)
+    trainer = PipelinedTrainer(loop.fabric, loop.module, loop.trainer, link, settings, cache)
+    loop.execution = execution = SplitExecution(link, trainer)
+    return execution
+
+
+def new_state(initial: Mapping[str, Tensor], rows: int, num_clients: int, metric: str) -> RunState:
+    """The state before the first round.
+
+    Args:
+        initial: The adapter that every client starts from.
+        rows: Adapters that are trained: one per client, or one for all.
+        num_clients: Clients that are evaluated.
+        metric: What selection looks at.
+    """
+    return RunState(
+        bank=AdapterBank.replicate(initial, rows),
+        selection=Selection(
+            metric=metric,
+            bank=AdapterBank.replicate(initial, rows),
+            client_bank=AdapterBank.replicate(initial, num_clients),
+        ),
+        initial=AdapterBank.repeat(initial, rows),
+        local_steps=[0] * rows,
+    )
+
+
+def frozen_parameters(recommender: Recommender) -> dict[str, Tensor]:
+    """The parameters of the whole backbone that are not trained; those of a server elsewhere come from its files."""
+    client, server = recommender.backbone.model, recommender.server
+    found = {name: p.detach() for name, p in client.named_parameters() if name not in recommender.module.trainable}
+    if server is not None:
+        shell = server.model.model
+        found |= {name: p.detach() for name, p in shell.named_parameters() if name not in server.trainable}
+    elif recommender.link is not None and recommender.backbone.folder is not None:
+        cut, trained = recommender.module.model.cut, recommender.adapter.parts
+        if "body" not in trained:
+            found |= read_body(recommender.backbone.folder, cut.head_layers, cut.tail_layers)
+    return found
+
+
+def copy_adapter(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The values that an adapter's parameters have now."""
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+def _server_share(config: DictConfig, backbone: Backbone) -> SplitModel:
+    """The body's layers, before they leave the client's model."""
+    head, tail = config.split.head_layers, config.split.tail_layers
+    cut = Cut(head, tail, len(decoder_layers(backbone.model, backbone.arch)))
+    return SplitModel(server_shell(backbone.model, cut), head, tail)
+
+
+def _head_cache(config: DictConfig, loop: FederatedLoop) -> HeadCache | None:
+    """A cache if the head is frozen and draws no random numbers."""
+    kind, model = config.split.head_cache, loop.module.model
+    trains_head = any(model.part_of(name) == "head" for name in loop.module.trainable)
+    if kind == "none" or trains_head or model.has_dropout("head"):
+        return None
+    file = Path(tempfile.mkdtemp(prefix="fellrec-heads-")) / "heads" if kind == "disk" else None
+    return HeadCache(config.split.head_cache_bytes, file)
+
+
+def _objective(config: DictConfig, backbone: Backbone, data: PreparedData) -> Objective:
     objective: Objective = make(
         config.objective,
         "objective",
@@ -180,8 +335,7 @@ def _ranker(config: DictConfig, objective: Objective, backbone: Backbone, data: 
     return make(config.ranker, "ranker", objective=objective)
 
 
-def build_datamodule(config: DictConfig, data: PreparedData, objective: Objective) -> FellrecDataModule:
-    """Batches by client for an objective."""
+def _datamodule(config: DictConfig, data: PreparedData, objective: Objective) -> FellrecDataModule:
     return FellrecDataModule(
         data,
         objective.collate,
@@ -201,3 +355,9 @@ def _check_memory(initial: dict[str, Tensor], num_clients: int) -> None:
             f"{num_clients} clients with an adapter of {num_bytes / 1e6:.1f} MB each need about "
             f"{needed / 1e9:.1f} GB, this machine has {present / 1e9:.1f} GB; use adapter=lora or fewer clients"
         )
+
+
+def build_batches(config: DictConfig, backbone: Backbone, data: PreparedData) -> tuple[Objective, FellrecDataModule]:
+    """The local objective and its batches by client; for counting, the backbone needs no weights."""
+    objective = _objective(config, backbone, data)
+    return objective, _datamodule(config, data, objective)

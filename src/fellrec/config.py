@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fellrec.errors import ConfigError, nearest_first, unknown
 from fellrec.functional.nested import flatten
+from fellrec.functional.packing import PACKINGS
 from fellrec.layout import conf_dir, group_choices
 
 
@@ -156,6 +157,9 @@ _RULES = (
     _Rule("trainer.cutoffs", _cutoffs, "a list of whole numbers of at least 1, such as [5,10]"),
     _Rule("trainer.devices", _one_of(1), "1 (clients over several devices are not supported yet)"),
     _Rule("trainer.precision", _one_of("32-true", "bf16-mixed", "bf16-true"), "32-true, bf16-mixed or bf16-true"),
+    _Rule("trainer.accumulate_grad_batches", _integer(1), _AT_LEAST_1),
+    _Rule("participation.on_failure", _one_of("stop", "skip"), "stop or skip"),
+    _Rule("participation.quorum", _number(0, 1, open_low=True), "a number in (0, 1]"),
     _Rule("participation.rate", _number(0, 1, open_low=True), "a number in (0, 1]"),
     _Rule("data.max_history", _integer(1), _AT_LEAST_1),
     _Rule("data.max_train_samples", _optional(_integer(1)), f"{_AT_LEAST_1}, or null"),
@@ -164,6 +168,14 @@ _RULES = (
     _Rule("partition.num_clients", _optional(_integer(1)), f"{_AT_LEAST_1}, or null"),
     _Rule("split.head_layers", _integer(0), _AT_LEAST_0),
     _Rule("split.tail_layers", _integer(0), _AT_LEAST_0),
+    _Rule("split.transport", _one_of("none", "inprocess", "distributed"), "none, inprocess or distributed"),
+    _Rule("split.server_ranks", _one_of(1), "1 (one body serves all clients)"),
+    _Rule("split.in_flight", _integer(1), _AT_LEAST_1),
+    _Rule("split.hidden_dtype", _one_of(*PACKINGS), ", ".join(PACKINGS)),
+    _Rule("split.gradient_dtype", _one_of(*PACKINGS), ", ".join(PACKINGS)),
+    _Rule("split.head_cache", _one_of("none", "memory", "disk"), "none, memory or disk"),
+    _Rule("split.head_cache_bytes", _integer(1), _AT_LEAST_1),
+    _Rule("split.timeout_seconds", _number(0, open_low=True), "a number above 0"),
 )
 
 

@@ -26,6 +26,10 @@ class TrainingError(FellrecError):
     """Training cannot go on; the last good state is kept."""
 
 
+class SplitError(TrainingError):
+    """Client and server cannot go on together: a wrong message, another version, or one of them is gone."""
+
+
 def nearest_first(value: str, choices: Iterable[str]) -> list[str]:
     """Order ``choices`` for an error message: those that look like ``value`` first, the rest by name.
 

@@ -27,7 +27,11 @@ _FORMAT = 1
 
 
 def tiny_backbone(
-    cache: Path, settings: Mapping[str, Any], make_objective: Callable[[Backbone], Objective], data: PreparedData
+    cache: Path,
+    settings: Mapping[str, Any],
+    make_objective: Callable[[Backbone], Objective],
+    data: PreparedData,
+    client_cut: tuple[int, int] | None = None,
 ) -> Backbone:
     """Take the pre-trained tiny backbone from the cache, or make it.
 
@@ -36,11 +40,12 @@ def tiny_backbone(
         settings: The ``backbone`` and ``objective`` groups, plain values, under these names.
         make_objective: Builds the run's objective for a backbone.
         data: Catalogue and public users.
+        client_cut: Layers of head and tail, to load the client's share only; ``None`` for the whole model.
     """
     folder = cache / _key(settings, data)
     if not folder.is_dir():
         _make(folder, settings["backbone"], make_objective, data)
-    return replace(load_hf(str(folder)), name="tiny")  # not the folder's name, which is a hash
+    return replace(load_hf(str(folder), client_cut=client_cut), name="tiny")  # not the folder's name, which is a hash
 
 
 def _key(settings: Mapping[str, Any], data: PreparedData) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,15 +11,14 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from fellrec.build import Recommender, build_loop
+from fellrec.build import Recommender, build_loop, frozen_parameters
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.callbacks.mlflow_logging import DatasetInput, MLflowLogging
 from fellrec.callbacks.progress import RoundProgress
 from fellrec.config import as_dict
-from fellrec.federated.checkpoint import load_state
 from fellrec.federated.hooks import FederatedCallback
 from fellrec.federated.loop import FederatedLoop
-from fellrec.models.bank import AdapterBank
+from fellrec.federated.memory import peak_bytes
 from fellrec.rankers.reference import reference_rankers
 from fellrec.records import new_run_dir, versions, write_evaluation, write_start
 from fellrec.tracking.results import Comparison, RuleResult
@@ -44,6 +42,7 @@ class Run:
         self.label = f"{config.data.name}-{self.rule}-s{config.seed}"
         self.run_dir = Path(config.run_dir) if config.resume else new_run_dir(config.run_dir, self.label)
         self.parent_run_id = parent_run_id
+        self.loop: FederatedLoop | None = None
 
     def execute(self) -> RuleResult:
         """Train, test, and write everything down.
@@ -52,9 +51,10 @@ class Run:
             TrainingError: If a client's training diverges; the last checkpoint stays.
         """
         config, recommender = self.config, self.recommender
-        loop = build_loop(config, recommender, ())
+        loop = self.loop = build_loop(config, recommender, ())
         if config.resume:
-            load_state(self.run_dir / "checkpoints", loop.state, recommender.module.trainable)
+            loop.execution.load(loop, self.run_dir)
+            loop.execution.ledger.merge(loop.state.extras.get("ledger", []))
             loop.aggregation.load_state_dict(loop.state.extras.get("aggregation", {}))
         else:
             write_start(self.run_dir, config, recommender.data)
@@ -81,7 +81,7 @@ class Run:
             evaluation=evaluation,
             seconds_per_round=clock.seconds_per_round,
             total_seconds=clock.total_seconds,
-            peak_memory_bytes=peak_memory_bytes(),
+            peak_memory_bytes=peak_bytes(),
             best_round=loop.state.selection.round_index,
             run_id=logging.run_id,
         )
@@ -142,14 +142,20 @@ class _Outputs(FederatedCallback):
     def on_fit_end(self, loop: FederatedLoop) -> None:
         """Write ``results.json``, ``users.parquet`` and ``adapters/``."""
         assert loop.test_evaluation is not None
-        write_evaluation(self.run.run_dir, loop.test_evaluation, {"rule": self.run.rule, "seed": self.run.config.seed})
+        about = {"rule": self.run.rule, "seed": self.run.config.seed}
+        dropped = loop.state.extras.get("dropped_clients")
+        write_evaluation(
+            self.run.run_dir, loop.test_evaluation, about | ({"dropped_clients": dropped} if dropped else {})
+        )
         recommender = self.run.recommender
         bank, rows = loop.selected
+        own, elsewhere = loop.state.bank_named(bank), loop.execution.adapters_elsewhere(self.run.run_dir, bank)
         for row in sorted(set(rows)):
             name = f"client_{row:02d}" if len(set(rows)) > 1 else "shared"
-            bank.copy_to(recommender.module.trainable, row)
-            backbone = recommender.backbone
-            recommender.adapter.save(backbone.model, backbone.tokenizer, self.run.run_dir / "adapters" / name)
+            adapter = {**own.row(row), **{key: stack[row] for key, stack in elsewhere.items()}}
+            adapter = {key: adapter[key] for key in sorted(adapter)}
+            folder = self.run.run_dir / "adapters" / name
+            recommender.adapter.save(adapter, recommender.backbone, lambda: frozen_parameters(recommender), folder)
 
 
 def rule_name(config: DictConfig) -> str:
@@ -163,30 +169,23 @@ def table_cutoff(config: DictConfig) -> int:
     return 10 if 10 in cutoffs else int(cutoffs[0])
 
 
-def peak_memory_bytes() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def collect(recommender: Recommender, results: Sequence[RuleResult]) -> Comparison:
     """Results with the sizes of the partition they were made on."""
     data = recommender.data
     return Comparison(data.name, data.statistics["users_per_client"], len(data.catalogue), results)
 
 
-def reference_results(recommender: Recommender, seed: int, stage: str = "test") -> list[RuleResult]:
+def reference_results(
+    recommender: Recommender, loop: FederatedLoop, seed: int, stage: str = "test"
+) -> list[RuleResult]:
     """The random, popularity and Markov rankers, and the backbone before any round, on the same users."""
-    data, module = recommender.data, recommender.module
+    data = recommender.data
     rankers = reference_rankers(data.train, len(data.catalogue), seed)
     results = [
         RuleResult(name, seed, "reference", _evaluate(recommender, ranker.scores, stage))
         for name, ranker in rankers.items()
     ]
-    AdapterBank.replicate(recommender.initial, 1).copy_to(module.trainable, 0)
-    module.eval()
-    module.ranker.refresh(module.model)
-    start = _evaluate(recommender, lambda histories: module.ranker.scores(module.model, histories), stage)
-    return [*results, RuleResult("pretrained", seed, "reference", start)]
+    return [*results, RuleResult("pretrained", seed, "reference", loop.evaluate_start(stage))]
 
 
 def finish_message(run_dir: Path, config: DictConfig) -> str:

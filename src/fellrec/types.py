@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from fellrec.errors import TrainingError
+
 Adapter = Mapping[str, Tensor]
 """One client's adapter: parameter name → tensor of the parameter's own shape."""
 
@@ -54,6 +56,21 @@ class Updates:
     end: AdapterStack
     losses: Tensor
     num_samples: Tensor
+
+    def check_finite(self, round_index: int) -> None:
+        """Refuse adapters with infinite or undefined entries.
+
+        Raises:
+            TrainingError: Naming the parameter, the client and the round.
+        """
+        for name, stack in self.end.items():
+            finite = stack.flatten(1).isfinite().all(dim=1)
+            if not bool(finite.all()):
+                client = self.clients[int(finite.logical_not().nonzero()[0])]
+                raise TrainingError(
+                    f"{name} of client {client} is not finite after local training in round {round_index}; "
+                    "lower trainer.learning_rate"
+                )
 
 
 @dataclass(frozen=True)
@@ -103,6 +120,8 @@ class RoundRecord:
         aggregated: Result of the aggregation.
         evaluation: Validation after the aggregation, or ``None`` if this round was not evaluated.
         seconds: Wall seconds of training and aggregation, evaluation left out.
+        costs: What crossed between client and server, and how busy the server was; MLflow-safe names.
+        dropped: Clients of the cohort that did not finish the round.
     """
 
     round_index: int
@@ -110,3 +129,5 @@ class RoundRecord:
     aggregated: Aggregated
     evaluation: Evaluation | None
     seconds: float
+    costs: Mapping[str, float] = field(default_factory=dict)
+    dropped: tuple[int, ...] = ()

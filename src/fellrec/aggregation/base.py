@@ -23,6 +23,7 @@ class AggregationCallback(FederatedCallback):
 
     Attributes:
         pools_clients: If true, the loop trains one client that holds the data of all of them.
+        exchanges_adapters: If false, no client's adapter is needed by another, and none leaves its client.
 
     Example:
         >>> class FirstClient(AggregationCallback):
@@ -34,6 +35,7 @@ class AggregationCallback(FederatedCallback):
     """
 
     pools_clients: bool = False
+    exchanges_adapters: bool = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a rule that defines neither `mixing_matrix` nor `aggregate`.

@@ -16,6 +16,7 @@ class Centralized(AggregationCallback):
     """
 
     pools_clients = True
+    exchanges_adapters = False
 
     def mixing_matrix(self, updates: Updates, round_index: int) -> Tensor:
         """The identity, ``[N, N]`` float64: there is nothing to mix."""

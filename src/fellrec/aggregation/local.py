@@ -12,6 +12,8 @@ from fellrec.types import Updates
 class Local(AggregationCallback):
     """Each client keeps its own adapter; the baseline for every client's gain."""
 
+    exchanges_adapters = False
+
     def mixing_matrix(self, updates: Updates, round_index: int) -> Tensor:
         """The identity, ``[N, N]`` float64."""
         return torch.eye(len(updates.clients), dtype=torch.float64)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fellrec.federated.checkpoint import save_state
 from fellrec.federated.hooks import FederatedCallback
 from fellrec.types import RoundRecord
 
@@ -24,7 +23,7 @@ class Checkpoint(FederatedCallback):
     """
 
     def __init__(self, run_dir: Path, every: int = 1) -> None:
-        self.folder = run_dir / "checkpoints"
+        self.run_dir = run_dir
         self.every = every
 
     def on_round_end(self, loop: FederatedLoop, record: RoundRecord) -> None:
@@ -32,4 +31,5 @@ class Checkpoint(FederatedCallback):
         done = record.round_index + 1
         if done % self.every == 0 or done == loop.settings.num_rounds or loop.out_of_patience:
             loop.state.extras["aggregation"] = loop.aggregation.state_dict()
-            save_state(self.folder, loop.state, loop.module.trainable)
+            loop.state.extras["ledger"] = loop.execution.ledger.rows()
+            loop.execution.save(loop, self.run_dir)

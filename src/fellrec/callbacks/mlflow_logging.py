@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fellrec.federated.loop import FederatedLoop
 
 _LONGEST_PARAM = 500
+_FILES = ("clients.csv", "ledger.csv", "results.json", "users.parquet", "partition.parquet", "versions.json")
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,15 @@ class MLflowLogging(FederatedCallback):
         table = client_table(loop.test_evaluation)
         table.to_csv(self.run_dir / "clients.csv", index=False)
         self.logger.experiment.log_table(self.run_id, data=table, artifact_file="clients.json")
-        for name in ("clients.csv", "results.json", "users.parquet", "partition.parquet", "versions.json"):
+        loop.execution.ledger.frame().to_csv(self.run_dir / "ledger.csv", index=False)
+        for name in (
+            "clients.csv",
+            "ledger.csv",
+            "results.json",
+            "users.parquet",
+            "partition.parquet",
+            "versions.json",
+        ):
             self._upload(self.run_dir / name)
         if (self.run_dir / "adapters").is_dir():
             self.logger.experiment.log_artifacts(self.run_id, str(self.run_dir / "adapters"), "adapters")
@@ -166,6 +175,9 @@ def round_metrics(record: RoundRecord) -> dict[str, float]:
     for update in record.updates:
         prefix = f"train/client_{update.client:02d}"
         metrics |= {f"{prefix}/loss": update.loss, f"{prefix}/seconds": update.seconds}
+    metrics |= record.costs
+    if record.dropped:
+        metrics["train/num_dropped_clients"] = len(record.dropped)
     metrics |= _per_client(record.aggregated, [update.client for update in record.updates])
     return metrics | (evaluation_metrics(record.evaluation) if record.evaluation else {})
 

@@ -15,7 +15,7 @@ from mlflow.tracking import MlflowClient
 from omegaconf import DictConfig, OmegaConf
 
 from fellrec.aggregation.build import build_aggregation
-from fellrec.build import Recommender, build_data, build_recommender
+from fellrec.build import Recommender, build_data, build_loop, build_recommender
 from fellrec.config import as_dict, compose, expand
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError
@@ -75,7 +75,8 @@ def compare(configs: Sequence[DictConfig]) -> tuple[Comparison, Path]:
     tags = {"data": data.name, "kind": "comparison"}
     with parent_run(first.tracking.uri, first.tracking.experiment, run_dir.name, tags) as (parent_id, client):
         learned = [_one(config, recommenders, run_dir, parent_id) for config in configs]
-        references = reference_results(recommenders.of(first), first.seed)
+        recommender = recommenders.of(first)
+        references = reference_results(recommender, build_loop(first, recommender, ()), first.seed)
         comparison = collect(recommenders.of(first), [*learned, *references])
         write_outputs(comparison, run_dir, table_cutoff(first))
         client.log_artifacts(parent_id, str(run_dir / "comparison"))

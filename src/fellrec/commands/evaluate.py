@@ -12,7 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 from fellrec.build import build_data, build_loop, build_recommender
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError
-from fellrec.federated.checkpoint import load_state
 from fellrec.runs import collect, reference_results, rule_name, table_cutoff
 from fellrec.tracking.results import Comparison, RuleResult
 from fellrec.tracking.tables import print_comparison, results_console
@@ -43,12 +42,12 @@ def evaluate(run_dir: Path, stage: str) -> Comparison:
     _check_same_data(run_dir, data)
     recommender = build_recommender(config, data)
     loop = build_loop(config, recommender, ())
-    load_state(run_dir / "checkpoints", loop.state, recommender.module.trainable)
+    loop.execution.load(loop, run_dir)
     bank, rows = loop.selected
     evaluation = loop.evaluate(stage, loop.state.selection.round_index, bank, rows)
     best_round = loop.state.selection.round_index
     result = RuleResult(rule_name(config), config.seed, "learned", evaluation, best_round=best_round)
-    return collect(recommender, [result, *reference_results(recommender, config.seed, stage)])
+    return collect(recommender, [result, *reference_results(recommender, loop, config.seed, stage)])
 
 
 def read_config(run_dir: Path) -> DictConfig:

@@ -111,7 +111,11 @@ def _cut(plan: Plan) -> str:
 
 
 def _both(of_part: Callable[[PartCost], float]) -> Callable[[Plan], str]:
-    return lambda plan: f"{human_bytes(of_part(plan.client))}\n{human_bytes(of_part(plan.server))}"
+    return lambda plan: _two(of_part(plan.client), of_part(plan.server))
+
+
+def _two(first: float, second: float) -> str:
+    return f"{human_bytes(first)}\n{human_bytes(second)}"
 
 
 def _percent(rate: float) -> str:
@@ -131,23 +135,19 @@ _STORAGE = (
     _Column("optimiser", _both(lambda part: part.optimizer_bytes)),
     _Column("gradients", _both(lambda part: part.gradient_bytes)),
     _Column("activations", _both(lambda part: part.activation_bytes)),
-    _Column("peak memory", _both(lambda part: part.peak_bytes)),
+    _Column("peak memory", lambda plan: _two(plan.client_peak_bytes, plan.server_peak_bytes)),
     _Column("compute", lambda plan: _shares(plan.client_compute_share)),
 )
-
-
-def _ways(up: float, down: float) -> str:
-    return f"{human_bytes(up)}\n{human_bytes(down)}"
 
 
 def _traffic_columns(has_probe: bool) -> tuple[_Column, ...]:
     columns = (
         _Column("", lambda plan: "up\ndown"),
-        _Column("hidden states", lambda plan: _ways(plan.traffic.hidden_up_bytes, plan.traffic.hidden_down_bytes)),
-        _Column("gradients", lambda plan: _ways(plan.traffic.gradient_up_bytes, plan.traffic.gradient_down_bytes)),
-        _Column("adapters", lambda plan: _ways(plan.traffic.adapter_up_bytes, plan.traffic.adapter_down_bytes)),
-        _Column("scalars", lambda plan: _ways(plan.traffic.scalar_up_bytes, plan.traffic.scalar_down_bytes)),
-        _Column("per client", lambda plan: _ways(plan.traffic.up_bytes, plan.traffic.down_bytes)),
+        _Column("hidden states", lambda plan: _two(plan.traffic.hidden_up_bytes, plan.traffic.hidden_down_bytes)),
+        _Column("gradients", lambda plan: _two(plan.traffic.gradient_up_bytes, plan.traffic.gradient_down_bytes)),
+        _Column("adapters", lambda plan: _two(plan.traffic.adapter_up_bytes, plan.traffic.adapter_down_bytes)),
+        _Column("scalars", lambda plan: _two(plan.traffic.scalar_up_bytes, plan.traffic.scalar_down_bytes)),
+        _Column("per client", lambda plan: _two(plan.traffic.up_bytes, plan.traffic.down_bytes)),
         _Column("all clients", _of_all_clients),
         _Column("cuts/adapters", _ratio),
         _Column("checkpoint", lambda plan: human_bytes(plan.checkpoint_bytes)),
@@ -156,7 +156,7 @@ def _traffic_columns(has_probe: bool) -> tuple[_Column, ...]:
 
 
 def _of_all_clients(plan: Plan) -> str:
-    return _ways(plan.traffic.up_bytes * plan.cohort_size, plan.traffic.down_bytes * plan.cohort_size)
+    return _two(plan.traffic.up_bytes * plan.cohort_size, plan.traffic.down_bytes * plan.cohort_size)
 
 
 def _ratio(plan: Plan) -> str:
@@ -196,17 +196,18 @@ def _notes(rows: Sequence[Row]) -> str:
     plans = [row.plan for row in rows]
     shapes = sorted({plan.micro_batch for plan in plans})
     shown = ", ".join(f"{num_rows} x {tokens}" for num_rows, tokens in shapes)
+    in_flight = ", ".join(str(number) for number in sorted({plan.settings.in_flight for plan in plans}))
     notes = [
         "cut: decoder layers of head + body + tail. Head and tail are on the client, with embedding, norm and LM head.",
         "Exact: weights, adapter, optimiser (AdamW), gradients, checkpoint, steps; bytes of every crossing. "
         "Traffic is the mean over clients; evaluation comes on top.",
         f"Estimated: activations (what the largest micro-batch seen, {shown} tokens, keeps for its backward pass with "
-        "fused attention), peak memory (their sum with weights, adapter, optimiser and gradients; the server's for one "
-        "client at a time), compute (share of the forward pass).",
+        "fused attention), peak memory (their sum with weights, adapter, optimiser and gradients; the server's with "
+        f"{in_flight} clients under way), compute (share of the forward pass).",
     ]
-    if any(plan.transport == "none" for plan in plans):
+    if any(plan.settings.transport == "none" for plan in plans):
         notes.append("All parts run in one process here: the figures are those of a client and a server of their own.")
-    for precision in sorted({plan.precision for plan in plans} - {"32-true"}):
+    for precision in sorted({plan.settings.precision for plan in plans} - {"32-true"}):
         notes.append(
             f"Activations are those of backbone.dtype; the casts of trainer.precision={precision} are left out."
         )

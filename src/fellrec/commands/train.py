@@ -52,7 +52,8 @@ def train(config: DictConfig, output_format: str = "table") -> None:
     recommender = build_recommender(config, data)
     run = Run(config, recommender)
     result = run.execute()
-    comparison = collect(recommender, [result, *reference_results(recommender, config.seed)])
+    assert run.loop is not None
+    comparison = collect(recommender, [result, *reference_results(recommender, run.loop, config.seed)])
     if output_format == "json":
         sys.stdout.write(json.dumps(comparison.to_dict(), indent=1) + "\n")
         return

@@ -22,16 +22,17 @@ Collate = Callable[[Tensor, Tensor], dict[str, Tensor]]
 class _Rows(Dataset[Any]):
     """Training rows that a loader reads a whole batch at a time."""
 
-    def __init__(self, rows: TrainingRows) -> None:
+    def __init__(self, rows: TrainingRows, first_id: int = 0) -> None:
         self.items = torch.from_numpy(rows.items)
         self.is_target = torch.from_numpy(rows.is_target)
+        self.first_id = first_id
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         index = torch.tensor(indices)
-        return self.items[index], self.is_target[index]
+        return self.items[index], self.is_target[index], index + self.first_id
 
 
 class _Users(Dataset[Any]):
@@ -116,7 +117,10 @@ class FellrecDataModule(LightningDataModule):
         return -(-len(self._rows(client)) // self.batch_size)
 
     def train_loader(self, client: int | None, seed: int) -> DataLoader[Any]:
-        """Shuffled training batches of one client, or of all clients for ``None``."""
+        """Shuffled training batches of one client, or of all clients for ``None``.
+
+        Beside what ``collate`` makes, a batch has ``row_ids [B]``: numbers that tell the rows of all clients apart.
+        """
         return self._loader(self._rows(client), seed)
 
     def public_loader(self, seed: int) -> DataLoader[Any]:
@@ -152,7 +156,8 @@ class FellrecDataModule(LightningDataModule):
         if key not in self._cache:
             owner = self.data.client_of_user
             users = np.flatnonzero(owner >= 0 if client is None else owner == client)
-            self._cache[key] = _Rows(self._training_rows(users, self.data.train_targets))
+            first_id = sum(len(known) for known in self._cache.values() if isinstance(known, _Rows))
+            self._cache[key] = _Rows(self._training_rows(users, self.data.train_targets), first_id)
         rows = self._cache[key]
         assert isinstance(rows, _Rows)
         return rows
@@ -164,9 +169,12 @@ class FellrecDataModule(LightningDataModule):
     def _loader(self, rows: _Rows, seed: int) -> DataLoader[Any]:
         generator = torch.Generator().manual_seed(seed)
         collate = self.collate
-        return DataLoader(
-            rows, self.batch_size, shuffle=True, generator=generator, collate_fn=lambda pair: collate(*pair)
-        )
+
+        def batch(rows: Any) -> dict[str, Tensor]:
+            items, is_target, row_ids = rows
+            return {**collate(items, is_target), "row_ids": row_ids}
+
+        return DataLoader(rows, self.batch_size, shuffle=True, generator=generator, collate_fn=batch)
 
 
 def _as_is(batch: Any) -> Any:

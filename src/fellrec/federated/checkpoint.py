@@ -20,13 +20,20 @@ from fellrec.federated.state import OptimizerState, RunState
 _PREFIX = "round_"
 
 
-def save_state(folder: Path, state: RunState, trainable: Mapping[str, nn.Parameter], keep: int = 2) -> Path:
+def save_state(
+    folder: Path,
+    state: RunState,
+    trainable: Mapping[str, nn.Parameter],
+    more: Mapping[str, Tensor] | None = None,
+    keep: int = 2,
+) -> Path:
     """Write ``folder/round_<n>`` with everything that a resume needs, then drop all but the last ``keep``.
 
     Args:
         folder: The run's ``checkpoints`` folder; made if absent.
         state: State between two rounds.
         trainable: The module's parameters, to name the optimiser's tensors.
+        more: Further tensors that `load_state` gives back.
         keep: Checkpoints that stay on disk.
 
     Returns:
@@ -42,6 +49,8 @@ def save_state(folder: Path, state: RunState, trainable: Mapping[str, nn.Paramet
     save_file(dict(selection.bank.tensors), draft / "best.safetensors")
     save_file(dict(selection.client_bank.tensors), draft / "best_per_client.safetensors")
     save_file(_optimizer_tensors(state.optimizers, trainable), draft / "optimizer.safetensors")
+    if more:
+        save_file(dict(more), draft / "more.safetensors")
     (draft / "state.json").write_text(json.dumps(_scalars(state), indent=1))
     shutil.rmtree(final, ignore_errors=True)
     draft.rename(final)
@@ -50,21 +59,33 @@ def save_state(folder: Path, state: RunState, trainable: Mapping[str, nn.Paramet
     return final
 
 
-def load_state(folder: Path, state: RunState, trainable: Mapping[str, nn.Parameter]) -> None:
-    """Read the newest checkpoint below ``folder`` into a fresh ``state``.
+def rounds_on_disk(folder: Path) -> list[int]:
+    """Rounds of the checkpoints below ``folder``, ascending."""
+    return sorted(int(path.name.removeprefix(_PREFIX)) for path in folder.glob(f"{_PREFIX}*"))
+
+
+def load_state(
+    folder: Path, state: RunState, trainable: Mapping[str, nn.Parameter], round_index: int | None = None
+) -> dict[str, Tensor]:
+    """Read a checkpoint below ``folder`` into a fresh ``state``.
 
     Args:
         folder: The run's ``checkpoints`` folder.
         state: A state of the same run before its first round.
         trainable: The module's parameters.
+        round_index: Rounds that were done when it was written; ``None`` for the newest.
+
+    Returns:
+        The further tensors that were given to `save_state`.
 
     Raises:
-        TrainingError: If there is no checkpoint, or it is of another run.
+        TrainingError: If there is no such checkpoint, or it is of another run.
     """
-    found = sorted(folder.glob(f"{_PREFIX}*"))
-    if not found:
-        raise TrainingError(f"nothing to resume: no checkpoint in {folder}")
-    newest = found[-1]
+    found = rounds_on_disk(folder)
+    if not found or round_index not in (None, *found):
+        what = "checkpoint" if round_index is None else f"checkpoint of round {round_index}"
+        raise TrainingError(f"nothing to resume: no {what} in {folder}")
+    newest = folder / f"{_PREFIX}{found[-1] if round_index is None else round_index:05d}"
     scalars = json.loads((newest / "state.json").read_text())
     selection = state.selection
     for name, bank in (
@@ -81,6 +102,8 @@ def load_state(folder: Path, state: RunState, trainable: Mapping[str, nn.Paramet
     best = scalars["selection"]
     selection.value, selection.round_index = best["value"], best["round_index"]
     selection.client_values, selection.client_rounds = best["client_values"], best["client_rounds"]
+    more = newest / "more.safetensors"
+    return load_file(more) if more.is_file() else {}
 
 
 def _scalars(state: RunState) -> dict[str, Any]:

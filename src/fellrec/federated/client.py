@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from lightning import Fabric
@@ -17,6 +18,8 @@ from fellrec.models.module import FellrecModule
 from fellrec.models.streams import StreamPosition, training_seed
 from fellrec.types import ClientUpdate
 
+Batch = dict[str, torch.Tensor]
+
 
 @dataclass(frozen=True)
 class LocalSettings:
@@ -25,6 +28,7 @@ class LocalSettings:
     Attributes:
         local_epochs: Passes over the client's data, at least 1.
         max_local_steps: Upper bound on the optimiser steps of one round, ``None`` for no bound.
+        accumulate_grad_batches: Batches whose gradients make one optimiser step.
         gradient_clip: Largest gradient norm, ``None`` for no clipping.
         warmup_steps: The learning rate rises linearly over the client's first steps, counted over all rounds.
         seed: Seed of the run; batch order and dropout depend on (seed, round, client) only.
@@ -32,6 +36,7 @@ class LocalSettings:
 
     local_epochs: int = 1
     max_local_steps: int | None = None
+    accumulate_grad_batches: int = 1
     gradient_clip: float | None = 1.0
     warmup_steps: int = 0
     seed: int = 0
@@ -64,7 +69,8 @@ class LocalTrainer:
 
     def num_steps(self, client: int | None) -> int:
         """Optimiser steps that one round of this client takes; the pooled client may take those of all clients."""
-        steps = self.settings.local_epochs * self.datamodule.num_batches(client)
+        batches = self.datamodule.num_batches(client)
+        steps = self.settings.local_epochs * -(-batches // self.settings.accumulate_grad_batches)
         clients = 1 if client is not None else self.datamodule.data.num_clients
         return min(steps, clients * self.settings.max_local_steps) if self.settings.max_local_steps else steps
 
@@ -91,15 +97,13 @@ class LocalTrainer:
         devices = [self.fabric.device] if self.fabric.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), self.module.model.streams.using(StreamPosition(seed)):
             torch.manual_seed(seed)
-            for batch in self._batches(client, data_of, round_index):
-                self._warm_up(first_step + steps)
-                loss, count = self._step(batch)
+            for batches in self.steps(client, data_of, round_index):
+                self._set_learning_rate(first_step + steps)
+                step_total, count = self._step(batches)
+                loss = step_total / count
                 if not math.isfinite(loss):
-                    raise TrainingError(
-                        f"the training loss of client {client} became {loss} in round {round_index}, "
-                        f"local step {steps}; lower trainer.learning_rate or check the data"
-                    )
-                total, num_targets, steps = total + loss * count, num_targets + count, steps + 1
+                    raise TrainingError(diverged(client, round_index, steps, loss))
+                total, num_targets, steps = total + step_total, num_targets + count, steps + 1
                 on_step(loss)
         return ClientUpdate(
             client=client,
@@ -109,28 +113,43 @@ class LocalTrainer:
             seconds=time.perf_counter() - started,
         )
 
-    def _batches(self, client: int, data_of: int | None, round_index: int):  # type: ignore[no-untyped-def]
-        left = self.num_steps(data_of)
+    def steps(self, client: int, data_of: int | None, round_index: int) -> Iterator[list[Batch]]:
+        """The batches of each optimiser step of one round, on the device; an epoch's last step may have fewer."""
+        left, together = self.num_steps(data_of), self.settings.accumulate_grad_batches
         for epoch in range(self.settings.local_epochs):
             seed = derive_seed(self.settings.seed, "order", round_index, client, epoch)
-            for batch in self.datamodule.train_loader(data_of, seed):
-                if left == 0:
-                    return
+            batches = iter(self.datamodule.train_loader(data_of, seed))
+            while left and (step := [self.fabric.to_device(batch) for batch in islice(batches, together)]):
                 left -= 1
-                yield self.fabric.to_device(batch)
+                yield step
 
-    def _step(self, batch: dict[str, torch.Tensor]) -> tuple[float, int]:
-        with self.fabric.autocast():
-            result = self.module.training_step(batch)
-        self.fabric.backward(result["loss"])
+    def learning_rate(self, step: int) -> float:
+        """The optimiser's step size at a client's ``step``-th step of all rounds, from 0."""
+        warmup, full = self.settings.warmup_steps, self.module.optimizer_settings.learning_rate
+        return full * min(1.0, (step + 1) / warmup) if warmup else full
+
+    def _step(self, batches: list[Batch]) -> tuple[float, int]:
+        count = sum(len(batch["targets"]) for batch in batches)
+        total = 0.0
+        for batch in batches:
+            with self.fabric.autocast():
+                batch_total, _ = self.module.objective.loss(self.module.model, batch)
+            self.fabric.backward(batch_total / count)
+            total += float(batch_total.detach())
         if self.settings.gradient_clip is not None:
             torch.nn.utils.clip_grad_norm_(list(self.module.trainable.values()), self.settings.gradient_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(result["loss"].detach()), int(result["num_targets"])
+        return total, count
 
-    def _warm_up(self, step: int) -> None:
-        if self.settings.warmup_steps:
-            factor = min(1.0, (step + 1) / self.settings.warmup_steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = factor * self.module.optimizer_settings.learning_rate
+    def _set_learning_rate(self, step: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+
+
+def diverged(client: int, round_index: int, step: int, loss: float) -> str:
+    """Word the message for a loss that is not finite."""
+    return (
+        f"the training loss of client {client} became {loss} in round {round_index}, local step {step}; "
+        "lower trainer.learning_rate or check the data"
+    )

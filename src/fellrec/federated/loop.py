@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from torch import Tensor
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.errors import TrainingError
 from fellrec.federated.client import LocalSettings, LocalTrainer
+from fellrec.federated.execution import Execution, WholeExecution
 from fellrec.federated.hooks import FederatedCallback
+from fellrec.federated.pipeline import Outcome
 from fellrec.federated.state import RunState
 from fellrec.functional.participation import cohort
-from fellrec.models.bank import AdapterBank
 from fellrec.models.module import FellrecModule
 from fellrec.types import Aggregated, ClientUpdate, Evaluation, RoundRecord, Updates
 
@@ -36,6 +38,8 @@ class LoopSettings:
         select: ``"population"`` tests the best round of the population's mean, ``"client"`` each client's own best.
         reset_optimizer: Forget every client's optimiser state at the start of a round.
         participation_rate: Share of the clients in each round's cohort, in (0, 1].
+        on_failure: ``"stop"`` ends the run when a client's training fails, ``"skip"`` leaves it out of the round.
+        quorum: Share of the cohort that must finish a round, in (0, 1].
         seed: Seed of the run.
     """
 
@@ -45,6 +49,8 @@ class LoopSettings:
     select: str = "population"
     reset_optimizer: bool = False
     participation_rate: float = 1.0
+    on_failure: str = "stop"
+    quorum: float = 0.5
     seed: int = 0
 
 
@@ -60,6 +66,7 @@ class FederatedLoop:
         state: Where to start; ``run`` changes it.
         settings: How long and how often.
         local: How a client trains.
+        execution: Where the parts of the model run.
     """
 
     def __init__(
@@ -72,6 +79,7 @@ class FederatedLoop:
         state: RunState,
         settings: LoopSettings,
         local: LocalSettings,
+        execution: Execution | None = None,
     ) -> None:
         self.fabric = fabric
         self.module = module
@@ -82,6 +90,7 @@ class FederatedLoop:
         self.settings = settings
         self.optimizer = module.configure_optimizers()
         self.trainer = LocalTrainer(fabric, module, datamodule, self.optimizer, local)
+        self.execution = execution or WholeExecution()
         self.num_clients = datamodule.data.num_clients
         self.row_of_client = (0,) * self.num_clients if aggregation.pools_clients else tuple(range(self.num_clients))
         self.test_evaluation: Evaluation | None = None
@@ -97,6 +106,7 @@ class FederatedLoop:
         """
         try:
             self.call("on_fit_start")
+            self.execution.start(self)
             if self.state.round_index == 0:
                 self.validate(round_index=-1)
             while self.state.round_index < self.settings.num_rounds and not self.out_of_patience:
@@ -119,40 +129,51 @@ class FederatedLoop:
         started = time.perf_counter()
         self.call("on_round_start", round_index)
         clients = self.cohort(round_index)
-        start = self.state.bank.stack(clients)
-        updates = tuple(self.train_client(client, round_index) for client in clients)
-        aggregated = self.aggregate(clients, start, updates, round_index)
+        before = self.state.bank.stack(clients)
+        outcome = self.train(clients, round_index)
+        rows = [clients.index(update.client) for update in outcome.updates]
+        start = {name: stack[rows] for name, stack in before.items()}
+        aggregated = self.aggregate(start, outcome.updates, round_index)
         seconds = time.perf_counter() - started
+        costs = self.execution.costs(seconds)
         self.state.round_index = round_index + 1
         evaluation = self.validate(round_index) if self.is_evaluated(round_index) else None
-        self.call("on_round_end", RoundRecord(round_index, updates, aggregated, evaluation, seconds))
+        costs |= self.execution.ledger.metrics(round_index)
+        updates, dropped = tuple(outcome.updates), tuple(outcome.failures)
+        self.call("on_round_end", RoundRecord(round_index, updates, aggregated, evaluation, seconds, costs, dropped))
 
     def cohort(self, round_index: int) -> tuple[int, ...]:
         """The rows of the bank that train in this round."""
         settings = self.settings
         return cohort(len(self.state.bank), settings.participation_rate, settings.seed, round_index)
 
-    def train_client(self, client: int, round_index: int) -> ClientUpdate:
-        """Put the client's adapter into the backbone, train it, and put it back into the bank."""
-        self.call("on_client_start", client)
-        state, parameters = self.state, self.module.trainable
-        state.bank.copy_to(parameters, client)
-        if self.settings.reset_optimizer:
-            state.optimizers.pop(client, None)
-        optimizer_state = state.take_optimizer(client)
-        self.optimizer.state = optimizer_state  # type: ignore[assignment]
-        data_of = None if self.aggregation.pools_clients else client
-        update = self.trainer.train(client, data_of, round_index, state.local_steps[client], self._on_step)
-        state.optimizers[client] = optimizer_state
-        state.local_steps[client] += update.num_steps
-        state.bank.store(client, parameters)
-        self.call("on_client_end", update)
-        return update
+    def data_of(self, client: int) -> int | None:
+        """The client whose data a row of the bank is trained on; ``None`` for that of all."""
+        return None if self.aggregation.pools_clients else client
 
-    def aggregate(
-        self, clients: tuple[int, ...], start: dict[str, Tensor], updates: Sequence[ClientUpdate], round_index: int
-    ) -> Aggregated:
-        """Let the rule mix the cohort's adapters and put the result into the bank."""
+    def train(self, clients: tuple[int, ...], round_index: int) -> Outcome:
+        """Train every client of the cohort, each from its own adapter.
+
+        Raises:
+            TrainingError: If a client failed and ``on_failure`` is ``"stop"``, or too few are left.
+        """
+        if self.settings.reset_optimizer:
+            for client in clients:
+                self.state.optimizers.pop(client, None)
+        outcome = self.execution.train(self, clients, round_index)
+        if outcome.failures:
+            self._drop_out(outcome, len(clients), round_index)
+        return outcome
+
+    def aggregate(self, start: dict[str, Tensor], updates: Sequence[ClientUpdate], round_index: int) -> Aggregated:
+        """Let the rule mix the adapters of the clients that finished; the result is in the bank.
+
+        Args:
+            start: The clients' adapters before the round, name → ``[N, *shape]``.
+            updates: Of the same clients, in the same order.
+            round_index: From 0.
+        """
+        clients = tuple(update.client for update in updates)
         collected = Updates(
             clients=clients,
             start=start,
@@ -160,10 +181,8 @@ class FederatedLoop:
             losses=torch.tensor([update.loss for update in updates], dtype=torch.float64),
             num_samples=torch.tensor([update.num_samples for update in updates], dtype=torch.float64),
         )
-        _check_finite(collected, round_index)
         self.call("on_aggregate_start", collected)
-        aggregated = self.aggregation.aggregate(collected, round_index)
-        self.state.bank.replace(clients, aggregated.adapters)
+        aggregated = self.execution.aggregate(self, collected, round_index)
         self.call("on_aggregate_end", aggregated)
         return aggregated
 
@@ -174,8 +193,9 @@ class FederatedLoop:
 
     def validate(self, round_index: int) -> Evaluation:
         """Evaluate the validation holdout with the adapters as they are, and remember them if they are the best."""
-        evaluation = self.evaluate("val", round_index, self.state.bank, self.row_of_client)
-        self.state.select(evaluation, self.row_of_client)
+        evaluation = self.evaluate("val", round_index, "current", self.row_of_client)
+        is_best, better = self.state.select(evaluation, self.row_of_client)
+        self.execution.keep_best(is_best, better, tuple(self.row_of_client[client] for client in better))
         return evaluation
 
     def test(self) -> Evaluation:
@@ -184,52 +204,60 @@ class FederatedLoop:
         return self.evaluate("test", self.state.selection.round_index, bank, row_of_client)
 
     @property
-    def selected(self) -> tuple[AdapterBank, tuple[int, ...]]:
-        """The adapters that validation selected, and the row that serves each client."""
+    def selected(self) -> tuple[str, tuple[int, ...]]:
+        """The bank of the adapters that validation selected, see ``RunState.bank_named``, and each client's row."""
         if self.settings.select == "client":
-            return self.state.selection.client_bank, tuple(range(self.num_clients))
-        return self.state.selection.bank, self.row_of_client
+            return "best_per_client", tuple(range(self.num_clients))
+        return "best", self.row_of_client
 
-    def evaluate(self, stage: str, round_index: int, bank: AdapterBank, row_of_client: tuple[int, ...]) -> Evaluation:
+    def evaluate(self, stage: str, round_index: int, bank: str, row_of_client: tuple[int, ...]) -> Evaluation:
         """Rank all items for all users of all clients, each with the adapter that serves their client.
 
         Args:
             stage: ``"val"`` or ``"test"``.
             round_index: The round that the adapters come from.
-            bank: Adapters.
+            bank: Which adapters, see ``RunState.bank_named``.
             row_of_client: Row of the bank that serves each client.
         """
         self.call("on_evaluate_start", stage)
         self.module.eval()
-        for row in sorted(set(row_of_client)):
-            clients = tuple(client for client, its_row in enumerate(row_of_client) if its_row == row)
-            bank.copy_to(self.module.trainable, row)
-            with self.fabric.autocast():
-                self._score(stage, clients)
+        self.execution.score(self, stage, round_index, bank, sorted(set(row_of_client)))
         evaluation = self.module.finish_evaluation(stage, round_index)
         self.call("on_evaluate_end", evaluation)
         return evaluation
+
+    def evaluate_start(self, stage: str) -> Evaluation:
+        """Score the adapters that all clients started with; no callback hears of it."""
+        self.module.eval()
+        self.execution.score(self, stage, -1, "initial", sorted(set(self.row_of_client)))
+        return self.module.finish_evaluation(stage, -1)
+
+    def score_row(self, stage: str, row: int, bank: str) -> None:
+        """Score the users whom a row of a bank serves, with the adapter that is in the backbone now."""
+        rows = tuple(range(self.num_clients)) if bank == "best_per_client" else self.row_of_client
+        clients = tuple(client for client, its_row in enumerate(rows) if its_row == row)
+        with self.fabric.autocast():
+            self.module.ranker.refresh(self.module.model)
+            for batch in self.datamodule.eval_loader(stage, clients):
+                self.module.score_batch(self.fabric.to_device(batch))
+
+    def on_step(self, loss: float) -> None:
+        """Report one optimiser step."""
+        self.call("on_step_end", loss)
+
+    def _drop_out(self, outcome: Outcome, num_clients: int, round_index: int) -> None:
+        if self.settings.on_failure == "stop":
+            raise TrainingError(next(iter(outcome.failures.values())))
+        least = max(1, math.ceil(self.settings.quorum * num_clients - 1e-9))
+        if len(outcome.updates) < least:
+            raise TrainingError(
+                f"only {len(outcome.updates)} of {num_clients} clients finished round {round_index}, "
+                f"participation.quorum={self.settings.quorum} needs {least}; " + "; ".join(outcome.failures.values())
+            )
+        dropped: dict[str, list[int]] = self.state.extras.setdefault("dropped_clients", {})
+        dropped[str(round_index)] = sorted(outcome.failures)
 
     def call(self, hook: str, *arguments: object) -> None:
         """Call one hook of the aggregation and of every callback, in order."""
         for callback in self.callbacks:
             getattr(callback, hook)(self, *arguments)
-
-    def _score(self, stage: str, clients: tuple[int, ...]) -> None:
-        self.module.ranker.refresh(self.module.model)
-        for batch in self.datamodule.eval_loader(stage, clients):
-            self.module.score_batch(self.fabric.to_device(batch))
-
-    def _on_step(self, loss: float) -> None:
-        self.call("on_step_end", loss)
-
-
-def _check_finite(updates: Updates, round_index: int) -> None:
-    for name, stack in updates.end.items():
-        finite = stack.flatten(1).isfinite().all(dim=1)
-        if not bool(finite.all()):
-            client = updates.clients[int(finite.logical_not().nonzero()[0])]
-            raise TrainingError(
-                f"{name} of client {client} is not finite after local training in round {round_index}; "
-                "lower trainer.learning_rate"
-            )

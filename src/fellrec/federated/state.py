@@ -44,6 +44,7 @@ class RunState:
     Attributes:
         bank: Every client's adapter now.
         selection: The best adapters so far.
+        initial: The adapter that all clients started with.
         round_index: The next round to run, from 0.
         optimizers: Each client's optimiser state, kept across rounds.
         local_steps: Optimiser steps each client has taken in all rounds.
@@ -53,6 +54,7 @@ class RunState:
 
     bank: AdapterBank
     selection: Selection
+    initial: AdapterBank
     round_index: int = 0
     optimizers: dict[int, OptimizerState] = field(default_factory=dict)
     local_steps: list[int] = field(default_factory=list)
@@ -63,7 +65,30 @@ class RunState:
         """Hand out a client's optimiser state, an empty one the first time."""
         return self.optimizers.pop(client, defaultdict(dict))
 
-    def select(self, evaluation: Evaluation, row_of_client: tuple[int, ...]) -> bool:
+    def bank_named(self, name: str) -> AdapterBank:
+        """``"initial"``, ``"current"``, ``"best"`` (of the population) or ``"best_per_client"``.
+
+        Raises:
+            KeyError: For another name.
+        """
+        banks = {"current": self.bank, "best": self.selection.bank, "best_per_client": self.selection.client_bank}
+        return {**banks, "initial": self.initial}[name]
+
+    def keep_best(self, population: bool, clients: tuple[int, ...], rows: tuple[int, ...]) -> None:
+        """Remember the current adapters as the best.
+
+        Args:
+            population: Whether as the population's.
+            clients: Those for which they are the best on their own.
+            rows: The row of ``bank`` that serves each of them.
+        """
+        if clients:
+            self.selection.client_bank.replace(clients, self.bank.stack(rows))
+        if population:
+            everybody = tuple(range(len(self.bank)))
+            self.selection.bank.replace(everybody, self.bank.stack(everybody))
+
+    def select(self, evaluation: Evaluation, row_of_client: tuple[int, ...]) -> tuple[bool, tuple[int, ...]]:
         """Compare an evaluation with the best so far and keep its adapters if they are better.
 
         Args:
@@ -71,22 +96,20 @@ class RunState:
             row_of_client: The row of ``bank`` that serves each client.
 
         Returns:
-            Whether the population's mean improved.
+            Whether the population's mean improved, and the clients who did.
         """
         selection = self.selection
         values = evaluation.per_client[selection.metric].tolist()
         if not selection.client_values:
             selection.client_values = [-float("inf")] * len(values)
             selection.client_rounds = [-1] * len(values)
-        for client, value in enumerate(values):
-            if value > selection.client_values[client]:
-                selection.client_values[client], selection.client_rounds[client] = value, evaluation.round_index
-                selection.client_bank.replace((client,), self.bank.stack((row_of_client[client],)))
+        better = tuple(c for c, value in enumerate(values) if value > selection.client_values[c])
+        for client in better:
+            selection.client_values[client], selection.client_rounds[client] = values[client], evaluation.round_index
         mean = evaluation.summary[f"{selection.metric}/mean"]
-        if not mean > selection.value:
-            self.rounds_without_gain += 1
-            return False
-        selection.value, selection.round_index = mean, evaluation.round_index
-        selection.bank.replace(tuple(range(len(self.bank))), self.bank.stack(tuple(range(len(self.bank)))))
-        self.rounds_without_gain = 0
-        return True
+        is_best = mean > selection.value
+        self.rounds_without_gain = 0 if is_best else self.rounds_without_gain + 1
+        if is_best:
+            selection.value, selection.round_index = mean, evaluation.round_index
+        self.keep_best(is_best, better, tuple(row_of_client[client] for client in better))
+        return is_best, better

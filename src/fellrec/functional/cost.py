@@ -12,9 +12,10 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 """Bytes of one number."""
 
 _SCALE_BYTES = 4  # int8 travels with one float32 scale per token
-_NORM_BYTES = 4  # gradient norms and clip factors are float32
-_UPDATE_BYTES = 4 * 8  # loss, samples, steps and seconds of one client and round, 64 bits each
-_STEP_BYTES = 4  # AdamW counts its steps per tensor, in float32
+_NORM_BYTES = 4  # of the gradient of one of the body's tensors, float32
+_STEP_BYTES = 2 * 4  # clip factor and learning rate of one step, float32
+_FINISH_BYTES = 2 * 8  # loss and number of samples of one client and round
+_COUNT_BYTES = 4  # AdamW counts its steps per tensor, in float32
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,24 @@ class PartCost:
             >>> PartCost(adapter_bytes=4 * 1000, num_adapter_tensors=2).optimizer_bytes
             8008
         """
-        return 2 * self.adapter_bytes + _STEP_BYTES * self.num_adapter_tensors
+        return 2 * self.adapter_bytes + _COUNT_BYTES * self.num_adapter_tensors
 
-    @property
-    def peak_bytes(self) -> int:
+    def peak_bytes(self, in_flight: int = 1) -> int:
         """Memory at the end of the forward pass, plus gradients: everything above at once.
 
+        Args:
+            in_flight: Clients under way at the same time; they share the backbone's weights, and nothing else.
+
         Example:
-            >>> PartCost(weight_bytes=100, adapter_bytes=8, added_bytes=8, activation_bytes=50).peak_bytes
-            182
+            100 of weights, 8 of LoRA, 8 of gradients, 16 of moments, 50 of activations; a second client needs all but
+            the weights again.
+
+            >>> part = PartCost(weight_bytes=100, adapter_bytes=8, added_bytes=8, activation_bytes=50)
+            >>> part.peak_bytes(), part.peak_bytes(in_flight=2)
+            (182, 264)
         """
-        return self.weight_bytes + self.added_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+        own = self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+        return self.weight_bytes + self.added_bytes + in_flight * own + (in_flight - 1) * self.adapter_bytes
 
 
 def together(parts: Iterable[PartCost]) -> PartCost:
@@ -114,12 +122,14 @@ class Wire:
         hidden_dtype: Of hidden states: ``float32``, ``bfloat16`` or ``int8``.
         gradient_dtype: Of gradients, likewise.
         clips_gradients: Whether client and server agree on one gradient norm at every step.
+        exchanges_adapters: Whether the rule mixes adapters; if not, none leaves its client.
     """
 
     hidden_size: int
     hidden_dtype: str = "float32"
     gradient_dtype: str = "float32"
     clips_gradients: bool = False
+    exchanges_adapters: bool = True
 
 
 @dataclass(frozen=True)
@@ -133,7 +143,7 @@ class Traffic:
         gradient_down_bytes: Gradients of the head's outputs.
         adapter_up_bytes: The client's trained head and tail adapters.
         adapter_down_bytes: The mixed ones.
-        scalar_up_bytes: Clip factors; loss, samples, steps and seconds.
+        scalar_up_bytes: Clip factor and learning rate of every step; loss and number of samples.
         scalar_down_bytes: Gradient norms.
     """
 
@@ -203,21 +213,21 @@ def traffic(head: PartCost, body: PartCost, tail: PartCost, load: RoundLoad, wir
 
     Example:
         Two steps with 100 tokens together, D = 8, one trainable tensor of 40 bytes in each part. A crossing is
-        100 · 8 · 4 = 3200 bytes, and there are four. Up: 2 · 4 bytes of clip factors and 32 of loss and counts.
+        100 · 8 · 4 = 3200 bytes, and there are four. Up: 8 bytes a step and 16 at the end; down: 4 bytes a step.
 
         >>> part = PartCost(num_layers=1, adapter_bytes=40, num_adapter_tensors=1)
         >>> found = traffic(part, part, part, RoundLoad(2, 100), Wire(8, clips_gradients=True))
         >>> found.hidden_bytes, found.gradient_bytes, found.adapter_bytes
         (6400, 6400, 160)
         >>> found.scalar_up_bytes, found.scalar_down_bytes
-        (40, 8)
+        (32, 8)
     """
     is_cut = body.num_layers > 0
     hidden = crossing_bytes(load.num_tokens, wire.hidden_size, wire.hidden_dtype) if is_cut else 0
     gradient = crossing_bytes(load.num_tokens, wire.hidden_size, wire.gradient_dtype) if is_cut else 0
     goes_up = head.num_adapter_tensors + body.num_adapter_tensors > 0
-    norms = _NORM_BYTES * load.num_steps if wire.clips_gradients and body.num_adapter_tensors else 0
-    adapter = head.adapter_bytes + tail.adapter_bytes
+    norms = _NORM_BYTES * body.num_adapter_tensors if is_cut and wire.clips_gradients else 0
+    adapter = head.adapter_bytes + tail.adapter_bytes if wire.exchanges_adapters else 0
     return Traffic(
         hidden_up_bytes=hidden,
         hidden_down_bytes=hidden,
@@ -225,8 +235,8 @@ def traffic(head: PartCost, body: PartCost, tail: PartCost, load: RoundLoad, wir
         gradient_down_bytes=gradient if head.num_adapter_tensors else 0,
         adapter_up_bytes=adapter,
         adapter_down_bytes=adapter,
-        scalar_up_bytes=norms + _UPDATE_BYTES,
-        scalar_down_bytes=norms * body.num_adapter_tensors,
+        scalar_up_bytes=(_STEP_BYTES * load.num_steps if is_cut else 0) + _FINISH_BYTES,
+        scalar_down_bytes=norms * load.num_steps,
     )
 
 

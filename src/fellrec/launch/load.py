@@ -52,21 +52,22 @@ def count_load(
         max_batches: Batches to make at most, apart from one per client looked at.
     """
     num_clients = datamodule.data.num_clients
-    steps = [num_steps(datamodule, local, client) for client in range(num_clients)]
+    work = [count_work(datamodule.num_batches(client), local) for client in range(num_clients)]
+    steps, micro_batches = [steps for steps, _ in work], [number for _, number in work]
     stride = -(-num_clients // max_batches)
     looked_at = range(0, num_clients, stride)
     limit = max(1, min(_BATCHES_PER_CLIENT, max_batches // len(looked_at)))
-    tokens_seen, steps_seen, per_client = 0, 0, []
+    tokens_seen, num_seen, per_client = 0, 0, []
     largest: tuple[int, Batch] = (0, {})
     for client in looked_at:
         counts = []
-        for batch in islice(_batches(datamodule, local, client), min(limit, steps[client])):
+        for batch in islice(_batches(datamodule, local, client), min(limit, micro_batches[client])):
             counts.append(sum(ids.numel() for ids in objective.inputs(batch)))
             if counts[-1] > largest[0]:
                 largest = (counts[-1], batch)
-        tokens_seen, steps_seen = tokens_seen + sum(counts), steps_seen + len(counts)
-        per_client.append(steps[client] * sum(counts) / len(counts) if counts else 0.0)
-    is_sampled = steps_seen < sum(steps)
+        tokens_seen, num_seen = tokens_seen + sum(counts), num_seen + len(counts)
+        per_client.append(micro_batches[client] * sum(counts) / len(counts) if counts else 0.0)
+    is_sampled = num_seen < sum(micro_batches)
     tokens = sum(per_client) * num_clients / len(per_client) if is_sampled else tokens_seen
     return Load(
         mean=RoundLoad(sum(steps) / num_clients, tokens / num_clients),
@@ -77,10 +78,27 @@ def count_load(
     )
 
 
-def num_steps(datamodule: FellrecDataModule, local: LocalSettings, client: int) -> int:
-    """Optimiser steps of one client in one round."""
-    steps = local.local_epochs * datamodule.num_batches(client)
-    return min(steps, local.max_local_steps) if local.max_local_steps else steps
+def count_work(num_batches: int, local: LocalSettings) -> tuple[int, int]:
+    """Optimiser steps and micro-batches of one client's round; an epoch's last step may have fewer micro-batches.
+
+    Args:
+        num_batches: Batches of one pass over the client's data.
+        local: How it trains.
+
+    Example:
+        Two epochs of five batches, two a step: steps of 2, 2, 1, 2, 2, 1. The fourth step is the last.
+
+        >>> local = LocalSettings(local_epochs=2, accumulate_grad_batches=2, max_local_steps=4)
+        >>> count_work(5, local)
+        (4, 7)
+    """
+    together = local.accumulate_grad_batches
+    in_epoch = -(-num_batches // together)
+    steps = local.local_epochs * in_epoch
+    if local.max_local_steps is not None:
+        steps = min(steps, local.max_local_steps)
+    epochs, left = divmod(steps, in_epoch) if in_epoch else (0, 0)
+    return steps, epochs * num_batches + left * together
 
 
 def _batches(datamodule: FellrecDataModule, local: LocalSettings, client: int) -> Iterator[Batch]:

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig
 
 from fellrec.aggregation.build import build_aggregation
-from fellrec.build import build_data, build_datamodule, build_objective
+from fellrec.build import build_batches, build_data
 from fellrec.config import as_dict, make
-from fellrec.data.prepared import PreparedData
+from fellrec.data.datamodule import FellrecDataModule
 from fellrec.errors import ConfigError
 from fellrec.federated.client import LocalSettings
 from fellrec.functional.cost import PartCost, Traffic, Wire, checkpoint_bytes, share, together, traffic
@@ -27,6 +27,21 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class PlanSettings:
+    """Settings of the configuration that decide how the figures are to be read.
+
+    Attributes:
+        precision: ``trainer.precision``; the activations know nothing of its casts.
+        transport: ``split.transport``; with ``none`` a run keeps all parts in one process.
+        in_flight: ``split.in_flight``: clients that the server has under way at the same time.
+    """
+
+    precision: str
+    transport: str
+    in_flight: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """The cost of one configuration.
 
@@ -37,14 +52,13 @@ class Plan:
         num_clients: C.
         cohort_size: Clients of a round.
         head: The client's first part.
-        body: The server's part; peak memory is that of one client's micro-batch at a time.
+        body: The server's part.
         tail: The client's last part.
         load: Steps and tokens of a round.
         traffic: Of one client and round, the mean over clients.
         checkpoint_bytes: One checkpoint on disk.
-        micro_batch: ``[rows, tokens]`` of the largest micro-batch, which the activations are of.
-        precision: ``trainer.precision``, which the activations know nothing of.
-        transport: How the parts would talk in a run of this configuration; ``none`` runs them in one process.
+        micro_batch: Rows and tokens of the largest micro-batch, which the activations are of.
+        settings: Settings that the notes below a table mention.
         has_own_tokenizer: Whether tokens were counted with the backbone's own tokenizer.
         seconds_per_round: Of training, all clients one after the other; ``None`` without a probe.
     """
@@ -61,8 +75,7 @@ class Plan:
     traffic: Traffic
     checkpoint_bytes: int
     micro_batch: tuple[int, int]
-    precision: str
-    transport: str
+    settings: PlanSettings
     has_own_tokenizer: bool
     seconds_per_round: float | None = None
 
@@ -75,6 +88,16 @@ class Plan:
     def server(self) -> PartCost:
         """The body."""
         return self.body
+
+    @property
+    def client_peak_bytes(self) -> int:
+        """Memory of one client."""
+        return self.client.peak_bytes()
+
+    @property
+    def server_peak_bytes(self) -> int:
+        """Memory of the server, with as many clients under way as ``split.in_flight`` allows; 0 without a body."""
+        return self.server.peak_bytes(self.settings.in_flight)
 
     @property
     def client_weight_share(self) -> float:
@@ -107,8 +130,8 @@ class Plan:
             "num_clients": self.num_clients,
             "cohort_size": self.cohort_size,
             "layers": {"head": self.head.num_layers, "body": self.body.num_layers, "tail": self.tail.num_layers},
-            "client": _with_derived(self.client),
-            "server": _with_derived(self.server),
+            "client": _with_derived(self.client, self.client_peak_bytes),
+            "server": _with_derived(self.server, self.server_peak_bytes),
             "client_weight_share": self.client_weight_share,
             "storage_saved": 1 - self.client_weight_share,
             "client_compute_share": self.client_compute_share,
@@ -120,16 +143,15 @@ class Plan:
             "cut_to_adapter_ratio": self.cut_to_adapter_ratio,
             "checkpoint_bytes": self.checkpoint_bytes,
             "seconds_per_round": self.seconds_per_round,
-            "precision": self.precision,
-            "transport": self.transport,
+            **asdict(self.settings),
             "is_sampled": self.load.is_sampled,
             "has_own_tokenizer": self.has_own_tokenizer,
         }
 
 
-def _with_derived(part: PartCost) -> dict[str, int]:
-    derived = ("gradient_bytes", "optimizer_bytes", "peak_bytes")
-    return {**asdict(part), **{name: getattr(part, name) for name in derived}}
+def _with_derived(part: PartCost, peak_bytes: int) -> dict[str, int]:
+    derived = {"gradient_bytes": part.gradient_bytes, "optimizer_bytes": part.optimizer_bytes}
+    return {**asdict(part), **derived, "peak_bytes": peak_bytes}
 
 
 class Planner:
@@ -150,25 +172,23 @@ class Planner:
             DataError: If the data cannot be used.
             BackboneError: If the backbone cannot be read, cut, or adapted.
         """
-        if probe_steps is not None and not has_weights(config):
-            raise ConfigError(
-                f"--probe {probe_steps} needs weights to train, and backbone.config={config.backbone.config} has none; "
-                "give backbone.path=… or leave --probe out"
-            )
+        if probe_steps is not None:
+            _check_probe(config, probe_steps)
         data = self._once(config, ("data", "holdout", "partition"), lambda: build_data(config))
         backbone, is_own = empty_backbone(config, data.catalogue)
         num_parameters = backbone.num_parameters  # before the adapter's come on top
         model = SplitModel(backbone.model, config.split.head_layers, config.split.tail_layers)
-        objective = build_objective(config, backbone, data)
+        objective, batches = build_batches(config, backbone, data)
         objective.check(model)
-        load = self._load(config, data, objective)
+        load = self._load(config, objective, batches)
         parts = measure_parts(model, make(config.adapter, "adapter"), objective, load.largest_batch)
         cohort_size = len(cohort(data.num_clients, config.participation.rate, config.seed, round_index=0))
-        rows, tokens = objective.inputs(load.largest_batch)[0].shape
         seconds = None
         if probe_steps is not None:
-            steps = load.mean.num_steps * cohort_size
-            seconds = seconds_per_step(config, data, load.largest_client, probe_steps) * steps
+            per_step = seconds_per_step(config, data, load.largest_client, probe_steps)
+            seconds = per_step * load.mean.num_steps * cohort_size
+        rule = build_aggregation(config.aggregation)
+        rows, tokens = objective.inputs(load.largest_batch)[0].shape
         return Plan(
             data=data.name,
             backbone=backbone.name,
@@ -177,17 +197,15 @@ class Planner:
             cohort_size=cohort_size,
             **parts,
             load=load,
-            traffic=traffic(**parts, load=load.mean, wire=_wire(config, backbone.model)),
-            checkpoint_bytes=_checkpoint(config, data, together(parts.values())),
+            traffic=traffic(**parts, load=load.mean, wire=_wire(config, backbone.model, rule.exchanges_adapters)),
+            checkpoint_bytes=checkpoint_bytes(together(parts.values()), data.num_clients, rule.pools_clients),
             micro_batch=(rows, tokens),
-            precision=config.trainer.precision,
-            transport=config.split.get("transport", "none"),
+            settings=PlanSettings(config.trainer.precision, config.split.transport, config.split.in_flight),
             has_own_tokenizer=is_own,
             seconds_per_round=seconds,
         )
 
-    def _load(self, config: DictConfig, data: PreparedData, objective: Objective) -> Load:
-        batches = build_datamodule(config, data, objective)
+    def _load(self, config: DictConfig, objective: Objective, batches: FellrecDataModule) -> Load:
         groups = ("data", "holdout", "partition", "backbone", "objective", "trainer", "seed")
         return self._once(config, groups, lambda: count_load(batches, objective, _local(config)))
 
@@ -201,19 +219,36 @@ class Planner:
         return found
 
 
-def _wire(config: DictConfig, model: Any) -> Wire:
+def _check_probe(config: DictConfig, num_steps: int) -> None:
+    if not has_weights(config):
+        raise ConfigError(
+            f"--probe {num_steps} needs weights to train, and backbone.config={config.backbone.config} has none; "
+            "give backbone.path=… or leave --probe out"
+        )
+    if config.split.transport == "distributed":
+        raise ConfigError(
+            f"--probe {num_steps} runs in one process; give split.transport=none or inprocess, not distributed"
+        )
+
+
+def _wire(config: DictConfig, model: Any, exchanges_adapters: bool) -> Wire:
+    own = str(model.dtype).removeprefix("torch.")
+    hidden, gradient = config.split.hidden_dtype, config.split.gradient_dtype
     return Wire(
         hidden_size=model.config.hidden_size,
-        hidden_dtype=config.split.get("hidden_dtype", "float32"),
-        gradient_dtype=config.split.get("gradient_dtype", "float32"),
+        hidden_dtype=own if hidden == "float32" else hidden,  # what is narrower already is not widened
+        gradient_dtype=own if gradient == "float32" else gradient,
         clips_gradients=config.trainer.gradient_clip is not None,
+        exchanges_adapters=exchanges_adapters,
     )
-
-
-def _checkpoint(config: DictConfig, data: PreparedData, whole: PartCost) -> int:
-    return checkpoint_bytes(whole, data.num_clients, build_aggregation(config.aggregation).pools_clients)
 
 
 def _local(config: DictConfig) -> LocalSettings:
     trainer = config.trainer
-    return LocalSettings(trainer.local_epochs, trainer.max_local_steps, trainer.gradient_clip, seed=config.seed)
+    return LocalSettings(
+        local_epochs=trainer.local_epochs,
+        max_local_steps=trainer.max_local_steps,
+        accumulate_grad_batches=trainer.accumulate_grad_batches,
+        gradient_clip=trainer.gradient_clip,
+        seed=config.seed,
+    )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -15,7 +16,7 @@ from fellrec.data.schema import Catalogue
 from fellrec.errors import BackboneError, ConfigError, unknown
 from fellrec.layout import conf_dir
 from fellrec.models.architectures import ARCHITECTURES, arch_of
-from fellrec.models.backbone import Backbone, check_tokenizer, dtype_of, load_shape, short_name
+from fellrec.models.backbone import Backbone, check_tokenizer, dtype_of, load_shape
 from fellrec.models.tiny import build_tokenizer, tiny_config
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -66,7 +67,7 @@ def empty_backbone(config: DictConfig, catalogue: Catalogue) -> tuple[Backbone, 
     dtype = dtype_of(settings["dtype"])
     if has_weights(config):
         shape, tokenizer = load_shape(settings["path"])
-        backbone, is_own = _on_meta(shape, dtype, tokenizer, short_name(settings["path"])), True
+        backbone, is_own = _on_meta(shape, dtype, tokenizer, Path(settings["path"]).name), True
     else:
         file = find_config(str(settings["config"]))
         own = _tokenizer_beside(file)
@@ -111,8 +112,8 @@ def read_config(file: Path) -> Any:
         raise BackboneError(f"backbone.config={file}: {unknown('model_type', model_type, ARCHITECTURES)}")
     try:
         return AutoConfig.for_model(model_type, **values)
-    except (ValueError, TypeError) as error:
-        raise BackboneError(f"backbone.config={file}: {(str(error).splitlines() or [''])[0]}") from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise BackboneError(f"backbone.config={file}: {' '.join(str(error).split())}") from error
 
 
 def _configs_dir() -> Path:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from fellrec.errors import BackboneError, ConfigError, nearest_first, unknown
 from fellrec.functional.rng import derive_seed
@@ -21,6 +23,9 @@ from fellrec.models.architectures import ArchSpec
 from fellrec.models.cut import PARTS
 
 _NAME = "default"
+
+Frozen = Callable[[], Mapping[str, torch.Tensor]]
+"""The parameters of the whole model that are not trained."""
 
 PartOf = Callable[[str], str]
 """``head``, ``body`` or ``tail`` for a dotted name of the whole model."""
@@ -41,8 +46,15 @@ class AdapterKind(Protocol):
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The adapter's parameters in the model, sorted by name."""
 
-    def save(self, model: Any, tokenizer: Any, folder: Path) -> None:
-        """Write the adapter that is in the model now, in a format that other tools read."""
+    def save(self, adapter: Mapping[str, torch.Tensor], backbone: Any, frozen: Frozen, folder: Path) -> None:
+        """Write an adapter in a format that other tools read.
+
+        Args:
+            adapter: Of the whole model, parameter name → tensor.
+            backbone: The ``Backbone``, for its configuration and tokenizer.
+            frozen: Gives all other parameters.
+            folder: Where.
+        """
 
 
 class LoraAdapter:
@@ -115,15 +127,16 @@ class LoraAdapter:
         """The A and B matrices, sorted by name."""
         return dict(sorted((name, parameter) for name, parameter in model.named_parameters() if "lora_" in name))
 
-    def save(self, model: Any, tokenizer: Any, folder: Path) -> None:
+    def save(self, adapter: Mapping[str, torch.Tensor], backbone: Any, frozen: Frozen, folder: Path) -> None:
         """Write PEFT's own format, which ``PeftModel.from_pretrained`` loads."""
         assert self._config is not None, "attach comes before save"
         folder.mkdir(parents=True, exist_ok=True)
-        self._config.save_pretrained(str(folder))
-        # PEFT's names are those of the wrapped model: base_model.model.<name>.
-        tensors = get_peft_model_state_dict(model, adapter_name=_NAME)
-        named = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(named, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        modules = sorted({name.rpartition(".lora_")[0] for name in adapter})
+        whole = replace(self._config, target_modules=modules) if self.parts != PARTS else self._config
+        whole.save_pretrained(str(folder))
+        # PEFT's names are those of the wrapped model, without the adapter's own name.
+        named = {f"base_model.model.{name.replace(f'.{_NAME}.', '.')}": tensor for name, tensor in adapter.items()}
+        _write(named, folder / SAFETENSORS_WEIGHTS_NAME)
 
 
 class FullAdapter:
@@ -146,12 +159,16 @@ class FullAdapter:
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """All parameters of the parts, sorted by name; shared ones once."""
-        return dict(sorted((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad))
+        return dict(
+            sorted((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+        )
 
-    def save(self, model: Any, tokenizer: Any, folder: Path) -> None:
+    def save(self, adapter: Mapping[str, torch.Tensor], backbone: Any, frozen: Frozen, folder: Path) -> None:
         """Write a plain transformers folder, which ``AutoModelForCausalLM`` and ``AutoTokenizer`` load."""
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        backbone.model.config.save_pretrained(folder)
+        backbone.tokenizer.save_pretrained(folder)
+        _write({**frozen(), **adapter}, folder / SAFE_WEIGHTS_NAME)
 
 
 def parse_parts(layers: str) -> tuple[str, ...]:
@@ -174,6 +191,11 @@ def parse_parts(layers: str) -> tuple[str, ...]:
 def adapter_bytes(adapter: Mapping[str, torch.Tensor]) -> int:
     """Bytes that travel one way when one client sends its adapter."""
     return sum(tensor.numel() * tensor.element_size() for tensor in adapter.values())
+
+
+def _write(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, path, metadata={"format": "pt"})
 
 
 @torch.no_grad()

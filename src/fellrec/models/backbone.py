@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -16,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from fellrec.errors import BackboneError, unknown
 from fellrec.models.architectures import ArchSpec, arch_of
+from fellrec.models.share import load_share
 
 transformers_logging.disable_progress_bar()  # a bar for each saved adapter would bury the run's own
 
@@ -31,12 +33,14 @@ class Backbone:
         tokenizer: Its tokenizer; has a padding token.
         arch: Where the parts of the model are.
         name: Short name for tables and tags.
+        folder: Where it was loaded from; ``None`` if it was made here.
     """
 
     model: Any
     tokenizer: Any
     arch: ArchSpec
     name: str
+    folder: Path | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -45,12 +49,13 @@ class Backbone:
         return sum(parameter.numel() for parameter in model.parameters())
 
 
-def load_hf(path: str, dtype: str = "float32") -> Backbone:
+def load_hf(path: str, dtype: str = "float32", client_cut: tuple[int, int] | None = None) -> Backbone:
     """Load a causal LM and its tokenizer.
 
     Args:
         path: A local folder (``~`` is the home folder), or a name on the hub.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
+        client_cut: Layers of head and tail, to load the client's share only; ``None`` for the whole model.
 
     Returns:
         The backbone. A tokenizer without a padding token pads with its end (or unknown) token.
@@ -60,10 +65,17 @@ def load_hf(path: str, dtype: str = "float32") -> Backbone:
             do not fill the model, or the tokenizer does not fit it.
     """
     torch_dtype = dtype_of(dtype)
-    source = _source(path)
+    folder, is_local = _find(path)
+    if client_cut is not None and not is_local:
+        folder, is_local = Path(snapshot_download(path, allow_patterns=["*.json", "*.model", "*.safetensors"])), True
+    source = str(folder) if is_local else path
     try:
         arch = arch_of(AutoConfig.from_pretrained(source, trust_remote_code=False))
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        if client_cut is not None:
+            share = load_share(folder, "client", *client_cut, torch_dtype)
+            check_tokenizer(f"backbone.path={path}", tokenizer, share)
+            return Backbone(share, tokenizer, arch, os.path.basename(os.path.abspath(folder)), folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=torch_dtype,
@@ -77,7 +89,7 @@ def load_hf(path: str, dtype: str = "float32") -> Backbone:
     model, report = loaded
     _check_weights(path, report)
     check_tokenizer(f"backbone.path={path}", tokenizer, model)
-    return Backbone(model, tokenizer, arch, short_name(path))
+    return Backbone(model, tokenizer, arch, os.path.basename(os.path.abspath(folder)), folder if is_local else None)
 
 
 def load_shape(path: str) -> tuple[Any, Any]:
@@ -92,18 +104,14 @@ def load_shape(path: str) -> tuple[Any, Any]:
     Raises:
         BackboneError: If the folder is missing or incomplete, or the architecture is not known.
     """
-    source = _source(path)
+    folder, is_local = _find(path)
+    source = str(folder) if is_local else path
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         arch_of(config)
         return config, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise BackboneError(f"backbone.path={path} cannot be loaded: {(str(error).splitlines() or [''])[0]}") from error
-
-
-def short_name(path: str) -> str:
-    """The last part of a folder or hub name, for tables and tags."""
-    return os.path.basename(os.path.abspath(Path(path).expanduser()))
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -115,26 +123,6 @@ def dtype_of(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise BackboneError(unknown("backbone.dtype", name, DTYPES))
     return DTYPES[name]
-
-
-def _source(path: str) -> str:
-    """What transformers is given for a path: a checked folder, or a name on the hub."""
-    folder = Path(path).expanduser()
-    is_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists()
-    if is_local:
-        _check_folder(path, folder)
-    return str(folder) if is_local else path
-
-
-def _check_weights(path: str, report: Mapping[str, Any]) -> None:
-    # Transformers fills such tensors with random numbers and goes on.
-    missing, mismatched = sorted(report["missing_keys"]), sorted(name for name, *_ in report["mismatched_keys"])
-    if missing or mismatched:
-        raise BackboneError(
-            f"backbone.path={path}: the weights do not fill the model of config.json; "
-            f"missing {len(missing)} ({', '.join(missing[:3])}), of another shape {len(mismatched)} "
-            f"({', '.join(mismatched[:3])})"
-        )
 
 
 def check_tokenizer(given: str, tokenizer: Any, model: Any) -> None:
@@ -161,6 +149,26 @@ def check_tokenizer(given: str, tokenizer: Any, model: Any) -> None:
                 f"{given}: the tokenizer's {token} is number {token_id}, "
                 f"but the model has embeddings for 0 to {num_embeddings - 1}"
             )
+
+
+def _check_weights(path: str, report: Mapping[str, Any]) -> None:
+    # Transformers fills such tensors with random numbers and goes on.
+    missing, mismatched = sorted(report["missing_keys"]), sorted(name for name, *_ in report["mismatched_keys"])
+    if missing or mismatched:
+        raise BackboneError(
+            f"backbone.path={path}: the weights do not fill the model of config.json; "
+            f"missing {len(missing)} ({', '.join(missing[:3])}), of another shape {len(mismatched)} "
+            f"({', '.join(mismatched[:3])})"
+        )
+
+
+def _find(path: str) -> tuple[Path, bool]:
+    """The path as a folder, and whether it is one, checked, or a name on the hub."""
+    folder = Path(path).expanduser()
+    is_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists()
+    if is_local:
+        _check_folder(path, folder)
+    return folder, is_local
 
 
 def _check_folder(path: str, folder: Path) -> None:

@@ -16,6 +16,7 @@ class AdapterBank:
 
     Args:
         tensors: Parameter name → ``[C, *shape]``; taken over, not copied.
+        num_clients: C, where there may be no tensors.
 
     Example:
         >>> bank = AdapterBank.replicate({"w": torch.zeros(2)}, num_clients=3)
@@ -24,18 +25,30 @@ class AdapterBank:
         [0.0, 2.0, 0.0]
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], num_clients: int | None = None) -> None:
         self.tensors = {name: tensors[name] for name in sorted(tensors)}
+        # The tensors tell, unless there are none: the server of a backbone whose body is not trained has such a bank.
+        self.num_clients = len(next(iter(tensors.values()))) if num_clients is None else num_clients
 
     @classmethod
     def replicate(cls, adapter: Adapter, num_clients: int) -> AdapterBank:
         """A bank in which every client has a copy of ``adapter``."""
         return cls(
-            {name: tensor.detach().cpu().expand(num_clients, *tensor.shape).clone() for name, tensor in adapter.items()}
+            {
+                name: tensor.detach().cpu().expand(num_clients, *tensor.shape).clone()
+                for name, tensor in adapter.items()
+            },
+            num_clients,
         )
 
+    @classmethod
+    def repeat(cls, adapter: Adapter, num_clients: int) -> AdapterBank:
+        """A bank in which every client has ``adapter`` itself: it takes the memory of one, and is not to be changed."""
+        tensors = {name: tensor.detach().cpu().expand(num_clients, *tensor.shape) for name, tensor in adapter.items()}
+        return cls(tensors, num_clients)
+
     def __len__(self) -> int:
-        return len(next(iter(self.tensors.values())))
+        return self.num_clients
 
     @property
     def nbytes(self) -> int:

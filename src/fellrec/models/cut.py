@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -60,14 +61,17 @@ class Cut:
 class BodyLink(Protocol):
     """What a client's model needs of the server: the body's output for a hidden state, no gradients."""
 
-    def run_body(self, hidden: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None) -> Tensor:
-        """The body's output ``[B, L, D]`` for the head's ``[B, L, D]``."""
+    def run_body(self, hidden: Tensor, mask: Tensor | None, positions: str, cache: int | None) -> Tensor:
+        """The body's output ``[B, L, D]`` for the head's ``[B, L, D]``; see ``positions_of`` for ``positions``."""
 
     def select_rows(self, source: int, target: int, rows: Tensor | None) -> None:
         """Let the server's cache ``target`` be the rows of its cache ``source``, all of them for ``None``."""
 
     def drop_cache(self, cache: int) -> None:
         """Let the server forget a cache."""
+
+    def without_lora(self) -> AbstractContextManager[None]:
+        """While this lasts, the server's LoRA adapters are switched off."""
 
 
 class CutCache(DynamicCache):
@@ -85,14 +89,15 @@ class CutCache(DynamicCache):
         self.number = number
         self.copies = 0
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         """As in transformers, on both sides."""
         super().reorder_cache(beam_idx)
         self.link.select_rows(self.number, self.number, beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """As in transformers, on both sides."""
-        rows = torch.arange(len(self.layers[0].keys)).repeat_interleave(repeats)
+        keys: Any = self.layers[0]
+        rows = torch.arange(len(keys.keys)).repeat_interleave(repeats)
         super().batch_repeat_interleave(repeats)
         self.link.select_rows(self.number, self.number, rows)
 
@@ -142,8 +147,11 @@ class RemoteBody(Elsewhere):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The body's output ``[B, L, D]``."""
-        call = self._call
-        output = self.link.run_body(hidden, call["attention_mask"], call["position_ids"], call["past_key_values"])
+        mask, position_ids, cache = (self._call[name] for name in ("attention_mask", "position_ids", "past_key_values"))
+        seen = 0 if cache is None else cache.get_seq_length(self.layer)
+        positions = positions_of(position_ids, mask, seen, hidden.shape[1])
+        number = cache.number if isinstance(cache, CutCache) else None
+        output = self.link.run_body(hidden, mask, positions, number)
         super().forward(hidden, *args, **kwargs)
         return output
 
@@ -157,6 +165,40 @@ class NoPositions(nn.Module):
     def forward(self, position_ids: Tensor) -> Tensor:
         """A zero that broadcasts to any hidden state."""
         return torch.zeros((), device=position_ids.device)
+
+
+def positions_of(position_ids: Tensor | None, mask: Tensor | None, seen: int, length: int) -> str:
+    """Name the rule behind position ids, so that they need not be sent.
+
+    Args:
+        position_ids: ``[B, L]`` or ``[1, L]`` int64; ``None`` stands for ``"absolute"``.
+        mask: ``[B, seen + L]``, 1 for tokens and 0 for padding.
+        seen: Tokens in the cache.
+        length: L.
+
+    Returns:
+        ``"absolute"`` if they count all places, ``"masked"`` if they count the places that the mask keeps.
+
+    Raises:
+        BackboneError: If they do neither.
+    """
+    if position_ids is None or torch.equal(position_ids, absolute_positions(position_ids, seen, length)):
+        return "absolute"
+    if mask is not None:
+        kept = mask[:, -length:].bool()
+        if torch.equal(position_ids[kept], masked_positions(mask, length)[kept]):
+            return "masked"
+    raise BackboneError("position ids that count neither all places nor the mask's tokens cannot cross a cut")
+
+
+def absolute_positions(like: Tensor, seen: int, length: int) -> Tensor:
+    """``[rows, L]`` counting on from ``seen``, as many rows as ``like``."""
+    return torch.arange(seen, seen + length, device=like.device).expand(len(like), length)
+
+
+def masked_positions(mask: Tensor, length: int) -> Tensor:
+    """``[B, L]`` for the last L places of a mask: the number of tokens before each."""
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
 
 
 def remember_length(cache: Cache, layer: int, hidden: Tensor) -> None:
@@ -198,4 +240,6 @@ def keep_client_share(model: Any, cut: Cut, link: BodyLink) -> None:
     for number in body:
         layers[number] = RemoteBody(number, link) if number == body.start else Elsewhere(number)
     if body:
-        layers[body.start].listen(getattr(model, arch.inner))
+        remote = layers[body.start]
+        assert isinstance(remote, RemoteBody)
+        remote.listen(getattr(model, arch.inner))

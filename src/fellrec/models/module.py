@@ -58,6 +58,10 @@ class OptimizerSettings:
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
 
+    def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """AdamW over these parameters."""
+        return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+
 
 class FellrecModule(LightningModule):
     """A recommender with one adapter in it, trainable by ``FederatedLoop`` and by ``lightning.Trainer`` alike.
@@ -101,9 +105,7 @@ class FellrecModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over the adapter's parameters."""
-        settings = self.optimizer_settings
-        parameters = list(self.trainable.values())
-        return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        return self.optimizer_settings.build(list(self.trainable.values()))
 
     @torch.no_grad()
     def score_batch(self, batch: dict[str, Tensor]) -> None:

@@ -9,15 +9,28 @@ Shape letters: B rows, L tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from fellrec.errors import BackboneError
 from fellrec.models.architectures import ArchSpec, arch_of, decoder_layers
-from fellrec.models.cut import PARTS, BodyLink, Cut, CutCache, NoPositions, keep_client_share, remember_length
+from fellrec.models.cut import (
+    PARTS,
+    BodyLink,
+    Cut,
+    CutCache,
+    NoPositions,
+    absolute_positions,
+    keep_client_share,
+    masked_positions,
+    remember_length,
+)
 from fellrec.models.streams import LayerStreams
 
 
@@ -57,9 +70,9 @@ class SplitModel(nn.Module):
                 )
             keep_client_share(model, self.cut, link)
         inner = getattr(model, self.arch.inner)
-        entry = {-1: inner._modules[name] for name in self.arch.entry}
+        entry = {-1 - number: inner._modules[name] for number, name in enumerate(self.arch.entry)}
         self.streams = LayerStreams({**entry, **dict(enumerate(decoder_layers(model, self.arch)))})
-        # A tuple keeps the parts out of nn.Module's registry: a shared parameter is listed once, under the model's name.
+        # A tuple keeps the parts out of nn.Module's registry: a shared parameter is listed once.
         self._parts = tuple(_part(model, self.arch, self.cut, part) for part in PARTS)
         self._num_caches = 0
 
@@ -90,7 +103,7 @@ class SplitModel(nn.Module):
     def body(self, hidden_BLD: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Server: the middle layers, ``[B, L, D]`` to ``[B, L, D]``."""
         if self._link is not None:
-            return self._link.run_body(hidden_BLD, attention_mask, None, None)
+            return self._link.run_body(hidden_BLD, attention_mask, "absolute", None)
         return self._run(1, hidden_BLD, attention_mask)
 
     def tail(self, hidden_BLD: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -104,24 +117,32 @@ class SplitModel(nn.Module):
             hidden_BLD = self.body(hidden_BLD, attention_mask)
         return self.tail(hidden_BLD, attention_mask)
 
-    def body_with_cache(self, hidden_BLD: Tensor, mask: Tensor | None, position_ids: Tensor, cache: Cache) -> Tensor:
-        """Server: the middle layers for the next L tokens, ``[B, L, D]`` to ``[B, L, D]``; the cache grows by them.
+    def serve_body(self, hidden_BLD: Tensor, mask: Tensor | None, positions: str, cache: Cache | None) -> Tensor:
+        """Server: the middle layers for the next L tokens, ``[B, L, D]`` to ``[B, L, D]``; a cache grows by them.
 
         Args:
             hidden_BLD: The head's output for the new tokens.
-            mask: ``[B, seen + L]``, 1 for tokens and 0 for padding.
-            position_ids: ``[B, L]`` or ``[1, L]`` int64.
-            cache: From ``new_cache``.
+            mask: ``[B, seen + L]``, 1 for tokens and 0 for padding; ``None`` without padding that matters.
+            positions: ``"absolute"``, or ``"masked"`` to count the mask's tokens only.
+            cache: From ``new_cache``, or ``None``.
         """
+        length, layer = hidden_BLD.shape[1], self.cut.layers("body").start
+        seen = 0 if cache is None else cache.get_seq_length(layer)
+        if positions == "masked":
+            assert mask is not None
+            position_ids = masked_positions(mask, length)
+        else:
+            position_ids = absolute_positions(hidden_BLD[:1], seen, length)
         output = self._parts[1](
             inputs_embeds=hidden_BLD,
             attention_mask=mask,
             position_ids=position_ids,
             past_key_values=cache,
-            use_cache=True,
+            use_cache=cache is not None,
         )
-        for number in (*self.cut.layers("head"), *self.cut.layers("tail")):
-            remember_length(cache, number, hidden_BLD)
+        if cache is not None:
+            for number in (*self.cut.layers("head"), *self.cut.layers("tail")):
+                remember_length(cache, number, hidden_BLD)
         return output.last_hidden_state
 
     def new_cache(self) -> Cache:
@@ -149,9 +170,38 @@ class SplitModel(nn.Module):
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
+    def lora_layers(self) -> list[BaseTunerLayer]:
+        """The layers of this share that have a LoRA adapter."""
+        return [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
+
+    @contextmanager
+    def without_lora(self) -> Iterator[None]:
+        """While this lasts, LoRA adapters are switched off, on both sides of the cuts: the frozen backbone computes."""
+        layers = self.lora_layers()
+        for layer in layers:
+            layer._disable_adapters = True  # enable_adapters() would also freeze and unfreeze parameters
+        try:
+            with self._link.without_lora() if self._link is not None else nullcontext():
+                yield
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
+
     def part_of(self, name: str) -> str:
         """``head``, ``body`` or ``tail`` for a dotted name of the whole model."""
         return self.cut.part_of(name, self.arch)
+
+    def has_dropout(self, part: str) -> bool:
+        """Whether a part draws random numbers in training."""
+        inner = getattr(self.model, self.arch.inner)
+        layers = [layer for number, layer in enumerate(decoder_layers(self.model, self.arch))
+                  if number in self.cut.layers(part)]  # fmt: skip
+        entry = [inner._modules[name] for name in self.arch.entry] if part == "head" else []
+        modules = [module for top in (*layers, *entry) for module in top.modules()]
+        return any(
+            (isinstance(module, nn.Dropout) and module.p > 0) or getattr(module, "attention_dropout", 0.0) > 0
+            for module in modules
+        )
 
     def part_of_parameter(self) -> dict[str, str]:
         """``head``, ``body`` or ``tail`` for every parameter name of the model."""

@@ -32,7 +32,7 @@ class LayerStreams:
     One stream for a whole model could not be cut: a server's dropout would depend on what clients drew before.
 
     Args:
-        layers: Modules by number; -1 for what acts before the first layer.
+        layers: Modules by number; negative ones act before the first layer.
     """
 
     def __init__(self, layers: Mapping[int, nn.Module]) -> None:

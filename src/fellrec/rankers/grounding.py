@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from fellrec.data.text import TokenizedTexts, pad_left
@@ -45,7 +43,7 @@ class GroundingRanker:
     def refresh(self, model: SplitModel) -> None:
         """Embed all titles; a frozen backbone's embeddings are kept."""
         self.statistics = {"generated": 0, "empty": 0, "in_catalogue": 0}
-        if self._titles_ID is None or not _has_adapter(model):
+        if self._titles_ID is None or not model.lora_layers():
             self._titles_ID = self.embed(model, self.objective.catalogue.titles)
 
     @torch.no_grad()
@@ -95,7 +93,7 @@ class GroundingRanker:
         tokens = TokenizedTexts(encoded, texts, self.max_new_tokens + 8)
         device = model.model.get_input_embeddings().weight.device
         parts = []
-        with _without_adapter(model):
+        with model.without_lora():
             for first in range(0, len(texts), self.batch_size):
                 rows = slice(first, first + self.batch_size)
                 hidden_BLD = model(tokens.tokens[rows].to(device))
@@ -113,20 +111,3 @@ class _WithStart:
     def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
         encoded = self._tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]  # type: ignore[operator]
         return {"input_ids": [[self._start, *ids] for ids in encoded]}
-
-
-def _has_adapter(model: SplitModel) -> bool:
-    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
-
-
-@contextmanager
-def _without_adapter(model: SplitModel) -> Iterator[None]:
-    """Switch PEFT's layers off for a while."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
-        layer._disable_adapters = True  # enable_adapters() would also freeze and unfreeze parameters
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False

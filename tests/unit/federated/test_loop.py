@@ -236,7 +236,7 @@ def test_the_best_round_is_tested_not_the_last(make: Make) -> None:
     again = make("trainer.num_rounds=4")
     for round_index in range(best + 1):
         again.run_round(round_index)
-    assert again.evaluate("test", best, again.state.bank, again.row_of_client).summary == test.summary
+    assert again.evaluate("test", best, "current", again.row_of_client).summary == test.summary
 
 
 def test_patience_stops_the_run(make_anew: Make) -> None:
@@ -254,7 +254,7 @@ def test_each_client_can_keep_its_own_best_round(make: Make) -> None:
         again = make("trainer.num_rounds=3", "aggregation=local")
         for round_index in range(best + 1):
             again.run_round(round_index)
-        evaluation = again.evaluate("test", best, again.state.bank, again.row_of_client)
+        evaluation = again.evaluate("test", best, "current", again.row_of_client)
         assert evaluation.per_client["ndcg_at_10"][client] == test.per_client["ndcg_at_10"][client]
 
 
@@ -301,7 +301,7 @@ def test_warm_up_raises_the_learning_rate_over_the_clients_own_steps(make: Make)
     loop = make("trainer.warmup_steps=4", "trainer.learning_rate=1e-3")
     rates = []
     for step in (0, 1, 3, 9):
-        loop.trainer._warm_up(step)
+        loop.trainer._set_learning_rate(step)
         rates.append(loop.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.25e-3, 0.5e-3, 1e-3, 1e-3])
 
@@ -328,9 +328,9 @@ def test_lightnings_trainer_is_the_centralised_baseline(recommender: Recommender
     trainer.fit(module, recommender.datamodule.pooled())
     logged = float(trainer.callback_metrics["val/ndcg_at_10/mean"])
     loop.state.bank.store(0, module.trainable)
-    evaluation = loop.evaluate("val", 0, loop.state.bank, loop.row_of_client)
+    evaluation = loop.evaluate("val", 0, "current", loop.row_of_client)
     assert logged == pytest.approx(evaluation.summary["ndcg_at_10/mean"], rel=1e-6)
     assert logged > start, "two epochs of training help"
     tested = trainer.test(module, recommender.datamodule.pooled(), verbose=False)
-    test = loop.evaluate("test", 0, loop.state.bank, loop.row_of_client)
+    test = loop.evaluate("test", 0, "current", loop.row_of_client)
     assert tested[0]["test/recall_at_10/pooled"] == pytest.approx(test.summary["recall_at_10/pooled"], rel=1e-6)

@@ -37,7 +37,7 @@ def test_four_crossings_a_token() -> None:
     """METHOD §4: 4 crossings x hidden size x bytes. 1000 tokens of LLaMA-7B: 4 · 1000 · 4096 · 4 = 65.536 MB."""
     found = traffic(TRAINED, TRAINED, TRAINED, RoundLoad(1, 1000), Wire(4096))
     assert found.hidden_bytes + found.gradient_bytes == 65_536_000
-    assert found.total_bytes == 65_536_000 + 2 * (40 + 40) + 32, "two adapters, up and down, and the loss"
+    assert found.total_bytes == 65_536_000 + 2 * (40 + 40) + 8 + 16, "two adapters, up and down, and scalars"
     assert found.hidden_up_bytes == found.hidden_down_bytes == found.gradient_up_bytes == found.gradient_down_bytes
 
 
@@ -62,18 +62,25 @@ def test_gradients_go_as_far_as_something_trains(head: PartCost, body: PartCost,
 
 
 def test_scalars() -> None:
-    """3 steps. Up: 3 clip factors of 4 bytes and 32 of loss and counts; down: 3 · 2 norms of 4 bytes."""
+    """3 steps. Up: clip factor and learning rate of 4 bytes each, then loss and samples of 8: 3 · 8 + 16.
+    Down: 3 · 2 norms of 4 bytes."""
     clipped = traffic(TRAINED, TRAINED, TRAINED, RoundLoad(3, 9), Wire(2, clips_gradients=True))
-    assert (clipped.scalar_up_bytes, clipped.scalar_down_bytes) == (44, 24)
+    assert (clipped.scalar_up_bytes, clipped.scalar_down_bytes) == (40, 24)
     free = traffic(TRAINED, TRAINED, TRAINED, RoundLoad(3, 9), Wire(2))
-    assert (free.scalar_up_bytes, free.scalar_down_bytes) == (32, 0)
+    assert (free.scalar_up_bytes, free.scalar_down_bytes) == (40, 0)
     frozen = traffic(TRAINED, FROZEN, TRAINED, RoundLoad(3, 9), Wire(2, clips_gradients=True))
-    assert (frozen.scalar_up_bytes, frozen.scalar_down_bytes) == (32, 0)
+    assert (frozen.scalar_up_bytes, frozen.scalar_down_bytes) == (40, 0)
 
 
 def test_without_a_body_only_adapters_travel() -> None:
     found = traffic(TRAINED, PartCost(), TRAINED, RoundLoad(3, 9), Wire(2, clips_gradients=True))
-    assert found == Traffic(adapter_up_bytes=80, adapter_down_bytes=80, scalar_up_bytes=32)
+    assert found == Traffic(adapter_up_bytes=80, adapter_down_bytes=80, scalar_up_bytes=16)
+
+
+def test_a_rule_that_does_not_mix_needs_no_adapters() -> None:
+    found = traffic(TRAINED, TRAINED, TRAINED, RoundLoad(3, 9), Wire(2, exchanges_adapters=False))
+    assert found.adapter_bytes == 0
+    assert found.hidden_bytes > 0
 
 
 def test_the_bodys_adapter_stays_on_the_server() -> None:
@@ -96,7 +103,13 @@ def test_memory_counts_a_full_adapter_once() -> None:
     """Weights 80, of which 8 bytes train: gradient 8, moments 16, one step count 4. LoRA's 8 come on top."""
     full = PartCost(weight_bytes=80, adapter_bytes=8, added_bytes=0, num_adapter_tensors=1, activation_bytes=5)
     lora = PartCost(weight_bytes=80, adapter_bytes=8, added_bytes=8, num_adapter_tensors=1, activation_bytes=5)
-    assert (full.peak_bytes, lora.peak_bytes) == (80 + 8 + 20 + 5, 80 + 8 + 8 + 20 + 5)
+    assert (full.peak_bytes(), lora.peak_bytes()) == (80 + 8 + 20 + 5, 80 + 8 + 8 + 20 + 5)
+
+
+def test_clients_under_way_share_the_weights_only() -> None:
+    """A second client: adapter 8, gradient 8, moments 16, step count 4, activations 5."""
+    part = PartCost(weight_bytes=80, adapter_bytes=8, added_bytes=8, num_adapter_tensors=1, activation_bytes=5)
+    assert part.peak_bytes(3) - part.peak_bytes(2) == part.peak_bytes(2) - part.peak_bytes() == 8 + 8 + 20 + 5
 
 
 def test_a_pooled_checkpoint_has_one_adapter_and_one_best_per_client() -> None:

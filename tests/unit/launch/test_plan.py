@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,11 +24,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from fellrec.build import build_data, build_recommender
+from fellrec.build import build_data, build_loop, build_recommender
 from fellrec.cli import main
 from fellrec.commands.plan import plan, print_plans
 from fellrec.config import compose
 from fellrec.federated.checkpoint import save_state
+from fellrec.federated.client import LocalSettings
 from fellrec.functional.cost import PartCost, share, together
 from fellrec.launch.load import count_load
 from fellrec.launch.measure import bytes_of_parts, measure_parts, trace
@@ -196,14 +196,45 @@ def test_llama_7b(head_layers: int, percent: int) -> None:
     assert round(100 * share(client.weight_bytes, whole.weight_bytes)) == percent
 
 
-def tiny_plan(overrides: list[str]) -> object:
-    return Planner().plan(compose(overrides))
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["split.hidden_dtype=int8", "split.gradient_dtype=bfloat16"],
+        ["adapter=lora", "adapter.layers=body+tail", "trainer.gradient_clip=null", "split.head_cache=none"],
+        ["adapter=lora", "adapter.layers=head"],
+        ["adapter.layers=tail"],
+        ["objective.item_encoder=encoded"],
+        ["trainer.accumulate_grad_batches=3", "trainer.local_epochs=2", "trainer.max_local_steps=3"],
+        ["aggregation=local"],
+        ["objective=generative", "participation.rate=0.5"],
+    ],
+)
+def test_traffic_is_what_the_ledger_of_an_executed_round_books(overrides: list[str], tiny_overrides: list[str]) -> None:
+    """The ledger measures the messages that really cross; here it must agree to the byte."""
+    config = compose([*tiny_overrides, "backbone.num_layers=3", "split=executed", *overrides])
+    found = Planner().plan(config)
+    loop = build_loop(config, build_recommender(config, build_data(config)), ())
+    loop.execution.start(loop)
+    loop.run_round(0)
+    booked = {
+        (kind, way): loop.execution.ledger.total(round=0, phase="train", direction=way, kind=kind)
+        for kind in ("hidden_state", "gradient", "adapter", "scalar")
+        for way in ("up", "down")
+    }
+    planned = {
+        (kind, way): getattr(found.traffic, f"{kind.removesuffix('_state')}_{way}_bytes") * found.cohort_size
+        for kind, way in booked
+    }
+    if found.cohort_size == 3:
+        assert planned == pytest.approx(booked)
+    else:  # two of three clients: the plan is the mean over all
+        assert planned == pytest.approx(booked, rel=0.3)
+    assert booked["hidden_state", "up"] > 0
 
 
 def test_steps_tokens_and_checkpoint_are_those_of_a_real_run(tiny_overrides: list[str], tmp_path: Path) -> None:
     """A run's own trainer says how many steps it took, its batches how many tokens, its checkpoint how large it is."""
-    from fellrec.build import build_loop
-
     overrides = [*tiny_overrides, "trainer.local_epochs=2", "trainer.max_local_steps=3"]
     config = compose(overrides)
     recommender = build_recommender(config, build_data(config))
@@ -213,7 +244,7 @@ def test_steps_tokens_and_checkpoint_are_those_of_a_real_run(tiny_overrides: lis
     recommender.module.objective.inputs = lambda batch: [  # type: ignore[method-assign]
         tokens.append(ids.numel()) or ids for ids in own_inputs(batch)
     ]
-    updates = [loop.train_client(client, 0) for client in range(3)]
+    updates = loop.execution.train(loop, (0, 1, 2), 0).updates
     found = Planner().plan(config)
     assert found.load.mean.num_steps * 3 == sum(update.num_steps for update in updates)
     assert found.load.mean.num_tokens * 3 == sum(tokens)
@@ -229,9 +260,8 @@ def test_steps_tokens_and_checkpoint_are_those_of_a_real_run(tiny_overrides: lis
 def test_a_sample_is_scaled_and_says_so(tiny_overrides: list[str]) -> None:
     config = compose([*tiny_overrides, "trainer.batch_size=2"])
     recommender = build_recommender(config, build_data(config))
-    local = SimpleNamespace(local_epochs=1, max_local_steps=None, seed=0)
-    exact = count_load(recommender.datamodule, recommender.module.objective, local)  # type: ignore[arg-type]
-    sample = count_load(recommender.datamodule, recommender.module.objective, local, max_batches=9)  # type: ignore[arg-type]
+    exact = count_load(recommender.datamodule, recommender.module.objective, LocalSettings())
+    sample = count_load(recommender.datamodule, recommender.module.objective, LocalSettings(), max_batches=9)
     assert (exact.is_sampled, sample.is_sampled) == (False, True)
     assert sample.mean.num_steps == exact.mean.num_steps
     assert math.isclose(sample.mean.num_tokens, exact.mean.num_tokens, rel_tol=0.2)
@@ -282,7 +312,7 @@ def test_the_verb_prints_json_and_probes(tiny_overrides: list[str], capsys: pyte
 def test_types_on_the_way_come_from_the_configuration(tiny_overrides: list[str]) -> None:
     config = compose(tiny_overrides)
     plain = Planner().plan(config).traffic
-    packed = Planner().plan(compose([*tiny_overrides, "++split.hidden_dtype=int8", "++split.gradient_dtype=bfloat16"]))
+    packed = Planner().plan(compose([*tiny_overrides, "split.hidden_dtype=int8", "split.gradient_dtype=bfloat16"]))
     assert packed.traffic.hidden_up_bytes == plain.hidden_up_bytes * (16 + 4) / (16 * 4)
     assert packed.traffic.gradient_up_bytes == plain.gradient_up_bytes / 2
 
@@ -307,6 +337,7 @@ def test_a_model_folder_needs_its_configuration_only(tiny_overrides: list[str], 
         (["backbone=hf", "backbone.config=llama_2"], "unknown backbone.config 'llama_2'; choose from: llama_2_7b, "),
         (["backbone=hf", "backbone.config=gpt2", "backbone.path=x"], "name two models"),
         (["backbone=hf", "backbone.config=gpt2", "--probe", "3"], "--probe 3 needs weights"),
+        (["split.transport=distributed", "--probe", "3"], "--probe 3 runs in one process"),
         (["--probe", "0"], "--probe 0 is not allowed: a whole number of at least 1"),
         (["split.head_layers=9"], "split.head_layers=9 and split.tail_layers=1 do not fit"),
         (["backbone=hf", "backbone.config=gpt2", "backbone.dtype=int4"], "unknown backbone.dtype 'int4'"),

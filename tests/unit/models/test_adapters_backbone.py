@@ -59,7 +59,7 @@ def test_lora_travels_in_pefts_own_format(stories: Backbone, real_data: Path, tm
         name for name, _ in stories.model.named_parameters() if "lora_" in name
     ]
     disturb(trainable)
-    adapter.save(stories.model, stories.tokenizer, tmp_path)
+    adapter.save(adapter.trainable(stories.model), stories, dict, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     fresh = AutoModelForCausalLM.from_pretrained(real_data / "stories260K-hf")
     before = logits(fresh)
@@ -133,7 +133,7 @@ def test_a_full_adapter_is_an_ordinary_model_folder(tmp_path: Path) -> None:
     adapter.attach(tiny.model, tiny.arch, 0, lambda name: "body")
     assert list(adapter.trainable(tiny.model)) == sorted(name for name, _ in tiny.model.named_parameters())
     disturb(adapter.trainable(tiny.model))
-    adapter.save(tiny.model, tiny.tokenizer, tmp_path)
+    adapter.save(adapter.trainable(tiny.model), tiny, dict, tmp_path)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(tiny.model))
     assert AutoTokenizer.from_pretrained(tmp_path)(TITLES)["input_ids"] == tiny.tokenizer(TITLES)["input_ids"]
 
@@ -189,7 +189,7 @@ def test_bad_folders_are_explained(files: list[str] | None, message: str, tmp_pa
 @pytest.fixture
 def tiny_folder(tmp_path: Path) -> Path:
     tiny = build_tiny(TITLES, hidden_size=16, num_layers=2)
-    FullAdapter().save(tiny.model, tiny.tokenizer, tmp_path / "tiny")
+    FullAdapter().save(dict(tiny.model.named_parameters()), tiny, dict, tmp_path / "tiny")
     return tmp_path / "tiny"
 
 

@@ -99,8 +99,8 @@ class GenerativeObjective:
             is_target: ``[B, W + 1]`` bool, true for that item.
 
         Returns:
-            ``input_ids [B, L]``; the positions ``rows [T]``, ``columns [T]`` whose next token is one of the target
-            title, and these tokens ``targets [T]``.
+            ``input_ids [B, L]`` and their ``lengths [B]``; the positions ``rows [T]``, ``columns [T]`` whose next token
+            is one of the target title, and these tokens ``targets [T]``.
         """
         row = torch.arange(len(items))
         last = is_target.long().argmax(dim=1)
@@ -109,7 +109,8 @@ class GenerativeObjective:
         ids, positions = compact(torch.cat([tokens, answer], dim=1), torch.cat([inside, answer_inside], dim=1))
         rows, column = answer_inside.nonzero(as_tuple=True)
         columns = positions[rows, tokens.shape[1] + column]
-        return {"input_ids": ids, "rows": rows, "columns": columns - 1, "targets": answer[rows, column]}
+        lengths, targets = positions[:, -1] + 1, answer[rows, column]
+        return {"input_ids": ids, "lengths": lengths, "rows": rows, "columns": columns - 1, "targets": targets}
 
     def loss(self, model: SplitModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """Sum of the negative log-likelihood of the target titles' tokens, and their number."""

@@ -84,13 +84,20 @@ class RetrievalObjective:
             is_target: ``[B, W + 1]`` bool.
 
         Returns:
-            ``input_ids [B, L]``, the positions of the queries ``rows [T]`` and ``columns [T]``, and the items to be
-            predicted ``targets [T]``.
+            ``input_ids [B, L]`` and their ``lengths [B]``, the positions of the queries ``rows [T]`` and
+            ``columns [T]``, and the items to be predicted ``targets [T]``.
         """
         history = items[:, :-1].masked_fill(items[:, 1:] < 0, -1)
         ids, ends = self._history_tokens(history)
         row, column = is_target[:, 1:].nonzero(as_tuple=True)
-        return {"input_ids": ids, "rows": row, "columns": ends[row, column], "targets": items[row, column + 1]}
+        lengths, columns = ends[:, -1] + 1, ends[row, column]
+        return {
+            "input_ids": ids,
+            "lengths": lengths,
+            "rows": row,
+            "columns": columns,
+            "targets": items[row, column + 1],
+        }
 
     def _history_tokens(self, items: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids ``[B, L]`` of histories ``[B, H]``, and where each title ends in them ``[B, H]``."""

@@ -1,0 +1,264 @@
+"""How a round is carried out: by one model in this process, or through the executed cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fellrec.errors import SplitError, TrainingError
+from fellrec.federated.checkpoint import load_state, rounds_on_disk, save_state
+from fellrec.federated.ledger import Ledger
+from fellrec.federated.messages import (
+    Aggregate,
+    Done,
+    Download,
+    Fetch,
+    KeepBest,
+    LoadState,
+    Mixed,
+    Report,
+    SaveAdapters,
+    SaveState,
+    Upload,
+)
+from fellrec.federated.pipeline import Job, Outcome, PipelinedTrainer
+from fellrec.federated.server import ADAPTERS as SERVER_ADAPTERS
+from fellrec.federated.server import CHECKPOINTS as SERVER_CHECKPOINTS
+from fellrec.federated.transport import ServerLink
+from fellrec.types import Aggregated, ClientUpdate, Updates
+
+if TYPE_CHECKING:
+    from fellrec.federated.loop import FederatedLoop
+
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints in the run's directory."""
+
+
+class Execution(Protocol):
+    """What the loop leaves to whoever knows where the parts of the model run."""
+
+    ledger: Ledger
+
+    def start(self, loop: FederatedLoop) -> None:
+        """Called once before the first round."""
+
+    def train(self, loop: FederatedLoop, clients: Sequence[int], round_index: int) -> Outcome:
+        """Train the cohort's adapters in the bank."""
+
+    def aggregate(self, loop: FederatedLoop, updates: Updates, round_index: int) -> Aggregated:
+        """The cohort's next adapters, which are in the bank then.
+
+        Args:
+            loop: The loop.
+            updates: The adapters of those of its clients that this process holds, and the part that it holds.
+            round_index: From 0.
+        """
+
+    def score(self, loop: FederatedLoop, stage: str, round_index: int, bank: str, rows: Sequence[int]) -> None:
+        """Add the metrics of the users whom these rows of a bank serve to ``loop.module.metrics``."""
+
+    def keep_best(self, population: bool, clients: tuple[int, ...], rows: tuple[int, ...]) -> None:
+        """What validation selected, for whoever holds adapters elsewhere."""
+
+    def save(self, loop: FederatedLoop, run_dir: Path) -> None:
+        """Write a checkpoint."""
+
+    def load(self, loop: FederatedLoop, run_dir: Path) -> None:
+        """Read the newest checkpoint."""
+
+    def adapters_elsewhere(self, run_dir: Path, bank: str) -> dict[str, Tensor]:
+        """The parts of a bank's adapters that other processes or the server hold, name → ``[C, *shape]``."""
+
+    def costs(self, seconds: float) -> dict[str, float]:
+        """Figures of the round that took so long, for MLflow."""
+
+
+class WholeExecution:
+    """Everything in one model: the cut is not executed. What would travel between client and server is booked."""
+
+    def __init__(self) -> None:
+        self.ledger = Ledger()
+
+    def start(self, loop: FederatedLoop) -> None:
+        """Nothing to do."""
+
+    def train(self, loop: FederatedLoop, clients: Sequence[int], round_index: int) -> Outcome:
+        """One client after the other, each with its adapter in the backbone."""
+        outcome = Outcome()
+        for client in clients:
+            loop.call("on_client_start", client)
+            try:
+                update = self._train_client(loop, client, round_index)
+            except SplitError:
+                raise
+            except TrainingError as error:
+                outcome.failures[client] = str(error)
+                continue
+            outcome.updates.append(update)
+            loop.call("on_client_end", update)
+        return outcome
+
+    def aggregate(self, loop: FederatedLoop, updates: Updates, round_index: int) -> Aggregated:
+        """By the rule, here."""
+        updates.check_finite(round_index)
+        if loop.aggregation.exchanges_adapters:
+            self._book(updates, round_index)
+        aggregated = loop.aggregation.aggregate(updates, round_index)
+        loop.state.bank.replace(updates.clients, aggregated.adapters)
+        return aggregated
+
+    def score(self, loop: FederatedLoop, stage: str, round_index: int, bank: str, rows: Sequence[int]) -> None:
+        """One adapter after the other in the backbone."""
+        for row in rows:
+            loop.state.bank_named(bank).copy_to(loop.module.trainable, row)
+            loop.score_row(stage, row, bank)
+
+    def keep_best(self, population: bool, clients: tuple[int, ...], rows: tuple[int, ...]) -> None:
+        """Nothing is elsewhere."""
+
+    def save(self, loop: FederatedLoop, run_dir: Path) -> None:
+        """One folder."""
+        save_state(run_dir / CHECKPOINTS, loop.state, loop.module.trainable)
+
+    def load(self, loop: FederatedLoop, run_dir: Path) -> None:
+        """The newest."""
+        load_state(run_dir / CHECKPOINTS, loop.state, loop.module.trainable)
+
+    def adapters_elsewhere(self, run_dir: Path, bank: str) -> dict[str, Tensor]:
+        """Nothing is elsewhere."""
+        return {}
+
+    def costs(self, seconds: float) -> dict[str, float]:
+        """Nothing beside the ledger."""
+        return {}
+
+    def _train_client(self, loop: FederatedLoop, client: int, round_index: int) -> ClientUpdate:
+        state, parameters = loop.state, loop.module.trainable
+        state.bank.copy_to(parameters, client)
+        optimizer_state = state.take_optimizer(client)
+        loop.optimizer.state = optimizer_state  # type: ignore[assignment]
+        first_step = state.local_steps[client]
+        update = loop.trainer.train(client, loop.data_of(client), round_index, first_step, loop.on_step)
+        state.optimizers[client] = optimizer_state
+        state.local_steps[client] += update.num_steps
+        state.bank.store(client, parameters)
+        return update
+
+    def _book(self, updates: Updates, round_index: int) -> None:
+        num_bytes = sum(stack[0].nbytes for stack in updates.end.values())
+        for client in updates.clients:
+            for direction in ("up", "down"):
+                self.ledger.add(client, round_index, "train", direction, "adapter", num_bytes)
+            self.ledger.add(client, round_index, "train", "up", "scalar", 16)
+
+
+class SplitExecution:
+    """The cut, executed: head and tail here, the body behind a link.
+
+    Args:
+        link: To the server.
+        trainer: The client's half of local training.
+    """
+
+    def __init__(self, link: ServerLink, trainer: PipelinedTrainer) -> None:
+        self.link = link
+        self.trainer = trainer
+        self.ledger = link.ledger
+        self._busy_before = 0.0
+
+    def start(self, loop: FederatedLoop) -> None:
+        """Let the server know the head and tail adapter that all clients start with, if the rule mixes."""
+        if loop.aggregation.exchanges_adapters and loop.state.round_index == 0:
+            self.link.send(Upload(0, -1, "train", loop.state.bank.row(0)))
+
+    def train(self, loop: FederatedLoop, clients: Sequence[int], round_index: int) -> Outcome:
+        """Several clients under way at the same time."""
+        jobs = [Job(client, loop.data_of(client)) for client in clients]
+        return self.trainer.train(
+            jobs,
+            round_index,
+            loop.state,
+            on_start=lambda client: loop.call("on_client_start", client),
+            on_step=loop.on_step,
+            on_end=lambda update: loop.call("on_client_end", update),
+        )
+
+    def aggregate(self, loop: FederatedLoop, updates: Updates, round_index: int) -> Aggregated:
+        """On the server, after head and tail adapters went up; they come down mixed.
+
+        Rules that do not mix see the clients' share only, and nothing goes up.
+        """
+        if not loop.aggregation.exchanges_adapters:
+            updates.check_finite(round_index)
+            return loop.aggregation.aggregate(updates, round_index)
+        self.upload(loop, updates.clients, round_index)
+        mixed = self.mix(updates.clients, round_index)
+        self.download(loop, updates.clients, round_index)
+        return Aggregated(loop.state.bank.stack(updates.clients), mixed.matrices, mixed.per_client)
+
+    def upload(self, loop: FederatedLoop, clients: Sequence[int], round_index: int) -> None:
+        """Send these clients' head and tail adapters up."""
+        for client in clients:
+            adapter = {name: tensor.clone() for name, tensor in loop.state.bank.row(client).items()}
+            self.link.send(Upload(client, round_index, "train", adapter))
+
+    def mix(self, clients: tuple[int, ...], round_index: int) -> Mixed:
+        """Let the server mix the adapters of these clients."""
+        mixed = self.link.request(Aggregate(round_index, clients))
+        if not isinstance(mixed, Mixed):
+            raise SplitError(f"the server answered the aggregation of round {round_index} with {type(mixed).__name__}")
+        return mixed
+
+    def download(self, loop: FederatedLoop, clients: Sequence[int], round_index: int) -> None:
+        """Put these clients' mixed head and tail adapters into the bank."""
+        for client in clients:
+            answer = self.link.request(Fetch(client, round_index, "train"))
+            if not isinstance(answer, Download):
+                raise SplitError(f"the server answered client {client}'s fetch with {type(answer).__name__}")
+            loop.state.bank.store(client, answer.adapter)
+
+    def score(self, loop: FederatedLoop, stage: str, round_index: int, bank: str, rows: Sequence[int]) -> None:
+        """One adapter after the other; the server uses its own share of the same."""
+        for row in rows:
+            loop.state.bank_named(bank).copy_to(loop.module.trainable, row)
+            with self.link.on_behalf_of(row, round_index, stage, bank):
+                loop.score_row(stage, row, bank)
+
+    def keep_best(self, population: bool, clients: tuple[int, ...], rows: tuple[int, ...]) -> None:
+        """Tell the server."""
+        self.link.send(KeepBest(population, clients, rows))
+
+    def save(self, loop: FederatedLoop, run_dir: Path) -> None:
+        """The server's share first: a resume takes the newest round that both have."""
+        self.link.request(SaveState(str(run_dir), loop.state.round_index))
+        save_state(run_dir / CHECKPOINTS, loop.state, loop.module.trainable)
+
+    def load(self, loop: FederatedLoop, run_dir: Path) -> None:
+        """The newest round that both shares have."""
+        both = set(rounds_on_disk(run_dir / CHECKPOINTS)) & set(rounds_on_disk(run_dir / SERVER_CHECKPOINTS))
+        if not both:
+            raise TrainingError(f"nothing to resume: no checkpoint of both client and server in {run_dir}")
+        load_state(run_dir / CHECKPOINTS, loop.state, loop.module.trainable, max(both))
+        self.link.request(LoadState(str(run_dir), max(both)))
+
+    def adapters_elsewhere(self, run_dir: Path, bank: str) -> dict[str, Tensor]:
+        """The server writes its rows into the run's directory."""
+        folder = run_dir / "adapters"
+        self.link.request(SaveAdapters(str(folder), bank))
+        return load_file(folder / SERVER_ADAPTERS)
+
+    def costs(self, seconds: float) -> dict[str, float]:
+        """How busy the server was, and its memory."""
+        done = self.link.request(Report())
+        assert isinstance(done, Done)
+        busy, self._busy_before = done.busy_seconds - self._busy_before, done.busy_seconds
+        return {
+            "cost/server/busy_seconds": busy,
+            "cost/server/busy_rate": min(1.0, busy / seconds) if seconds else 0.0,
+            "cost/server/peak_bytes": float(done.peak_bytes),
+            "cost/client/waited_seconds": self.link.waited_seconds,
+        }

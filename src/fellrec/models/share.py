@@ -1,0 +1,145 @@
+"""One side's share of a backbone, read from safetensors files without ever holding the rest of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fellrec.errors import BackboneError
+from fellrec.models.architectures import arch_of, decoder_layers
+from fellrec.models.cut import Cut, Elsewhere, server_shell
+
+SIDES = ("client", "server")
+_INDEX = "model.safetensors.index.json"
+
+
+def load_share(folder: Path, side: str, head_layers: int, tail_layers: int, dtype: torch.dtype) -> Any:
+    """Load the client's or the server's share of a causal LM; the other's tensors are not read.
+
+    Args:
+        folder: A Hugging Face folder with ``config.json`` and safetensors files, one or several.
+        side: ``"client"`` (embedding, head, tail, final norm, LM head) or ``"server"`` (body).
+        head_layers: Decoder layers of the head.
+        tail_layers: Decoder layers of the tail.
+        dtype: Of the weights.
+
+    Returns:
+        The causal LM with stand-ins for the layers of the other side, under the whole model's names.
+
+    Raises:
+        BackboneError: If the cuts do not fit, or the files do not fill the share.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    arch = arch_of(config)
+    with init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    layers = decoder_layers(model, arch)
+    cut = Cut(head_layers, tail_layers, len(layers))
+    if side == "server":
+        model = server_shell(model, cut)
+    else:
+        for number in cut.layers("body"):
+            layers[number] = Elsewhere(number)
+    _fill(model, folder, dtype)
+    return model.eval()
+
+
+def read_tensors(folder: Path, names: Iterable[str], prefix: str) -> dict[str, Tensor]:
+    """Tensors of a causal LM by its own names; those that the files do not have are left out.
+
+    Args:
+        folder: With safetensors files.
+        names: Parameter names of the causal LM.
+        prefix: Of the inner model, which some files leave out.
+
+    Raises:
+        BackboneError: If a file is damaged.
+    """
+    files, found = _files(folder), {}
+    for name in names:
+        key = name if name in files else name.removeprefix(f"{prefix}.")
+        if key in files:
+            try:
+                # Opened anew for every tensor: an open file keeps all that was read of it in memory.
+                with safe_open(files[key], "pt") as file:
+                    found[name] = file.get_tensor(key).clone()
+            except (OSError, SafetensorError) as error:
+                raise BackboneError(f"{files[key].name} cannot be read: {error}") from error
+    return found
+
+
+def read_body(folder: Path, head_layers: int, tail_layers: int) -> dict[str, Tensor]:
+    """The body's tensors of a causal LM, by its own names."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with init_empty_weights():
+        model: Any = AutoModelForCausalLM.from_config(config)
+    cut = Cut(head_layers, tail_layers, len(decoder_layers(model, arch_of(config))))
+    names = [name for name, _ in server_shell(model, cut).named_parameters()]
+    return read_tensors(folder, names, model.base_model_prefix)
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of the configuration and of the names of all tensors: enough to tell two backbones apart."""
+    import hashlib
+
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    digest.update("\n".join(sorted(_files(folder))).encode())
+    for path in sorted(set(_files(folder).values())):
+        digest.update(str(path.stat().st_size).encode())
+    return digest.hexdigest()[:16]
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The file of every tensor."""
+    try:
+        if (folder / _INDEX).is_file():
+            weight_map: Mapping[str, str] = json.loads((folder / _INDEX).read_text())["weight_map"]
+            return {name: folder / file for name, file in weight_map.items()}
+        found: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                found |= dict.fromkeys(file.keys(), path)
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise BackboneError(f"backbone.path={folder} cannot be read: {error}") from error
+    return found
+
+
+def _fill(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Give every parameter of a model without weights its tensor from the files."""
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {}) if model.config.tie_word_embeddings else {}
+    places = {name: (module, key) for name, module, key in _places(model)}
+    wanted = [name for name in places if name not in tied]
+    prefix = model.base_model_prefix
+    missing = []
+    for name in wanted:
+        module, key = places[name]
+        tensor = read_tensors(folder, [name], prefix).get(name)
+        if tensor is None or tensor.shape != module._parameters[key].shape:  # type: ignore[union-attr]
+            missing.append(name)
+            continue
+        module._parameters[key] = nn.Parameter(tensor.to(dtype), requires_grad=False)
+    if missing:
+        raise BackboneError(
+            f"backbone.path={folder}: the files do not fill this share of the model of config.json; "
+            f"missing or of another shape are {len(missing)} tensors ({', '.join(missing[:3])})"
+        )
+    for name, source in tied.items():
+        if name in places and source in places:
+            module, key = places[name]
+            owner, source_key = places[source]
+            module._parameters[key] = owner._parameters[source_key]
+
+
+def _places(model: nn.Module) -> Iterable[tuple[str, nn.Module, str]]:
+    for prefix, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{prefix}.{key}" if prefix else key, module, key
