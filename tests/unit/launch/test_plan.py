@@ -81,6 +81,8 @@ class LanguageModelling:
 
 
 OBJECTIVE, BATCH = LanguageModelling(), {"input_ids": torch.arange(3 * 16).reshape(3, 16)}
+LONG = {"input_ids": (torch.arange(2 * 128) % 97).reshape(2, 128)}
+"""Long enough that two L x L matrices a head would show."""
 
 
 def built(config: object, device: str = "cpu", dtype: torch.dtype = torch.float32) -> SplitModel:
@@ -89,8 +91,10 @@ def built(config: object, device: str = "cpu", dtype: torch.dtype = torch.float3
     return SplitModel(model, 2, 1)
 
 
-def measured(config: object, adapter: object, dtype: torch.dtype = torch.float32) -> dict[str, PartCost]:
-    return measure_parts(built(config, "meta", dtype), adapter, OBJECTIVE, BATCH)  # type: ignore[arg-type]
+def measured(
+    config: object, adapter: object, dtype: torch.dtype = torch.float32, batch: dict[str, Tensor] = BATCH
+) -> dict[str, PartCost]:
+    return measure_parts(built(config, "meta", dtype), adapter, OBJECTIVE, batch)  # type: ignore[arg-type]
 
 
 def test_every_architecture_is_here() -> None:
@@ -128,7 +132,7 @@ def test_activations_are_those_of_a_real_forward_pass(kind: str, dropout: float)
         model = built(config, device)
         adapter = LoraAdapter(dropout=dropout) if kind == "lora" else FullAdapter()
         adapter.attach(model.model, model.arch, 0, model.part_of)
-        saved[device] = {part: found.saved_bytes for part, found in trace(model, OBJECTIVE, BATCH).items()}  # type: ignore[arg-type]
+        saved[device] = {part: found.saved_bytes for part, found in trace(model, OBJECTIVE, LONG).items()}  # type: ignore[arg-type]
     for part, num_bytes in saved["cpu"].items():
         assert math.isclose(saved["meta"][part], num_bytes, rel_tol=0.25), part
 
@@ -136,12 +140,12 @@ def test_activations_are_those_of_a_real_forward_pass(kind: str, dropout: float)
 def test_a_real_pass_over_the_whole_model_keeps_the_same_memory() -> None:
     """Independent of ``trace``: PyTorch's own hooks around Hugging Face's own forward pass."""
     config = LlamaConfig(**{**SHAPE, "num_key_value_heads": 4})
-    found = together(measured(config, FullAdapter()).values()).activation_bytes
+    found = together(measured(config, FullAdapter(), batch=LONG).values()).activation_bytes
     model = built(config).model
     weights, seen = {tensor.data_ptr() for tensor in model.parameters()}, []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: seen.append(tensor) or tensor, lambda tensor: tensor):
-        logits = model(input_ids=BATCH["input_ids"], use_cache=False).logits[:, :-1]
-        F.cross_entropy(logits.float().flatten(0, 1), BATCH["input_ids"][:, 1:].flatten(), reduction="sum")
+        logits = model(input_ids=LONG["input_ids"], use_cache=False).logits[:, :-1]
+        F.cross_entropy(logits.float().flatten(0, 1), LONG["input_ids"][:, 1:].flatten(), reduction="sum")
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in seen}
     expected = sum(num_bytes for address, num_bytes in storages.items() if address not in weights)
     assert math.isclose(found, expected, rel_tol=0.25)
