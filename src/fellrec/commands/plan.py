@@ -143,7 +143,7 @@ _STORAGE = (
 def _traffic_columns(has_probe: bool) -> tuple[_Column, ...]:
     columns = (
         _Column("", lambda plan: "up\ndown"),
-        _Column("hidden states", lambda plan: _two(plan.traffic.hidden_up_bytes, plan.traffic.hidden_down_bytes)),
+        _Column("hidden", lambda plan: _two(plan.traffic.hidden_up_bytes, plan.traffic.hidden_down_bytes)),
         _Column("gradients", lambda plan: _two(plan.traffic.gradient_up_bytes, plan.traffic.gradient_down_bytes)),
         _Column("adapters", lambda plan: _two(plan.traffic.adapter_up_bytes, plan.traffic.adapter_down_bytes)),
         _Column("scalars", lambda plan: _two(plan.traffic.scalar_up_bytes, plan.traffic.scalar_down_bytes)),
@@ -199,6 +199,8 @@ def _notes(rows: Sequence[Row]) -> str:
     in_flight = ", ".join(str(number) for number in sorted({plan.settings.in_flight for plan in plans}))
     notes = [
         "cut: decoder layers of head + body + tail. Head and tail are on the client, with embedding, norm and LM head.",
+        "hidden, gradients: what crosses the two cuts, hidden states forth and their gradients back. cuts/adapters: its "
+        "ratio to adapter traffic.",
         "Exact: weights, adapter, optimiser (AdamW), gradients, checkpoint, steps; bytes of every crossing. "
         "Traffic is the mean over clients; evaluation comes on top.",
         f"Estimated: activations (what the largest micro-batch seen, {shown} tokens, keeps for its backward pass with "
