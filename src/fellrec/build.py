@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Fabric
+from lightning.fabric.plugins.environments import LightningEnvironment
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
@@ -26,9 +27,11 @@ from fellrec.federated.hooks import FederatedCallback
 from fellrec.federated.ledger import Ledger
 from fellrec.federated.loop import FederatedLoop, LoopSettings
 from fellrec.federated.pipeline import CutSettings, PipelinedTrainer
+from fellrec.federated.processes import LeadExecution
 from fellrec.federated.server import BodyServer, ServerSettings
 from fellrec.federated.state import RunState, Selection
 from fellrec.federated.transport import InProcess, Nowhere, ServerLink, Transport
+from fellrec.federated.wire import ToServer, Wire
 from fellrec.functional.ranking import check_cutoffs
 from fellrec.metrics.clients import ClientRankingMetrics
 from fellrec.models.adapters import adapter_bytes
@@ -63,6 +66,21 @@ class ServerShare:
 
 
 @dataclass(frozen=True)
+class Peers:
+    """What the first client process knows of the others.
+
+    Attributes:
+        wire: To them.
+        workers: Ranks of the other client processes.
+        body_names: The server's trainable parameters.
+    """
+
+    wire: Wire
+    workers: Sequence[int]
+    body_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Recommender:
     """What every rule of a comparison shares: one backbone, one data set, one starting adapter.
 
@@ -76,6 +94,7 @@ class Recommender:
         backbone: The backbone with its tokenizer; with the executed cut, the client's share of it.
         link: To the server; ``None`` if the cut is not executed.
         server: The server's share, if it is in this process.
+        peers: The other processes, if this is the first client process of several.
     """
 
     fabric: Fabric
@@ -87,6 +106,7 @@ class Recommender:
     backbone: Backbone
     link: ServerLink | None = None
     server: ServerShare | None = None
+    peers: Peers | None = None
 
 
 def cache_dir(config: DictConfig) -> Path:
@@ -141,7 +161,11 @@ def build_recommender(config: DictConfig, data: PreparedData) -> Recommender:
         trainable=trainable,
         objective=objective,
         ranker=_ranker(config, objective, backbone, data),
-        metrics=ClientRankingMetrics(data.num_clients, tuple(config.trainer.cutoffs)),
+        metrics=ClientRankingMetrics(
+            data.num_clients,
+            tuple(config.trainer.cutoffs),
+            sync_on_compute=transport != "distributed",  # the processes are no replicas; the first one collects
+        ),
         title_groups=torch.from_numpy(data.catalogue.title_groups),
         optimizer=OptimizerSettings(config.trainer.learning_rate, config.trainer.weight_decay),
     )
@@ -152,7 +176,14 @@ def build_recommender(config: DictConfig, data: PreparedData) -> Recommender:
 
 def build_fabric(config: DictConfig) -> Fabric:
     """Device and precision of this process."""
-    return Fabric(accelerator=config.trainer.accelerator, devices=1, precision=config.trainer.precision)
+    accelerator = config.trainer.accelerator
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    uses_cuda = accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available())
+    devices: Any = [local_rank % torch.cuda.device_count()] if uses_cuda and torch.cuda.is_available() else 1
+    # Each process is on its own for Lightning, also under torchrun or srun: clients are not data-parallel replicas.
+    return Fabric(
+        accelerator=accelerator, devices=devices, precision=config.trainer.precision, plugins=[LightningEnvironment()]
+    )
 
 
 def build_backbone(config: DictConfig, data: PreparedData) -> Backbone:
@@ -219,7 +250,6 @@ def build_loop(config: DictConfig, recommender: Recommender, callbacks: Sequence
             evaluate_every=trainer.evaluate_every,
             patience=trainer.patience,
             select=trainer.select,
-            reset_optimizer=trainer.reset_optimizer,
             participation_rate=config.participation.rate,
             on_failure=config.participation.on_failure,
             quorum=config.participation.quorum,
@@ -230,6 +260,7 @@ def build_loop(config: DictConfig, recommender: Recommender, callbacks: Sequence
             max_local_steps=trainer.max_local_steps,
             accumulate_grad_batches=trainer.accumulate_grad_batches,
             gradient_clip=trainer.gradient_clip,
+            reset_optimizer=trainer.reset_optimizer,
             warmup_steps=trainer.warmup_steps,
             seed=config.seed,
         ),
@@ -238,6 +269,10 @@ def build_loop(config: DictConfig, recommender: Recommender, callbacks: Sequence
         assert recommender.link is not None
         server = build_server(config, recommender.server, num_clients, recommender.fabric)
         connect(config, loop, recommender, InProcess(server), tuple(sorted(recommender.server.trainable)))
+    if recommender.peers is not None:
+        peers = recommender.peers
+        execution = connect(config, loop, recommender, ToServer(peers.wire), peers.body_names)
+        loop.execution = LeadExecution(execution.link, execution.trainer, peers.wire, peers.workers)
     return loop
 
 
@@ -261,6 +296,11 @@ def connect(
     trainer = PipelinedTrainer(loop.fabric, loop.module, loop.trainer, link, settings, cache)
     loop.execution = execution = SplitExecution(link, trainer)
     return execution
+
+
+def new_lead(recommender: Recommender, wire: Wire, workers: Sequence[int], body_names: tuple[str, ...]) -> Recommender:
+    """The recommender of the first client process, whose loops train with the others."""
+    return replace(recommender, peers=Peers(wire, workers, body_names))
 
 
 def new_state(initial: Mapping[str, Tensor], rows: int, num_clients: int, metric: str) -> RunState:

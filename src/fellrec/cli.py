@@ -57,16 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         command = importlib.import_module(f"fellrec.commands.{options.verb}")
         command.run(options)
+        _leave(0)
     except FellrecError as error:
         if options.debug:
             raise
         sys.stderr.write(f"fellrec {options.verb}: {error}\n")
-        sys.exit(1)
+        _leave(1)
     except KeyboardInterrupt:
         if options.debug:
             raise
         sys.stderr.write(f"\nfellrec {options.verb}: interrupted\n")
-        sys.exit(130)
+        _leave(130)
 
 
 def _parse(given: list[str]) -> argparse.Namespace:
@@ -136,6 +137,17 @@ def _groups() -> list[str]:
     from fellrec.layout import group_choices
 
     return [f"  {group:<14} {', '.join(choices)}" for group, choices in group_choices().items()]
+
+
+def _leave(code: int) -> None:
+    """Exit if something went wrong; at once where threads may still wait for other processes of a distributed run."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 def _quieten(verbose: bool) -> None:

@@ -203,7 +203,7 @@ LAYERS = [
     ("pretrained", "records"),
     ("build",),
     ("launch",),
-    ("runs",),
+    ("runs", "roles"),
     ("commands",),
     ("cli",),
 ]

@@ -199,8 +199,8 @@ def _notes(rows: Sequence[Row]) -> str:
     in_flight = ", ".join(str(number) for number in sorted({plan.settings.in_flight for plan in plans}))
     notes = [
         "cut: decoder layers of head + body + tail. Head and tail are on the client, with embedding, norm and LM head.",
-        "hidden, gradients: what crosses the two cuts, hidden states forth and their gradients back. cuts/adapters: its "
-        "ratio to adapter traffic.",
+        "hidden, gradients: hidden states and their gradients, which cross the two cuts. cuts/adapters: their traffic "
+        "over that of adapters.",
         "Exact: weights, adapter, optimiser (AdamW), gradients, checkpoint, steps; bytes of every crossing. "
         "Traffic is the mean over clients; evaluation comes on top.",
         f"Estimated: activations (what the largest micro-batch seen, {shown} tokens, keeps for its backward pass with "

@@ -18,6 +18,7 @@ from fellrec.config import compose, expand
 from fellrec.errors import ConfigError
 from fellrec.layout import conf_dir
 from fellrec.records import check_new
+from fellrec.roles import Team, run_role
 from fellrec.runs import Run, collect, finish_message, reference_results, table_cutoff
 from fellrec.tracking.store import check_reachable
 from fellrec.tracking.tables import print_comparison, results_console
@@ -46,14 +47,22 @@ def train(config: DictConfig, output_format: str = "table") -> None:
     """
     if not config.resume and config.run_dir:
         check_new(Path(config.run_dir))
-    check_reachable(config.tracking.uri)
     build_aggregation(config.aggregation)  # a mistake in it must show before the backbone is loaded
+    if config.split.transport == "distributed":
+        run_role(config, lambda team: _train(config, output_format, team))
+    else:
+        _train(config, output_format)
+
+
+def _train(config: DictConfig, output_format: str, team: Team | None = None) -> None:
+    check_reachable(config.tracking.uri)
     data = build_data(config)
-    recommender = build_recommender(config, data)
+    recommender = build_recommender(config, data) if team is None else team.lead(data)
     run = Run(config, recommender)
     result = run.execute()
     assert run.loop is not None
     comparison = collect(recommender, [result, *reference_results(recommender, run.loop, config.seed)])
+    run.loop.execution.stop()
     if output_format == "json":
         sys.stdout.write(json.dumps(comparison.to_dict(), indent=1) + "\n")
         return

@@ -30,6 +30,7 @@ class LocalSettings:
         max_local_steps: Upper bound on the optimiser steps of one round, ``None`` for no bound.
         accumulate_grad_batches: Batches whose gradients make one optimiser step.
         gradient_clip: Largest gradient norm, ``None`` for no clipping.
+        reset_optimizer: Forget the client's optimiser state at the start of a round.
         warmup_steps: The learning rate rises linearly over the client's first steps, counted over all rounds.
         seed: Seed of the run; batch order and dropout depend on (seed, round, client) only.
     """
@@ -38,6 +39,7 @@ class LocalSettings:
     max_local_steps: int | None = None
     accumulate_grad_batches: int = 1
     gradient_clip: float | None = 1.0
+    reset_optimizer: bool = False
     warmup_steps: int = 0
     seed: int = 0
 

@@ -76,6 +76,9 @@ class Execution(Protocol):
     def costs(self, seconds: float) -> dict[str, float]:
         """Figures of the round that took so long, for MLflow."""
 
+    def stop(self) -> None:
+        """The run is over; other processes may leave."""
+
 
 class WholeExecution:
     """Everything in one model: the cut is not executed. What would travel between client and server is booked."""
@@ -136,10 +139,13 @@ class WholeExecution:
         """Nothing beside the ledger."""
         return {}
 
+    def stop(self) -> None:
+        """There are no other processes."""
+
     def _train_client(self, loop: FederatedLoop, client: int, round_index: int) -> ClientUpdate:
         state, parameters = loop.state, loop.module.trainable
         state.bank.copy_to(parameters, client)
-        optimizer_state = state.take_optimizer(client)
+        optimizer_state = state.take_optimizer(client, loop.trainer.settings.reset_optimizer)
         loop.optimizer.state = optimizer_state  # type: ignore[assignment]
         first_step = state.local_steps[client]
         update = loop.trainer.train(client, loop.data_of(client), round_index, first_step, loop.on_step)
@@ -239,11 +245,20 @@ class SplitExecution:
 
     def load(self, loop: FederatedLoop, run_dir: Path) -> None:
         """The newest round that both shares have."""
-        both = set(rounds_on_disk(run_dir / CHECKPOINTS)) & set(rounds_on_disk(run_dir / SERVER_CHECKPOINTS))
-        if not both:
-            raise TrainingError(f"nothing to resume: no checkpoint of both client and server in {run_dir}")
-        load_state(run_dir / CHECKPOINTS, loop.state, loop.module.trainable, max(both))
-        self.link.request(LoadState(str(run_dir), max(both)))
+        self.load_round(loop, run_dir, self.newest_round(run_dir, ()))
+
+    def newest_round(self, run_dir: Path, others: Sequence[set[int]]) -> int:
+        """The newest round that this process, the server and all others have written."""
+        own, servers = rounds_on_disk(run_dir / CHECKPOINTS), rounds_on_disk(run_dir / SERVER_CHECKPOINTS)
+        common = set(own).intersection(servers, *others)
+        if not common:
+            raise TrainingError(f"nothing to resume: no checkpoint of both clients and server in {run_dir}")
+        return max(common)
+
+    def load_round(self, loop: FederatedLoop, run_dir: Path, round_index: int) -> None:
+        """One round's shares of client and server."""
+        load_state(run_dir / CHECKPOINTS, loop.state, loop.module.trainable, round_index)
+        self.link.request(LoadState(str(run_dir), round_index))
 
     def adapters_elsewhere(self, run_dir: Path, bank: str) -> dict[str, Tensor]:
         """The server writes its rows into the run's directory."""
@@ -262,3 +277,6 @@ class SplitExecution:
             "cost/server/peak_bytes": float(done.peak_bytes),
             "cost/client/waited_seconds": self.link.waited_seconds,
         }
+
+    def stop(self) -> None:
+        """There are no other processes."""

@@ -36,7 +36,6 @@ class LoopSettings:
         evaluate_every: Validate after every so many rounds (and after the last).
         patience: Stop after so many evaluations without a gain; ``None`` never stops early.
         select: ``"population"`` tests the best round of the population's mean, ``"client"`` each client's own best.
-        reset_optimizer: Forget every client's optimiser state at the start of a round.
         participation_rate: Share of the clients in each round's cohort, in (0, 1].
         on_failure: ``"stop"`` ends the run when a client's training fails, ``"skip"`` leaves it out of the round.
         quorum: Share of the cohort that must finish a round, in (0, 1].
@@ -47,7 +46,6 @@ class LoopSettings:
     evaluate_every: int = 1
     patience: int | None = None
     select: str = "population"
-    reset_optimizer: bool = False
     participation_rate: float = 1.0
     on_failure: str = "stop"
     quorum: float = 0.5
@@ -157,9 +155,6 @@ class FederatedLoop:
         Raises:
             TrainingError: If a client failed and ``on_failure`` is ``"stop"``, or too few are left.
         """
-        if self.settings.reset_optimizer:
-            for client in clients:
-                self.state.optimizers.pop(client, None)
         outcome = self.execution.train(self, clients, round_index)
         if outcome.failures:
             self._drop_out(outcome, len(clients), round_index)

@@ -352,17 +352,31 @@ class Done(Message):
 
 @dataclass(frozen=True)
 class Hello(Message):
-    """Between processes at the start: who is there and what for.
+    """From the first client process to all others at the start.
 
     Attributes:
-        facts: Protocol version, split, backbone, adapter names, …; both sides must agree on all of them.
+        facts: Settings that all processes must agree on, and the backbone's fingerprint.
         folder: The backbone's folder.
-        num_clients: Rows of the population's adapters.
+        num_clients: Clients of the population.
+        body_names: The server's trainable parameters, once they are known.
     """
 
     facts: Mapping[str, Any]
     folder: str
     num_clients: int
+    body_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ready(Message):
+    """The answer to ``Hello``.
+
+    Attributes:
+        body_names: The server's trainable parameters, sorted; empty from a client process.
+    """
+
+    body_names: tuple[str, ...] = ()
+    to_server: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -379,6 +393,69 @@ class Abort(Message):
 @dataclass(frozen=True)
 class Stop(Message):
     """To every process: the run is over."""
+
+
+@dataclass(frozen=True)
+class AmongClients(Message):
+    """Base of messages between client processes, for the experiment's books. The server never gets one."""
+
+
+@dataclass(frozen=True)
+class Train(AmongClients):
+    """To a client process: train these clients, and send their adapters up if the rule mixes; ``Trained`` answers."""
+
+    round_index: int
+    clients: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Trained(AmongClients):
+    """What became of them.
+
+    Attributes:
+        updates: Per client that finished: client, samples, steps, loss, seconds.
+        failures: Client → why it did not finish; keys are text.
+        ledger: Rows of the process's ledger since it was last asked.
+    """
+
+    updates: tuple[tuple[Any, ...], ...]
+    failures: Mapping[str, str]
+    ledger: tuple[tuple[Any, ...], ...]
+
+
+@dataclass(frozen=True)
+class Refresh(AmongClients):
+    """To a client process: fetch these clients' mixed adapters; ``Scored`` without users answers."""
+
+    round_index: int
+    clients: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Score(AmongClients):
+    """To a client process: rank for the users whom these rows of a bank serve; ``Scored`` answers."""
+
+    stage: str
+    round_index: int
+    bank: str
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Scored(AmongClients):
+    """Metrics of single users, as ``ClientRankingMetrics`` keeps them.
+
+    Attributes:
+        users: ``[U]`` int64.
+        clients: ``[U]`` int64.
+        values: ``[U, M]`` float64.
+        ledger: Rows of the process's ledger since it was last asked.
+    """
+
+    users: Tensor
+    clients: Tensor
+    values: Tensor
+    ledger: tuple[tuple[Any, ...], ...]
 
 
 def _subclasses(cls: type[Message]) -> list[type[Message]]:

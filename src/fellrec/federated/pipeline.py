@@ -164,7 +164,7 @@ class PipelinedTrainer:
         """One client's round: yields what needs an answer, is sent the answer, returns the update."""
         started, client, settings = time.perf_counter(), job.client, self.trainer.settings
         streams = StreamPosition(training_seed(settings.seed, round_index, client))
-        optimizer_state = state.take_optimizer(client)
+        optimizer_state = state.take_optimizer(client, settings.reset_optimizer)
         slot = AdapterSlot(
             self.module.trainable, state.bank.row(client), self.module.optimizer_settings, optimizer_state, streams
         )

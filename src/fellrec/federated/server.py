@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -249,9 +249,20 @@ class BodyServer:
         adapter = {name: tensor.clone() for name, tensor in self._client_bank.row(message.client).items()}
         return Download(message.client, message.round_index, message.phase, adapter)
 
+    def lacks(self, message: Message) -> list[int]:
+        """The clients whose adapters a message needs and that have not come yet, perhaps over another line."""
+        clients = message.clients if isinstance(message, Aggregate) else ()
+        return [client for client in clients if client not in self._finished or client not in self._uploads]
+
+    def forget(self, clients: Iterable[int]) -> None:
+        """Drop what is under way for clients whose process is gone; their adapters stay as they were."""
+        for client in clients:
+            self._jobs.pop(client, None)
+            self._finished.pop(client, None)
+            self._uploads.pop(client, None)
+
     def _aggregate(self, message: Aggregate) -> Message:
-        clients = message.clients
-        missing = [client for client in clients if client not in self._finished or client not in self._uploads]
+        clients, missing = message.clients, self.lacks(message)
         if missing or self._client_bank is None:
             raise SplitError(f"round {message.round_index} cannot be aggregated: nothing came from clients {missing}")
         body_start = _stack([self._finished[client][0] for client in clients])
@@ -311,11 +322,9 @@ class BodyServer:
     def _job(self, message: HiddenState) -> _Job:
         client = message.client
         if client not in self._jobs:
-            if self.settings.reset_optimizer:
-                self.state.optimizers.pop(client, None)
             start = {name: tensor.clone() for name, tensor in self.state.bank.row(client).items()}
             streams = StreamPosition(training_seed(self.settings.seed, message.round_index, client))
-            optimizer_state = self.state.take_optimizer(client)
+            optimizer_state = self.state.take_optimizer(client, self.settings.reset_optimizer)
             slot = AdapterSlot(self.trainable, start, self.settings.optimizer, optimizer_state, streams)
             self._jobs[client] = _Job(slot, start)
         return self._jobs[client]

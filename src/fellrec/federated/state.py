@@ -61,9 +61,10 @@ class RunState:
     rounds_without_gain: int = 0
     extras: dict[str, Any] = field(default_factory=dict)
 
-    def take_optimizer(self, client: int) -> OptimizerState:
-        """Hand out a client's optimiser state, an empty one the first time."""
-        return self.optimizers.pop(client, defaultdict(dict))
+    def take_optimizer(self, client: int, reset: bool = False) -> OptimizerState:
+        """Hand out a client's optimiser state; an empty one the first time, or if it is to be reset."""
+        known = self.optimizers.pop(client, defaultdict(dict))
+        return defaultdict(dict) if reset else known
 
     def bank_named(self, name: str) -> AdapterBank:
         """``"initial"``, ``"current"``, ``"best"`` (of the population) or ``"best_per_client"``.

@@ -1,0 +1,6 @@
+"""``python -m fellrec`` is ``fellrec``: what torchrun starts."""
+
+from fellrec.cli import main
+
+if __name__ == "__main__":
+    main()
