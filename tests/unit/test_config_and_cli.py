@@ -206,6 +206,7 @@ LAYERS = [
     ("runs", "roles"),
     ("commands",),
     ("cli",),
+    ("__main__",),
 ]
 
 
