@@ -395,3 +395,9 @@ def _check_memory(initial: dict[str, Tensor], num_clients: int) -> None:
             f"{num_clients} clients with an adapter of {num_bytes / 1e6:.1f} MB each need about "
             f"{needed / 1e9:.1f} GB, this machine has {present / 1e9:.1f} GB; use adapter=lora or fewer clients"
         )
+
+
+def build_batches(config: DictConfig, backbone: Backbone, data: PreparedData) -> tuple[Objective, FellrecDataModule]:
+    """The local objective and its batches by client; for counting, the backbone needs no weights."""
+    objective = _objective(config, backbone, data)
+    return objective, _datamodule(config, data, objective)

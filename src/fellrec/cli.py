@@ -16,6 +16,7 @@ VERBS = {
     "train": "one federated run (-m: a Hydra multirun over comma-separated values)",
     "compare": "several rules and seeds on one partition, one table with the reference rankers",
     "evaluate": "score a finished run's adapters again on the validation or test holdout",
+    "plan": "storage, memory, traffic and time of a run, before anything is launched",
     "ui": "open the MLflow UI on the runs' store",
     "doctor": "check the installation, devices, folders and the tracking store",
 }
@@ -37,6 +38,11 @@ _EXAMPLES = {
         "fellrec compare experiment=ml_1m_small data.root=ml-1m --format json",
     ],
     "evaluate": ["fellrec evaluate runs/RUN", "fellrec evaluate runs/RUN --stage val --format json"],
+    "plan": [
+        "fellrec plan data=ml_1m data.root=ml-1m backbone=hf backbone.config=llama_2_7b split.head_layers=1,2,4,8,20",
+        "fellrec plan backbone=hf backbone.path=MODEL_FOLDER split.head_layers=1,2 --format json",
+        "fellrec plan split.head_layers=1,2 --probe 5",
+    ],
     "ui": ["fellrec ui", "fellrec ui tracking.uri=sqlite:///other.db --port 5001"],
     "doctor": ["fellrec doctor"],
 }
@@ -102,7 +108,7 @@ def _add_arguments(sub: argparse.ArgumentParser, verb: str) -> None:
         sub.add_argument("--stage", choices=("val", "test"), default="test", help="holdout (default: test)")
     elif verb != "doctor":
         sub.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=CHOICE or GROUP.KEY=VALUE")
-    if verb in ("compare", "evaluate", "train", "prepare"):
+    if verb in ("compare", "evaluate", "plan", "train", "prepare"):
         sub.add_argument(
             "--format", choices=("table", "json"), default="table", help="json: results only, on standard output"
         )
@@ -110,6 +116,10 @@ def _add_arguments(sub: argparse.ArgumentParser, verb: str) -> None:
         sub.add_argument("-m", "--multirun", action="store_true", help="one run per combination of values")
     if verb in ("train", "compare"):
         sub.add_argument("--show-config", action="store_true", help="print the composed configuration and stop")
+    if verb == "plan":
+        sub.add_argument(
+            "--probe", type=int, metavar="STEPS", help="time so many local steps of the largest client (needs weights)"
+        )
     if verb == "ui":
         sub.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
         sub.add_argument("--port", type=int, default=5000, help="port (default: 5000)")
@@ -117,7 +127,7 @@ def _add_arguments(sub: argparse.ArgumentParser, verb: str) -> None:
 
 def _epilog(verb: str) -> str:
     lines = ["examples:", *(f"  {example}" for example in _EXAMPLES[verb])]
-    if verb in ("train", "compare", "prepare"):
+    if verb in ("train", "compare", "plan", "prepare"):
         lines += ["", "groups and their choices:", *_groups()]
         lines += ["", "`fellrec train --show-config` prints every setting with its value."]
     return "\n".join(lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from fellrec.functional.packing import PACKINGS
 from fellrec.layout import conf_dir, group_choices
 
 
-def compose(overrides: Sequence[str]) -> DictConfig:
+def compose(overrides: Sequence[str], optional: Collection[str] = ()) -> DictConfig:
     """Compose the configuration for one run.
 
     Args:
         overrides: Hydra overrides such as ``aggregation=fedavg`` or ``trainer.num_rounds=3``.
+        optional: Keys that the verb can do without: they may stay without a value.
 
     Raises:
         ConfigError: For an unknown key or choice (the nearest names come first), a malformed override, or a value
@@ -39,7 +40,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
             config = hydra_compose("config", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides)) from error
-    check(config)
+    check(config, optional)
     _make_paths_absolute(config)
     return config
 
@@ -72,8 +73,10 @@ def _make_paths_absolute(config: DictConfig) -> None:
     """A run directory's configuration must mean the same from any folder."""
     if config.data.root is not None:
         config.data.root = str(Path(config.data.root).expanduser().resolve())
-    if config.backbone.get("path") and Path(config.backbone.path).expanduser().is_dir():
-        config.backbone.path = str(Path(config.backbone.path).expanduser().resolve())
+    for key in ("path", "config"):
+        value = config.backbone.get(key)
+        if value and Path(str(value)).expanduser().exists():
+            config.backbone[key] = str(Path(str(value)).expanduser().resolve())
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
@@ -176,8 +179,12 @@ _RULES = (
 )
 
 
-def check(config: DictConfig) -> None:
+def check(config: DictConfig, optional: Collection[str] = ()) -> None:
     """Check every setting whose range is known, and name all that are wrong in one error.
+
+    Args:
+        config: The composed configuration.
+        optional: Keys that may stay without a value.
 
     Raises:
         ConfigError: With one line per problem: the key, the value, what is allowed.
@@ -191,7 +198,7 @@ def check(config: DictConfig) -> None:
             continue
         if not rule.accepts(value):
             problems.append(f"{rule.key}={value} is not allowed: {rule.allowed}")
-    problems += [f"{key} needs a value: give {key}=…" for key in _missing(config)]
+    problems += [f"{key} needs a value: give {key}=…" for key in _missing(config) if key not in optional]
     problems += _check_metric(config)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))

@@ -202,9 +202,11 @@ LAYERS = [
     ("config",),
     ("pretrained", "records"),
     ("build",),
+    ("launch",),
     ("runs", "roles"),
     ("commands",),
     ("cli",),
+    ("__main__",),
 ]
 
 

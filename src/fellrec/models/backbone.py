@@ -64,12 +64,8 @@ def load_hf(path: str, dtype: str = "float32", client_cut: tuple[int, int] | Non
         BackboneError: If the folder is missing or incomplete, the architecture is not known, the weights are damaged or
             do not fill the model, or the tokenizer does not fit it.
     """
-    if dtype not in DTYPES:
-        raise BackboneError(unknown("backbone.dtype", dtype, DTYPES))
-    folder = Path(path).expanduser()
-    is_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists()
-    if is_local:
-        _check_folder(path, folder)
+    torch_dtype = dtype_of(dtype)
+    folder, is_local = _find(path)
     if client_cut is not None and not is_local:
         folder, is_local = Path(snapshot_download(path, allow_patterns=["*.json", "*.model", "*.safetensors"])), True
     source = str(folder) if is_local else path
@@ -77,12 +73,12 @@ def load_hf(path: str, dtype: str = "float32", client_cut: tuple[int, int] | Non
         arch = arch_of(AutoConfig.from_pretrained(source, trust_remote_code=False))
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if client_cut is not None:
-            share = load_share(folder, "client", *client_cut, DTYPES[dtype])
-            _check_tokenizer(path, tokenizer, share)
+            share = load_share(folder, "client", *client_cut, torch_dtype)
+            check_tokenizer(f"backbone.path={path}", tokenizer, share)
             return Backbone(share, tokenizer, arch, os.path.basename(os.path.abspath(folder)), folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=DTYPES[dtype],
+            dtype=torch_dtype,
             trust_remote_code=False,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # reported below, by name
@@ -92,8 +88,67 @@ def load_hf(path: str, dtype: str = "float32", client_cut: tuple[int, int] | Non
         raise BackboneError(f"backbone.path={path} cannot be loaded: {(str(error).splitlines() or [''])[0]}") from error
     model, report = loaded
     _check_weights(path, report)
-    _check_tokenizer(path, tokenizer, model)
+    check_tokenizer(f"backbone.path={path}", tokenizer, model)
     return Backbone(model, tokenizer, arch, os.path.basename(os.path.abspath(folder)), folder if is_local else None)
+
+
+def load_shape(path: str) -> tuple[Any, Any]:
+    """What ``load_hf`` would load, without the weights.
+
+    Args:
+        path: As in ``load_hf``.
+
+    Returns:
+        The Hugging Face configuration and the tokenizer, which is not checked yet.
+
+    Raises:
+        BackboneError: If the folder is missing or incomplete, or the architecture is not known.
+    """
+    folder, is_local = _find(path)
+    source = str(folder) if is_local else path
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        arch_of(config)
+        return config, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise BackboneError(f"backbone.path={path} cannot be loaded: {(str(error).splitlines() or [''])[0]}") from error
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The type of the backbone's weights.
+
+    Raises:
+        BackboneError: If the name is unknown.
+    """
+    if name not in DTYPES:
+        raise BackboneError(unknown("backbone.dtype", name, DTYPES))
+    return DTYPES[name]
+
+
+def check_tokenizer(given: str, tokenizer: Any, model: Any) -> None:
+    """Give a tokenizer a padding token if it has none, and refuse one that does not fit the model.
+
+    Args:
+        given: The setting that named it, for messages: ``backbone.path=…``.
+        tokenizer: Changed in place.
+        model: The causal LM.
+
+    Raises:
+        BackboneError: If there is nothing to pad with, or a special token has no embedding.
+    """
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise BackboneError(f"{given}: the tokenizer has no padding, end or unknown token to pad with")
+    # Not the tokenizer's length: some have tokens for images that a text model never meets.
+    num_embeddings = model.get_input_embeddings().num_embeddings
+    for token in ("pad_token", "bos_token", "eos_token"):
+        token_id = getattr(tokenizer, f"{token}_id")
+        if token_id is not None and token_id >= num_embeddings:
+            raise BackboneError(
+                f"{given}: the tokenizer's {token} is number {token_id}, "
+                f"but the model has embeddings for 0 to {num_embeddings - 1}"
+            )
 
 
 def _check_weights(path: str, report: Mapping[str, Any]) -> None:
@@ -107,20 +162,13 @@ def _check_weights(path: str, report: Mapping[str, Any]) -> None:
         )
 
 
-def _check_tokenizer(path: str, tokenizer: Any, model: Any) -> None:
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if tokenizer.pad_token_id is None:
-        raise BackboneError(f"backbone.path={path}: the tokenizer has no padding, end or unknown token to pad with")
-    # Not the tokenizer's length: some have tokens for images that a text model never meets.
-    num_embeddings = model.get_input_embeddings().num_embeddings
-    for token in ("pad_token", "bos_token", "eos_token"):
-        token_id = getattr(tokenizer, f"{token}_id")
-        if token_id is not None and token_id >= num_embeddings:
-            raise BackboneError(
-                f"backbone.path={path}: the tokenizer's {token} is number {token_id}, "
-                f"but the model has embeddings for 0 to {num_embeddings - 1}"
-            )
+def _find(path: str) -> tuple[Path, bool]:
+    """The path as a folder, and whether it is one, checked, or a name on the hub."""
+    folder = Path(path).expanduser()
+    is_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists()
+    if is_local:
+        _check_folder(path, folder)
+    return folder, is_local
 
 
 def _check_folder(path: str, folder: Path) -> None:

@@ -49,6 +49,36 @@ def build_tokenizer(texts: Sequence[str], vocab_size: int = 4000) -> Any:
     )
 
 
+def tiny_config(
+    tokenizer: Any, hidden_size: int, num_layers: int, num_heads: int, max_position_embeddings: int
+) -> LlamaConfig:
+    """The shape of a tiny backbone; see `build_tiny`.
+
+    Raises:
+        ConfigError: If the sizes do not fit together.
+    """
+    if min(hidden_size, num_layers, num_heads) < 1 or hidden_size % (2 * num_heads):
+        raise ConfigError(
+            f"backbone.hidden_size={hidden_size} must be a multiple of 2 · backbone.num_heads={num_heads}, "
+            f"and backbone.num_layers={num_layers} at least 1"
+        )
+    if max_position_embeddings < 1:
+        raise ConfigError(f"backbone.max_position_embeddings={max_position_embeddings} must be at least 1")
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=8 * round(hidden_size * 8 / 3 / 8),
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads,
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
 def build_tiny(
     texts: Sequence[str],
     hidden_size: int = 64,
@@ -72,27 +102,8 @@ def build_tiny(
     Raises:
         ConfigError: If the sizes do not fit together.
     """
-    if min(hidden_size, num_layers, num_heads) < 1 or hidden_size % (2 * num_heads):
-        raise ConfigError(
-            f"backbone.hidden_size={hidden_size} must be a multiple of 2 · backbone.num_heads={num_heads}, "
-            f"and backbone.num_layers={num_layers} at least 1"
-        )
-    if max_position_embeddings < 1:
-        raise ConfigError(f"backbone.max_position_embeddings={max_position_embeddings} must be at least 1")
     tokenizer = build_tokenizer(texts, vocab_size)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=8 * round(hidden_size * 8 / 3 / 8),
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_heads,
-        max_position_embeddings=max_position_embeddings,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    config = tiny_config(tokenizer, hidden_size, num_layers, num_heads, max_position_embeddings)
     with torch.random.fork_rng(devices=[]):
         # The weights are drawn on the CPU; torch.manual_seed would reseed the accelerators too.
         torch.default_generator.manual_seed(derive_seed(seed, "tiny"))
