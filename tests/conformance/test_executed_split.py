@@ -15,10 +15,10 @@ import torch
 from small_models import CONFIGS, LAYERS, masks
 from transformers import AutoModelForCausalLM
 
-from fellrec.aggregation import FedAvg
+from fellrec.aggregation import FedAvg, Local
 from fellrec.errors import BackboneError, SplitError
 from fellrec.federated.ledger import Ledger
-from fellrec.federated.messages import Gradient, HiddenState, Step
+from fellrec.federated.messages import Gradient, HiddenState, Step, Upload
 from fellrec.federated.server import BodyServer, ServerSettings
 from fellrec.federated.state import RunState, Selection
 from fellrec.federated.transport import InProcess, ServerLink
@@ -200,3 +200,21 @@ def test_a_gradient_of_another_shape_is_refused() -> None:
     link.send(HiddenState(0, 4, "train", 1, packed(2, 3, 32)))
     with pytest.raises(SplitError, match=r"its shapes \[\[2, 4, 32\]\] are not those of the forward pass"):
         link.send(Gradient(0, 4, "train", 1, packed(2, 4, 32)))
+
+
+def test_rows_of_a_cache_are_positions_in_its_batch_and_nothing_else() -> None:
+    client, link, _ = cut_in_two(whole_model("llama"), 2, 1)
+    with torch.no_grad(), link.on_behalf_of(0, 0, "test", "current"):
+        cache = client.new_cache()
+        client.model(torch.randint(3, 97, (3, 5)), past_key_values=cache, use_cache=True)
+        link.select_rows(cache.number, cache.number, torch.tensor([2, 0]))
+        for ids in ([2, 0], [-1, 0], [96, 0]):
+            with pytest.raises(SplitError, match="client 0 in round 0: its rows are not positions in a batch of 2"):
+                link.select_rows(cache.number, cache.number, torch.tensor(ids))
+
+
+def test_an_adapter_that_no_rule_mixes_is_refused() -> None:
+    _, link, server = cut_in_two(whole_model("llama"), 2, 1)
+    server.rule = Local()
+    with pytest.raises(SplitError, match="Upload of client 0 in round 0: aggregation local does not mix"):
+        link.send(Upload(0, 0, "train", {"model.norm.weight": torch.ones(32)}))

@@ -238,6 +238,8 @@ class BodyServer:
             self._in_place = None
 
     def _upload(self, message: Upload) -> None:
+        if not self.rule.exchanges_adapters:
+            raise SplitError(f"{_name(message)}: aggregation {self.rule.name} does not mix, no adapter may leave")
         if message.round_index < 0:  # the start that all clients share
             self._client_bank = AdapterBank.replicate(message.adapter, self.num_clients)
         else:
@@ -344,7 +346,15 @@ class BodyServer:
         if message.target != message.source:
             source = self._caches[message.client, message.target] = self.model.copy_cache(source)
         if message.rows is not None:
+            self._check_rows(message, message.rows, source)
             source.batch_select_indices(message.rows.to(self._device))
+
+    def _check_rows(self, message: SelectRows, rows: Tensor, cache: Cache) -> None:
+        """Rows are positions in the cache's batch and cannot be anything else, such as token ids."""
+        keys: Any = cache.layers[self.model.cut.layers("body").start]
+        num_rows = len(keys.keys) if keys.is_initialized else 0
+        if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < num_rows:
+            raise SplitError(f"{_name(message)}: its rows are not positions in a batch of {num_rows}")
 
     def _drop_cache(self, message: DropCache) -> None:
         self._caches.pop((message.client, message.cache), None)
