@@ -13,6 +13,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
+from safetensors.torch import save_file
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.data.prepared import PreparedData
@@ -89,7 +91,11 @@ def _make(
 def _save(backbone: Backbone, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = folder.with_name(f".{folder.name}-{os.getpid()}")
-    backbone.model.save_pretrained(draft)
+    draft.mkdir()
+    # Not the model's save_pretrained: it writes nothing in a process whose rank is not 0, which may be a client's.
+    backbone.model.config.save_pretrained(draft)
+    weights = {name: parameter.detach() for name, parameter in backbone.model.named_parameters()}  # shared ones once
+    save_file(weights, draft / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
     backbone.tokenizer.save_pretrained(draft)
     try:
         draft.rename(folder)

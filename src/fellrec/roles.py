@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +38,8 @@ from fellrec.models.backbone import DTYPES
 from fellrec.models.share import fingerprint, load_share
 from fellrec.models.split import SplitModel
 
+_GRACE_SECONDS = 1.0
+"""How long news of a process that is gone may take to arrive."""
 _AGREED = ("seed", "split", "backbone", "adapter", "aggregation", "trainer", "participation")
 """Configuration that all processes must share."""
 
@@ -185,8 +191,10 @@ def run_role(config: DictConfig, lead: Any) -> None:
     team = Team(config, place)
     try:
         if place.rank == LEAD:
-            lead(team)
+            with _waiting_for_news(team.wire):
+                lead(team)
         else:
+            _leave_signals_to_the_lead()
             team.follow()
     except FellrecError as error:
         text = str(error)
@@ -196,3 +204,28 @@ def run_role(config: DictConfig, lead: Any) -> None:
         team.wire.abort(f"{role_name(place.rank)} stopped: {type(error).__name__}: {error}")
         raise
     team.wire.close()
+
+
+def _leave_signals_to_the_lead() -> None:
+    """Ctrl-C and a scheduler's signals reach all processes; the first client process decides, and tells the others."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _waiting_for_news(wire: Wire) -> Iterator[None]:
+    """While this lasts, SIGTERM ends this process, unless another process is gone: then that is what is reported.
+
+    torchrun ends all processes when one is gone, which would leave its user without a reason.
+    """
+
+    def on_signal(number: int, frame: Any) -> None:
+        time.sleep(_GRACE_SECONDS)
+        if not wire.gone:
+            raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

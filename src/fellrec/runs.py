@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -142,20 +143,39 @@ class _Outputs(FederatedCallback):
     def on_fit_end(self, loop: FederatedLoop) -> None:
         """Write ``results.json``, ``users.parquet`` and ``adapters/``."""
         assert loop.test_evaluation is not None
-        about = {"rule": self.run.rule, "seed": self.run.config.seed}
-        dropped = loop.state.extras.get("dropped_clients")
-        write_evaluation(
-            self.run.run_dir, loop.test_evaluation, about | ({"dropped_clients": dropped} if dropped else {})
-        )
+        about = {"rule": self.run.rule, "seed": self.run.config.seed, **absences(loop)}
+        write_evaluation(self.run.run_dir, loop.test_evaluation, about)
         recommender = self.run.recommender
         bank, rows = loop.selected
         own, elsewhere = loop.state.bank_named(bank), loop.execution.adapters_elsewhere(self.run.run_dir, bank)
-        for row in sorted(set(rows)):
+        for row in sorted(row for row in set(rows) if not loop.execution.is_lost(row)):
             name = f"client_{row:02d}" if len(set(rows)) > 1 else "shared"
             adapter = {**own.row(row), **{key: stack[row] for key, stack in elsewhere.items()}}
             adapter = {key: adapter[key] for key in sorted(adapter)}
             folder = self.run.run_dir / "adapters" / name
             recommender.adapter.save(adapter, recommender.backbone, lambda: frozen_parameters(recommender), folder)
+
+
+def absences(loop: FederatedLoop) -> dict[str, Any]:
+    """Clients that did not finish a round, by round, and those whose process is gone; empty if all went well."""
+    found = {
+        "dropped_clients": loop.state.extras.get("dropped_clients"),
+        "lost_clients": [client for client in range(loop.num_clients) if loop.execution.is_lost(client)],
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def absence_message(loop: FederatedLoop) -> str:
+    """The same for people; empty if all went well."""
+    found = absences(loop)
+    lines = [
+        f"Round {round_index} went on without clients {', '.join(map(str, clients))}."
+        for round_index, clients in found.get("dropped_clients", {}).items()
+    ]
+    if "lost_clients" in found:
+        lost = ", ".join(map(str, found["lost_clients"]))
+        lines.append(f"The process of clients {lost} is gone: their users are in no later evaluation.")
+    return "\n".join(lines)
 
 
 def rule_name(config: DictConfig) -> str:

@@ -19,7 +19,7 @@ from fellrec.errors import ConfigError
 from fellrec.layout import conf_dir
 from fellrec.records import check_new
 from fellrec.roles import Team, run_role
-from fellrec.runs import Run, collect, finish_message, reference_results, table_cutoff
+from fellrec.runs import Run, absence_message, collect, finish_message, reference_results, table_cutoff
 from fellrec.tracking.store import check_reachable
 from fellrec.tracking.tables import print_comparison, results_console
 
@@ -68,6 +68,8 @@ def _train(config: DictConfig, output_format: str, team: Team | None = None) -> 
         return
     console = results_console()
     print_comparison(comparison, console, table_cutoff(config))
+    if missing := absence_message(run.loop):
+        console.print(missing, style="yellow", highlight=False)
     console.print(finish_message(run.run_dir, config), highlight=False)
 
 

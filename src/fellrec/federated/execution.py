@@ -73,6 +73,9 @@ class Execution(Protocol):
     def adapters_elsewhere(self, run_dir: Path, bank: str) -> dict[str, Tensor]:
         """The parts of a bank's adapters that other processes or the server hold, name → ``[C, *shape]``."""
 
+    def is_lost(self, client: int) -> bool:
+        """Whether nobody holds the client's adapter any more."""
+
     def costs(self, seconds: float) -> dict[str, float]:
         """Figures of the round that took so long, for MLflow."""
 
@@ -134,6 +137,10 @@ class WholeExecution:
     def adapters_elsewhere(self, run_dir: Path, bank: str) -> dict[str, Tensor]:
         """Nothing is elsewhere."""
         return {}
+
+    def is_lost(self, client: int) -> bool:
+        """All are here."""
+        return False
 
     def costs(self, seconds: float) -> dict[str, float]:
         """Nothing beside the ledger."""
@@ -261,10 +268,16 @@ class SplitExecution:
         self.link.request(LoadState(str(run_dir), round_index))
 
     def adapters_elsewhere(self, run_dir: Path, bank: str) -> dict[str, Tensor]:
-        """The server writes its rows into the run's directory."""
+        """The server hands its rows over by a file in the run's directory."""
         folder = run_dir / "adapters"
         self.link.request(SaveAdapters(str(folder), bank))
-        return load_file(folder / SERVER_ADAPTERS)
+        found = load_file(folder / SERVER_ADAPTERS)
+        (folder / SERVER_ADAPTERS).unlink()
+        return found
+
+    def is_lost(self, client: int) -> bool:
+        """The server has its share of all, and this process the rest."""
+        return False
 
     def costs(self, seconds: float) -> dict[str, float]:
         """How busy the server was, and its memory."""

@@ -66,7 +66,10 @@ def serve(wire: Wire, server: BodyServer, skips: bool) -> None:
         except PeerGoneError as error:
             if error.rank == LEAD or not skips:
                 raise
-            server.forget(clients_of.pop(error.rank, set()))
+            gone = clients_of.pop(error.rank, set())
+            server.forget(gone)
+            if any(gone.intersection(server.lacks(waiting)) for _, waiting in held):
+                raise  # the aggregation that waits for them was asked for when they seemed to have finished
             continue
         if isinstance(message, Stop):
             wire.send(rank, Done())
@@ -106,10 +109,15 @@ class LeadExecution(SplitExecution):
         self.wire = wire
         self.workers = list(workers)
         self._ranks = (LEAD, *workers)
+        self._lost: list[int] = []
 
     def rank_of(self, client: int) -> int:
         """The process that a client lives in."""
         return self._ranks[client % len(self._ranks)]
+
+    def is_lost(self, client: int) -> bool:
+        """Whether the client's process is gone, and its adapter with it."""
+        return self.rank_of(client) in self._lost
 
     def train(self, loop: FederatedLoop, clients: Sequence[int], round_index: int) -> Outcome:
         """Every process trains its clients at the same time."""
@@ -185,7 +193,17 @@ class LeadExecution(SplitExecution):
         super().save(loop, run_dir)
 
     def load(self, loop: FederatedLoop, run_dir: Path) -> None:
-        """The newest round that all processes have."""
+        """The newest round that all processes have.
+
+        Raises:
+            TrainingError: If there is none, or clients lived in other processes then.
+        """
+        before = len(list(run_dir.glob("checkpoints-rank*"))) + 1
+        if before != len(self._ranks):
+            raise TrainingError(
+                f"{run_dir} was trained by {before} client processes, which hold its clients' adapters, and there are "
+                f"{len(self._ranks)} now; start {before + 1} processes"
+            )
         rounds = [set(rounds_on_disk(worker_folder(run_dir, rank))) for rank in self.workers]
         newest = self.newest_round(run_dir, rounds)
         super().load_round(loop, run_dir, newest)
@@ -202,6 +220,7 @@ class LeadExecution(SplitExecution):
             self.wire.send(rank, SaveAdapters(str(folder), bank))
             self.wire.receive(rank)
             theirs = load_file(folder / worker_file(rank))
+            (folder / worker_file(rank)).unlink()
             rows = [row for row in range(len(own)) if self.rank_of(row) == rank]
             for name, stack in theirs.items():
                 stacks[name][rows] = stack[rows]
@@ -253,6 +272,7 @@ class LeadExecution(SplitExecution):
         if loop.settings.on_failure == "stop":
             raise TrainingError(str(error)) from error
         self.workers.remove(error.rank)
+        self._lost.append(error.rank)
         return False
 
 

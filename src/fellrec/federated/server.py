@@ -257,11 +257,11 @@ class BodyServer:
         return [client for client in clients if client not in self._finished or client not in self._uploads]
 
     def forget(self, clients: Iterable[int]) -> None:
-        """Drop what is under way for clients whose process is gone; their adapters stay as they were."""
+        """Drop what is under way for clients whose process is gone; what they finished and sent up is complete."""
         for client in clients:
             self._jobs.pop(client, None)
-            self._finished.pop(client, None)
-            self._uploads.pop(client, None)
+            if client not in self._uploads:
+                self._finished.pop(client, None)
 
     def _aggregate(self, message: Aggregate) -> Message:
         clients, missing = message.clients, self.lacks(message)

@@ -68,7 +68,8 @@ class Wire:
         self._arrived: list[tuple[int, Message | BaseException]] = []
         self._news = threading.Condition()
         self._locks = {peer: threading.Lock() for peer in range(world_size)}
-        self._gone: set[int] = set()
+        self.gone: set[int] = set()
+        """Peers that are gone or silent."""
         self._is_open = True
         self.where = ""
         """What this process is doing, for error messages."""
@@ -112,7 +113,7 @@ class Wire:
     def abort(self, reason: str) -> None:
         """Tell all peers, as far as they can be reached, that this process gives up."""
         for peer in self._peers:
-            if peer not in self._gone:
+            if peer not in self.gone:
                 try:
                     self.send(peer, Abort(reason))
                 except SplitError:
@@ -199,16 +200,16 @@ class Wire:
         while self._is_open:
             time.sleep(self.timeout_seconds / 4)
             for peer in self._peers:
-                if self._is_open and peer not in self._gone and self._locks[peer].acquire(blocking=False):
+                if self._is_open and peer not in self.gone and self._locks[peer].acquire(blocking=False):
                     try:
                         self._send_frames(peer, b"")
                     except RuntimeError:
-                        self._gone.add(peer)
+                        self.gone.add(peer)
                     finally:
                         self._locks[peer].release()
 
     def _gone_error(self, peer: int, error: BaseException) -> PeerGoneError:
-        self._gone.add(peer)
+        self.gone.add(peer)
         is_silent = any(word in str(error).lower() for word in ("timed out", "timeout"))
         what = f"was silent for {self.timeout_seconds:g} s (split.timeout_seconds)" if is_silent else "is gone"
         return PeerGoneError(peer, f"rank {self.rank}: {role_name(peer)} {what}{self.where}")
