@@ -19,6 +19,8 @@ from fellrec.federated.messages import PROTOCOL_VERSION, Abort, Message, decode,
 _FRAME = 512
 """Bytes of the frame that announces a message; a longer header follows in a second one."""
 _LARGEST_HEADER = 1 << 24
+_LINGER_SECONDS = 1.0
+"""A process that ends with something unread breaks its lines at once, and what it just sent is lost."""
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8, torch.int64, torch.bool)
@@ -111,13 +113,14 @@ class Wire:
         return self._take(lambda sender: True)
 
     def abort(self, reason: str) -> None:
-        """Tell all peers, as far as they can be reached, that this process gives up."""
+        """Tell all peers, as far as they can be reached, that this process gives up, and let them hear it."""
         for peer in self._peers:
             if peer not in self.gone:
                 try:
                     self.send(peer, Abort(reason))
                 except SplitError:
                     continue
+        time.sleep(_LINGER_SECONDS)
 
     def close(self) -> None:
         """The run is over: peers may leave from now on. The process group lives until the process ends."""
