@@ -131,7 +131,8 @@ class Team:
         hello = self.wire.receive(LEAD)
         if not isinstance(hello, Hello):
             raise SplitError(f"{role_name(LEAD)} began with {type(hello).__name__}, expected Hello")
-        folder = Path(hello.folder)
+        own = as_dict(self.config.backbone).get("path")
+        folder = Path(own or hello.folder).expanduser()  # each node may have the backbone in a folder of its own
         self._agree(hello.facts, self._facts(folder))
         if self.place.rank == SERVER:
             self._serve(folder, hello.num_clients)

@@ -88,6 +88,7 @@ class Wire:
 
         Raises:
             PeerGoneError: If the peer is gone, or does not take it within the timeout.
+            SplitError: If a peer aborted meanwhile.
         """
         header, tensors = encode(message)
         header["tensors"] = [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in tensors]
@@ -97,7 +98,7 @@ class Wire:
                 for tensor in tensors:
                     self._send_tensor(peer, tensor)
         except RuntimeError as error:
-            raise self._gone_error(peer, error) from error
+            raise self._reason() or self._gone_error(peer, error) from error
 
     def receive(self, peer: int) -> Message:
         """Wait for the next message of one peer.
@@ -137,6 +138,16 @@ class Wire:
         if isinstance(content, Abort):
             raise SplitError(content.reason)
         return peer, content
+
+    def _reason(self) -> SplitError | None:
+        """Why a peer gave up, or cannot be understood, if it said something."""
+        with self._news:
+            for _, content in self._arrived:
+                if isinstance(content, Abort):
+                    return SplitError(content.reason)
+                if isinstance(content, SplitError) and not isinstance(content, PeerGoneError):
+                    return content
+        return None
 
     def _receive_all(self, peer: int) -> None:
         while True:
