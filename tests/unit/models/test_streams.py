@@ -1,0 +1,24 @@
+"""Random numbers of layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fellrec.functional.rng import derive_seed
+from fellrec.models.streams import LayerStreams, StreamPosition
+
+
+@pytest.mark.parametrize("seed", [0, 2**31, 2**63 - 1])
+def test_a_layer_draws_what_torchs_own_seed_gives(seed: int) -> None:
+    """The second pass of layer 3, with PyTorch seeded by hand for it."""
+    layer = nn.Dropout(0.5)
+    streams, position, ones = LayerStreams({3: layer}), StreamPosition(seed), torch.ones(64)
+    with torch.random.fork_rng():
+        with streams.using(position):
+            first, second = layer(ones), layer(ones)
+        torch.manual_seed(derive_seed(seed, 3, 1))
+        assert torch.equal(second, torch.nn.functional.dropout(ones, 0.5))
+    assert not torch.equal(first, second)
+    assert position.calls == {3: 2}
