@@ -14,12 +14,14 @@ from torch import Tensor
 
 from fellrec.build import Recommender, build_loop, frozen_parameters
 from fellrec.callbacks.checkpoint import Checkpoint
+from fellrec.callbacks.costs import CostMeter
 from fellrec.callbacks.mlflow_logging import DatasetInput, MLflowLogging
 from fellrec.callbacks.progress import RoundProgress
 from fellrec.config import as_dict
 from fellrec.federated.hooks import FederatedCallback
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.memory import peak_bytes
+from fellrec.launch.storage import storage_of
 from fellrec.rankers.reference import reference_rankers
 from fellrec.records import new_run_dir, versions, write_evaluation, write_start
 from fellrec.tracking.results import Comparison, RuleResult
@@ -34,13 +36,17 @@ class Run:
         config: The composed configuration; its ``run_dir`` must be new unless ``resume`` is set.
         recommender: What the rules of a comparison share.
         parent_run_id: MLflow run that groups a comparison.
+        variant: What tells this run from others of the comparison with the same rule and seed.
     """
 
-    def __init__(self, config: DictConfig, recommender: Recommender, parent_run_id: str | None = None) -> None:
+    def __init__(
+        self, config: DictConfig, recommender: Recommender, parent_run_id: str | None = None, variant: str = ""
+    ) -> None:
         self.config = config
         self.recommender = recommender
         self.rule = rule_name(config)
-        self.label = f"{config.data.name}-{self.rule}-s{config.seed}"
+        self.variant = variant
+        self.label = f"{config.data.name}-{run_name(self.rule, variant, config.seed)}"
         self.run_dir = Path(config.run_dir) if config.resume else new_run_dir(config.run_dir, self.label)
         self.parent_run_id = parent_run_id
         self.loop: FederatedLoop | None = None
@@ -61,11 +67,13 @@ class Run:
             write_start(self.run_dir, config, recommender.data)
         logging = self._mlflow(loop)
         loop.state.extras["mlflow_run_id"] = logging.run_id
-        clock = _Clock()
+        clock, meter = _Clock(), CostMeter(config.split.transport, lambda: storage_of(config, recommender))
+        logging.costs = meter
         loop.callbacks += [
             RoundProgress(self.label, config.trainer.metric),
             clock,
-            _Outputs(self),
+            meter,
+            _Outputs(self, meter),
             logging,
             # Last: a round that was stopped before it was logged is run, and logged, again.
             Checkpoint(self.run_dir, config.trainer.checkpoint_every),
@@ -85,6 +93,8 @@ class Run:
             peak_memory_bytes=peak_bytes(),
             best_round=loop.state.selection.round_index,
             run_id=logging.run_id,
+            variant=self.variant,
+            cost=meter.cost,
         )
 
     def _say_how_to_resume(self, error: BaseException) -> None:
@@ -98,6 +108,7 @@ class Run:
             "rule": self.rule,
             "data": data.name,
             "backbone": self.recommender.backbone.name,
+            **({"variant": self.variant} if self.variant else {}),
             **{name: value for name, value in versions().items() if name in ("fellrec", "git_commit")},
         }
         logger = make_logger(
@@ -137,13 +148,20 @@ class _Clock(FederatedCallback):
 class _Outputs(FederatedCallback):
     """Writes the test results and the selected adapters into the run directory."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, meter: CostMeter) -> None:
         self.run = run
+        self.meter = meter
 
     def on_fit_end(self, loop: FederatedLoop) -> None:
         """Write ``results.json``, ``users.parquet`` and ``adapters/``."""
         assert loop.test_evaluation is not None
-        about = {"rule": self.run.rule, "seed": self.run.config.seed, **absences(loop)}
+        assert self.meter.cost is not None
+        about = {
+            "rule": self.run.rule,
+            "seed": self.run.config.seed,
+            "cost": self.meter.cost.to_dict(),
+            **absences(loop),
+        }
         write_evaluation(self.run.run_dir, loop.test_evaluation, about)
         recommender = self.run.recommender
         bank, rows = loop.selected
@@ -181,6 +199,11 @@ def absence_message(loop: FederatedLoop) -> str:
 def rule_name(config: DictConfig) -> str:
     """The rule's name in tables: its class's name in lower case."""
     return str(config.aggregation["_target_"]).rpartition(".")[2].lower()
+
+
+def run_name(rule: str, variant: str, seed: int) -> str:
+    """A name for files and MLflow, such as ``fedavg-head_layers=2-s0``."""
+    return "-".join([rule, *variant.split(), f"s{seed}"])
 
 
 def table_cutoff(config: DictConfig) -> int:

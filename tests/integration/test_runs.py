@@ -176,7 +176,7 @@ def test_compare_prints_the_same_figures_as_table_and_json(
 def test_compare_refuses_other_sweeps(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["compare", "trainer.num_rounds=1,2"])
-    assert "compare varies aggregation and seed only, not trainer.num_rounds" in capsys.readouterr().err
+    assert "compare varies aggregation, seed and split only, not trainer.num_rounds" in capsys.readouterr().err
     assert not list(workplace.iterdir())
 
 
@@ -230,7 +230,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(workplace: Path, tiny_overr
     resumed = subprocess.run([*train, "resume=cut"], cwd=workplace, capture_output=True, text=True, check=False)
     assert resumed.returncode == 0, resumed.stderr
     both = [json.loads((workplace / name / "results.json").read_text()) for name in ("whole", "cut")]
+    costs = [results.pop("cost") for results in both]
     assert both[0] == both[1]
+    assert costs[0]["train_bytes"] == costs[1]["train_bytes"], "the ledger goes on too"
     after = client_of(workplace).get_run(killed.info.run_id)
     assert after.info.status == "FINISHED"
     assert len(runs_of(workplace)) == 2

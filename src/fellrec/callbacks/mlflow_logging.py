@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from lightning.pytorch.loggers import MLFlowLogger
 
+from fellrec.callbacks.costs import CostMeter
 from fellrec.federated.hooks import FederatedCallback
 from fellrec.functional.nested import flatten
 from fellrec.types import Aggregated, Evaluation, RoundRecord
@@ -50,6 +51,9 @@ class MLflowLogging(FederatedCallback):
         dataset: The data set.
         is_resumed: The run exists; its parameters and data set are not logged again.
         log_matrices_every: Rounds between two uploads of mixing and similarity matrices.
+
+    Attributes:
+        costs: A meter that stands before this callback in the loop; what it found is logged when the run is over.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class MLflowLogging(FederatedCallback):
         self.dataset = dataset
         self.is_resumed = is_resumed
         self.log_matrices_every = log_matrices_every
+        self.costs: CostMeter | None = None
 
     @property
     def run_id(self) -> str:
@@ -104,14 +109,9 @@ class MLflowLogging(FederatedCallback):
         table.to_csv(self.run_dir / "clients.csv", index=False)
         self.logger.experiment.log_table(self.run_id, data=table, artifact_file="clients.json")
         loop.execution.ledger.frame().to_csv(self.run_dir / "ledger.csv", index=False)
-        for name in (
-            "clients.csv",
-            "ledger.csv",
-            "results.json",
-            "users.parquet",
-            "partition.parquet",
-            "versions.json",
-        ):
+        if self.costs is not None and self.costs.cost is not None:
+            self.logger.log_metrics(self.costs.cost.metrics(), step=max(0, loop.state.round_index - 1))
+        for name in _FILES:
             self._upload(self.run_dir / name)
         if (self.run_dir / "adapters").is_dir():
             self.logger.experiment.log_artifacts(self.run_id, str(self.run_dir / "adapters"), "adapters")

@@ -1,4 +1,4 @@
-"""``fellrec compare``: several rules and seeds on one partition, one table."""
+"""``fellrec compare``: several rules, seeds and cuts on one partition, one table."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError
 from fellrec.functional.nested import flatten
 from fellrec.records import check_new, new_run_dir, write_json
-from fellrec.runs import Run, collect, finish_message, reference_results, rule_name, table_cutoff
-from fellrec.tracking.plots import client_dots, save_png
+from fellrec.runs import Run, collect, finish_message, reference_results, rule_name, run_name, table_cutoff
+from fellrec.tracking.cost_tables import COSTS, cost_panels, print_cost, write_cost
+from fellrec.tracking.plots import client_dots, panels, save_png
 from fellrec.tracking.results import Comparison, RuleResult
 from fellrec.tracking.store import check_reachable, parent_run
 from fellrec.tracking.tables import display_name, print_comparison, results_console, write_tables
@@ -33,10 +34,7 @@ _DEFAULT_RULES = "aggregation=local,fedavg,fellrec,centralized"
 
 def run(options: argparse.Namespace) -> None:
     """Entry point of the verb."""
-    overrides = list(options.overrides)
-    if not any(item.startswith("aggregation=") for item in overrides):
-        overrides.append(_DEFAULT_RULES)
-    configs = [compose(combination) for combination in expand(overrides)]
+    configs = _configurations(options.overrides)
     if options.show_config:
         sys.stdout.write("---\n".join(OmegaConf.to_yaml(config) for config in configs))
         return
@@ -46,6 +44,8 @@ def run(options: argparse.Namespace) -> None:
         return
     console = results_console()
     print_comparison(comparison, console, table_cutoff(configs[0]))
+    if comparison.variants:
+        print_cost(comparison, console, table_cutoff(configs[0]))
     console.print(finish_message(run_dir, configs[0]), highlight=False)
 
 
@@ -53,15 +53,16 @@ def compare(configs: Sequence[DictConfig]) -> tuple[Comparison, Path]:
     """Run every configuration and collect the results.
 
     Args:
-        configs: One per rule and seed; data, partition and backbone are the same in all.
+        configs: One per rule, seed and cut; data, partition and backbone are the same in all.
 
     Returns:
         The results, and the directory that holds every run.
 
     Raises:
-        ConfigError: If the configurations differ in more than rule and seed.
+        ConfigError: If the configurations differ in more than rule, seed and split.
     """
-    _check_comparable(configs)
+    variants = _variants(configs)
+    _check_comparable(configs, variants)
     for config in configs:
         build_aggregation(config.aggregation)  # a rule that cannot be built must not be found out an hour later
     first = configs[0]
@@ -74,7 +75,10 @@ def compare(configs: Sequence[DictConfig]) -> tuple[Comparison, Path]:
     run_dir = new_run_dir(first.run_dir, f"{first.data.name}-compare")
     tags = {"data": data.name, "kind": "comparison"}
     with parent_run(first.tracking.uri, first.tracking.experiment, run_dir.name, tags) as (parent_id, client):
-        learned = [_one(config, recommenders, run_dir, parent_id) for config in configs]
+        learned = [
+            _one(config, variant, recommenders, run_dir, parent_id)
+            for config, variant in zip(configs, variants, strict=True)
+        ]
         recommender = recommenders.of(first)
         references = reference_results(recommender, build_loop(first, recommender, ()), first.seed)
         comparison = collect(recommenders.of(first), [*learned, *references])
@@ -101,18 +105,30 @@ def write_outputs(comparison: Comparison, run_dir: Path, cutoff: int) -> None:
         display_name(rule): comparison.mean_and_sd(rule, f"{metric}/mean")[0] for rule in comparison.rules("reference")
     }
     save_png(client_dots(dots, f"NDCG@{cutoff}", references), folder / "clients.png")
+    if comparison.variants:
+        write_cost(comparison, folder, cutoff)
+        save_png(panels(*cost_panels(comparison, cutoff)), folder / "cost.png")
 
 
 def log_figures(client: MlflowClient, run_id: str, comparison: Comparison, cutoff: int) -> None:
     """Log every rule's main figures to the parent run: its line in the UI is the table, before it is unfolded."""
     now = int(time.time() * 1000)
     figures = [f"{metric}_at_{cutoff}/{figure}" for metric in ("ndcg", "recall") for figure in _SHOWN]
+    lines = [*comparison.rules("learned"), *comparison.rules("reference")]
     metrics = [
-        Metric(f"{figure}/{rule}", comparison.mean_and_sd(rule, figure)[0], now, 0)
+        Metric(f"{figure}/{_metric_name(rule)}", comparison.mean_and_sd(rule, figure)[0], now, 0)
         for figure in figures
-        for rule in [*comparison.rules("learned"), *comparison.rules("reference")]
+        for rule in lines
     ]
+    for name, figure in COSTS.items() if comparison.variants else ():
+        costs = {rule: comparison.cost(rule, figure) for rule in comparison.rules("learned")}
+        metrics += [Metric(f"{name}/{_metric_name(rule)}", v, now, 0) for rule, v in costs.items() if v is not None]
     client.log_batch(run_id, metrics=metrics)
+
+
+def _metric_name(rule: str) -> str:
+    """MLflow's names have no equals sign: ``fedavg/head_layers_2``."""
+    return rule.replace(" ", "/").replace("=", "_")
 
 
 class _Recommenders:
@@ -132,15 +148,29 @@ class _Recommenders:
         return self._current[1]
 
 
-def _one(config: DictConfig, recommenders: _Recommenders, run_dir: Path, parent_id: str) -> RuleResult:
-    name = f"{rule_name(config)}-s{config.seed}"
-    own = OmegaConf.merge(config, {"run_dir": str(run_dir / name)})
+def _configurations(overrides: Sequence[str]) -> list[DictConfig]:
+    """One configuration per combination; where nothing but seeds is compared, over the rules that are always shown."""
+    configs = [compose(combination) for combination in expand(overrides)]
+    if any(item.startswith("aggregation=") for item in overrides) or any(_variants(configs)):
+        return configs
+    return [compose(combination) for combination in expand([*overrides, _DEFAULT_RULES])]
+
+
+def _variants(configs: Sequence[DictConfig]) -> list[str]:
+    """What the split of each configuration has of its own, such as ``head_layers=2``; empty if it is that of all."""
+    flat = [flatten(as_dict(config.split)) for config in configs]
+    varying = [key for key in flat[0] if len({repr(settings[key]) for settings in flat}) > 1]
+    return [" ".join(f"{key}={settings[key]}" for key in varying) for settings in flat]
+
+
+def _one(config: DictConfig, variant: str, recommenders: _Recommenders, run_dir: Path, parent_id: str) -> RuleResult:
+    own = OmegaConf.merge(config, {"run_dir": str(run_dir / run_name(rule_name(config), variant, config.seed))})
     assert isinstance(own, DictConfig)
-    return Run(own, recommenders.of(config), parent_id).execute()
+    return Run(own, recommenders.of(config), parent_id, variant).execute()
 
 
-def _check_comparable(configs: Sequence[DictConfig]) -> None:
-    """Refuse comparisons over anything but rules and seeds.
+def _check_comparable(configs: Sequence[DictConfig], variants: Sequence[str]) -> None:
+    """Refuse comparisons over anything but rules, seeds and the split.
 
     Raises:
         ConfigError: Naming the settings that differ.
@@ -148,15 +178,23 @@ def _check_comparable(configs: Sequence[DictConfig]) -> None:
     flat = [flatten(as_dict(config)) for config in configs]
     keys = dict.fromkeys(key for settings in flat for key in settings)
     differing = [key for key in keys if len({repr(settings.get(key)) for settings in flat}) > 1]
-    other = [key for key in differing if key != "seed" and not key.startswith("aggregation.")]
+    other = [key for key in differing if key != "seed" and not key.startswith(("aggregation.", "split."))]
     if other:
         raise ConfigError(
-            f"compare varies aggregation and seed only, not {', '.join(other)}; use fellrec train -m for other sweeps"
+            f"compare varies aggregation, seed and split only, not {', '.join(other)}; "
+            "use fellrec train -m for other sweeps"
         )
-    names = [(rule_name(config), config.seed) for config in configs]
-    twice = sorted({name for name, seed in names if names.count((name, seed)) > 1})
+    names = [(rule_name(config), variant, config.seed) for config, variant in zip(configs, variants, strict=True)]
+    twice = sorted(
+        {f"{rule} {variant}".strip() for rule, variant, seed in names if names.count((rule, variant, seed)) > 1}
+    )
     if twice:
         raise ConfigError(
             f"{', '.join(twice)} would run twice with the same seed; compare one setting of a rule at a time "
             "or use fellrec train -m"
+        )
+    if any(config.split.transport == "distributed" for config in configs):
+        raise ConfigError(
+            "compare runs in one process: split.transport=distributed is not allowed, only none or inprocess; "
+            "start distributed runs by torchrun … -m fellrec train"
         )

@@ -20,6 +20,7 @@ from fellrec.layout import conf_dir
 from fellrec.records import check_new
 from fellrec.roles import Team, run_role
 from fellrec.runs import Run, absence_message, collect, finish_message, reference_results, table_cutoff
+from fellrec.tracking.cost_tables import print_run_cost
 from fellrec.tracking.store import check_reachable
 from fellrec.tracking.tables import print_comparison, results_console
 
@@ -70,6 +71,8 @@ def _train(config: DictConfig, output_format: str, team: Team | None = None) -> 
     print_comparison(comparison, console, table_cutoff(config))
     if missing := absence_message(run.loop):
         console.print(missing, style="yellow", highlight=False)
+    if result.cost is not None and config.split.transport != "none":
+        print_run_cost(result.cost, console)
     console.print(finish_message(run.run_dir, config), highlight=False)
 
 

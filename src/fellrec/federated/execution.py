@@ -12,6 +12,7 @@ from torch import Tensor
 from fellrec.errors import SplitError, TrainingError
 from fellrec.federated.checkpoint import load_state, rounds_on_disk, save_state
 from fellrec.federated.ledger import Ledger
+from fellrec.federated.memory import peak_bytes
 from fellrec.federated.messages import (
     Aggregate,
     Done,
@@ -75,6 +76,9 @@ class Execution(Protocol):
 
     def is_lost(self, client: int) -> bool:
         """Whether nobody holds the client's adapter any more."""
+
+    def start_round(self) -> None:
+        """Called before a round is trained: what is measured from here on is the round's."""
 
     def costs(self, seconds: float) -> dict[str, float]:
         """Figures of the round that took so long, for MLflow."""
@@ -142,6 +146,9 @@ class WholeExecution:
         """All are here."""
         return False
 
+    def start_round(self) -> None:
+        """Nothing to do."""
+
     def costs(self, seconds: float) -> dict[str, float]:
         """Nothing beside the ledger."""
         return {}
@@ -181,7 +188,7 @@ class SplitExecution:
         self.link = link
         self.trainer = trainer
         self.ledger = link.ledger
-        self._busy_before = 0.0
+        self._before: dict[str, float] = {}
 
     def start(self, loop: FederatedLoop) -> None:
         """Let the server know the head and tail adapter that all clients start with, if the rule mixes."""
@@ -279,17 +286,47 @@ class SplitExecution:
         """The server has its share of all, and this process the rest."""
         return False
 
+    def start_round(self) -> None:
+        """Remember the readings: an evaluation's work is not the round's."""
+        self._before = self._readings()
+
     def costs(self, seconds: float) -> dict[str, float]:
-        """How busy the server was, and its memory."""
-        done = self.link.request(Report())
-        assert isinstance(done, Done)
-        busy, self._busy_before = done.busy_seconds - self._busy_before, done.busy_seconds
-        return {
+        """How busy both sides were, their memory, and what the cache of a frozen head saved."""
+        now = self._readings()
+        took = {name: value - self._before.get(name, 0.0) for name, value in now.items()}
+        busy, waited = took["busy_seconds"], took["waited_seconds"]
+        figures = {
             "cost/server/busy_seconds": busy,
-            "cost/server/busy_rate": min(1.0, busy / seconds) if seconds else 0.0,
-            "cost/server/peak_bytes": float(done.peak_bytes),
-            "cost/client/waited_seconds": self.link.waited_seconds,
+            "cost/server/busy_rate": _share(busy, seconds),
+            "cost/server/peak_bytes": now["peak_bytes"],
+            "cost/client/waited_seconds": waited,
+            "cost/client/busy_seconds": max(0.0, seconds - waited),
+            "cost/client/busy_rate": _share(seconds - waited, seconds),
+            "cost/client/peak_bytes": float(peak_bytes()),
+        }
+        cache = self.trainer.head_cache
+        if cache is not None:
+            names = ("rows", "taken_rows", "compute_seconds", "take_seconds")
+            figures |= {f"cost/head_cache/{name}": took[name] for name in names}
+            figures["cost/head_cache/saved_rate"] = _share(took["taken_rows"], took["rows"])
+            figures["cost/head_cache/used_bytes"] = float(cache.used_bytes)
+        return figures
+
+    def _readings(self) -> dict[str, float]:
+        """Figures that only grow."""
+        waited = self.link.waited_seconds  # before the server is asked: asking is not the round's work
+        done, cache = self.link.request(Report()), self.trainer.head_cache
+        assert isinstance(done, Done)
+        return {
+            "busy_seconds": done.busy_seconds,
+            "peak_bytes": float(done.peak_bytes),
+            "waited_seconds": waited,
+            **(cache.figures if cache is not None else {}),
         }
 
     def stop(self) -> None:
         """There are no other processes."""
+
+
+def _share(part: float, whole: float) -> float:
+    return min(1.0, max(0.0, part / whole)) if whole > 0 else 0.0

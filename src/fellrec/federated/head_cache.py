@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import torch
@@ -23,8 +24,11 @@ class HeadCache:
         file: Keep it in this file instead of in memory.
 
     Attributes:
-        hits: Rows that were taken from the cache.
-        misses: Rows that were computed.
+        hits: Rows that were in the cache.
+        misses: Rows that were not.
+        taken: Those of ``hits`` that were taken from it; the others were in a batch with a miss, which is computed.
+        compute_seconds: Time spent in the head.
+        take_seconds: Time spent taking rows from the cache.
     """
 
     def __init__(self, num_bytes: int, file: Path | None = None) -> None:
@@ -32,6 +36,9 @@ class HeadCache:
         self.file = file
         self.hits = 0
         self.misses = 0
+        self.taken = 0
+        self.compute_seconds = 0.0
+        self.take_seconds = 0.0
         self._store: Tensor | None = None
         self._used = 0
         self._first = torch.empty(0, dtype=torch.long)  # of each row in the store, -1 if it is not there
@@ -40,6 +47,16 @@ class HeadCache:
     def used_bytes(self) -> int:
         """Bytes that are kept now."""
         return 0 if self._store is None else self._used * self._store.shape[1] * self._store.element_size()
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What there was to compute, what was not computed, and what that took; all add up over time."""
+        return {
+            "rows": float(self.hits + self.misses),
+            "taken_rows": float(self.taken),
+            "compute_seconds": self.compute_seconds,
+            "take_seconds": self.take_seconds,
+        }
 
     @torch.no_grad()
     def heads(self, model: SplitModel, input_ids: Tensor, batch: Batch) -> Tensor:
@@ -55,10 +72,15 @@ class HeadCache:
         is_known = self._first[rows] >= 0
         self.hits += int(is_known.sum())
         self.misses += int((~is_known).sum())
+        started = time.perf_counter()
         if bool(is_known.all()):
-            return self._gather(rows, lengths, num_tokens).to(input_ids.device)
+            gathered = self._gather(rows, lengths, num_tokens).to(input_ids.device)
+            self.taken += len(rows)
+            self.take_seconds += time.perf_counter() - started
+            return gathered
         inside = torch.arange(num_tokens)[None, :] < lengths[:, None]
         computed = model.head(input_ids) * inside.to(input_ids.device)[:, :, None]
+        self.compute_seconds += time.perf_counter() - started
         self._remember(rows[~is_known], lengths[~is_known], computed.cpu()[~is_known], inside[~is_known])
         return computed
 

@@ -124,6 +124,7 @@ class FederatedLoop:
 
     def run_round(self, round_index: int) -> None:
         """Cohort → local training → aggregation → evaluation → report."""
+        self.execution.start_round()
         started = time.perf_counter()
         self.call("on_round_start", round_index)
         clients = self.cohort(round_index)

@@ -81,7 +81,8 @@ class ServerLink:
         hidden_dtype: Packing of hidden states, see ``fellrec.functional.packing``.
 
     Attributes:
-        waited_seconds: Time spent waiting for the server.
+        waited_seconds: Time spent in the transport: sending, and waiting for the server. In one process the server's
+            work is part of it.
     """
 
     def __init__(self, transport: Transport, ledger: Ledger, hidden_dtype: str = "float32") -> None:
@@ -96,7 +97,9 @@ class ServerLink:
     def send(self, message: Message) -> None:
         """Book and send a message."""
         self.ledger.book(message)
+        started = time.perf_counter()
         self.transport.send(message)
+        self.waited_seconds += time.perf_counter() - started
 
     def receive(self) -> Message:
         """Wait for the next answer and book it."""

@@ -80,12 +80,16 @@ def read_tensors(folder: Path, names: Iterable[str], arch: ArchSpec) -> dict[str
 
 def read_body(folder: Path, head_layers: int, tail_layers: int) -> dict[str, Tensor]:
     """The body's tensors of a causal LM, by its own names."""
+    shell = empty_body(folder, head_layers, tail_layers)
+    return read_tensors(folder, [name for name, _ in shell.named_parameters()], arch_of(shell.config))
+
+
+def empty_body(folder: Path, head_layers: int, tail_layers: int, dtype: torch.dtype | None = None) -> Any:
+    """The server's share of a causal LM on PyTorch's ``meta`` device: names, shapes and types, without memory."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with init_empty_weights():
-        model: Any = AutoModelForCausalLM.from_config(config)
-    cut = Cut(head_layers, tail_layers, len(decoder_layers(model, arch_of(config))))
-    names = [name for name, _ in server_shell(model, cut).named_parameters()]
-    return read_tensors(folder, names, arch_of(config))
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return server_shell(model, Cut(head_layers, tail_layers, len(decoder_layers(model, arch_of(config)))))
 
 
 def fingerprint(folder: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -74,6 +74,35 @@ def client_dots(values: Mapping[str, Sequence[float]], metric: str, references: 
     return figure
 
 
+def panels(axis: str, points: Sequence[str], figures: Mapping[str, Mapping[str, Sequence[float | None]]]) -> Figure:
+    """Several figures over the same points, one panel each, one line per series.
+
+    Args:
+        axis: Label of the points.
+        points: Label of each point, in order.
+        figures: Title of a panel → series → its value at each point; ``None`` leaves a point out.
+    """
+    columns = min(3, len(figures))
+    rows = -(-len(figures) // columns)
+    figure, grid = _grid(rows, columns)
+    for axes, (title, series) in zip(grid, figures.items()):
+        for name, values in series.items():
+            shown = [np.nan if value is None else value for value in values]
+            axes.plot(range(len(points)), shown, "o-", markersize=4, linewidth=1.2, label=name)
+        axes.set_xticks(range(len(points)), points, fontsize=8)
+        axes.set_title(title, fontsize=9)
+        axes.set_ylim(0, 1.08 * axes.dataLim.y1 or 1.0)
+        axes.set_xlabel(axis, fontsize=8)
+        axes.tick_params(axis="y", labelsize=8)
+    for axes in grid[len(figures) :]:
+        axes.set_visible(False)
+    names = list(dict.fromkeys(name for series in figures.values() for name in series))
+    if len(names) > 1:
+        handles = {label: handle for axes in grid for handle, label in zip(*axes.get_legend_handles_labels())}
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    return figure
+
+
 def save_png(figure: Figure, path: Path) -> None:
     """Write the figure as PNG."""
     figure.savefig(path, dpi=120, bbox_inches="tight")
@@ -95,10 +124,20 @@ def _label_references(axes: Axes, references: Mapping[str, float]) -> None:
         )  # fmt: skip
 
 
-def _new(width: float, height: float):  # type: ignore[no-untyped-def]
+def _new(width: float, height: float) -> tuple[Any, Any]:
+    figure = _figure(width, height)
+    return figure, figure.add_subplot()
+
+
+def _grid(rows: int, columns: int) -> tuple[Any, list[Any]]:
+    figure = _figure(3.2 * columns, 2.6 * rows)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return figure

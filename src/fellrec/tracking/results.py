@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fellrec.functional.balance import gain
+from fellrec.tracking.costs import RunCost
 from fellrec.types import Evaluation
 
 
@@ -28,6 +29,9 @@ class RuleResult:
         peak_memory_bytes: Largest resident memory of the process by the end of this run.
         best_round: The round whose adapters were tested; -1 is the start.
         run_id: Of the MLflow run.
+        variant: What else varies over a comparison, such as ``"head_layers=2"``; empty if nothing does, and for
+            reference rankers, which do not depend on it.
+        cost: Storage and traffic; ``None`` for reference rankers.
     """
 
     rule: str
@@ -39,11 +43,24 @@ class RuleResult:
     peak_memory_bytes: int | None = None
     best_round: int | None = None
     run_id: str | None = None
+    variant: str = ""
+    cost: RunCost | None = None
+
+    @property
+    def name(self) -> str:
+        """Rule and variant: what tells the lines of a table apart."""
+        return f"{self.rule} {self.variant}" if self.variant else self.rule
+
+    def is_paired_with(self, base: RuleResult) -> bool:
+        """Whether a difference to ``base`` is one between rules: same seed, and same variant if this has one."""
+        return self.seed == base.seed and self.variant in ("", base.variant)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several rules and seeds on one partition.
+    """Several rules, variants and seeds on one partition.
+
+    A line of the comparison is a rule, or a rule and a variant: ``RuleResult.name``, called ``rule`` below.
 
     Attributes:
         data: Name of the data set.
@@ -66,11 +83,16 @@ class Comparison:
 
     def rules(self, kind: str) -> list[str]:
         """Names of the rules of one kind, in order."""
-        return list(dict.fromkeys(result.rule for result in self.results if result.kind == kind))
+        return list(dict.fromkeys(result.name for result in self.results if result.kind == kind))
 
     def of_rule(self, rule: str) -> list[RuleResult]:
-        """The results of one rule, one per seed."""
-        return [result for result in self.results if result.rule == rule]
+        """The results of one line, one per seed."""
+        return [result for result in self.results if result.name == rule]
+
+    @property
+    def variants(self) -> list[str]:
+        """What varies beside rule and seed, in order; empty if nothing does."""
+        return list(dict.fromkeys(result.variant for result in self.results if result.variant))
 
     def mean_and_sd(self, rule: str, figure: str) -> tuple[float, float]:
         """Mean and sample standard deviation over seeds of a figure of the summary; the latter is 0 for one seed."""
@@ -81,9 +103,7 @@ class Comparison:
         """Mean over clients and seeds of the difference to the baseline, paired by client and seed."""
         gains = [
             gain(result.evaluation.per_client[metric], base.evaluation.per_client[metric])["gain_mean"]
-            for result in self.of_rule(rule)
-            for base in self.of_rule(self.baseline)
-            if base.seed == result.seed
+            for result, base in self._pairs(rule, self.baseline)
         ]
         return float(np.mean(gains)) if gains else None
 
@@ -91,9 +111,7 @@ class Comparison:
         """Per client, mean over seeds of ``rule`` minus ``other``, paired by seed; empty if there are no pairs."""
         pairs = [
             result.evaluation.per_client[metric] - base.evaluation.per_client[metric]
-            for result in self.of_rule(rule)
-            for base in self.of_rule(other)
-            if base.seed == result.seed
+            for result, base in self._pairs(rule, other)
         ]
         return torch.stack(pairs).mean(dim=0).tolist() if pairs else []
 
@@ -101,6 +119,21 @@ class Comparison:
         """Mean over seeds; ``None`` for reference rankers."""
         seconds = [value for result in self.of_rule(rule) if (value := result.seconds_per_round) is not None]
         return float(np.mean(seconds)) if seconds else None
+
+    def cost(self, rule: str, figure: Callable[[RunCost], float | None]) -> float | None:
+        """Mean over seeds of a figure of the cost; ``None`` where there is none."""
+        found = [figure(result.cost) for result in self.of_rule(rule) if result.cost is not None]
+        values = [value for value in found if value is not None]
+        return float(np.mean(values)) if values else None
+
+    def _pairs(self, rule: str, other: str) -> list[tuple[RuleResult, RuleResult]]:
+        """Results of a line, each with those of the other rule that it is compared with."""
+        return [
+            (result, base)
+            for result in self.of_rule(rule)
+            for base in self.results
+            if base.rule == other and result.is_paired_with(base)
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready values; the figures are those of the table."""
@@ -119,6 +152,8 @@ class Comparison:
         metrics = results[0].evaluation.per_client
         return {
             "kind": results[0].kind,
+            "rule": results[0].rule,
+            "variant": results[0].variant,
             "mean": {figure: self.mean_and_sd(rule, figure)[0] for figure in figures},
             "sd": {figure: self.mean_and_sd(rule, figure)[1] for figure in figures},
             "gain_over_local": {metric: self.gain(rule, metric) for metric in metrics},
@@ -138,6 +173,7 @@ def _run_dict(result: RuleResult) -> dict[str, Any]:
         "seconds_per_round": result.seconds_per_round,
         "total_seconds": result.total_seconds,
         "peak_memory_bytes": result.peak_memory_bytes,
+        "cost": None if result.cost is None else result.cost.to_dict(),
         "summary": dict(evaluation.summary),
         "per_client": per_client,
     }

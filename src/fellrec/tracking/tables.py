@@ -120,10 +120,14 @@ def write_tables(comparison: Comparison, folder: Path, cutoff: int = 10) -> None
     """Write ``comparison.csv`` and ``comparison.md`` into ``folder``."""
     frame = comparison_frame(comparison, cutoff)
     frame.to_csv(folder / "comparison.csv", index=False)
-    shown = frame.drop(columns="kind")
-    header = [f"| {' | '.join(name.strip() for name in shown.columns)} |", "|---" * len(shown.columns) + "|"]
-    body = [f"| {' | '.join(row)} |" for row in shown.itertuples(index=False)]
-    (folder / "comparison.md").write_text("\n".join([*header, *body]) + "\n")
+    (folder / "comparison.md").write_text(markdown(frame.drop(columns="kind")))
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A table of text as Markdown."""
+    header = [f"| {' | '.join(name.strip() for name in frame.columns)} |", "|---" * len(frame.columns) + "|"]
+    body = [f"| {' | '.join(row)} |" for row in frame.itertuples(index=False)]
+    return "\n".join([*header, *body]) + "\n"
 
 
 def _figure(comparison: Comparison, rule: str, figure: str) -> str:
