@@ -1,0 +1,161 @@
+"""What a cut costs against its depth k: measured with the tiny backbone, planned for LLaMA-7B.
+
+python experiments/split_depth/report.py COMPARISON.json PLAN.json FOLDER
+
+writes ``measured.md``, ``planned.md`` and ``split_depth.png`` into the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fellrec.tracking.tables import markdown
+
+CLAIMS = {"storage saved, %": 28, "compute saved, %": 48}
+"""What the paper's summary says is saved on the client: storage and training time."""
+LINE_BITS = 100e6
+"""Bits a second of a client's line; for the time that the traffic takes."""
+
+
+def measured(comparison: dict[str, Any]) -> pd.DataFrame:
+    """One row per k; split and unsplit runs side by side."""
+    runs: dict[int, dict[str, dict[str, Any]]] = {}
+    for line in comparison["rules"].values():
+        if line["variant"]:
+            variant = dict(item.split("=") for item in line["variant"].split())
+            runs.setdefault(int(variant["head_layers"]), {})[variant["transport"]] = line
+    return pd.DataFrame([_measured_row(k, lines["inprocess"], lines["none"]) for k, lines in sorted(runs.items())])
+
+
+def _measured_row(k: int, split: dict[str, Any], whole: dict[str, Any]) -> dict[str, float]:
+    cost, unsplit = split["runs"][0]["cost"], whole["runs"][0]["cost"]
+    rounds = cost["measured"]
+    busy = [rounds["sums"][f"{role}/busy_seconds"] for role in ("client", "server")]
+    return {
+        "k": k,
+        "client MB": cost["client_weight_bytes"] / 1e6,
+        "server MB": cost["server_weight_bytes"] / 1e6,
+        "storage saved, %": 100 * (1 - cost["client_weight_share"]),
+        "compute saved, %": 100 * busy[1] / sum(busy),
+        "MB a round": cost["round_bytes"] / 1e6,
+        "adapters alone": unsplit["round_bytes"] / 1e6,
+        "s/round": _median(split, "round_seconds"),
+        "unsplit": _median(whole, "round_seconds"),
+        "CPU s/round": _median(split, "cpu_seconds"),
+        "CPU unsplit": _median(whole, "cpu_seconds"),
+        "server busy, %": 100 * rounds["server_busy_rate"],
+        "NDCG@10": split["mean"]["ndcg_at_10/mean"],
+        "NDCG@10 unsplit": whole["mean"]["ndcg_at_10/mean"],
+        "std": split["mean"]["ndcg_at_10/std"],
+    }
+
+
+def _median(line: dict[str, Any], name: str) -> float:
+    return median(seconds for run in line["runs"] for seconds in run["cost"]["measured"][name])
+
+
+def planned(plans: list[dict[str, Any]]) -> pd.DataFrame:
+    """One row per k."""
+    rows = [
+        {
+            "k": plan["layers"]["head"],
+            "k + m": plan["layers"]["head"] + plan["layers"]["tail"],
+            "client GB": plan["client"]["weight_bytes"] / 1e9,
+            "server GB": plan["server"]["weight_bytes"] / 1e9,
+            "storage saved, %": 100 * plan["storage_saved"],
+            "compute saved, %": 100 * (1 - plan["client_compute_share"]),
+            "GB a client and round": plan["traffic_per_client"]["total_bytes"] / 1e9,
+            "MB of adapters": (
+                plan["traffic_per_client"]["adapter_up_bytes"] + plan["traffic_per_client"]["adapter_down_bytes"]
+            )
+            / 1e6,
+            "minutes at 100 Mbit/s": plan["traffic_per_client"]["total_bytes"] * 8 / LINE_BITS / 60,
+        }
+        for plan in plans
+    ]
+    return pd.DataFrame(rows).sort_values("k", ignore_index=True)
+
+
+def reached(frame: pd.DataFrame, column: str, percent: float) -> pd.Series[Any] | None:
+    """The deepest cut, so the one that leaves most on the client, that still saves so much; ``None`` if none does."""
+    enough = frame[frame[column] >= percent]
+    return None if enough.empty else enough.loc[enough["k"].idxmax()]
+
+
+def draw(tiny: pd.DataFrame, llama: pd.DataFrame) -> Figure:
+    """Two rows for the measured runs, one for the plan."""
+    figure = Figure(figsize=(10, 7.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(3, 3).flat
+    panels = [
+        ("client storage, MB", tiny, ["client MB"]),
+        ("client compute, % of busy seconds", tiny.assign(left=100 - tiny["compute saved, %"]), ["left"]),
+        ("traffic of a round, MB", tiny, ["MB a round", "adapters alone"]),
+        ("seconds of a round", tiny, ["s/round", "unsplit", "CPU s/round", "CPU unsplit"]),
+        ("accuracy: NDCG@10, mean over clients", tiny, ["NDCG@10", "NDCG@10 unsplit"]),
+        ("balance: std of NDCG@10 over clients", tiny, ["std"]),
+        ("LLaMA-7B: client storage saved, %", llama, ["storage saved, %"]),
+        ("LLaMA-7B: client compute saved, %", llama, ["compute saved, %"]),
+        ("LLaMA-7B: GB a client and round", llama, ["GB a client and round"]),
+    ]
+    for ax, (title, frame, columns) in zip(axes, panels, strict=True):
+        for number, column in enumerate(columns):
+            style = "o-" if number % 2 == 0 else "x--"
+            ax.plot(frame["k"], frame[column], style, markersize=4, linewidth=1.1, label=column)
+        ax.set_ylim(0, 1.1 * float(frame[columns].to_numpy().max()))
+        ax.set_title(title, fontsize=9)
+        ax.set_xlabel("k, layers of the head", fontsize=8)
+        ax.tick_params(labelsize=8)
+        if len(columns) > 1:
+            ax.legend(fontsize=7, frameon=False)
+        if columns[0] in CLAIMS and frame is llama:
+            claim, found = CLAIMS[columns[0]], reached(llama, columns[0], CLAIMS[columns[0]])
+            where = "" if found is None else f": up to k = {found['k']:.0f}"
+            ax.axhline(claim, color="grey", linestyle=":", linewidth=1)
+            ax.annotate(f"{claim} %{where}", (0, claim), (2, 3), textcoords="offset points", fontsize=8)
+    return figure
+
+
+def table(frame: pd.DataFrame) -> str:
+    """Markdown; whole numbers as they are, others with four figures."""
+    text = pd.DataFrame(
+        {name: [f"{v:.0f}" if float(v).is_integer() and v < 1e4 else f"{v:.4g}" for v in frame[name]] for name in frame}
+    )
+    return markdown(text)
+
+
+def claims(llama: pd.DataFrame) -> str:
+    """Where each claim of the paper's summary is reached, and what crosses there."""
+    lines = []
+    for column, percent in CLAIMS.items():
+        found = reached(llama, column, percent)
+        if found is None:
+            lines.append(f"{column}: {percent} is reached at no k.")
+            continue
+        lines.append(
+            f"{column}: {percent} is reached up to k = {found['k']:.0f} (k + m = {found['k + m']:.0f}), which saves "
+            f"{found[column]:.1f} %; {found['GB a client and round']:.2f} GB cross a client and round, "
+            f"{found['minutes at 100 Mbit/s']:.1f} minutes at 100 Mbit/s, against {found['MB of adapters']:.1f} MB of "
+            "adapters."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(comparison: Path, plan: Path, folder: Path) -> None:
+    tiny, llama = measured(json.loads(comparison.read_text())), planned(json.loads(plan.read_text()))
+    (folder / "measured.md").write_text(table(tiny))
+    (folder / "planned.md").write_text(table(llama) + "\n" + claims(llama))
+    draw(tiny, llama).savefig(folder / "split_depth.png", dpi=90)
+    sys.stdout.write(f"{table(tiny)}\n{table(llama)}\n{claims(llama)}")
+
+
+if __name__ == "__main__":
+    main(*(Path(argument) for argument in sys.argv[1:4]))
