@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from mlflow.entities import Metric
-from mlflow.tracking import MlflowClient
 from omegaconf import DictConfig, OmegaConf
 
 from fellrec.aggregation.build import build_aggregation
@@ -24,7 +21,8 @@ from fellrec.records import check_new, new_run_dir, write_json
 from fellrec.runs import Run, collect, finish_message, reference_results, rule_name, table_cutoff
 from fellrec.tracking.plots import client_dots, save_png
 from fellrec.tracking.results import Comparison, RuleResult
-from fellrec.tracking.store import check_reachable, parent_run
+from fellrec.tracking.run_log import NewRun, RunLog, parent_run
+from fellrec.tracking.store import check_reachable
 from fellrec.tracking.tables import display_name, print_comparison, results_console, write_tables
 
 _SHOWN = ("mean", "pooled", "variance", "worst")
@@ -67,20 +65,21 @@ def compare(configs: Sequence[DictConfig]) -> tuple[Comparison, Path]:
     first = configs[0]
     if first.run_dir:
         check_new(Path(first.run_dir))
-    check_reachable(first.tracking.uri)
+    check_reachable(first.tracking.uri, may_be_away=first.tracking.on_unreachable == "keep")
     data = build_data(first)
     recommenders = _Recommenders(data)
     recommenders.of(first)
     run_dir = new_run_dir(first.run_dir, f"{first.data.name}-compare")
     tags = {"data": data.name, "kind": "comparison"}
-    with parent_run(first.tracking.uri, first.tracking.experiment, run_dir.name, tags) as (parent_id, client):
-        learned = [_one(config, recommenders, run_dir, parent_id) for config in configs]
+    new = NewRun(first.tracking.uri, first.tracking.experiment, run_dir.name, tags)
+    with parent_run(run_dir, new) as log:
+        learned = [_one(config, recommenders, run_dir, log.uid) for config in configs]
         recommender = recommenders.of(first)
         references = reference_results(recommender, build_loop(first, recommender, ()), first.seed)
         comparison = collect(recommenders.of(first), [*learned, *references])
         write_outputs(comparison, run_dir, table_cutoff(first))
-        client.log_artifacts(parent_id, str(run_dir / "comparison"))
-        log_figures(client, parent_id, comparison, table_cutoff(first))
+        log.log_artifact(run_dir / "comparison")
+        log_figures(log, comparison, table_cutoff(first))
     return comparison, run_dir
 
 
@@ -103,16 +102,12 @@ def write_outputs(comparison: Comparison, run_dir: Path, cutoff: int) -> None:
     save_png(client_dots(dots, f"NDCG@{cutoff}", references), folder / "clients.png")
 
 
-def log_figures(client: MlflowClient, run_id: str, comparison: Comparison, cutoff: int) -> None:
+def log_figures(log: RunLog, comparison: Comparison, cutoff: int) -> None:
     """Log every rule's main figures to the parent run: its line in the UI is the table, before it is unfolded."""
-    now = int(time.time() * 1000)
     figures = [f"{metric}_at_{cutoff}/{figure}" for metric in ("ndcg", "recall") for figure in _SHOWN]
-    metrics = [
-        Metric(f"{figure}/{rule}", comparison.mean_and_sd(rule, figure)[0], now, 0)
-        for figure in figures
-        for rule in [*comparison.rules("learned"), *comparison.rules("reference")]
-    ]
-    client.log_batch(run_id, metrics=metrics)
+    rules = [*comparison.rules("learned"), *comparison.rules("reference")]
+    metrics = {f"{figure}/{rule}": comparison.mean_and_sd(rule, figure)[0] for figure in figures for rule in rules}
+    log.log_metrics(metrics, step=0, once="comparison")
 
 
 class _Recommenders:
@@ -132,11 +127,11 @@ class _Recommenders:
         return self._current[1]
 
 
-def _one(config: DictConfig, recommenders: _Recommenders, run_dir: Path, parent_id: str) -> RuleResult:
+def _one(config: DictConfig, recommenders: _Recommenders, run_dir: Path, parent_uid: str) -> RuleResult:
     name = f"{rule_name(config)}-s{config.seed}"
     own = OmegaConf.merge(config, {"run_dir": str(run_dir / name)})
     assert isinstance(own, DictConfig)
-    return Run(own, recommenders.of(config), parent_id).execute()
+    return Run(own, recommenders.of(config), parent_uid).execute()
 
 
 def _check_comparable(configs: Sequence[DictConfig]) -> None:
