@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from fellrec.errors import ConfigError
 
@@ -71,7 +72,7 @@ def check_reachable(uri: str, may_be_away: bool = False) -> None:
     try:
         make_client(uri)
     except ConfigError as error:
-        if not (uri.startswith(("http://", "https://")) and error.__cause__ and _is_silence(error.__cause__)):
+        if not (_may_be_a_server(uri) and error.__cause__ and _is_silence(error.__cause__)):
             raise
         if not may_be_away:
             raise ConfigError(f"{error}\nto start all the same and send later: tracking.on_unreachable=keep") from error
@@ -115,6 +116,14 @@ def _artifact_location(uri: str) -> str | None:
 
 def _sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix(_SQLITE_PREFIX)).resolve() if uri.startswith(_SQLITE_PREFIX) else None
+
+
+def _may_be_a_server(uri: str) -> bool:
+    try:
+        parts = urlsplit(uri)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # no port number
+        return False
 
 
 def _is_silence(error: BaseException) -> bool:
