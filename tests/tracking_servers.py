@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import sqlalchemy
 
@@ -74,6 +76,46 @@ class Server:
         except OSError:
             return False
         return True
+
+
+class Relay:
+    """Passes connections on to a port, and notes the ``RANK`` of the process behind each."""
+
+    def __init__(self, port: int) -> None:
+        self.ranks: set[str] = set()
+        self._target = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+
+    def __enter__(self) -> Relay:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                near, (_, port) = self._listener.accept()
+                self.ranks.add(self._rank(port))
+                far = socket.create_connection(("127.0.0.1", self._target))
+                for source, drain in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass_on, args=(source, drain), daemon=True).start()
+
+    def _rank(self, port: int) -> str:
+        (owner,) = {
+            connection.pid
+            for connection in psutil.net_connections("tcp4")
+            if connection.laddr and connection.laddr.port == port and connection.pid != os.getpid()
+        }
+        return psutil.Process(owner).environ().get("RANK", "none")
+
+    def _pass_on(self, source: socket.socket, drain: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                drain.sendall(data)
+            drain.shutdown(socket.SHUT_WR)
 
 
 @contextmanager

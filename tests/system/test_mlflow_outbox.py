@@ -8,16 +8,20 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tracking_servers import Content, Server, content, logged_points, postgresql, wait_for
+from tracking_servers import Content, Relay, Server, content, logged_points, postgresql, wait_for
 
 from fellrec.cli import main
+from fellrec.federated.processes import LEAD
 from fellrec.tracking.delivery import Delivery
 from fellrec.tracking.outbox import Outbox, Sent, first_operation, num_left, operations, read_sent, write_sent
 from fellrec.tracking.run_log import NewRun, RunLog
+
+from ..integration.processes import Processes
 
 ENDLESS = Path(__file__).with_name("endless_logging.py")
 ROUNDS = ["trainer.num_rounds=8"]
@@ -152,7 +156,10 @@ def test_a_process_killed_at_any_moment_logs_each_point_once(server: Server, tmp
         process.kill()
         process.wait()
     process, log = start(tmp_path, str(ENDLESS), str(run_dir), server.uri, str(steps))
-    assert process.wait(timeout=240) == 0, log.read_text()
+    while process.poll() is None:  # as `fellrec sync` does while the run goes on
+        Delivery(run_dir / "outbox").send()
+        time.sleep(0.05)
+    assert process.returncode == 0, log.read_text()
     arrived = on(server, run_dir)
     assert len(arrived.points) == 21 * steps
     assert [point for point in arrived.points if point[0] != "nan"] == [
@@ -220,6 +227,23 @@ def test_a_comparison_without_a_server_is_sent_later(
         assert child.points == logged_points(both / name / "outbox")
         assert child.status == parent.status == "FINISHED"
         assert child.tags["mlflow.parentRunId"] == read_sent(both / "outbox").run_id
+
+
+@pytest.mark.parametrize("server", ["sqlite"], indirect=True)
+def test_only_the_process_that_leads_the_run_talks_to_the_server(
+    server: Server, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    """Three processes, and a relay before the server that looks up which of them each connection comes from."""
+    settings = [*tiny_overrides, "split=executed", "split.transport=distributed", "trainer.num_rounds=1"]
+    settings.append("backbone.num_layers=3")
+    with Relay(server.port) as relay:
+        train = ["-m", "fellrec", "train", *settings, "run_dir=run", f"tracking.uri=http://127.0.0.1:{relay.port}"]
+        processes = Processes([train] * 3, tmp_path)
+        assert processes.wait() == [0, 0, 0], processes.output(LEAD)
+    assert relay.ranks == {str(LEAD)}
+    arrived = on(server, tmp_path / "run")
+    assert arrived.points == logged_points(tmp_path / "run" / "outbox")
+    assert arrived.status == "FINISHED"
 
 
 def test_what_is_no_run_cannot_be_sent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
