@@ -112,7 +112,8 @@ class Outbox:
             _write_all(self._file, line)
             os.fsync(self._file)
         except OSError as error:
-            os.ftruncate(self._file, self._end)
+            with suppress(OSError):
+                os.ftruncate(self._file, self._end)
             raise TrainingError(f"{self.folder / _OPERATIONS} cannot be written: {error}") from error
         self._number, self._end, self.last_kind = self._number + 1, self._end + len(line), kind
         if once is not None:

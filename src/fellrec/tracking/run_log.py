@@ -18,8 +18,8 @@ from fellrec.tracking.outbox import Outbox, first_operation, num_left, read_sent
 from fellrec.tracking.store import absolute
 
 _LONGEST_PARAM, _LONGEST_TAG = 250, 500
-_SECONDS_AFTER_FAILURE = 10.0
-"""Longest wait for the server when a run was stopped: whoever stopped it may not wait longer."""
+_SECONDS_AFTER_FAILURE = 30.0
+"""Longest wait for a server that answers when a run was stopped: whoever stopped it may not wait longer."""
 
 
 @dataclass(frozen=True)
