@@ -71,7 +71,6 @@ class Outbox:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._once: set[str] = set()
-        self.last_kind: str | None = None
         self._number = self._end = 0
         try:
             folder.mkdir(exist_ok=True)
@@ -81,13 +80,18 @@ class Outbox:
         try:
             self._take()
             for operation in operations(folder):
-                self._number, self._end, self.last_kind = operation.number + 1, operation.end, operation.kind
+                self._number, self._end = operation.number + 1, operation.end
                 self._once.add(operation.fields.get("once", ""))
             os.ftruncate(self._file, self._end)
             _sync_folder(folder)
         except BaseException:
             self.close()
             raise
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was ever added."""
+        return self._number == 0
 
     def append(self, kind: str, once: str | None = None, **fields: Any) -> bool:
         """Add one operation; it is on disk when this returns.
@@ -115,7 +119,7 @@ class Outbox:
             with suppress(OSError):
                 os.ftruncate(self._file, self._end)
             raise TrainingError(f"{self.folder / _OPERATIONS} cannot be written: {error}") from error
-        self._number, self._end, self.last_kind = self._number + 1, self._end + len(line), kind
+        self._number, self._end = self._number + 1, self._end + len(line)
         if once is not None:
             self._once.add(once)
         return True

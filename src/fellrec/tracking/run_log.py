@@ -55,9 +55,9 @@ class RunLog:
     def __init__(self, run_dir: Path, new: NewRun) -> None:
         self.run_dir = run_dir
         self._outbox = Outbox(outbox_dir(run_dir))
-        if self._outbox.last_kind is None:
+        if self._outbox.is_empty:
             self._outbox.append("create", **_creation(new))
-        elif self._outbox.last_kind == "terminate":
+        else:
             self._outbox.append("reopen")
         first = first_operation(self._outbox.folder)
         assert first is not None
