@@ -18,6 +18,7 @@ VERBS = {
     "evaluate": "score a finished run's adapters again on the validation or test holdout",
     "plan": "storage, memory, traffic and time of a run, before anything is launched",
     "ui": "open the MLflow UI on the runs' store",
+    "sync": "send to MLflow what runs have kept while the tracking server was away",
     "doctor": "check the installation, devices, folders and the tracking store",
 }
 
@@ -44,6 +45,7 @@ _EXAMPLES = {
         "fellrec plan split.head_layers=1,2 --probe 5",
     ],
     "ui": ["fellrec ui", "fellrec ui tracking.uri=sqlite:///other.db --port 5001"],
+    "sync": ["fellrec sync runs/RUN", "fellrec sync runs/* --uri http://127.0.0.1:5000"],
     "doctor": ["fellrec doctor"],
 }
 
@@ -106,6 +108,9 @@ def _add_arguments(sub: argparse.ArgumentParser, verb: str) -> None:
     if verb == "evaluate":
         sub.add_argument("run_dir", metavar="RUN_DIR", help="directory of a finished run")
         sub.add_argument("--stage", choices=("val", "test"), default="test", help="holdout (default: test)")
+    elif verb == "sync":
+        sub.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="directory of a run or of a comparison")
+        sub.add_argument("--uri", help="where the server is now (default: where the run was started to log to)")
     elif verb != "doctor":
         sub.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=CHOICE or GROUP.KEY=VALUE")
     if verb in ("compare", "evaluate", "plan", "train", "prepare"):

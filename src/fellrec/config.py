@@ -175,6 +175,7 @@ _RULES = (
     _Rule("split.gradient_dtype", _one_of(*PACKINGS), ", ".join(PACKINGS)),
     _Rule("split.head_cache", _one_of("none", "memory", "disk"), "none, memory or disk"),
     _Rule("split.head_cache_bytes", _integer(1), _AT_LEAST_1),
+    _Rule("tracking.on_unreachable", _one_of("stop", "keep"), "stop or keep"),
     _Rule("split.timeout_seconds", _number(0, open_low=True), "a number above 0"),
 )
 

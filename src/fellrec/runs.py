@@ -25,7 +25,7 @@ from fellrec.launch.storage import storage_of
 from fellrec.rankers.reference import reference_rankers
 from fellrec.records import new_run_dir, versions, write_evaluation, write_start
 from fellrec.tracking.results import Comparison, RuleResult
-from fellrec.tracking.store import child_tags, make_logger
+from fellrec.tracking.run_log import NewRun, RunLog
 from fellrec.types import Evaluation, RoundRecord
 
 
@@ -35,12 +35,12 @@ class Run:
     Args:
         config: The composed configuration; its ``run_dir`` must be new unless ``resume`` is set.
         recommender: What the rules of a comparison share.
-        parent_run_id: MLflow run that groups a comparison.
+        parent_uid: ``RunLog.uid`` of the run that groups a comparison.
         variant: What tells this run from others of the comparison with the same rule and seed.
     """
 
     def __init__(
-        self, config: DictConfig, recommender: Recommender, parent_run_id: str | None = None, variant: str = ""
+        self, config: DictConfig, recommender: Recommender, parent_uid: str | None = None, variant: str = ""
     ) -> None:
         self.config = config
         self.recommender = recommender
@@ -48,7 +48,7 @@ class Run:
         self.variant = variant
         self.label = f"{config.data.name}-{run_name(self.rule, variant, config.seed)}"
         self.run_dir = Path(config.run_dir) if config.resume else new_run_dir(config.run_dir, self.label)
-        self.parent_run_id = parent_run_id
+        self.parent_uid = parent_uid
         self.loop: FederatedLoop | None = None
 
     def execute(self) -> RuleResult:
@@ -65,8 +65,7 @@ class Run:
             loop.aggregation.load_state_dict(loop.state.extras.get("aggregation", {}))
         else:
             write_start(self.run_dir, config, recommender.data)
-        logging = self._mlflow(loop)
-        loop.state.extras["mlflow_run_id"] = logging.run_id
+        logging = self._mlflow()
         clock, meter = _Clock(), CostMeter(config.split.transport, lambda: storage_of(config, recommender))
         logging.costs = meter
         loop.callbacks += [
@@ -92,7 +91,7 @@ class Run:
             total_seconds=clock.total_seconds,
             peak_memory_bytes=peak_bytes(),
             best_round=loop.state.selection.round_index,
-            run_id=logging.run_id,
+            run_id=logging.log.run_id,
             variant=self.variant,
             cost=meter.cost,
         )
@@ -102,7 +101,7 @@ class Run:
             what = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
             sys.stderr.write(f"\n{what}; go on from the last finished round: fellrec train resume={self.run_dir}\n")
 
-    def _mlflow(self, loop: FederatedLoop) -> MLflowLogging:
+    def _mlflow(self) -> MLflowLogging:
         config, data = self.config, self.recommender.data
         tags = {
             "rule": self.rule,
@@ -111,16 +110,10 @@ class Run:
             **({"variant": self.variant} if self.variant else {}),
             **{name: value for name, value in versions().items() if name in ("fellrec", "git_commit")},
         }
-        logger = make_logger(
-            config.tracking.uri,
-            config.tracking.experiment,
-            self.label,
-            {**tags, **child_tags(self.parent_run_id)},
-            run_id=loop.state.extras.get("mlflow_run_id"),
-        )
+        new = NewRun(config.tracking.uri, config.tracking.experiment, self.label, tags, self.parent_uid)
         source = str(config.data.root or "embedded")
         dataset = DatasetInput(data.name, data.key, source, data.statistics)
-        return MLflowLogging(logger, self.run_dir, as_dict(config), dataset, is_resumed=bool(config.resume))
+        return MLflowLogging(RunLog(self.run_dir, new), as_dict(config), dataset)
 
 
 class _Clock(FederatedCallback):

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from lightning.pytorch.loggers import MLFlowLogger
 
 from fellrec.callbacks.costs import CostMeter
+from fellrec.errors import FellrecError
 from fellrec.federated.hooks import FederatedCallback
 from fellrec.functional.nested import flatten
+from fellrec.tracking.run_log import RunLog
 from fellrec.types import Aggregated, Evaluation, RoundRecord
 
 if TYPE_CHECKING:
     from fellrec.federated.loop import FederatedLoop
 
-_LONGEST_PARAM = 500
+_TABLE = "clients.json"
 _FILES = ("clients.csv", "ledger.csv", "results.json", "users.parquet", "partition.parquet", "versions.json")
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,14 +46,12 @@ class DatasetInput:
 
 
 class MLflowLogging(FederatedCallback):
-    """Logs a run through Lightning's ``MLFlowLogger``; a step is a round.
+    """Logs a run; a step is a round. What a resumed run repeats is not logged twice, see ``RunLog``.
 
     Args:
-        logger: On the store, with the run's tags.
-        run_dir: Its ``config.yaml``, ``adapters`` and figures are uploaded.
+        log: Of the run; the run directory's ``config.yaml``, ``adapters`` and figures are uploaded.
         params: The resolved configuration; logged flat, with dotted names.
         dataset: The data set.
-        is_resumed: The run exists; its parameters and data set are not logged again.
         log_matrices_every: Rounds between two uploads of mixing and similarity matrices.
 
     Attributes:
@@ -57,48 +59,30 @@ class MLflowLogging(FederatedCallback):
     """
 
     def __init__(
-        self,
-        logger: MLFlowLogger,
-        run_dir: Path,
-        params: Mapping[str, Any],
-        dataset: DatasetInput,
-        is_resumed: bool = False,
-        log_matrices_every: int = 1,
+        self, log: RunLog, params: Mapping[str, Any], dataset: DatasetInput, log_matrices_every: int = 1
     ) -> None:
-        self.logger = logger
-        self.run_dir = run_dir
+        self.log = log
+        self.run_dir = log.run_dir
         self.params = params
         self.dataset = dataset
-        self.is_resumed = is_resumed
         self.log_matrices_every = log_matrices_every
         self.costs: CostMeter | None = None
 
-    @property
-    def run_id(self) -> str:
-        """The MLflow run's id; the run is created when this is first read."""
-        return str(self.logger.run_id)
-
     def on_fit_start(self, loop: FederatedLoop) -> None:
-        """Log parameters, configuration and data set once."""
-        if self.is_resumed:
-            client = self.logger.experiment
-            client.update_run(self.run_id, status="RUNNING")
-            if "error" in client.get_run(self.run_id).data.tags:
-                client.delete_tag(self.run_id, "error")
-            return
-        flat = {key: str(value)[:_LONGEST_PARAM] for key, value in flatten(dict(self.params)).items()}
-        self.logger.log_hyperparams(flat)
-        self._upload(self.run_dir / "config.yaml")
-        self._log_dataset()
+        """Log parameters, configuration and data set."""
+        data = self.dataset
+        self.log.log_params(flatten(dict(self.params)))
+        self.log.log_artifact(self.run_dir / "config.yaml")
+        self.log.log_dataset(data.name, data.key, data.source, data.statistics)
 
     def on_evaluate_end(self, loop: FederatedLoop, evaluation: Evaluation) -> None:
         """Log what no round reports: the start of the run, as step -1, and the test."""
         if evaluation.stage == "test" or evaluation.round_index < 0:
-            self.logger.log_metrics(evaluation_metrics(evaluation), step=evaluation.round_index)
+            self.log.log_metrics(evaluation_metrics(evaluation), evaluation.round_index, once=evaluation.stage)
 
     def on_round_end(self, loop: FederatedLoop, record: RoundRecord) -> None:
-        """Log the round in one batch, and its matrices."""
-        self.logger.log_metrics(round_metrics(record), step=record.round_index)
+        """Log the round at once, and its matrices."""
+        self.log.log_metrics(round_metrics(record), record.round_index, once="round")
         if record.round_index % self.log_matrices_every == 0:
             self._log_matrices(record)
 
@@ -107,21 +91,24 @@ class MLflowLogging(FederatedCallback):
         assert loop.test_evaluation is not None
         table = client_table(loop.test_evaluation)
         table.to_csv(self.run_dir / "clients.csv", index=False)
-        self.logger.experiment.log_table(self.run_id, data=table, artifact_file="clients.json")
+        table.to_json(self.run_dir / _TABLE, orient="split", index=False, date_format="iso")
         loop.execution.ledger.frame().to_csv(self.run_dir / "ledger.csv", index=False)
         if self.costs is not None and self.costs.cost is not None:
-            self.logger.log_metrics(self.costs.cost.metrics(), step=max(0, loop.state.round_index - 1))
-        for name in _FILES:
-            self._upload(self.run_dir / name)
-        if (self.run_dir / "adapters").is_dir():
-            self.logger.experiment.log_artifacts(self.run_id, str(self.run_dir / "adapters"), "adapters")
-        self.logger.experiment.set_terminated(self.run_id, "FINISHED")
+            self.log.log_metrics(self.costs.cost.metrics(), step=max(0, loop.state.round_index - 1), once="cost")
+        for name in (_TABLE, *_FILES):
+            self.log.log_artifact(self.run_dir / name)
+        # How MLflow's UI knows that an artefact is a table.
+        self.log.set_tag("mlflow.loggedArtifacts", json.dumps([{"path": _TABLE, "type": "table"}]))
+        self.log.log_artifact(self.run_dir / "adapters", "adapters")
+        self.log.close()
 
     def on_exception(self, loop: FederatedLoop, error: BaseException) -> None:
         """Mark the run as killed or failed."""
-        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-        self.logger.experiment.set_tag(self.run_id, "error", str(error)[:_LONGEST_PARAM])
-        self.logger.experiment.set_terminated(self.run_id, status)
+        try:
+            self.log.set_tag("error", str(error))
+            self.log.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        except FellrecError as second:  # the first error is the one to see
+            _log.warning("%s", second)
 
     def _log_matrices(self, record: RoundRecord) -> None:
         from fellrec.tracking.plots import heat_map, save_png
@@ -135,26 +122,7 @@ class MLflowLogging(FederatedCallback):
             title = f"{name}, round {record.round_index}"
             save_png(heat_map(values, clients, title, is_mixing=name == "mixing"), folder / f"{name}.png")
         if record.aggregated.matrices:
-            self.logger.experiment.log_artifacts(self.run_id, str(folder), f"matrices/{folder.name}")
-
-    def _log_dataset(self) -> None:
-        from mlflow.entities import Dataset, InputTag
-        from mlflow.entities import DatasetInput as MlflowInput
-
-        data = self.dataset
-        entity = Dataset(
-            name=data.name,
-            digest=data.key,
-            source_type="local",
-            source=json.dumps({"uri": data.source}),
-            profile=json.dumps(dict(data.statistics), default=str),
-        )
-        tags = [InputTag("mlflow.data.context", "training")]
-        self.logger.experiment.log_inputs(self.run_id, [MlflowInput(entity, tags)])
-
-    def _upload(self, path: Path) -> None:
-        if path.is_file():
-            self.logger.experiment.log_artifact(self.run_id, str(path))
+            self.log.log_artifact(folder, f"matrices/{folder.name}")
 
 
 def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:

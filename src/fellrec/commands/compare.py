@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from mlflow.entities import Metric
-from mlflow.tracking import MlflowClient
 from omegaconf import DictConfig, OmegaConf
 
 from fellrec.aggregation.build import build_aggregation
@@ -25,7 +22,8 @@ from fellrec.runs import Run, collect, finish_message, reference_results, rule_n
 from fellrec.tracking.cost_tables import COSTS, cost_panels, print_cost, write_cost
 from fellrec.tracking.plots import client_dots, panels, save_png
 from fellrec.tracking.results import Comparison, RuleResult
-from fellrec.tracking.store import check_reachable, parent_run
+from fellrec.tracking.run_log import NewRun, RunLog, parent_run
+from fellrec.tracking.store import check_reachable
 from fellrec.tracking.tables import display_name, print_comparison, results_console, write_tables
 
 _SHOWN = ("mean", "pooled", "variance", "worst")
@@ -68,23 +66,24 @@ def compare(configs: Sequence[DictConfig]) -> tuple[Comparison, Path]:
     first = configs[0]
     if first.run_dir:
         check_new(Path(first.run_dir))
-    check_reachable(first.tracking.uri)
+    check_reachable(first.tracking.uri, may_be_away=first.tracking.on_unreachable == "keep")
     data = build_data(first)
     recommenders = _Recommenders(data)
     recommenders.of(first)
     run_dir = new_run_dir(first.run_dir, f"{first.data.name}-compare")
     tags = {"data": data.name, "kind": "comparison"}
-    with parent_run(first.tracking.uri, first.tracking.experiment, run_dir.name, tags) as (parent_id, client):
+    new = NewRun(first.tracking.uri, first.tracking.experiment, run_dir.name, tags)
+    with parent_run(run_dir, new) as log:
         learned = [
-            _one(config, variant, recommenders, run_dir, parent_id)
+            _one(config, variant, recommenders, run_dir, log.uid)
             for config, variant in zip(configs, variants, strict=True)
         ]
         recommender = recommenders.of(first)
         references = reference_results(recommender, build_loop(first, recommender, ()), first.seed)
         comparison = collect(recommenders.of(first), [*learned, *references])
         write_outputs(comparison, run_dir, table_cutoff(first))
-        client.log_artifacts(parent_id, str(run_dir / "comparison"))
-        log_figures(client, parent_id, comparison, table_cutoff(first))
+        log.log_artifact(run_dir / "comparison")
+        log_figures(log, comparison, table_cutoff(first))
     return comparison, run_dir
 
 
@@ -110,20 +109,19 @@ def write_outputs(comparison: Comparison, run_dir: Path, cutoff: int) -> None:
         save_png(panels(*cost_panels(comparison, cutoff)), folder / "cost.png")
 
 
-def log_figures(client: MlflowClient, run_id: str, comparison: Comparison, cutoff: int) -> None:
+def log_figures(log: RunLog, comparison: Comparison, cutoff: int) -> None:
     """Log every rule's main figures to the parent run: its line in the UI is the table, before it is unfolded."""
-    now = int(time.time() * 1000)
     figures = [f"{metric}_at_{cutoff}/{figure}" for metric in ("ndcg", "recall") for figure in _SHOWN]
     lines = [*comparison.rules("learned"), *comparison.rules("reference")]
-    metrics = [
-        Metric(f"{figure}/{_metric_name(rule)}", comparison.mean_and_sd(rule, figure)[0], now, 0)
+    metrics = {
+        f"{figure}/{_metric_name(line)}": comparison.mean_and_sd(line, figure)[0]
         for figure in figures
-        for rule in lines
-    ]
+        for line in lines
+    }
     for name, figure in COSTS.items() if comparison.variants else ():
-        costs = {rule: comparison.cost(rule, figure) for rule in comparison.rules("learned")}
-        metrics += [Metric(f"{name}/{_metric_name(rule)}", v, now, 0) for rule, v in costs.items() if v is not None]
-    client.log_batch(run_id, metrics=metrics)
+        costs = {line: comparison.cost(line, figure) for line in comparison.rules("learned")}
+        metrics |= {f"{name}/{_metric_name(line)}": value for line, value in costs.items() if value is not None}
+    log.log_metrics(metrics, step=0, once="comparison")
 
 
 def _metric_name(rule: str) -> str:
@@ -163,10 +161,10 @@ def _variants(configs: Sequence[DictConfig]) -> list[str]:
     return [" ".join(f"{key}={settings[key]}" for key in varying) for settings in flat]
 
 
-def _one(config: DictConfig, variant: str, recommenders: _Recommenders, run_dir: Path, parent_id: str) -> RuleResult:
+def _one(config: DictConfig, variant: str, recommenders: _Recommenders, run_dir: Path, parent_uid: str) -> RuleResult:
     own = OmegaConf.merge(config, {"run_dir": str(run_dir / run_name(rule_name(config), variant, config.seed))})
     assert isinstance(own, DictConfig)
-    return Run(own, recommenders.of(config), parent_id, variant).execute()
+    return Run(own, recommenders.of(config), parent_uid, variant).execute()
 
 
 def _check_comparable(configs: Sequence[DictConfig], variants: Sequence[str]) -> None:

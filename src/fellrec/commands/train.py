@@ -56,7 +56,7 @@ def train(config: DictConfig, output_format: str = "table") -> None:
 
 
 def _train(config: DictConfig, output_format: str, team: Team | None = None) -> None:
-    check_reachable(config.tracking.uri)
+    check_reachable(config.tracking.uri, may_be_away=bool(config.resume) or config.tracking.on_unreachable == "keep")
     data = build_data(config)
     recommender = build_recommender(config, data) if team is None else team.lead(data)
     run = Run(config, recommender)

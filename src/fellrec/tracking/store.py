@@ -1,26 +1,43 @@
-"""The MLflow store: loggers for runs, a parent run for comparisons, the command of the UI.
+"""The MLflow store: whether it can be used, its experiments, the command of the UI.
 
 MLflow takes seconds to import, so it is imported where it is needed.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from fellrec.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lightning.pytorch.loggers import MLFlowLogger
     from mlflow.tracking import MlflowClient
 
-_PARENT_TAG = "mlflow.parentRunId"
+_SQLITE_PREFIX = "sqlite:///"
 _SQLITE = b"SQLite format 3\0"
 """What a database file begins with."""
+_GATEWAY_ERRORS = (502, 503, 504)
+"""What a proxy answers when the server behind it is away."""
+
+_log = logging.getLogger(__name__)
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client of the store; nothing is asked yet.
+
+    A request that fails is not repeated by MLflow: if its answer was lost, a run would be made twice. The outbox
+    repeats it, after a look at what is there.
+    """
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output is the table's
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
 
 
 def make_client(uri: str) -> MlflowClient:
@@ -30,89 +47,57 @@ def make_client(uri: str) -> MlflowClient:
         ConfigError: If the store does not answer within seconds.
     """
     _check_file(uri)
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    from mlflow.tracking import MlflowClient
-
     try:
-        client = MlflowClient(tracking_uri=uri)
+        client = connect(uri)
         client.search_experiments(max_results=1)
     except Exception as error:  # MLflow, SQLAlchemy and requests each raise their own
         raise ConfigError(f"tracking.uri={uri} cannot be used: {str(error).splitlines()[0]}") from error
     return client
 
 
-def check_reachable(uri: str) -> None:
+def check_reachable(uri: str, may_be_away: bool = False) -> None:
     """Refuse a store that cannot be used; a new sqlite file is made only when it is needed.
+
+    Args:
+        uri: MLflow tracking URI.
+        may_be_away: A tracking server that does not answer is no reason to refuse; one that answers with an error is.
 
     Raises:
         ConfigError: See above.
     """
     path = _sqlite_path(uri)
-    if path is None or path.exists():
-        make_client(uri)
-    else:
+    if path is not None and not path.exists():
         _check_file(uri)
-
-
-def ensure_experiment(uri: str, name: str) -> str:
-    """The experiment's id; a new one keeps its artefacts beside a sqlite store, whatever the current folder is."""
-    client = make_client(uri)
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return str(found.experiment_id)
-    return str(client.create_experiment(name, artifact_location=_artifact_location(uri)))
-
-
-def make_logger(
-    uri: str, experiment: str, run_name: str, tags: Mapping[str, str], run_id: str | None = None
-) -> MLFlowLogger:
-    """Lightning's logger on the store.
-
-    Args:
-        uri: MLflow tracking URI.
-        experiment: Name of the experiment; made if absent.
-        run_name: Shown in the UI.
-        tags: Of the run.
-        run_id: Go on with this run.
-
-    Raises:
-        ConfigError: If the store cannot be used or does not hold the run to go on with.
-    """
-    ensure_experiment(uri, experiment)
-    if run_id is not None:
-        _check_run(uri, run_id)
-    from lightning.pytorch.loggers import MLFlowLogger
-
-    return MLFlowLogger(experiment_name=experiment, run_name=run_name, tracking_uri=uri, tags=dict(tags), run_id=run_id)
-
-
-@contextmanager
-def parent_run(uri: str, experiment: str, run_name: str, tags: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
-    """Open the run that groups a comparison; it is closed as finished, failed or killed.
-
-    Yields:
-        The run's id and a client of the store.
-    """
-    experiment_id = ensure_experiment(uri, experiment)
-    client = make_client(uri)
-    run_id = client.create_run(experiment_id, tags=dict(tags), run_name=run_name).info.run_id
-    status = "FINISHED"
+        return
     try:
-        yield run_id, client
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    except BaseException:
-        status = "FAILED"
-        raise
-    finally:
-        client.set_terminated(run_id, status)
+        make_client(uri)
+    except ConfigError as error:
+        if not (_may_be_a_server(uri) and error.__cause__ and _is_silence(error.__cause__)):
+            raise
+        if not may_be_away:
+            raise ConfigError(f"{error}\nto start all the same and send later: tracking.on_unreachable=keep") from error
+        _log.warning("tracking.uri=%s does not answer; the run starts, and what it logs is kept", uri)
 
 
-def child_tags(parent_run_id: str | None) -> dict[str, str]:
-    """The tags that put a run below its parent in the UI."""
-    return {} if parent_run_id is None else {_PARENT_TAG: parent_run_id}
+def ensure_experiment(client: MlflowClient, uri: str, name: str) -> str:
+    """The experiment's id; a new one keeps its artefacts beside a sqlite store, whatever the current folder is."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=_artifact_location(uri)))
+        except MlflowException:  # another run may have made it in between
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    return str(found.experiment_id)
+
+
+def absolute(uri: str) -> str:
+    """The URI as it reads from any folder."""
+    path = _sqlite_path(uri)
+    return uri if path is None else f"{_SQLITE_PREFIX}{path}"
 
 
 def ui_command(uri: str, host: str, port: int) -> list[str]:
@@ -130,20 +115,29 @@ def _artifact_location(uri: str) -> str | None:
 
 
 def _sqlite_path(uri: str) -> Path | None:
-    prefix = "sqlite:///"
-    return Path(uri.removeprefix(prefix)).resolve() if uri.startswith(prefix) else None
+    return Path(uri.removeprefix(_SQLITE_PREFIX)).resolve() if uri.startswith(_SQLITE_PREFIX) else None
 
 
-def _check_run(uri: str, run_id: str) -> None:
-    from mlflow.exceptions import MlflowException
-
+def _may_be_a_server(uri: str) -> bool:
     try:
-        make_client(uri).get_run(run_id)
-    except MlflowException as error:
-        raise ConfigError(
-            f"tracking.uri={uri} does not hold run {run_id}: {str(error).splitlines()[0]}; "
-            "resume from the folder that the run was started in"
-        ) from error
+        parts = urlsplit(uri)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # no port number
+        return False
+
+
+def _is_silence(error: BaseException) -> bool:
+    """Whether nobody answered, as opposed to a refusal."""
+    from mlflow.exceptions import MlflowException
+    from requests.exceptions import ConnectionError as NoConnection
+    from requests.exceptions import RetryError, Timeout
+
+    if isinstance(error, (NoConnection, RetryError, Timeout)):
+        return True
+    if isinstance(error, MlflowException) and error.get_http_status_code() in _GATEWAY_ERRORS:
+        return True
+    inner = error.__cause__ or error.__context__
+    return inner is not None and _is_silence(inner)
 
 
 def _begins_with(path: Path, start: bytes) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from fellrec.errors import ConfigError
-from fellrec.tracking.store import check_reachable, make_logger, ui_command
+from fellrec.tracking.store import check_reachable, ui_command
 
 
 @pytest.mark.parametrize("name", ["folder", "file.txt/mlflow.db", "file.txt"])
@@ -37,9 +39,38 @@ def test_a_server_that_does_not_answer_is_refused_within_seconds() -> None:
     assert time.monotonic() - started < 30
 
 
-def test_going_on_with_a_run_that_the_store_does_not_hold(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="does not hold run 0123"):
-        make_logger(f"sqlite:///{tmp_path / 'mlflow.db'}", "fellrec", "run", {}, run_id="0123")
+def test_a_server_that_does_not_answer_may_be_away_if_the_user_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    check_reachable("http://127.0.0.1:9", may_be_away=True)
+    assert "http://127.0.0.1:9 does not answer" in caplog.text
+    with pytest.raises(ConfigError, match="tracking.on_unreachable=keep"):
+        check_reachable("http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("uri", ["http://", "http://127.0.0.1:port", "htp://127.0.0.1:9"])
+def test_an_address_that_no_server_can_have_is_refused_all_the_same(uri: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be used") as refused:
+        check_reachable(uri, may_be_away=True)
+    assert "on_unreachable" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("code", "is_away"), [(403, False), (404, False), (502, True), (503, True)])
+def test_a_server_that_refuses_is_not_away(code: int, is_away: bool) -> None:
+    class Refusing(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_error(code)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}"
+        if is_away:
+            check_reachable(uri, may_be_away=True)
+        else:
+            with pytest.raises(ConfigError, match=str(code)):
+                check_reachable(uri, may_be_away=True)
+        server.shutdown()
 
 
 def test_the_ui_serves_artefacts_from_beside_the_database(tmp_path: Path) -> None:
