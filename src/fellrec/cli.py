@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except FellrecError as error:
         if options.debug:
             raise
-        sys.stderr.write(f"fellrec {options.verb}: {error}\n")
+        if not error.is_told:
+            sys.stderr.write(f"fellrec {options.verb}: {error}\n")
         _leave(1)
     except KeyboardInterrupt:
         if options.debug:

@@ -203,7 +203,7 @@ LAYERS = [
     ("pretrained", "records"),
     ("build",),
     ("launch",),
-    ("runs", "roles"),
+    ("runs", "roles", "ranked"),
     ("commands",),
     ("cli",),
     ("__main__",),
