@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning import Fabric
 from lightning.fabric.plugins.environments import LightningEnvironment
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from fellrec.aggregation.build import build_aggregation
@@ -20,6 +20,7 @@ from fellrec.config import as_dict, make
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.data.prepared import DataSettings, PreparedData, prepare
 from fellrec.errors import ConfigError
+from fellrec.facts import facts
 from fellrec.federated.client import LocalSettings
 from fellrec.federated.crew import Crew
 from fellrec.federated.execution import SplitExecution
@@ -181,6 +182,12 @@ def build_recommender(config: DictConfig, data: PreparedData) -> Recommender:
     return Recommender(fabric, data, datamodule, module, initial, adapter, backbone, link, server)
 
 
+def recommender_key(config: DictConfig) -> str:
+    """The same for configurations that can share a recommender: they differ in nothing but the rule."""
+    plain = as_dict(config)
+    return repr([plain[name] for name in ("backbone", "adapter", "split", "objective", "ranker", "trainer", "seed")])
+
+
 def over_ranks(config: DictConfig) -> bool:
     """Whether clients are placed on several ranks."""
     return config.trainer.devices != 1 or config.trainer.num_nodes != 1
@@ -288,6 +295,8 @@ def build_loop(
     )
     loop.trainer.sharing = recommender.sharing
     if recommender.crew is not None:
+        agreed = facts(recommender.data, recommender.backbone.model, recommender.fabric.device)
+        recommender.crew.begin(OmegaConf.to_yaml(config, resolve=True), agreed)
         loop.execution = RankedExecution(recommender.crew)
     if recommender.server is not None:
         assert recommender.link is not None

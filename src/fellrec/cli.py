@@ -52,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb and exit: 0 if it succeeded, 1 for an error the user can mend, 130 after Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(given)
+    options.arguments = given  # for the processes of the same command
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("fellrec").setLevel(logging.DEBUG if options.debug else logging.NOTSET)
     _quieten(options.verbose)
     try:
         command = importlib.import_module(f"fellrec.commands.{options.verb}")

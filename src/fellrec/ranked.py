@@ -1,40 +1,38 @@
-"""Clients over ranks, ``trainer.devices`` × ``trainer.num_nodes``: what each process is, and how they agree."""
+"""Clients over ranks, ``trainer.devices`` × ``trainer.num_nodes``: what each process is, from meeting to leaving."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from fellrec.build import Recommender, build_data, build_loop, build_recommender
-from fellrec.config import as_dict
+from fellrec.build import Recommender, build_data, build_fabric, build_loop, build_recommender, recommender_key
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError, FellrecError, SplitError
+from fellrec.facts import differences, facts
 from fellrec.federated.crew import LEAD, Crew, rank_groups
-from fellrec.federated.messages import PROTOCOL_VERSION
-from fellrec.federated.rank_messages import Join, Joined
+from fellrec.federated.loop import FederatedLoop
+from fellrec.federated.rank_messages import Begin
 from fellrec.federated.ranks import RankWorker
 from fellrec.federated.sharing import BatchSharing
 from fellrec.federated.wire import Naming, Wire, rank_name
-from fellrec.functional.nested import flatten
 from fellrec.roles import Place
 
-_AGREED = (
-    *("seed", "data", "holdout", "partition", "backbone", "adapter", "split", "objective", "ranker", "aggregation"),
-    *("participation", "trainer"),
-)
-"""Configuration that all ranks must share."""
-_LOCAL = ("backbone.path", "data.root", "trainer.accelerator")
-"""Settings below it that may differ between machines."""
-_SAMPLED = 16
-"""Values of each of the backbone's tensors that ranks compare."""
+_LOCAL = ("backbone.path", "data.root", "cache_dir")
+"""Settings that each process has its own value of."""
+_GRACE_SECONDS = 1.0
+"""How long news of a process that is gone may take to arrive."""
+_PATIENCE_SECONDS = 10.0
+"""How long rank 0 may take to say what is wrong before torchrun is told that another rank has ended."""
 
 
 def find_place() -> Place | None:
@@ -68,8 +66,7 @@ def num_processes(config: DictConfig, place: Place | None) -> int:
 
 def processes_to_start(config: DictConfig) -> int:
     """How many ranks of this machine are still to be started; 0 if torchrun or srun did, or must."""
-    place, trainer = find_place(), config.trainer
-    if place is not None or trainer.num_nodes != 1 or config.split.transport != "none":
+    if find_place() is not None or config.trainer.num_nodes != 1 or config.split.transport != "none":
         return 0
     return num_processes(config, None) - 1
 
@@ -100,7 +97,7 @@ def check_world(config: DictConfig, place: Place | None) -> int:
 
 
 class Ranks:
-    """The processes of one run, from meeting to leaving.
+    """The processes of one command, from meeting to leaving.
 
     Args:
         config: The composed configuration, the same in every process.
@@ -111,80 +108,44 @@ class Ranks:
         self.config = config
         self.place = place
         rank_zero_only.rank = place.rank  # type: ignore[attr-defined]
-        self._timeout = config.trainer.timeout_seconds
-        # Adapters are small and held on the CPU: they need no NCCL.
-        self.wire = Wire(
-            place.rank,
-            place.world_size,
-            place.init_method,
-            self._timeout,
-            torch.device("cpu"),
-            Naming(rank_name, "trainer.timeout_seconds"),
-        )
-        self.wire.listen([rank for rank in range(place.world_size) if rank != LEAD] if place.rank == LEAD else [LEAD])
+        trainer, size, rank = config.trainer, place.world_size, place.rank
+        # What ranks send each other is small and held on the CPU: it needs no NCCL.
+        naming = Naming(rank_name, "trainer.timeout_seconds")
+        self.wire = Wire(rank, size, place.init_method, trainer.timeout_seconds, torch.device("cpu"), naming)
+        self.wire.listen(range(1, size) if rank == LEAD else [LEAD])
+        together = trainer.devices_per_client
+        self.crew = Crew(self.wire, size, together, skips=config.participation.on_failure == "skip")
+        self.sharing: BatchSharing | None = None
+        if together > 1:
+            group, device = rank_groups(size, together)[rank // together], build_fabric(config).device
+            self.sharing = BatchSharing(group, rank, device, trainer.timeout_seconds)
+        self._data: PreparedData | None = None
+        self._recommender: tuple[str, Recommender] | None = None
 
-    def lead(self, data: PreparedData) -> Recommender:
-        """Rank 0: load the backbone, and agree with the other ranks.
-
-        Returns:
-            A recommender whose loops train on all ranks.
-        """
-        recommender = build_recommender(self.config, data)
-        facts, others = self._facts(recommender), range(1, self.place.world_size)
-        for rank in others:
-            self.wire.send(rank, Join(facts))
-        for rank in others:
-            answer = self.wire.receive(rank)
-            if not isinstance(answer, Joined):
-                raise SplitError(f"rank {rank} answered with {type(answer).__name__}, expected Joined")
-        skips = self.config.participation.on_failure == "skip"
-        crew = Crew(self.wire, self.place.world_size, self.config.trainer.devices_per_client, skips)
-        return replace(recommender, crew=crew, sharing=self._sharing(recommender))
+    def lead(self, config: DictConfig, data: PreparedData) -> Recommender:
+        """A recommender of rank 0, whose loops train on all ranks."""
+        return replace(build_recommender(config, data), crew=self.crew, sharing=self.sharing)
 
     def follow(self) -> None:
-        """Every other rank: wait until rank 0 has prepared data and backbone, load them, and work."""
-        hello = self.wire.receive(LEAD)
-        if not isinstance(hello, Join):
-            raise SplitError(f"rank {LEAD} began with {type(hello).__name__}, expected Join")
-        recommender = build_recommender(self.config, build_data(self.config))
-        own = self._facts(recommender)
-        differing = [key for key in sorted({*hello.facts, *own}) if hello.facts.get(key) != own.get(key)]
-        if differing:
-            lines = [f"{key}: {hello.facts.get(key)} and {own.get(key)}" for key in differing[:5]]
-            raise SplitError(f"rank {LEAD} and rank {self.place.rank} differ in " + "; ".join(lines))
-        self.wire.send(LEAD, Joined())
-        sharing = self._sharing(recommender)
-        loop = build_loop(self.config, replace(recommender, sharing=sharing), (), keeps_state=False)
-        RankWorker(loop, self.wire, answers=sharing is None or sharing.position == 0).run()
+        """Every other rank: work until the command is over."""
+        RankWorker(self.wire, self._loop).run()
 
-    def _sharing(self, recommender: Recommender) -> BatchSharing | None:
-        rank, together = self.place.rank, self.config.trainer.devices_per_client
-        if together == 1:
-            return None
-        group = rank_groups(self.place.world_size, together)[rank // together]
-        return BatchSharing(group, rank, recommender.fabric.device, self._timeout)
-
-    def _facts(self, recommender: Recommender) -> dict[str, str]:
-        plain = flatten({name: as_dict(self.config)[name] for name in _AGREED})
-        facts = {key: repr(value) for key, value in plain.items() if key not in _LOCAL}
-        if recommender.fabric.device.type == "cpu":  # sums depend on it
-            facts["number of threads (OMP_NUM_THREADS)"] = str(torch.get_num_threads())
-        return {
-            **facts,
-            "protocol version": str(PROTOCOL_VERSION),
-            "torch version": torch.__version__,
-            "data's key": recommender.data.key,
-            "backbone's weights": _digest(recommender.backbone.model),
-        }
-
-
-def _digest(model: torch.nn.Module) -> str:
-    """A hash of names, shapes and first values of all tensors."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {list(parameter.shape)}".encode())
-        digest.update(parameter.detach().flatten()[:_SAMPLED].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    def _loop(self, begin: Begin) -> FederatedLoop:
+        """What another rank needs for a run that rank 0 begins; data and backbone stay from run to run."""
+        config = OmegaConf.create(begin.config)
+        assert isinstance(config, DictConfig)
+        for key in _LOCAL:
+            OmegaConf.update(config, key, OmegaConf.select(self.config, key))
+        self._data = self._data or build_data(config)
+        key = recommender_key(config)
+        if self._recommender is None or self._recommender[0] != key:
+            self._recommender = None  # the old backbone goes before the new one comes
+            self._recommender = (key, replace(build_recommender(config, self._data), sharing=self.sharing))
+            recommender = self._recommender[1]
+            own = facts(self._data, recommender.backbone.model, recommender.fabric.device)
+            if differing := differences(dict(begin.facts), own):
+                raise SplitError(f"{rank_name(LEAD)} and {rank_name(self.place.rank)} differ in {differing}")
+        return build_loop(config, self._recommender[1], (), keeps_state=False)
 
 
 def run_ranks(config: DictConfig, lead: Callable[[Ranks | None], None]) -> None:
@@ -198,20 +159,28 @@ def run_ranks(config: DictConfig, lead: Callable[[Ranks | None], None]) -> None:
         FellrecError: After the other ranks were told why this one gives up.
     """
     place = find_place()
-    if check_world(config, place) == 1 or place is None:
+    try:
+        size = check_world(config, place)
+    except ConfigError as error:
+        if place is not None and place.rank != LEAD:
+            time.sleep(_PATIENCE_SECONDS)
+            error.is_told = True
+        raise
+    if place is None or size == 1:
         lead(None)
         return
     ranks = Ranks(config, place)
     try:
         if place.rank == LEAD:
-            lead(ranks)
+            with _waiting_for_news(ranks.wire):
+                lead(ranks)
+            ranks.crew.stop()
         else:
             _leave_signals_to_the_lead()
             ranks.follow()
     except FellrecError as error:
         ranks.wire.abort(str(error))
-        # Rank 0 tells the user, unless it is what is gone.
-        error.is_told = place.rank != LEAD and LEAD not in ranks.wire._gone
+        error.is_told = place.rank != LEAD and LEAD not in ranks.wire.gone
         raise
     except BaseException as error:
         ranks.wire.abort(f"{rank_name(place.rank)} stopped: {type(error).__name__}: {error}")
@@ -223,3 +192,22 @@ def _leave_signals_to_the_lead() -> None:
     """Ctrl-C and a scheduler's signals reach all processes; rank 0 decides, and tells the others."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _waiting_for_news(wire: Wire) -> Iterator[None]:
+    """While this lasts, SIGTERM ends this process, unless another process is gone: then that is what is reported.
+
+    torchrun ends all processes when one is gone, which would leave its user without a reason.
+    """
+
+    def on_signal(number: int, frame: Any) -> None:
+        time.sleep(_GRACE_SECONDS)
+        if not wire.gone:
+            raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

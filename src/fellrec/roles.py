@@ -110,13 +110,13 @@ class Team:
         """Ranks of the client processes other than the first."""
         return list(range(LEAD + 1, self.place.world_size))
 
-    def lead(self, data: PreparedData) -> Recommender:
+    def lead(self, config: DictConfig, data: PreparedData) -> Recommender:
         """The first client process: load the clients' share and agree with the others.
 
         Returns:
             A recommender whose loops train through the team.
         """
-        recommender = build_recommender(self.config, data)
+        recommender = build_recommender(config, data)
         folder = recommender.backbone.folder
         assert folder is not None
         facts, num_clients = self._facts(folder), data.num_clients

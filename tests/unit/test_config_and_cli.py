@@ -200,7 +200,7 @@ LAYERS = [
     ("federated",),
     ("aggregation", "callbacks", "tracking"),
     ("config",),
-    ("pretrained", "records"),
+    ("pretrained", "records", "facts"),
     ("build",),
     ("launch",),
     ("runs", "roles", "ranked"),

@@ -40,11 +40,7 @@ def run(options: argparse.Namespace) -> None:
         return
     if config.resume:
         config = _resumed(options.overrides, Path(config.resume))
-    missing = processes_to_start(config)
-    if missing:
-        with other_ranks(missing + 1, ["train", *options.overrides, *(["--debug"] if options.debug else [])]):
-            train(config, options.format)
-    else:
+    with other_ranks(processes_to_start(config), options.arguments):
         train(config, options.format)
 
 
@@ -67,7 +63,7 @@ def train(config: DictConfig, output_format: str = "table") -> None:
 def _train(config: DictConfig, output_format: str, team: Team | Ranks | None = None) -> None:
     check_reachable(config.tracking.uri)
     data = build_data(config)
-    recommender = build_recommender(config, data) if team is None else team.lead(data)
+    recommender = build_recommender(config, data) if team is None else team.lead(config, data)
     run = Run(config, recommender)
     result = run.execute()
     assert run.loop is not None

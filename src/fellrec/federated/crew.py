@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fellrec.errors import SplitError
 from fellrec.federated.messages import Done, Message, Stop
+from fellrec.federated.rank_messages import Begin, Begun
 from fellrec.federated.wire import PeerGoneError, Wire
 from fellrec.functional.placement import place
 
@@ -60,6 +61,16 @@ class Crew:
     def num_ranks(self) -> int:
         """Ranks that are there."""
         return sum(len(group) for group in self.groups)
+
+    def begin(self, config: str, facts: Mapping[str, str]) -> None:
+        """Let all other ranks prepare for a run; see ``Begin``."""
+        others = [rank for group in self.groups for rank in group if rank != LEAD]
+        for rank in others:
+            self.wire.send(rank, Begin(config, facts))
+        for rank in others:
+            answer = self.wire.receive(rank)
+            if not isinstance(answer, Begun):
+                raise SplitError(f"rank {rank} answered with {type(answer).__name__}, expected Begun")
 
     def run(self, jobs: Sequence[Job], costs: Sequence[float], together: bool = False) -> None:
         """Let all jobs be done.

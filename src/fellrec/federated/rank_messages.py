@@ -21,18 +21,20 @@ Moments = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Join(Message):
-    """From the leading rank at the start; ``Joined`` answers.
+class Begin(Message):
+    """From the leading rank at the beginning of a run; ``Begun`` answers.
 
     Attributes:
-        facts: What all ranks must agree on, as text.
+        config: The run's configuration, as YAML.
+        facts: What all ranks must agree on beside it, as text.
     """
 
+    config: str
     facts: Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class Joined(Message):
+class Begun(Message):
     """The backbone is loaded, and the facts agree."""
 
 

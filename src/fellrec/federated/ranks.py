@@ -6,7 +6,7 @@ and (seed, round, client). So rank 0 keeps all state and may place clients as it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +19,8 @@ from fellrec.federated.memory import peak_bytes
 from fellrec.federated.messages import Done, Message, Scored, Stop
 from fellrec.federated.pipeline import Outcome
 from fellrec.federated.rank_messages import (
+    Begin,
+    Begun,
     Failed,
     Finished,
     ScoreClients,
@@ -91,10 +93,6 @@ class RankedExecution(WholeExecution):
             "cost/rank/peak_bytes": float(max(self._peak_bytes, peak_bytes())),
         }
 
-    def stop(self) -> None:
-        """Let the other ranks leave."""
-        self.crew.stop()
-
     def _training(self, loop: FederatedLoop, client: int, round_index: int, outcome: Outcome) -> Job:
         state, trainable = loop.state, loop.module.trainable
 
@@ -163,23 +161,32 @@ class RankWorker:
     """A rank other than the first: does as it is told, and keeps nothing.
 
     Args:
-        loop: With this rank's backbone; it has no callbacks and no clients' adapters, and is not run.
         wire: Of this process.
-        answers: Whether this rank speaks for those that train a client together.
+        make_loop: Makes a loop for a run that begins, with this rank's backbone; it has no callbacks and no clients'
+            adapters, and is not run.
     """
 
-    def __init__(self, loop: FederatedLoop, wire: Wire, answers: bool = True) -> None:
-        self.loop = loop
+    def __init__(self, wire: Wire, make_loop: Callable[[Begin], FederatedLoop]) -> None:
         self.wire = wire
-        self.answers = answers
+        self._make_loop = make_loop
+        self._loop: FederatedLoop | None = None
+
+    @property
+    def loop(self) -> FederatedLoop:
+        """Of the run that began last."""
+        assert self._loop is not None, "rank 0 begins a run first"
+        return self._loop
 
     def run(self) -> None:
-        """Do what is asked until the run is over."""
+        """Do what is asked until no run is left."""
         while not isinstance(message := self.wire.receive(LEAD), Stop):
             match message:
+                case Begin():
+                    self._loop = self._make_loop(message)
+                    self.wire.send(LEAD, Begun())
                 case TrainClient():
-                    answer = self._train(message)
-                    if self.answers:
+                    answer, sharing = self._train(message), self.loop.trainer.sharing
+                    if sharing is None or sharing.position == 0:  # one speaks for those that train a client together
                         self.wire.send(LEAD, answer)
                 case ScoreClients():
                     self.wire.send(LEAD, self._score(message))

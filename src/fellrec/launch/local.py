@@ -16,16 +16,20 @@ _PATIENCE_SECONDS = 20.0
 
 
 @contextmanager
-def other_ranks(num_ranks: int, command: Sequence[str]) -> Iterator[None]:
-    """Start ranks 1 and up with the same command line, and be rank 0 while this lasts.
+def other_ranks(num_others: int, command: Sequence[str]) -> Iterator[None]:
+    """Start ranks 1 and up with the same command line, and be rank 0 while this lasts; nothing happens without others.
 
     Every rank finds what torchrun would have told it in its environment. The processors are shared out among the ranks
     unless ``OMP_NUM_THREADS`` says how many threads each has.
 
     Args:
-        num_ranks: With this one.
+        num_others: Ranks to start.
         command: Arguments of ``python -m fellrec``.
     """
+    if not num_others:
+        yield
+        return
+    num_ranks = num_others + 1
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // num_ranks))
     shared = {
