@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from fellrec.errors import FellrecError
@@ -61,9 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.run(options)
         _leave(0)
     except FellrecError as error:
-        if options.debug:
+        if options.debug and not _has_peers():
             raise
-        if not error.is_told:
+        if options.debug:
+            traceback.print_exc()
+        elif not error.is_told:
             sys.stderr.write(f"fellrec {options.verb}: {error}\n")
         _leave(1)
     except KeyboardInterrupt:
@@ -71,6 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         sys.stderr.write(f"\nfellrec {options.verb}: interrupted\n")
         _leave(130)
+    except Exception:
+        if not _has_peers():
+            raise
+        traceback.print_exc()
+        _leave(1)
 
 
 def _parse(given: list[str]) -> argparse.Namespace:
@@ -144,13 +152,17 @@ def _groups() -> list[str]:
 
 def _leave(code: int) -> None:
     """Exit if something went wrong; at once where threads may still wait for other processes of a distributed run."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+    if _has_peers():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     if code:
         sys.exit(code)
+
+
+def _has_peers() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def _quieten(verbose: bool) -> None:

@@ -135,7 +135,8 @@ class Ranks:
         config = OmegaConf.create(begin.config)
         assert isinstance(config, DictConfig)
         for key in _LOCAL:
-            OmegaConf.update(config, key, OmegaConf.select(self.config, key))
+            if OmegaConf.select(config, key) is not None:
+                OmegaConf.update(config, key, OmegaConf.select(self.config, key))
         self._data = self._data or build_data(config)
         key = recommender_key(config)
         if self._recommender is None or self._recommender[0] != key:
