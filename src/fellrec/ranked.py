@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -25,29 +20,12 @@ from fellrec.federated.rank_messages import Begin
 from fellrec.federated.ranks import RankWorker
 from fellrec.federated.sharing import BatchSharing
 from fellrec.federated.wire import Naming, Wire, rank_name
-from fellrec.roles import Place
+from fellrec.roles import Place, find_place, leave_signals_to_the_lead, waiting_for_news
 
 _LOCAL = ("backbone.path", "data.root", "cache_dir")
 """Settings that each process has its own value of."""
-_GRACE_SECONDS = 1.0
-"""How long news of a process that is gone may take to arrive."""
 _PATIENCE_SECONDS = 10.0
 """How long rank 0 may take to say what is wrong before torchrun is told that another rank has ended."""
-
-
-def find_place() -> Place | None:
-    """This process among those that torchrun or srun started; ``None`` if neither did."""
-    environment: ClusterEnvironment
-    if TorchElasticEnvironment.detect():
-        environment = TorchElasticEnvironment()
-    elif "SLURM_STEP_NUM_TASKS" in os.environ and SLURMEnvironment.detect():  # in a batch script there is no step
-        environment = SLURMEnvironment()
-    else:
-        return None
-    where = f"tcp://{environment.main_address}:{environment.main_port}"
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        where = "env://"  # torchrun's agent holds the port already
-    return Place(environment.global_rank(), environment.world_size(), where)
 
 
 def num_processes(config: DictConfig, place: Place | None) -> int:
@@ -173,11 +151,11 @@ def run_ranks(config: DictConfig, lead: Callable[[Ranks | None], None]) -> None:
     ranks = Ranks(config, place)
     try:
         if place.rank == LEAD:
-            with _waiting_for_news(ranks.wire):
+            with waiting_for_news(ranks.wire):
                 lead(ranks)
             ranks.crew.stop()
         else:
-            _leave_signals_to_the_lead()
+            leave_signals_to_the_lead()
             ranks.follow()
     except FellrecError as error:
         ranks.wire.abort(str(error))
@@ -187,28 +165,3 @@ def run_ranks(config: DictConfig, lead: Callable[[Ranks | None], None]) -> None:
         ranks.wire.abort(f"{rank_name(place.rank)} stopped: {type(error).__name__}: {error}")
         raise
     ranks.wire.close()
-
-
-def _leave_signals_to_the_lead() -> None:
-    """Ctrl-C and a scheduler's signals reach all processes; rank 0 decides, and tells the others."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@contextmanager
-def _waiting_for_news(wire: Wire) -> Iterator[None]:
-    """While this lasts, SIGTERM ends this process, unless another process is gone: then that is what is reported.
-
-    torchrun ends all processes when one is gone, which would leave its user without a reason.
-    """
-
-    def on_signal(number: int, frame: Any) -> None:
-        time.sleep(_GRACE_SECONDS)
-        if not wire.gone:
-            raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, on_signal)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -65,25 +65,33 @@ class Place:
         Raises:
             ConfigError: If neither started this process, or there are too few.
         """
-        environment: ClusterEnvironment
-        if TorchElasticEnvironment.detect():
-            environment = TorchElasticEnvironment()
-        elif SLURMEnvironment.detect():
-            environment = SLURMEnvironment()
-        else:
+        place = find_place()
+        if place is None:
             raise ConfigError(
                 "split.transport=distributed needs one process for the server and at least one for clients: "
                 "torchrun --nproc-per-node 3 -m fellrec train …, or srun; split.transport=inprocess needs one process"
             )
-        world_size = environment.world_size()
-        if world_size < 2:
+        if place.world_size < 2:
             raise ConfigError(
-                f"split.transport=distributed needs at least 2 processes (a server and a client), there is {world_size}"
+                "split.transport=distributed needs at least 2 processes (a server and a client), there is "
+                f"{place.world_size}"
             )
-        where = f"tcp://{environment.main_address}:{environment.main_port}"
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            where = "env://"  # torchrun's agent holds the port already
-        return cls(environment.global_rank(), world_size, where)
+        return place
+
+
+def find_place() -> Place | None:
+    """This process among those that torchrun or srun started; ``None`` if neither did."""
+    environment: ClusterEnvironment
+    if TorchElasticEnvironment.detect():
+        environment = TorchElasticEnvironment()
+    elif "SLURM_STEP_NUM_TASKS" in os.environ and SLURMEnvironment.detect():  # in a batch script there is no step
+        environment = SLURMEnvironment()
+    else:
+        return None
+    where = f"tcp://{environment.main_address}:{environment.main_port}"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        where = "env://"  # torchrun's agent holds the port already
+    return Place(environment.global_rank(), environment.world_size(), where)
 
 
 class Team:
@@ -192,10 +200,10 @@ def run_role(config: DictConfig, lead: Any) -> None:
     team = Team(config, place)
     try:
         if place.rank == LEAD:
-            with _waiting_for_news(team.wire):
+            with waiting_for_news(team.wire):
                 lead(team)
         else:
-            _leave_signals_to_the_lead()
+            leave_signals_to_the_lead()
             team.follow()
     except FellrecError as error:
         text = str(error)
@@ -207,14 +215,14 @@ def run_role(config: DictConfig, lead: Any) -> None:
     team.wire.close()
 
 
-def _leave_signals_to_the_lead() -> None:
+def leave_signals_to_the_lead() -> None:
     """Ctrl-C and a scheduler's signals reach all processes; the first client process decides, and tells the others."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
-def _waiting_for_news(wire: Wire) -> Iterator[None]:
+def waiting_for_news(wire: Wire) -> Iterator[None]:
     """While this lasts, SIGTERM ends this process, unless another process is gone: then that is what is reported.
 
     torchrun ends all processes when one is gone, which would leave its user without a reason.
