@@ -7,10 +7,14 @@ import importlib
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 
-from fellrec.errors import FellrecError
+from fellrec.errors import ConfigError, FellrecError
+
+_PATIENCE_SECONDS = 10.0
+"""How long rank 0 may take to say what is wrong before its launcher sees another rank end, and ends rank 0 too."""
 
 VERBS = {
     "prepare": "read a data set, verify its counts, print statistics, cache it",
@@ -66,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         if options.debug:
             traceback.print_exc()
+        elif _is_rank_0s_to_say(error):
+            time.sleep(_PATIENCE_SECONDS)
         elif not error.is_told:
             sys.stderr.write(f"fellrec {options.verb}: {error}\n")
         _leave(1)
@@ -158,6 +164,12 @@ def _leave(code: int) -> None:
         os._exit(code)
     if code:
         sys.exit(code)
+
+
+def _is_rank_0s_to_say(error: FellrecError) -> bool:
+    """Whether all processes of the run find the same wrong: a setting, before they have met."""
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    return rank > 0 and isinstance(error, ConfigError) and not _has_peers()
 
 
 def _has_peers() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -19,13 +18,11 @@ from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.rank_messages import Begin
 from fellrec.federated.ranks import RankWorker
 from fellrec.federated.sharing import BatchSharing
-from fellrec.federated.wire import Naming, Wire, rank_name
+from fellrec.federated.wire import AbortedError, Naming, Wire, rank_name
 from fellrec.roles import Place, find_place, leave_signals_to_the_lead, waiting_for_news
 
 _LOCAL = ("backbone.path", "data.root", "cache_dir")
 """Settings that each process has its own value of."""
-_PATIENCE_SECONDS = 10.0
-"""How long rank 0 may take to say what is wrong before torchrun is told that another rank has ended."""
 
 
 def num_processes(config: DictConfig, place: Place | None) -> int:
@@ -138,14 +135,7 @@ def run_ranks(config: DictConfig, lead: Callable[[Ranks | None], None]) -> None:
         FellrecError: After the other ranks were told why this one gives up.
     """
     place = find_place()
-    try:
-        size = check_world(config, place)
-    except ConfigError as error:
-        if place is not None and place.rank != LEAD:
-            time.sleep(_PATIENCE_SECONDS)
-            error.is_told = True
-        raise
-    if place is None or size == 1:
+    if check_world(config, place) == 1 or place is None:
         lead(None)
         return
     ranks = Ranks(config, place)
@@ -159,7 +149,8 @@ def run_ranks(config: DictConfig, lead: Callable[[Ranks | None], None]) -> None:
             ranks.follow()
     except FellrecError as error:
         ranks.wire.abort(str(error))
-        error.is_told = place.rank != LEAD and LEAD not in ranks.wire.gone
+        said_there = isinstance(error, AbortedError) or LEAD not in ranks.wire.gone
+        error.is_told = place.rank != LEAD and said_there
         raise
     except BaseException as error:
         ranks.wire.abort(f"{rank_name(place.rank)} stopped: {type(error).__name__}: {error}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
@@ -80,18 +80,21 @@ class Place:
 
 
 def find_place() -> Place | None:
-    """This process among those that torchrun or srun started; ``None`` if neither did."""
-    environment: ClusterEnvironment
+    """This process among those that torchrun or srun started; ``None`` if neither did, as in a batch script."""
     if TorchElasticEnvironment.detect():
         environment = TorchElasticEnvironment()
-    elif "SLURM_STEP_NUM_TASKS" in os.environ and SLURMEnvironment.detect():  # in a batch script there is no step
-        environment = SLURMEnvironment()
-    else:
+        where = f"tcp://{environment.main_address}:{environment.main_port}"
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            where = "env://"  # torchrun's agent holds the port already
+        return Place(environment.global_rank(), environment.world_size(), where)
+    world_size = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if world_size == 1:
         return None
-    where = f"tcp://{environment.main_address}:{environment.main_port}"
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        where = "env://"  # torchrun's agent holds the port already
-    return Place(environment.global_rank(), environment.world_size(), where)
+    # Not Lightning's SLURMEnvironment(), which refuses srun --ntasks.
+    nodes = os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")
+    address = os.environ.get("MASTER_ADDR") or SLURMEnvironment.resolve_root_node_address(nodes)
+    port = os.environ.get("MASTER_PORT") or 15000 + int(os.environ.get("SLURM_JOB_ID", "0")[-4:])
+    return Place(int(os.environ["SLURM_PROCID"]), world_size, f"tcp://{address}:{port}")
 
 
 class Team:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fellrec.errors import SplitError
-from fellrec.federated.messages import Done, Message, Stop
+from fellrec.federated.messages import Message, Stop
 from fellrec.federated.rank_messages import Begin, Begun
 from fellrec.federated.wire import PeerGoneError, Wire
 from fellrec.functional.placement import place
@@ -60,15 +60,21 @@ class Crew:
     @property
     def num_ranks(self) -> int:
         """Ranks that are there."""
-        return sum(len(group) for group in self.groups)
+        return 1 + len(self._others)
+
+    @property
+    def _others(self) -> list[int]:
+        return [rank for group in self.groups for rank in group if rank != LEAD]
 
     def begin(self, config: str, facts: Mapping[str, str]) -> None:
         """Let all other ranks prepare for a run; see ``Begin``."""
-        others = [rank for group in self.groups for rank in group if rank != LEAD]
-        for rank in others:
-            self.wire.send(rank, Begin(config, facts))
-        for rank in others:
-            answer = self.wire.receive(rank)
+        asked = [rank for rank in self._others if self._tell(rank, Begin(config, facts))]
+        for rank in asked:
+            try:
+                answer = self.wire.receive(rank)
+            except PeerGoneError as error:
+                self._lose(error)
+                continue
             if not isinstance(answer, Begun):
                 raise SplitError(f"rank {rank} answered with {type(answer).__name__}, expected Begun")
 
@@ -91,7 +97,7 @@ class Crew:
         self._queues = {group[0]: deque(jobs[job] for job in mine) for group, mine in zip(groups, placed)}
         self._under_way = {group[0]: deque() for group in groups}
         self._feed()
-        while self._queues[LEAD] or any(self._under_way.values()):
+        while any(self._queues.values()) or any(self._under_way.values()):
             if self._queues[LEAD]:
                 job = self._queues[LEAD].popleft()
                 for fellow in self._members[LEAD][1:]:
@@ -109,24 +115,34 @@ class Crew:
             self._receive()
 
     def stop(self) -> None:
-        """Let all other ranks leave."""
-        for group in self.groups:
-            for rank in group:
-                if rank != LEAD:
-                    self.wire.send(rank, Stop())
-                    answer = self.wire.receive(rank)
-                    assert isinstance(answer, Done)
+        """Let all other ranks leave; by now it does not matter if one has left before."""
+        for rank in self._others:
+            try:
+                self.wire.send(rank, Stop())
+                self.wire.receive(rank)
+            except PeerGoneError:
+                continue
+
+    def _tell(self, rank: int, message: Message) -> bool:
+        try:
+            self.wire.send(rank, message)
+        except PeerGoneError as error:
+            self._lose(error)
+            return False
+        return True
 
     def _feed(self) -> None:
-        for head in [head for head in self._queues if head != LEAD]:
-            while head in self._queues and self._queues[head] and len(self._under_way[head]) < _AHEAD:
-                job = self._queues[head].popleft()
-                self._under_way[head].append(job)
-                try:
-                    for rank in self._members[head]:
-                        self.wire.send(rank, job.order())
-                except PeerGoneError as error:
-                    self._lose(error)
+        """Give out jobs until every other rank has enough; those of a rank that turns out to be gone too."""
+        while hungry := [
+            head
+            for head, queue in self._queues.items()
+            if head != LEAD and queue and len(self._under_way[head]) < _AHEAD
+        ]:
+            for head in hungry:
+                if self._queues.get(head):
+                    job, members = self._queues[head].popleft(), self._members[head]
+                    self._under_way[head].append(job)
+                    all(self._tell(rank, job.order()) for rank in members)
 
     def _receive(self) -> None:
         try:
@@ -140,17 +156,16 @@ class Crew:
 
     def _lose(self, error: PeerGoneError) -> None:
         """End the run, or go on without a rank: what it was doing is dropped, the others do the rest."""
-        head = next((head for head, members in self._members.items() if error.rank in members), None)
-        if head is None:
+        if error.rank not in self._others:
             return  # known already: it was gone when something was sent to it
-        jobs = self._under_way[head]
+        head = next((head for head, members in self._members.items() if error.rank in members), error.rank)
+        jobs = self._under_way.pop(head, deque())
         text = f"{error} while it was {jobs[0].text}" if jobs else str(error)
         if not self.skips:
             raise SplitError(text) from error
         self.groups = [group for group in self.groups if error.rank not in group]
-        left = [*jobs, *self._queues[head]]
-        for known in (self._members, self._queues, self._under_way):
-            del known[head]
+        self._members.pop(head, None)
+        left = [*jobs, *self._queues.pop(head, ())]
         if jobs and jobs[0].drop is not None:
             left.pop(0)
             jobs[0].drop(text)

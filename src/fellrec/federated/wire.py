@@ -40,6 +40,10 @@ class PeerGoneError(SplitError):
         self.rank = rank
 
 
+class AbortedError(SplitError):
+    """Another process gave up, and said why."""
+
+
 def role_name(rank: int) -> str:
     """How messages call a process of the executed cut."""
     return f"rank {rank} ({'the server' if rank == 0 else 'a client process'})"
@@ -184,7 +188,7 @@ class Wire:
         if isinstance(content, BaseException):
             raise content
         if isinstance(content, Abort):
-            raise SplitError(content.reason)
+            raise AbortedError(content.reason)
         return peer, content
 
     def _reason(self) -> SplitError | None:
