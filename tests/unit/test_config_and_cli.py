@@ -94,7 +94,7 @@ def test_the_keys_that_scripts_rely_on(rule: str, override: str) -> None:
         (["participation.rate=0"], "participation.rate=0 is not allowed: a number in (0, 1]"),
         (["data.public_user_rate=1"], "data.public_user_rate=1 is not allowed: a number in [0, 1)"),
         (["trainer.cutoffs=[]"], "trainer.cutoffs=[] is not allowed"),
-        (["trainer.devices=2"], "trainer.devices=2 is not allowed: 1"),
+        (["trainer.devices=0"], "trainer.devices=0 is not allowed: a whole number of at least 1, or auto"),
         (["data=ml_1m"], "data.root needs a value: give data.root="),
         (["backbone=hf"], "backbone.path needs a value: give backbone.path="),
         (["a=b=[c"], "cannot"),
