@@ -1,6 +1,6 @@
 """One GPU: seconds per round, peak memory, and the share of the GPU's matrix rate that training reaches.
 
-    python benchmarks/gpu.py --data-root ml-1m                  # needs a GPU with 24 GB, and 14 GB of disk in --work
+    python benchmarks/gpu.py --data-root ml-1m                  # needs a GPU with 80 GB, and 14 GB of disk in --work
     python benchmarks/gpu.py --dry-run                          # tiny shapes on the CPU: does the script work?
 
 Cases: ``experiment=ml_1m_small`` as it is, and a LLaMA-7B-shaped backbone with random weights in bfloat16 with LoRA on

@@ -80,6 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         sys.stderr.write(f"\nfellrec {options.verb}: interrupted\n")
         _leave(130)
+    except SystemExit as stop:
+        if not _has_peers():
+            raise
+        _leave(stop.code if isinstance(stop.code, int) else 1)
     except Exception:
         if not _has_peers():
             raise
