@@ -17,9 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fellrec.cli import main
+
 from .processes import LONGEST_SECONDS, Processes, environment
 
-CLIENTS = ["partition.num_clients=5", "trainer.timeout_seconds=20"]
+CLIENTS = ["partition.num_clients=5", "trainer.timeout_seconds=100"]
 MIXED = (
     "aggregation=fellrec,fedavg,centralized adapter=lora adapter.dropout=0.2 trainer.accumulate_grad_batches=2 "
     "participation.rate=0.7 participation.on_failure=skip objective._target_=fragile.Fragile"
@@ -40,7 +42,7 @@ Start = Callable[..., Processes]
 
 
 def arguments(verb: str, how: str, run_dir: Path) -> list[str]:
-    return ["-m", "fellrec", verb, *how.split(), f"run_dir={run_dir}", f"tracking.uri=sqlite:///{run_dir}.db"]
+    return [verb, *how.split(), f"run_dir={run_dir}", f"tracking.uri=sqlite:///{run_dir}.db"]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def start(common: str, tmp_path: Path) -> Iterator[Start]:
 
     def run(verb: str, how: str, num_ranks: int, name: str = "run") -> Processes:
         given = arguments(verb, f"{common} {how} trainer.devices={num_ranks}", tmp_path / name)
-        started.append(Processes([given] * num_ranks, tmp_path))
+        started.append(Processes([["-m", "fellrec", *given]] * num_ranks, tmp_path))
         return started[-1]
 
     yield run
@@ -63,19 +65,21 @@ def start(common: str, tmp_path: Path) -> Iterator[Start]:
         processes.kill()
 
 
-def alone(verb: str, how: str, run_dir: Path) -> None:
-    """The same in one process, or in those that it starts itself."""
-    done = subprocess.run(
-        [sys.executable, *arguments(verb, how, run_dir)],
-        env=environment(), cwd=run_dir.parent, capture_output=True, text=True, timeout=LONGEST_SECONDS, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def alone(arguments: list[str]) -> None:
+    """The same in this one process, with as many threads as the ranks have: what a sum is depends on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        main(arguments)
+    finally:
+        torch.set_num_threads(threads)
 
 
-def resume(run_dir: Path, *how: str) -> None:
+def started_by_the_first(arguments: list[str], folder: Path) -> None:
+    """Several ranks, without torchrun or srun."""
     done = subprocess.run(
-        [sys.executable, "-m", "fellrec", "train", f"resume={run_dir}", *how],
-        env=environment(), cwd=run_dir.parent, capture_output=True, text=True, timeout=LONGEST_SECONDS, check=False,
+        [sys.executable, "-m", "fellrec", *arguments],
+        env=environment(), cwd=folder, capture_output=True, text=True, timeout=LONGEST_SECONDS, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
@@ -104,7 +108,7 @@ def results(run_dir: Path) -> Any:
 def long_run(common: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A long run in one process that nothing interrupted."""
     run_dir = tmp_path_factory.mktemp("long") / "run"
-    alone("train", f"{common} {LONG}", run_dir)
+    alone(arguments("train", f"{common} {LONG}", run_dir))
     return run_dir
 
 
@@ -114,7 +118,8 @@ def test_one_two_and_three_ranks_give_the_same_bits(
     """Three rules, dropout, accumulated gradients, absent clients, one that fails; rank 0 alone says or writes anything."""
     (tmp_path / "fragile.py").write_text(FRAGILE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    alone("compare", f"{common} {MIXED}", tmp_path / "one")
+    monkeypatch.syspath_prepend(tmp_path)
+    alone(arguments("compare", f"{common} {MIXED}", tmp_path / "one"))
     for num_ranks in (2, 3):
         processes = start("compare", MIXED, num_ranks, str(num_ranks))
         assert processes.wait() == [0] * num_ranks, processes.output(0)
@@ -128,8 +133,9 @@ def test_one_two_and_three_ranks_give_the_same_bits(
 def test_two_ranks_that_train_each_client_together_are_as_good_as_one(common: str, tmp_path: Path) -> None:
     """Sums of gradients in another order, and batches with an odd number of rows. The ranks are started by the first."""
     how = f"{common} aggregation=local trainer.batch_size=7"
-    alone("train", how, tmp_path / "one")
-    alone("train", f"{how} trainer.devices=2 trainer.devices_per_client=2", tmp_path / "two")
+    alone(arguments("train", how, tmp_path / "one"))
+    together = f"{how} trainer.devices=2 trainer.devices_per_client=2"
+    started_by_the_first(arguments("train", together, tmp_path / "two"), tmp_path)
     one, two = (load_file(tmp_path / name / "checkpoints/round_00002/adapters.safetensors") for name in ("one", "two"))
     assert any(not torch.equal(one[name], two[name]) for name in one), "the gradients were summed in another order"
     for name, tensor in one.items():
@@ -145,7 +151,7 @@ def test_a_rank_that_dies_ends_all_and_the_run_goes_on_with_fewer(start: Start, 
     assert len(said) == 1, processes.output(0)
     assert re.search(r"rank 2 is gone while it was (training client \d in round \d|scoring the users of)", said[0])
     assert processes.output(1) == "", "rank 0 has said it"
-    resume(tmp_path / "run", "trainer.devices=2")
+    started_by_the_first(["train", f"resume={tmp_path / 'run'}", "trainer.devices=2"], tmp_path)
     assert_same_bits(long_run, tmp_path / "run")
 
 
@@ -157,7 +163,7 @@ def test_without_rank_0_the_others_leave_and_the_run_goes_on_in_one_process(
     processes.send(0, signal.SIGKILL)
     assert processes.wait() == [-signal.SIGKILL, 1]
     assert re.fullmatch(r"fellrec train: rank 1: rank 0 is gone while this rank was .*\n", processes.output(1))
-    resume(tmp_path / "run", "trainer.devices=1")
+    alone(["train", f"resume={tmp_path / 'run'}", "trainer.devices=1"])
     assert_same_bits(long_run, tmp_path / "run")
 
 
