@@ -196,7 +196,7 @@ class Wire:
         with self._news:
             for _, content in self._arrived:
                 if isinstance(content, Abort):
-                    return SplitError(content.reason)
+                    return AbortedError(content.reason)
                 if isinstance(content, SplitError) and not isinstance(content, PeerGoneError):
                     return content
         return None
