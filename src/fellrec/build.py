@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning import Fabric
 from lightning.fabric.plugins.environments import LightningEnvironment
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from fellrec.aggregation.build import build_aggregation
@@ -20,7 +20,9 @@ from fellrec.config import as_dict, make
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.data.prepared import DataSettings, PreparedData, prepare
 from fellrec.errors import ConfigError
+from fellrec.facts import facts
 from fellrec.federated.client import LocalSettings
+from fellrec.federated.crew import Crew
 from fellrec.federated.execution import SplitExecution
 from fellrec.federated.head_cache import HeadCache
 from fellrec.federated.hooks import FederatedCallback
@@ -28,7 +30,9 @@ from fellrec.federated.ledger import Ledger
 from fellrec.federated.loop import FederatedLoop, LoopSettings
 from fellrec.federated.pipeline import CutSettings, PipelinedTrainer
 from fellrec.federated.processes import LeadExecution
+from fellrec.federated.ranks import RankedExecution
 from fellrec.federated.server import BodyServer, ServerSettings
+from fellrec.federated.sharing import BatchSharing
 from fellrec.federated.state import RunState, Selection
 from fellrec.federated.transport import InProcess, Nowhere, ServerLink, Transport
 from fellrec.federated.wire import ToServer, Wire
@@ -95,6 +99,8 @@ class Recommender:
         link: To the server; ``None`` if the cut is not executed.
         server: The server's share, if it is in this process.
         peers: The other processes, if this is the first client process of several.
+        crew: All ranks, if this is the first of several that clients are placed on.
+        sharing: This rank's part, if several train one client together.
     """
 
     fabric: Fabric
@@ -107,6 +113,8 @@ class Recommender:
     link: ServerLink | None = None
     server: ServerShare | None = None
     peers: Peers | None = None
+    crew: Crew | None = None
+    sharing: BatchSharing | None = None
 
 
 def cache_dir(config: DictConfig) -> Path:
@@ -164,7 +172,7 @@ def build_recommender(config: DictConfig, data: PreparedData) -> Recommender:
         metrics=ClientRankingMetrics(
             data.num_clients,
             tuple(config.trainer.cutoffs),
-            sync_on_compute=transport != "distributed",  # the processes are no replicas; the first one collects
+            sync_on_compute=transport != "distributed" and not over_ranks(config),  # no replicas: the first collects
         ),
         title_groups=torch.from_numpy(data.catalogue.title_groups),
         optimizer=OptimizerSettings(config.trainer.learning_rate, config.trainer.weight_decay),
@@ -172,6 +180,17 @@ def build_recommender(config: DictConfig, data: PreparedData) -> Recommender:
     initial = copy_adapter(trainable)
     datamodule = _datamodule(config, data, objective)
     return Recommender(fabric, data, datamodule, module, initial, adapter, backbone, link, server)
+
+
+def recommender_key(config: DictConfig) -> str:
+    """The same for configurations that can share a recommender: they differ in nothing but the rule."""
+    plain = as_dict(config)
+    return repr([plain[name] for name in ("backbone", "adapter", "split", "objective", "ranker", "trainer", "seed")])
+
+
+def over_ranks(config: DictConfig) -> bool:
+    """Whether clients are placed on several ranks."""
+    return config.trainer.devices != 1 or config.trainer.num_nodes != 1
 
 
 def build_fabric(config: DictConfig) -> Fabric:
@@ -231,10 +250,19 @@ def build_server(config: DictConfig, share: ServerShare, num_clients: int, fabri
     )
 
 
-def build_loop(config: DictConfig, recommender: Recommender, callbacks: Sequence[FederatedCallback]) -> FederatedLoop:
-    """A federated loop before its first round, every client with the same starting adapter."""
+def build_loop(
+    config: DictConfig, recommender: Recommender, callbacks: Sequence[FederatedCallback], keeps_state: bool = True
+) -> FederatedLoop:
+    """A federated loop before its first round, every client with the same starting adapter.
+
+    Args:
+        config: The configuration.
+        recommender: What rules share.
+        callbacks: Observers.
+        keeps_state: Whether clients' adapters are kept here; false in a rank that is sent them.
+    """
     aggregation = build_aggregation(config.aggregation)
-    num_clients = recommender.data.num_clients
+    num_clients = recommender.data.num_clients if keeps_state else 1
     rows = 1 if aggregation.pools_clients else num_clients
     _check_memory(recommender.initial, num_clients)
     trainer = config.trainer
@@ -265,6 +293,11 @@ def build_loop(config: DictConfig, recommender: Recommender, callbacks: Sequence
             seed=config.seed,
         ),
     )
+    loop.trainer.sharing = recommender.sharing
+    if recommender.crew is not None:
+        agreed = facts(recommender.data, recommender.backbone.model, recommender.fabric.device)
+        recommender.crew.begin(OmegaConf.to_yaml(config, resolve=True), agreed)
+        loop.execution = RankedExecution(recommender.crew)
     if recommender.server is not None:
         assert recommender.link is not None
         server = build_server(config, recommender.server, num_clients, recommender.fabric)

@@ -7,9 +7,14 @@ import importlib
 import logging
 import os
 import sys
+import time
+import traceback
 from collections.abc import Sequence
 
-from fellrec.errors import FellrecError
+from fellrec.errors import ConfigError, FellrecError
+
+_PATIENCE_SECONDS = 10.0
+"""How long rank 0 may take to say what is wrong before its launcher sees another rank end, and ends rank 0 too."""
 
 VERBS = {
     "prepare": "read a data set, verify its counts, print statistics, cache it",
@@ -54,22 +59,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb and exit: 0 if it succeeded, 1 for an error the user can mend, 130 after Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(given)
+    options.arguments = given  # for the processes of the same command
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("fellrec").setLevel(logging.DEBUG if options.debug else logging.NOTSET)
     _quieten(options.verbose)
     try:
         command = importlib.import_module(f"fellrec.commands.{options.verb}")
         command.run(options)
         _leave(0)
     except FellrecError as error:
-        if options.debug:
+        if options.debug and not _has_peers():
             raise
-        sys.stderr.write(f"fellrec {options.verb}: {error}\n")
+        if options.debug:
+            traceback.print_exc()
+        elif _is_rank_0s_to_say(error):
+            time.sleep(_PATIENCE_SECONDS)
+        elif not error.is_told:
+            sys.stderr.write(f"fellrec {options.verb}: {error}\n")
         _leave(1)
     except KeyboardInterrupt:
         if options.debug:
             raise
         sys.stderr.write(f"\nfellrec {options.verb}: interrupted\n")
         _leave(130)
+    except SystemExit as stop:
+        if not _has_peers():
+            raise
+        _leave(stop.code if isinstance(stop.code, int) else 1)
+    except Exception:
+        if not _has_peers():
+            raise
+        traceback.print_exc()
+        _leave(1)
 
 
 def _parse(given: list[str]) -> argparse.Namespace:
@@ -146,13 +167,23 @@ def _groups() -> list[str]:
 
 def _leave(code: int) -> None:
     """Exit if something went wrong; at once where threads may still wait for other processes of a distributed run."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+    if _has_peers():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     if code:
         sys.exit(code)
+
+
+def _is_rank_0s_to_say(error: FellrecError) -> bool:
+    """Whether all processes of the run find the same wrong: a setting, before they have met."""
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    return rank > 0 and isinstance(error, ConfigError) and not _has_peers()
+
+
+def _has_peers() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def _quieten(verbose: bool) -> None:

@@ -155,7 +155,10 @@ _RULES = (
     _Rule("trainer.patience", _optional(_integer(1)), f"{_AT_LEAST_1}, or null"),
     _Rule("trainer.select", _one_of("population", "client"), "population or client"),
     _Rule("trainer.cutoffs", _cutoffs, "a list of whole numbers of at least 1, such as [5,10]"),
-    _Rule("trainer.devices", _one_of(1), "1 (clients over several devices are not supported yet)"),
+    _Rule("trainer.devices", lambda value: value == "auto" or _integer(1)(value), f"{_AT_LEAST_1}, or auto"),
+    _Rule("trainer.num_nodes", _integer(1), _AT_LEAST_1),
+    _Rule("trainer.devices_per_client", _integer(1), _AT_LEAST_1),
+    _Rule("trainer.timeout_seconds", _number(0, open_low=True), "a number above 0"),
     _Rule("trainer.precision", _one_of("32-true", "bf16-mixed", "bf16-true"), "32-true, bf16-mixed or bf16-true"),
     _Rule("trainer.accumulate_grad_batches", _integer(1), _AT_LEAST_1),
     _Rule("participation.on_failure", _one_of("stop", "skip"), "stop or skip"),
@@ -201,6 +204,7 @@ def check(config: DictConfig, optional: Collection[str] = ()) -> None:
             problems.append(f"{rule.key}={value} is not allowed: {rule.allowed}")
     problems += [f"{key} needs a value: give {key}=…" for key in _missing(config) if key not in optional]
     problems += _check_metric(config)
+    problems += _check_devices(config)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
 
@@ -209,6 +213,19 @@ def _missing(config: DictConfig) -> list[str]:
     plain = OmegaConf.to_container(config, resolve=False)
     assert isinstance(plain, dict)
     return [key for key, value in flatten(plain).items() if value == "???"]
+
+
+def _check_devices(config: DictConfig) -> list[str]:
+    """Clients are placed on ranks that have the whole model."""
+    trainer, transport = config.trainer, config.split.transport
+    several = [key for key in ("devices", "num_nodes", "devices_per_client") if trainer[key] not in (1, "auto")]
+    if transport == "none" or not several:
+        return []
+    settings = ", ".join(f"trainer.{key}={trainer[key]}" for key in several)
+    return [
+        f"{settings} is not allowed with split.transport={transport}: "
+        "split.transport=distributed takes its processes from torchrun or srun"
+    ]
 
 
 def _check_metric(config: DictConfig) -> list[str]:

@@ -7,7 +7,13 @@ from difflib import get_close_matches
 
 
 class FellrecError(Exception):
-    """Base of every error whose message is written for the user."""
+    """Base of every error whose message is written for the user.
+
+    Attributes:
+        is_told: Whether another process of the run shows the message.
+    """
+
+    is_told = False
 
 
 class ConfigError(FellrecError):
@@ -27,7 +33,7 @@ class TrainingError(FellrecError):
 
 
 class SplitError(TrainingError):
-    """Client and server cannot go on together: a wrong message, another version, or one of them is gone."""
+    """Processes cannot go on together: a wrong message, another version, or one of them is gone."""
 
 
 def nearest_first(value: str, choices: Iterable[str]) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
@@ -65,25 +65,36 @@ class Place:
         Raises:
             ConfigError: If neither started this process, or there are too few.
         """
-        environment: ClusterEnvironment
-        if TorchElasticEnvironment.detect():
-            environment = TorchElasticEnvironment()
-        elif SLURMEnvironment.detect():
-            environment = SLURMEnvironment()
-        else:
+        place = find_place()
+        if place is None:
             raise ConfigError(
                 "split.transport=distributed needs one process for the server and at least one for clients: "
                 "torchrun --nproc-per-node 3 -m fellrec train …, or srun; split.transport=inprocess needs one process"
             )
-        world_size = environment.world_size()
-        if world_size < 2:
+        if place.world_size < 2:
             raise ConfigError(
-                f"split.transport=distributed needs at least 2 processes (a server and a client), there is {world_size}"
+                "split.transport=distributed needs at least 2 processes (a server and a client), there is "
+                f"{place.world_size}"
             )
+        return place
+
+
+def find_place() -> Place | None:
+    """This process among those that torchrun or srun started; ``None`` if neither did, as in a batch script."""
+    if TorchElasticEnvironment.detect():
+        environment = TorchElasticEnvironment()
         where = f"tcp://{environment.main_address}:{environment.main_port}"
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             where = "env://"  # torchrun's agent holds the port already
-        return cls(environment.global_rank(), world_size, where)
+        return Place(environment.global_rank(), environment.world_size(), where)
+    world_size = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if world_size == 1:
+        return None
+    # Not Lightning's SLURMEnvironment(), which refuses srun --ntasks.
+    nodes = os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")
+    address = os.environ.get("MASTER_ADDR") or SLURMEnvironment.resolve_root_node_address(nodes)
+    port = os.environ.get("MASTER_PORT") or 15000 + int(os.environ.get("SLURM_JOB_ID", "0")[-4:])
+    return Place(int(os.environ["SLURM_PROCID"]), world_size, f"tcp://{address}:{port}")
 
 
 class Team:
@@ -110,13 +121,13 @@ class Team:
         """Ranks of the client processes other than the first."""
         return list(range(LEAD + 1, self.place.world_size))
 
-    def lead(self, data: PreparedData) -> Recommender:
+    def lead(self, config: DictConfig, data: PreparedData) -> Recommender:
         """The first client process: load the clients' share and agree with the others.
 
         Returns:
             A recommender whose loops train through the team.
         """
-        recommender = build_recommender(self.config, data)
+        recommender = build_recommender(config, data)
         folder = recommender.backbone.folder
         assert folder is not None
         facts, num_clients = self._facts(folder), data.num_clients
@@ -192,10 +203,10 @@ def run_role(config: DictConfig, lead: Any) -> None:
     team = Team(config, place)
     try:
         if place.rank == LEAD:
-            with _waiting_for_news(team.wire):
+            with waiting_for_news(team.wire):
                 lead(team)
         else:
-            _leave_signals_to_the_lead()
+            leave_signals_to_the_lead()
             team.follow()
     except FellrecError as error:
         text = str(error)
@@ -207,14 +218,14 @@ def run_role(config: DictConfig, lead: Any) -> None:
     team.wire.close()
 
 
-def _leave_signals_to_the_lead() -> None:
+def leave_signals_to_the_lead() -> None:
     """Ctrl-C and a scheduler's signals reach all processes; the first client process decides, and tells the others."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
-def _waiting_for_news(wire: Wire) -> Iterator[None]:
+def waiting_for_news(wire: Wire) -> Iterator[None]:
     """While this lasts, SIGTERM ends this process, unless another process is gone: then that is what is reported.
 
     torchrun ends all processes when one is gone, which would leave its user without a reason.

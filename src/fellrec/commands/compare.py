@@ -12,11 +12,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from fellrec.aggregation.build import build_aggregation
-from fellrec.build import Recommender, build_data, build_loop, build_recommender
+from fellrec.build import Recommender, build_data, build_loop, build_recommender, recommender_key
 from fellrec.config import as_dict, compose, expand
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError
 from fellrec.functional.nested import flatten
+from fellrec.launch.local import other_ranks
+from fellrec.ranked import Ranks, processes_to_start, run_ranks
 from fellrec.records import check_new, new_run_dir, write_json
 from fellrec.runs import Run, collect, finish_message, reference_results, rule_name, run_name, table_cutoff
 from fellrec.tracking.cost_tables import COSTS, cost_panels, print_cost, write_cost
@@ -36,22 +38,31 @@ def run(options: argparse.Namespace) -> None:
     if options.show_config:
         sys.stdout.write("---\n".join(OmegaConf.to_yaml(config) for config in configs))
         return
-    comparison, run_dir = compare(configs)
-    if options.format == "json":
+
+    def lead(ranks: Ranks | None) -> None:
+        _report(*compare(configs, ranks), configs[0], options.format)
+
+    with other_ranks(processes_to_start(configs[0]), options.arguments):
+        run_ranks(configs[0], lead)
+
+
+def _report(comparison: Comparison, run_dir: Path, config: DictConfig, output_format: str) -> None:
+    if output_format == "json":
         sys.stdout.write(json.dumps(comparison.to_dict(), indent=1) + "\n")
         return
     console = results_console()
-    print_comparison(comparison, console, table_cutoff(configs[0]))
+    print_comparison(comparison, console, table_cutoff(config))
     if comparison.variants:
-        print_cost(comparison, console, table_cutoff(configs[0]))
-    console.print(finish_message(run_dir, configs[0]), highlight=False)
+        print_cost(comparison, console, table_cutoff(config))
+    console.print(finish_message(run_dir, config), highlight=False)
 
 
-def compare(configs: Sequence[DictConfig]) -> tuple[Comparison, Path]:
+def compare(configs: Sequence[DictConfig], ranks: Ranks | None = None) -> tuple[Comparison, Path]:
     """Run every configuration and collect the results.
 
     Args:
         configs: One per rule, seed and cut; data, partition and backbone are the same in all.
+        ranks: All processes, if there are several.
 
     Returns:
         The results, and the directory that holds every run.
@@ -68,7 +79,7 @@ def compare(configs: Sequence[DictConfig]) -> tuple[Comparison, Path]:
         check_new(Path(first.run_dir))
     check_reachable(first.tracking.uri, may_be_away=first.tracking.on_unreachable == "keep")
     data = build_data(first)
-    recommenders = _Recommenders(data)
+    recommenders = _Recommenders(data, ranks)
     recommenders.of(first)
     run_dir = new_run_dir(first.run_dir, f"{first.data.name}-compare")
     tags = {"data": data.name, "kind": "comparison"}
@@ -132,17 +143,18 @@ def _metric_name(rule: str) -> str:
 class _Recommenders:
     """One recommender at a time, shared by all runs that differ in their rule only."""
 
-    def __init__(self, data: PreparedData) -> None:
+    def __init__(self, data: PreparedData, ranks: Ranks | None) -> None:
         self._data = data
+        self._ranks = ranks
         self._current: tuple[str, Recommender] | None = None
 
     def of(self, config: DictConfig) -> Recommender:
         """The recommender of a configuration; the backbone is loaded again only if something but the rule changed."""
-        plain = as_dict(config)
-        key = repr([plain[name] for name in ("backbone", "adapter", "split", "objective", "ranker", "trainer", "seed")])
+        key = recommender_key(config)
         if self._current is None or self._current[0] != key:
             self._current = None  # the old backbone goes before the new one comes
-            self._current = (key, build_recommender(config, self._data))
+            make = build_recommender if self._ranks is None else self._ranks.lead
+            self._current = (key, make(config, self._data))
         return self._current[1]
 
 

@@ -13,16 +13,21 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from fellrec.aggregation.build import build_aggregation
-from fellrec.build import build_data, build_recommender
-from fellrec.config import compose, expand
+from fellrec.build import build_data, build_recommender, over_ranks
+from fellrec.config import check, compose, expand
 from fellrec.errors import ConfigError
+from fellrec.launch.local import other_ranks
 from fellrec.layout import conf_dir
+from fellrec.ranked import Ranks, processes_to_start, run_ranks
 from fellrec.records import check_new
 from fellrec.roles import Team, run_role
 from fellrec.runs import Run, absence_message, collect, finish_message, reference_results, table_cutoff
 from fellrec.tracking.cost_tables import print_run_cost
 from fellrec.tracking.store import check_reachable
 from fellrec.tracking.tables import print_comparison, results_console
+
+_RANKS = ("trainer.devices=", "trainer.num_nodes=")
+"""Settings that a resumed run may change: they change no result."""
 
 
 def run(options: argparse.Namespace) -> None:
@@ -36,7 +41,8 @@ def run(options: argparse.Namespace) -> None:
         return
     if config.resume:
         config = _resumed(options.overrides, Path(config.resume))
-    train(config, options.format)
+    with other_ranks(processes_to_start(config), options.arguments):
+        train(config, options.format)
 
 
 def train(config: DictConfig, output_format: str = "table") -> None:
@@ -52,13 +58,13 @@ def train(config: DictConfig, output_format: str = "table") -> None:
     if config.split.transport == "distributed":
         run_role(config, lambda team: _train(config, output_format, team))
     else:
-        _train(config, output_format)
+        run_ranks(config, lambda ranks: _train(config, output_format, ranks))
 
 
-def _train(config: DictConfig, output_format: str, team: Team | None = None) -> None:
+def _train(config: DictConfig, output_format: str, team: Team | Ranks | None = None) -> None:
     check_reachable(config.tracking.uri, may_be_away=bool(config.resume) or config.tracking.on_unreachable == "keep")
     data = build_data(config)
-    recommender = build_recommender(config, data) if team is None else team.lead(data)
+    recommender = build_recommender(config, data) if team is None else team.lead(config, data)
     run = Run(config, recommender)
     result = run.execute()
     assert run.loop is not None
@@ -80,11 +86,13 @@ def _resumed(overrides: Sequence[str], run_dir: Path) -> DictConfig:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"resume={run_dir}: no config.yaml there; give the directory of a run")
-    others = [item for item in overrides if not item.startswith("resume=")]
+    others = [item for item in overrides if not item.startswith(("resume=", *_RANKS))]
     if others:
         raise ConfigError(f"resume goes on with the run's own configuration; leave out {' '.join(others)}")
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
+    config.merge_with_dotlist([item for item in overrides if item.startswith(_RANKS)])
+    check(config)
     config.run_dir, config.resume = str(run_dir), str(run_dir)
     return config
 
@@ -94,7 +102,8 @@ def _multirun(overrides: Sequence[str]) -> None:
     import hydra
 
     for combination in expand(overrides):
-        compose(combination)
+        if over_ranks(compose(combination)):
+            raise ConfigError("-m runs in one process, and trainer.devices=1; start runs over several ranks one by one")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back to the CLI, which words them
     sys.argv = ["fellrec train", "--multirun", *overrides]
     decorate: Callable[[Any], Any] = hydra.main(str(conf_dir()), "config", version_base="1.3")

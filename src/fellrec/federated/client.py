@@ -12,7 +12,8 @@ import torch
 from lightning import Fabric
 
 from fellrec.data.datamodule import FellrecDataModule
-from fellrec.errors import TrainingError
+from fellrec.errors import FellrecError, SplitError, TrainingError
+from fellrec.federated.sharing import BatchSharing
 from fellrec.functional.rng import derive_seed
 from fellrec.models.module import FellrecModule
 from fellrec.models.streams import StreamPosition, training_seed
@@ -53,6 +54,7 @@ class LocalTrainer:
         datamodule: Batches by client.
         optimizer: Over the module's trainable parameters.
         settings: How to train.
+        sharing: This rank's part where several train one client together; ``None`` to train alone.
     """
 
     def __init__(
@@ -62,12 +64,14 @@ class LocalTrainer:
         datamodule: FellrecDataModule,
         optimizer: torch.optim.Optimizer,
         settings: LocalSettings,
+        sharing: BatchSharing | None = None,
     ) -> None:
         self.fabric = fabric
         self.module = module
         self.datamodule = datamodule
         self.optimizer = optimizer
         self.settings = settings
+        self.sharing = sharing
 
     def num_steps(self, client: int | None) -> int:
         """Optimiser steps that one round of this client takes; the pooled client may take those of all clients."""
@@ -89,24 +93,24 @@ class LocalTrainer:
             on_step: Called after every step with the batch's mean loss.
 
         Raises:
-            TrainingError: If a loss is not finite; names client, round and step.
+            TrainingError: If a loss or the adapter is not finite, or something else fails; names client and round.
         """
         started = time.perf_counter()
         seed = training_seed(self.settings.seed, round_index, client)
+        seed = seed if self.sharing is None else self.sharing.seed(seed)
         self.module.train()
         self.optimizer.zero_grad(set_to_none=True)
         total, num_targets, steps = 0.0, 0, 0
         devices = [self.fabric.device] if self.fabric.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), self.module.model.streams.using(StreamPosition(seed)):
             torch.manual_seed(seed)
-            for batches in self.steps(client, data_of, round_index):
-                self._set_learning_rate(first_step + steps)
-                step_total, count = self._step(batches)
+            for step_total, count in self._take_steps(client, data_of, round_index, first_step):
                 loss = step_total / count
                 if not math.isfinite(loss):
                     raise TrainingError(diverged(client, round_index, steps, loss))
                 total, num_targets, steps = total + step_total, num_targets + count, steps + 1
                 on_step(loss)
+        self._check_finite(client, round_index)
         return ClientUpdate(
             client=client,
             num_samples=self.datamodule.num_samples(data_of),
@@ -125,6 +129,25 @@ class LocalTrainer:
                 left -= 1
                 yield step
 
+    def _take_steps(
+        self, client: int, data_of: int | None, round_index: int, first_step: int
+    ) -> Iterator[tuple[float, int]]:
+        """Take one round's local steps; gives each one's loss, summed over its targets, and their number."""
+        try:
+            for step, batches in enumerate(self.steps(client, data_of, round_index)):
+                self._set_learning_rate(first_step + step)
+                yield self._step(batches)
+        except SplitError as error:
+            raise SplitError(f"{error}, in the training of client {client} in round {round_index}") from error
+        except FellrecError:
+            raise
+        except Exception as error:  # out of memory or a mistake in an objective: the client cannot finish
+            first_line = (str(error).splitlines() or [""])[0]
+            raise TrainingError(
+                f"the training of client {client} failed in round {round_index} with {type(error).__name__}: "
+                f"{first_line} (--debug shows where)"
+            ) from error
+
     def learning_rate(self, step: int) -> float:
         """The optimiser's step size at a client's ``step``-th step of all rounds, from 0."""
         warmup, full = self.settings.warmup_steps, self.module.optimizer_settings.learning_rate
@@ -132,17 +155,40 @@ class LocalTrainer:
 
     def _step(self, batches: list[Batch]) -> tuple[float, int]:
         count = sum(len(batch["targets"]) for batch in batches)
+        parameters = list(self.module.trainable.values())
+        if self.sharing is None:
+            total = self._backward(batches, count)
+        else:
+            total, error = float("nan"), None
+            try:
+                total = self._backward([mine for batch in batches if (mine := self.sharing.share(batch))], count)
+            except Exception as failure:  # the others of the group must hear of it, whatever it is
+                error = failure
+            total = self.sharing.combine(parameters, total, error)
+        if self.settings.gradient_clip is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self.settings.gradient_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total, count
+
+    def _backward(self, batches: list[Batch], count: int) -> float:
+        """Add the gradients of the batches' loss, divided by ``count``, and return the loss's sum over the targets."""
         total = 0.0
         for batch in batches:
             with self.fabric.autocast():
                 batch_total, _ = self.module.objective.loss(self.module.model, batch)
             self.fabric.backward(batch_total / count)
             total += float(batch_total.detach())
-        if self.settings.gradient_clip is not None:
-            torch.nn.utils.clip_grad_norm_(list(self.module.trainable.values()), self.settings.gradient_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total, count
+        return total
+
+    def _check_finite(self, client: int, round_index: int) -> None:
+        """A last step can spoil the adapter after its loss was finite."""
+        for name, parameter in self.module.trainable.items():
+            if not bool(parameter.isfinite().all()):
+                raise TrainingError(
+                    f"{name} of client {client} is not finite after local training in round {round_index}; "
+                    "lower trainer.learning_rate"
+                )
 
     def _set_learning_rate(self, step: int) -> None:
         for group in self.optimizer.param_groups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -34,6 +35,8 @@ from fellrec.types import Aggregated, ClientUpdate, Updates
 
 if TYPE_CHECKING:
     from fellrec.federated.loop import FederatedLoop
+
+_log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints in the run's directory."""
@@ -100,17 +103,25 @@ class WholeExecution:
         """One client after the other, each with its adapter in the backbone."""
         outcome = Outcome()
         for client in clients:
-            loop.call("on_client_start", client)
-            try:
-                update = self._train_client(loop, client, round_index)
-            except SplitError:
-                raise
-            except TrainingError as error:
-                outcome.failures[client] = str(error)
-                continue
-            outcome.updates.append(update)
-            loop.call("on_client_end", update)
+            self.train_one(loop, client, round_index, outcome)
         return outcome
+
+    def train_one(self, loop: FederatedLoop, client: int, round_index: int, outcome: Outcome) -> None:
+        """Train one client here, and note in ``outcome`` what became of it."""
+        loop.call("on_client_start", client)
+        try:
+            update = self._train_client(loop, client, round_index)
+        except SplitError:
+            raise
+        except TrainingError as error:
+            outcome.failures[client] = note_failure(error)
+            return
+        outcome.updates.append(update)
+        loop.call("on_client_end", update)
+
+    def on_step(self, loop: FederatedLoop, loss: float) -> None:
+        """Called after every local step here."""
+        loop.on_step(loss)
 
     def aggregate(self, loop: FederatedLoop, updates: Updates, round_index: int) -> Aggregated:
         """By the rule, here."""
@@ -162,7 +173,9 @@ class WholeExecution:
         optimizer_state = state.take_optimizer(client, loop.trainer.settings.reset_optimizer)
         loop.optimizer.state = optimizer_state  # type: ignore[assignment]
         first_step = state.local_steps[client]
-        update = loop.trainer.train(client, loop.data_of(client), round_index, first_step, loop.on_step)
+        update = loop.trainer.train(
+            client, loop.data_of(client), round_index, first_step, lambda loss: self.on_step(loop, loss)
+        )
         state.optimizers[client] = optimizer_state
         state.local_steps[client] += update.num_steps
         state.bank.store(client, parameters)
@@ -174,6 +187,12 @@ class WholeExecution:
             for direction in ("up", "down"):
                 self.ledger.add(client, round_index, "train", direction, "adapter", num_bytes)
             self.ledger.add(client, round_index, "train", "up", "scalar", 16)
+
+
+def note_failure(error: TrainingError) -> str:
+    """The reason for the user; where it happened is logged for ``--debug``."""
+    _log.debug("a client's training failed", exc_info=error)
+    return str(error)
 
 
 class SplitExecution:

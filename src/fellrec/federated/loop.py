@@ -228,14 +228,26 @@ class FederatedLoop:
         self.execution.score(self, stage, -1, "initial", sorted(set(self.row_of_client)))
         return self.module.finish_evaluation(stage, -1)
 
-    def score_row(self, stage: str, row: int, bank: str) -> None:
-        """Score the users whom a row of a bank serves, with the adapter that is in the backbone now."""
+    def clients_served_by(self, row: int, bank: str) -> tuple[int, ...]:
+        """The clients whose users are scored with a row of a bank."""
         rows = tuple(range(self.num_clients)) if bank == "best_per_client" else self.row_of_client
-        clients = tuple(client for client, its_row in enumerate(rows) if its_row == row)
+        return tuple(client for client, its_row in enumerate(rows) if its_row == row)
+
+    def score_row(self, stage: str, row: int, bank: str, part: int = 0, num_parts: int = 1) -> None:
+        """Score the users whom a row of a bank serves, with the adapter that is in the backbone now.
+
+        Args:
+            stage: ``"val"`` or ``"test"``.
+            row: Of the bank.
+            bank: See ``RunState.bank_named``.
+            part: Score this one of ``num_parts`` parts; batches are dealt out, never split, so that no figure changes.
+            num_parts: Processes that share the row's users.
+        """
         with self.fabric.autocast():
             self.module.ranker.refresh(self.module.model)
-            for batch in self.datamodule.eval_loader(stage, clients):
-                self.module.score_batch(self.fabric.to_device(batch))
+            for number, batch in enumerate(self.datamodule.eval_loader(stage, self.clients_served_by(row, bank))):
+                if number % num_parts == part:
+                    self.module.score_batch(self.fabric.to_device(batch))
 
     def on_step(self, loss: float) -> None:
         """Report one optimiser step."""

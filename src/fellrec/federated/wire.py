@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -39,6 +40,33 @@ class PeerGoneError(SplitError):
         self.rank = rank
 
 
+class AbortedError(SplitError):
+    """Another process gave up, and said why."""
+
+
+def role_name(rank: int) -> str:
+    """How messages call a process of the executed cut."""
+    return f"rank {rank} ({'the server' if rank == 0 else 'a client process'})"
+
+
+def rank_name(rank: int) -> str:
+    """How messages call one of several like processes."""
+    return f"rank {rank}"
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How error messages call things.
+
+    Attributes:
+        peer: A process, by its rank.
+        timeout: The setting that bounds a silence.
+    """
+
+    peer: Callable[[int], str] = role_name
+    timeout: str = "split.timeout_seconds"
+
+
 class Wire:
     """One process's ends of the lines to its peers. A thread per peer receives, so that sending never deadlocks.
 
@@ -51,11 +79,19 @@ class Wire:
         init_method: Where they meet, such as ``tcp://127.0.0.1:29500``.
         timeout_seconds: Longest silence.
         device: Where tensors are put when they arrive; on CUDA, tensors travel by NCCL, headers by gloo.
+        naming: Of processes and settings in error messages.
     """
 
     def __init__(
-        self, rank: int, world_size: int, init_method: str, timeout_seconds: float, device: torch.device
+        self,
+        rank: int,
+        world_size: int,
+        init_method: str,
+        timeout_seconds: float,
+        device: torch.device,
+        naming: Naming = Naming(),
     ) -> None:
+        self.naming = naming
         self.rank, self.world_size, self.timeout_seconds, self.device = rank, world_size, timeout_seconds, device
         timeout = timedelta(seconds=timeout_seconds)
         try:
@@ -63,7 +99,7 @@ class Wire:
         except Exception as error:  # the store raises several types
             raise SplitError(
                 f"rank {rank}: not all {world_size} processes met at {init_method} within {timeout_seconds:g} s "
-                f"(split.timeout_seconds): {str(error).splitlines()[0]}"
+                f"({naming.timeout}): {str(error).splitlines()[0]}"
             ) from error
         self._payload_group = dist.new_group(backend="nccl", timeout=timeout) if device.type == "cuda" else None
         self._peers: tuple[int, ...] = ()
@@ -113,6 +149,22 @@ class Wire:
         """Wait for the next message of any peer; gives its rank too. Raises as ``receive`` does."""
         return self._take(lambda sender: True)
 
+    @property
+    def has_news(self) -> bool:
+        """Whether something has arrived that was not received yet."""
+        with self._news:
+            return bool(self._arrived)
+
+    def check(self) -> None:
+        """Raise at once what waits to be received: that a peer is gone, or gave up."""
+        with self._news:
+            bad = [i for i, (_, content) in enumerate(self._arrived) if isinstance(content, (BaseException, Abort))]
+            if not bad:
+                return
+            peer, content = self._arrived.pop(bad[0])
+            self._arrived.insert(0, (peer, content))
+        self.receive(peer)
+
     def abort(self, reason: str) -> None:
         """Tell all peers, as far as they can be reached, that this process gives up, and let them hear it."""
         for peer in self._peers:
@@ -136,7 +188,7 @@ class Wire:
         if isinstance(content, BaseException):
             raise content
         if isinstance(content, Abort):
-            raise SplitError(content.reason)
+            raise AbortedError(content.reason)
         return peer, content
 
     def _reason(self) -> SplitError | None:
@@ -144,7 +196,7 @@ class Wire:
         with self._news:
             for _, content in self._arrived:
                 if isinstance(content, Abort):
-                    return SplitError(content.reason)
+                    return AbortedError(content.reason)
                 if isinstance(content, SplitError) and not isinstance(content, PeerGoneError):
                     return content
         return None
@@ -225,13 +277,8 @@ class Wire:
     def _gone_error(self, peer: int, error: BaseException) -> PeerGoneError:
         self.gone.add(peer)
         is_silent = any(word in str(error).lower() for word in ("timed out", "timeout"))
-        what = f"was silent for {self.timeout_seconds:g} s (split.timeout_seconds)" if is_silent else "is gone"
-        return PeerGoneError(peer, f"rank {self.rank}: {role_name(peer)} {what}{self.where}")
-
-
-def role_name(rank: int) -> str:
-    """How messages call a process."""
-    return f"rank {rank} ({'the server' if rank == 0 else 'a client process'})"
+        what = f"was silent for {self.timeout_seconds:g} s ({self.naming.timeout})" if is_silent else "is gone"
+        return PeerGoneError(peer, f"rank {self.rank}: {self.naming.peer(peer)} {what}{self.where}")
 
 
 class ToServer:

@@ -62,6 +62,21 @@ class ClientRankingMetrics(Metric):
         self.clients.append(clients.cpu()[evaluated].to(self.device))
         self.values.append(values[evaluated].to(self.device))
 
+    def add(self, users: Tensor, clients: Tensor, values: Tensor) -> None:
+        """Add what another process's `take` gave."""
+        self.users.append(users.to(self.device))
+        self.clients.append(clients.to(self.device))
+        self.values.append(values.to(self.device))
+
+    def take(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Users ``[U]``, their clients ``[U]`` and metrics ``[U, M]`` so far, which are forgotten here."""
+        none = torch.empty(0, dtype=torch.int64)
+        taken = none, none, torch.empty(0, len(self.names), dtype=torch.float64)
+        if self.users:
+            taken = torch.cat(list(self.users)), torch.cat(list(self.clients)), torch.cat(list(self.values))
+        self.reset()
+        return taken
+
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """As in torchmetrics; a process that had no users takes part with empty states of the right type and shape."""
         if not self.users:

@@ -160,6 +160,88 @@ def test_a_diverging_client_is_named_and_the_last_state_stays(
     assert all(tensor.isfinite().all() for tensor in adapters(fresh).values())
 
 
+def break_client(loop: FederatedLoop, monkeypatch: pytest.MonkeyPatch, client: int, error: Exception) -> None:
+    """From its second step on, one client's loss raises."""
+    loss, calls = loop.module.objective.loss, []
+
+    def broken(model: object, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+        ids = loop.datamodule._rows(client)
+        if int(batch["row_ids"].min()) >= ids.first_id and int(batch["row_ids"].max()) < ids.first_id + len(ids):
+            calls.append(1)
+            if len(calls) > 1:
+                raise error
+        return loss(model, batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop.module.objective, "loss", broken)
+
+
+def test_a_client_that_raises_is_named_with_its_round(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = make()
+    break_client(loop, monkeypatch, 1, torch.OutOfMemoryError("out of memory\nTried to allocate"))
+    with pytest.raises(TrainingError, match=r"client 1 failed in round 0 with OutOfMemoryError: out of memory \("):
+        loop.run()
+
+
+def test_a_client_that_raises_can_be_left_out(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The others go on; where it happened is logged for --debug."""
+    loop = make("participation.on_failure=skip", "participation.quorum=0.6")
+    break_client(loop, monkeypatch, 1, TypeError("a mistake in an objective"))
+    with caplog.at_level("DEBUG", logger="fellrec"):
+        loop.run()
+    assert loop.state.extras["dropped_clients"] == {"0": [1], "1": [1]}
+    assert "in broken" in caplog.text
+    assert "a mistake in an objective" in caplog.text
+
+
+def test_an_error_of_a_callback_is_no_failure_of_a_client(make: Make) -> None:
+    class Broken(FederatedCallback):
+        def on_step_end(self, loop: FederatedLoop, loss: float) -> None:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        make("participation.on_failure=skip", callbacks=(Broken(),)).run()
+
+
+def test_an_adapter_that_the_last_step_spoilt_is_a_failure(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loss was finite to the end."""
+    loop = make("participation.on_failure=skip", "participation.quorum=0.1")
+    step, calls = loop.optimizer.step, []
+
+    def spoil() -> None:
+        step()
+        calls.append(1)
+        if len(calls) == 2:
+            with torch.no_grad():
+                next(iter(loop.module.trainable.values())).view(-1)[0] = float("inf")
+
+    monkeypatch.setattr(loop.optimizer, "step", spoil)
+    monkeypatch.setattr(loop.trainer, "num_steps", lambda client: 1)
+    loop.validate(-1)
+    loop.run_round(0)
+    assert loop.state.extras["dropped_clients"] == {"0": [1]}
+
+
+def test_parts_of_a_rows_users_are_together_all_of_them(make_anew: Make) -> None:
+    """Batches are dealt out, so every user's figures are the same to the last bit."""
+    loop = make_anew("trainer.eval_batch_size=7")
+    loop.state.bank.copy_to(loop.module.trainable, 0)
+    metrics = loop.module.metrics
+    loop.module.eval()
+    loop.score_row("val", 0, "current")
+    users, clients, values = metrics.take()
+    assert len(users) > 7
+    for part in (2, 0, 1):
+        loop.score_row("val", 0, "current", part, 3)
+    found = metrics.take()
+    order = found[0].argsort()
+    assert torch.equal(found[0][order], users)
+    assert torch.equal(found[1][order], clients)
+    assert torch.equal(found[2][order], values)
+    assert len(metrics.take()[0]) == 0
+
+
 def test_a_huge_learning_rate_ends_in_a_message(make_anew: Make) -> None:
     with pytest.raises(TrainingError, match=r"client \d .*round \d"):
         make_anew("trainer.learning_rate=1e30", "trainer.gradient_clip=null").run()

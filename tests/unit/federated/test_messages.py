@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fellrec.errors import SplitError
 from fellrec.federated import messages as m
+from fellrec.federated import rank_messages as r
 from fellrec.functional.packing import Packed, pack
 
 HIDDEN = pack(torch.randn(2, 3, 4), "float32")
@@ -43,6 +44,14 @@ EXAMPLES: list[m.Message] = [
     m.Refresh(1, (0, 2)),
     m.Score("val", 1, "best", (0,)),
     m.Scored(torch.tensor([3]), torch.tensor([0]), torch.rand(1, 2).double(), ()),
+    r.Begin("seed: 0\n", {"torch version": "2"}),
+    r.Begun(),
+    r.TrainClient(
+        1, 2, 7, {"a.b": torch.randn(2, 3)}, {"a.b": {"step": torch.tensor(7.0), "exp_avg": torch.ones(2, 3)}}
+    ),
+    r.Finished(1, 9, 2, 0.1 + 0.2, 0.5, (0.25, 1 / 3), {"a.b": torch.randn(2, 3)}, {"a.b": {}}, 2**40),
+    r.Failed(1, "because"),
+    r.ScoreClients("val", "best", 1, 0, 2, {"a.b": torch.randn(2, 3)}),
 ]
 TO_SERVER = (m.HiddenState, m.Gradient, m.Step, m.Finish, m.Upload, m.Fetch, m.SelectRows, m.DropCache, m.Aggregate)
 

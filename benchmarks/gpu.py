@@ -1,0 +1,244 @@
+"""One GPU: seconds per round, peak memory, and the share of the GPU's matrix rate that training reaches.
+
+    python benchmarks/gpu.py --data-root ml-1m                  # needs a GPU with 80 GB, and 14 GB of disk in --work
+    python benchmarks/gpu.py --dry-run                          # tiny shapes on the CPU: does the script work?
+
+Cases: ``experiment=ml_1m_small`` as it is, and a LLaMA-7B-shaped backbone with random weights in bfloat16 with LoRA on
+the generative objective (speed does not depend on what weights are), each with the whole model and through the executed
+cut in one process. A round is local training and aggregation; evaluation is left out. The first round warms up.
+
+Model FLOP utilisation = FLOPs that training cannot do without (``fellrec.functional.cost.training_flops``, per token of
+the largest micro-batch, times the padded tokens of the round) / seconds / the GPU's rate in one large matrix product of
+the same type.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from fellrec.build import build_data, build_loop, build_recommender
+from fellrec.config import compose
+from fellrec.federated.loop import FederatedLoop
+from fellrec.federated.memory import peak_bytes
+from fellrec.functional.cost import human_bytes, training_flops
+from fellrec.launch.plan import Planner
+from fellrec.launch.shape import find_config, read_config
+from fellrec.models.tiny import build_tokenizer
+
+SHAPE = "llama_2_7b"
+SMALL = ("experiment=ml_1m_small",)
+LARGE = (
+    *("backbone=hf", "backbone.dtype=bfloat16", "trainer.precision=bf16-mixed", "adapter=lora"),
+    *("objective=generative", "trainer.batch_size=16", "trainer.max_local_steps=10"),
+)
+CUT = ("split=executed", "split.head_layers=2", "split.tail_layers=1")
+SYNTHETIC = ("data=synthetic", "data.reader.num_users=90", "data.reader.num_items=60")
+DRY = (*SYNTHETIC, "data.reader.mean_length=12", "trainer.max_local_steps=2", "trainer.batch_size=4")
+DRY_SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one case took.
+
+    Attributes:
+        case: Its name.
+        device: Of the run.
+        dtype: Of the matrix products.
+        seconds_per_round: Median over the timed rounds.
+        steps: Local steps of the last round, all clients.
+        tokens: Padded tokens of it.
+        peak_bytes: The device's largest memory; on a CPU the process's.
+        flops_per_second: Useful ones.
+        matrix_rate: FLOPs per second of one large matrix product.
+    """
+
+    case: str
+    device: str
+    dtype: str
+    seconds_per_round: float
+    steps: int
+    tokens: int
+    peak_bytes: int
+    flops_per_second: float
+    matrix_rate: float
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the matrix rate, in [0, 1]."""
+        return self.flops_per_second / self.matrix_rate
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 20) -> float:
+    """FLOPs per second of the product of two ``[size, size]`` matrices, the best of ``repeats``."""
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(repeats):
+        _wait_for(device)
+        started = time.perf_counter()
+        left @ right
+        _wait_for(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
+
+
+def random_backbone(folder: Path, shape: str, texts: Sequence[str], changes: dict[str, int]) -> Path:
+    """Write a backbone of a known shape with random weights, unless it is there already.
+
+    Args:
+        folder: Where.
+        shape: A name in ``conf/model_configs``.
+        texts: For the stand-in tokenizer.
+        changes: Sizes that differ from the shape.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return folder
+    config = read_config(find_config(shape))
+    tokenizer = build_tokenizer(texts)
+    for name, value in {**changes, **({"num_key_value_heads": 2} if changes else {})}.items():
+        setattr(config, name, value)
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 0
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def measure(case: str, config: DictConfig, rounds: int, matrix_size: int) -> Result:
+    """Train some rounds and time all but the first."""
+    data = build_data(config)
+    plan = Planner().plan(config)
+    parts = (plan.head, plan.body, plan.tail)
+    rows, tokens = plan.micro_batch
+    flops_per_token = sum(part.forward_flops for part in parts) / (rows * tokens)
+    recommender = build_recommender(config, data)
+    loop, device = build_loop(config, recommender, ()), recommender.fabric.device
+    loop.execution.start(loop)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds, steps = [], 0
+    for round_index in range(rounds + 1):
+        _wait_for(device)
+        started = time.perf_counter()
+        steps = _round(loop, round_index)
+        _wait_for(device)
+        seconds.append(time.perf_counter() - started)
+    median = sorted(seconds[1:])[rounds // 2]
+    seen = _tokens(loop, rounds)
+    uses_bf16 = config.trainer.precision != "32-true"
+    dtype = torch.bfloat16 if uses_bf16 else torch.float32
+    trains_all = config.adapter["_target_"].endswith("FullAdapter")
+    return Result(
+        case=case,
+        device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        dtype=str(dtype).removeprefix("torch."),
+        seconds_per_round=median,
+        steps=steps,
+        tokens=seen,
+        peak_bytes=peak_bytes(),
+        flops_per_second=training_flops(flops_per_token * seen, trains_all) / median,
+        matrix_rate=matrix_rate(device, dtype, matrix_size),
+    )
+
+
+def _round(loop: FederatedLoop, round_index: int) -> int:
+    """Local training and aggregation as the loop does them; gives the number of local steps."""
+    clients = loop.cohort(round_index)
+    start = loop.state.bank.stack(clients)
+    outcome = loop.train(clients, round_index)
+    loop.aggregate(start, outcome.updates, round_index)
+    loop.state.round_index = round_index + 1
+    return sum(update.num_steps for update in outcome.updates)
+
+
+def _tokens(loop: FederatedLoop, round_index: int) -> int:
+    """Padded tokens that went through the model in a round: its batches are a function of seed, round and client."""
+    objective = loop.module.objective
+    return sum(
+        ids.numel()
+        for client in loop.cohort(round_index)
+        for batches in loop.trainer.steps(client, loop.data_of(client), round_index)
+        for batch in batches
+        for ids in objective.inputs(batch)
+    )
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def cases(options: argparse.Namespace) -> dict[str, DictConfig]:
+    """The configurations by name; the large backbone is written first."""
+    data = ["data=ml_1m", f"data.root={options.data_root}"] if options.data_root else list(SYNTHETIC[:1])
+    small: list[str] = [*SMALL, *data]
+    large: list[str] = [*LARGE, *data]
+    common = [f"cache_dir={options.work / 'cache'}", "split.transport=none"]
+    if options.dry_run:
+        small, large = [*small, *DRY, "backbone.pretrain.steps=3"], [*large, *DRY]
+        common += ["trainer.accelerator=cpu"]
+    if options.case in ("all", "large"):
+        changes = DRY_SHAPE if options.dry_run else {}
+        texts = build_data(compose([*small, *common])).catalogue.texts()
+        folder = random_backbone(options.work / (f"{SHAPE}-dry" if changes else SHAPE), SHAPE, texts, changes)
+        large += [f"backbone.path={folder}"]
+    wanted = {"small": {"ml_1m_small": small}, "large": {SHAPE: large}}
+    chosen = wanted["small"] | wanted["large"] if options.case == "all" else wanted[options.case]
+    cut = [*CUT[:1], "split.head_layers=1", CUT[2]] if options.dry_run else list(CUT)
+    found = {}
+    for name, overrides in chosen.items():
+        found[name] = compose([*overrides, *common])
+        found[f"{name}, cut"] = compose([*overrides, *common[:1], *common[2:], *cut])
+    return found
+
+
+def show(results: Sequence[Result]) -> None:
+    """Print the table."""
+    table = Table(title=f"{results[0].device}; seconds per round of local training and aggregation")
+    for column in ("case", "type", "steps", "tokens", "s/round", "tokens/s", "peak memory", "TFLOP/s", "utilisation"):
+        table.add_column(column, justify="left" if column in ("case", "type") else "right")
+    for result in results:
+        table.add_row(
+            *(result.case, result.dtype, str(result.steps), f"{result.tokens:,}", f"{result.seconds_per_round:.2f}"),
+            *(f"{result.tokens / result.seconds_per_round:,.0f}", human_bytes(result.peak_bytes)),
+            *(f"{result.flops_per_second / 1e12:.2f}", f"{100 * result.utilisation:.1f} %"),
+        )
+    Console(width=120).print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print; ``--json FILE`` keeps the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root", help="MovieLens-1M; without it the embedded data serve")
+    parser.add_argument("--work", type=Path, default=Path("benchmark-work"), help="folder for backbones and caches")
+    parser.add_argument("--case", choices=("all", "small", "large"), default="all")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds to time after the first")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on the CPU")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args(arguments)
+    if not options.dry_run and not torch.cuda.is_available():
+        sys.exit("there is no GPU here; --dry-run shows that the script works")
+    found = cases(options)
+    size, rounds = (256, 1) if options.dry_run else (8192, options.rounds)
+    results = [measure(name, config, rounds, size) for name, config in found.items()]
+    if options.json:
+        rows = [asdict(result) | {"utilisation": result.utilisation} for result in results]
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    show(results)
+
+
+if __name__ == "__main__":
+    main()
