@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from fellrec.errors import FellrecError
+from fellrec.errors import FellrecError, Preempted
 
 VERBS = {
     "prepare": "read a data set, verify its counts, print statistics, cache it",
@@ -17,6 +17,7 @@ VERBS = {
     "compare": "several rules and seeds on one partition, one table with the reference rankers",
     "evaluate": "score a finished run's adapters again on the validation or test holdout",
     "plan": "storage, memory, traffic and time of a run, before anything is launched",
+    "submit": "a run, or a sweep as a job array, on SLURM",
     "ui": "open the MLflow UI on the runs' store",
     "doctor": "check the installation, devices, folders and the tracking store",
 }
@@ -43,13 +44,23 @@ _EXAMPLES = {
         "fellrec plan backbone=hf backbone.path=MODEL_FOLDER split.head_layers=1,2 --format json",
         "fellrec plan split.head_layers=1,2 --probe 5",
     ],
+    "submit": [
+        "fellrec submit experiment=ml_1m_small data.root=ml-1m launcher.gpus_per_node=1 launcher.time=12:00:00",
+        "fellrec submit split=executed split.transport=distributed launcher.nodes=2 --dry-run",
+        "fellrec submit -m aggregation=fedavg,fellrec seed=0,1,2 launcher.time=2:00:00 launcher.max_parallel=4",
+        "fellrec submit resume=runs/RUN launcher.time=12:00:00",
+    ],
     "ui": ["fellrec ui", "fellrec ui tracking.uri=sqlite:///other.db --port 5001"],
-    "doctor": ["fellrec doctor"],
+    "doctor": ["fellrec doctor", "fellrec doctor tracking.uri=http://127.0.0.1:5000 run_dir=/scratch/runs"],
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one verb and exit: 0 if it succeeded, 1 for an error the user can mend, 130 after Ctrl-C."""
+    """Run one verb and exit.
+
+    0: it succeeded. 1: an error that the user can mend. 2: wrong words. 75: stopped by SIGUSR1, to be started again;
+    143: stopped by SIGTERM; 130: by Ctrl-C. After these a run can be resumed.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(given)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s %(message)s")
@@ -63,6 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         sys.stderr.write(f"fellrec {options.verb}: {error}\n")
         _leave(1)
+    except Preempted as stop:
+        if options.debug:
+            raise
+        sys.stderr.write(f"fellrec {options.verb}: {stop}\n")
+        _leave(stop.exit_code)
     except KeyboardInterrupt:
         if options.debug:
             raise
@@ -106,14 +122,16 @@ def _add_arguments(sub: argparse.ArgumentParser, verb: str) -> None:
     if verb == "evaluate":
         sub.add_argument("run_dir", metavar="RUN_DIR", help="directory of a finished run")
         sub.add_argument("--stage", choices=("val", "test"), default="test", help="holdout (default: test)")
-    elif verb != "doctor":
+    else:
         sub.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=CHOICE or GROUP.KEY=VALUE")
     if verb in ("compare", "evaluate", "plan", "train", "prepare"):
         sub.add_argument(
             "--format", choices=("table", "json"), default="table", help="json: results only, on standard output"
         )
-    if verb == "train":
+    if verb in ("train", "submit"):
         sub.add_argument("-m", "--multirun", action="store_true", help="one run per combination of values")
+    if verb == "submit":
+        sub.add_argument("--dry-run", action="store_true", help="show the batch script and do nothing")
     if verb in ("train", "compare"):
         sub.add_argument("--show-config", action="store_true", help="print the composed configuration and stop")
     if verb == "plan":
@@ -127,7 +145,7 @@ def _add_arguments(sub: argparse.ArgumentParser, verb: str) -> None:
 
 def _epilog(verb: str) -> str:
     lines = ["examples:", *(f"  {example}" for example in _EXAMPLES[verb])]
-    if verb in ("train", "compare", "plan", "prepare"):
+    if verb in ("train", "compare", "plan", "prepare", "submit"):
         lines += ["", "groups and their choices:", *_groups()]
         lines += ["", "`fellrec train --show-config` prints every setting with its value."]
     return "\n".join(lines)

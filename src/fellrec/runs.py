@@ -15,11 +15,13 @@ from torch import Tensor
 from fellrec.build import Recommender, build_loop, frozen_parameters
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.callbacks.mlflow_logging import DatasetInput, MLflowLogging
+from fellrec.callbacks.preemption import Preemption, StopSignals
 from fellrec.callbacks.progress import RoundProgress
 from fellrec.config import as_dict
 from fellrec.federated.hooks import FederatedCallback
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.memory import peak_bytes
+from fellrec.lock import hold
 from fellrec.rankers.reference import reference_rankers
 from fellrec.records import new_run_dir, versions, write_evaluation, write_start
 from fellrec.tracking.results import Comparison, RuleResult
@@ -34,15 +36,23 @@ class Run:
         config: The composed configuration; its ``run_dir`` must be new unless ``resume`` is set.
         recommender: What the rules of a comparison share.
         parent_run_id: MLflow run that groups a comparison.
+        signals: What may ask the run to stop; entered by the command.
     """
 
-    def __init__(self, config: DictConfig, recommender: Recommender, parent_run_id: str | None = None) -> None:
+    def __init__(
+        self,
+        config: DictConfig,
+        recommender: Recommender,
+        parent_run_id: str | None = None,
+        signals: StopSignals | None = None,
+    ) -> None:
         self.config = config
         self.recommender = recommender
         self.rule = rule_name(config)
         self.label = f"{config.data.name}-{self.rule}-s{config.seed}"
         self.run_dir = Path(config.run_dir) if config.resume else new_run_dir(config.run_dir, self.label)
         self.parent_run_id = parent_run_id
+        self.signals = signals
         self.loop: FederatedLoop | None = None
 
     def execute(self) -> RuleResult:
@@ -51,9 +61,13 @@ class Run:
         Raises:
             TrainingError: If a client's training diverges; the last checkpoint stays.
         """
+        with hold(self.run_dir):
+            return self._execute()
+
+    def _execute(self) -> RuleResult:
         config, recommender = self.config, self.recommender
         loop = self.loop = build_loop(config, recommender, ())
-        if config.resume:
+        if self._has_checkpoint:
             loop.execution.load(loop, self.run_dir)
             loop.execution.ledger.merge(loop.state.extras.get("ledger", []))
             loop.aggregation.load_state_dict(loop.state.extras.get("aggregation", {}))
@@ -69,6 +83,7 @@ class Run:
             logging,
             # Last: a round that was stopped before it was logged is run, and logged, again.
             Checkpoint(self.run_dir, config.trainer.checkpoint_every),
+            *([Preemption(self.signals)] if self.signals else []),
         ]
         try:
             evaluation = loop.run()
@@ -87,8 +102,13 @@ class Run:
             run_id=logging.run_id,
         )
 
+    @property
+    def _has_checkpoint(self) -> bool:
+        """A run that is to go on and has none was stopped before its first: it starts again."""
+        return any((self.run_dir / "checkpoints").glob("round_*"))
+
     def _say_how_to_resume(self, error: BaseException) -> None:
-        if any((self.run_dir / "checkpoints").glob("round_*")):
+        if self._has_checkpoint:
             what = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
             sys.stderr.write(f"\n{what}; go on from the last finished round: fellrec train resume={self.run_dir}\n")
 
@@ -109,7 +129,7 @@ class Run:
         )
         source = str(config.data.root or "embedded")
         dataset = DatasetInput(data.name, data.key, source, data.statistics)
-        return MLflowLogging(logger, self.run_dir, as_dict(config), dataset, is_resumed=bool(config.resume))
+        return MLflowLogging(logger, self.run_dir, as_dict(config), dataset, is_resumed=self._has_checkpoint)
 
 
 class _Clock(FederatedCallback):

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fellrec.aggregation.build import build_aggregation
 from fellrec.build import Recommender, build_data, build_loop, build_recommender
-from fellrec.config import as_dict, compose, expand
+from fellrec.config import as_dict, compose, expand, without_launcher
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError
 from fellrec.functional.nested import flatten
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
     overrides = list(options.overrides)
     if not any(item.startswith("aggregation=") for item in overrides):
         overrides.append(_DEFAULT_RULES)
-    configs = [compose(combination) for combination in expand(overrides)]
+    configs = [without_launcher(compose(combination)) for combination in expand(overrides)]
     if options.show_config:
         sys.stdout.write("---\n".join(OmegaConf.to_yaml(config) for config in configs))
         return
