@@ -215,17 +215,18 @@ def _leave_signals_to_the_lead() -> None:
 
 @contextmanager
 def _waiting_for_news(wire: Wire) -> Iterator[None]:
-    """While this lasts, SIGTERM ends this process, unless another process is gone: then that is what is reported.
+    """While this lasts, SIGTERM is dealt with as before, unless another process is gone: then that is what is reported.
 
     torchrun ends all processes when one is gone, which would leave its user without a reason.
     """
 
     def on_signal(number: int, frame: Any) -> None:
         time.sleep(_GRACE_SECONDS)
-        if not wire.gone:
-            raise SystemExit(128 + number)
+        if not wire.gone and callable(before):
+            before(number, frame)
 
-    before = signal.signal(signal.SIGTERM, on_signal)
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, on_signal)
     try:
         yield
     finally:

@@ -59,19 +59,17 @@ class StopSignals:
     def stop_at(self, where: str) -> None:
         """Stop here if a signal asked for it.
 
+        Args:
+            where: For the message, such as ``after round 3``.
+
         Raises:
             Preempted: See above.
         """
         if self.received is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            raise self.preempted(where)
+            raise self._preempted(where)
 
-    def preempted(self, where: str) -> Preempted:
-        """The exception that ends the run.
-
-        Args:
-            where: For the message, such as ``after round 3``.
-        """
+    def _preempted(self, where: str) -> Preempted:
         assert self.received is not None
         code = REQUEUE_CODE if self.received is signal.SIGUSR1 else 128 + self.received
         return Preempted(f"{self.received.name} stopped the run {where}", code)
@@ -85,7 +83,7 @@ class StopSignals:
             signal.setitimer(signal.ITIMER_REAL, seconds)
 
     def _on_timer(self, number: int, frame: FrameType | None) -> None:
-        raise self.preempted("before its next safe point")
+        raise self._preempted("before its next safe point")
 
 
 class Preemption(FederatedCallback):

@@ -16,7 +16,7 @@ from fellrec.aggregation.build import build_aggregation
 from fellrec.build import build_data, build_recommender
 from fellrec.callbacks.preemption import StopSignals
 from fellrec.config import compose, expand, without_launcher
-from fellrec.errors import ConfigError, SplitError
+from fellrec.errors import ConfigError
 from fellrec.layout import conf_dir
 from fellrec.lock import check_free
 from fellrec.records import check_new
@@ -53,15 +53,10 @@ def train(config: DictConfig, output_format: str = "table") -> None:
         elif config.run_dir:
             check_new(Path(config.run_dir))
         build_aggregation(config.aggregation)  # a mistake in it must show before the backbone is loaded
-        if config.split.transport != "distributed":
-            _train(config, output_format, signals)
-            return
-        try:
+        if config.split.transport == "distributed":
             run_role(config, lambda team: _train(config, output_format, signals, team))
-        except SplitError as error:
-            if signals.received is None:
-                raise
-            raise signals.preempted("in another process") from error
+        else:
+            _train(config, output_format, signals)
 
 
 def _train(config: DictConfig, output_format: str, signals: StopSignals, team: Team | None = None) -> None:

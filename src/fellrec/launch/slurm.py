@@ -138,7 +138,7 @@ def batch_script(launcher: Launcher, jobs: Sequence[Job], name: str, log: str, f
         if not _line(str(path)):
             raise ConfigError(f"{str(path)!r} cannot be a run directory: its name must be one line of text")
     sections = [
-        ["#!/bin/bash", "# Written by `fellrec submit`; `sbatch THIS_FILE` submits it again, to go on where it stopped."],
+        ["#!/bin/bash", "# Written by `fellrec submit`; `sbatch THIS_FILE` submits it again, and the run goes on."],
         _directives(launcher, len(jobs), name, log, folder),
         _WARNING.splitlines(),
         _runs(jobs),
