@@ -47,9 +47,9 @@ def check_all_reduce(backend: str, num_processes: int) -> str:
             for process in processes:
                 process.kill()
                 process.wait()
-    for process, error in zip(processes, errors, strict=True):
+    for process, text in zip(processes, errors, strict=True):
         if process.returncode != 0:
-            raise RuntimeError(f"{backend}: {error.splitlines()[-1] if error else f'exit status {process.returncode}'}")
+            raise RuntimeError(f"{backend}: {text.splitlines()[-1] if text else f'exit status {process.returncode}'}")
     where = f" over {interface}" if backend == "gloo" else ""
     return f"{num_processes} process{'es' if num_processes > 1 else ''}{where}"
 
