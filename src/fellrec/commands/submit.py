@@ -11,15 +11,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from fellrec.aggregation.build import build_aggregation
 from fellrec.commands.train import resume_dir, resumed
 from fellrec.config import as_dict, compose, expand
 from fellrec.errors import ConfigError, unknown
-from fellrec.launch.slurm import Job, Launcher, batch_script
+from fellrec.launch.slurm import Job, Launcher, Surroundings, batch_script
 from fellrec.lock import check_free
-from fellrec.records import free_run_dir
+from fellrec.records import SLURM_FOLDER, free_run_dir
 from fellrec.runs import rule_name
 from fellrec.tracking.store import check_reachable, ensure_experiment
 
@@ -36,6 +36,7 @@ class Submission:
         jobs: The runs.
         folder: The run directory, or that of the sweep.
         label: Name of the job, unless the launcher has one.
+        processes: The overrides that tell a run how many processes it has.
     """
 
     config: DictConfig
@@ -43,14 +44,16 @@ class Submission:
     jobs: Sequence[Job]
     folder: Path
     label: str
+    processes: Sequence[str]
 
     @property
     def script(self) -> str:
         """The batch script."""
         python = self.launcher.python or ("python" if self.launcher.container else sys.executable)
         pattern = "%A_%a.out" if len(self.jobs) > 1 else "%j.out"
-        log = f"{str(self.folder / 'slurm').replace('%', '%%')}/{pattern}"
-        return batch_script(self.launcher, self.jobs, self.label, log, Path.cwd(), python)
+        log = f"{str(self.folder / SLURM_FOLDER).replace('%', '%%')}/{pattern}"
+        around = Surroundings(self.label, Path.cwd(), log, python, self.processes)
+        return batch_script(self.launcher, self.jobs, around)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -62,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
         return
     config = submission.config
     check_reachable(config.tracking.uri)
-    if config.tracking.uri.startswith("sqlite:"):  # many jobs that start at once must not make it at the same time
+    if len(submission.jobs) > 1:  # jobs that start at once must not make it at the same time
         ensure_experiment(config.tracking.uri, config.tracking.experiment)
     job_id, path = submit(script, submission.folder, is_new=config.resume is None)
     lines = [f"job {job_id}"]
@@ -70,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
         lines += [f"task {number}: {job.run_dir}" for number, job in enumerate(submission.jobs)]
         lines.append(f"sweep directory: {submission.folder}")
     else:
-        lines.append(f"run directory: {submission.folder}")
+        lines.append(f"run directory: {submission.jobs[0].run_dir}")
     lines.append(f"script and output: {path.parent}")
     sys.stdout.write("\n".join(lines) + "\n")
 
@@ -90,9 +93,14 @@ def plan_submission(overrides: Sequence[str], is_sweep: bool) -> Submission:
     run_dir = resume_dir(experiment)
     if run_dir is not None:
         return _continuation(experiment, run_dir, compose(mine))
-    combinations = expand(experiment) if is_sweep else [experiment]
+    combinations = expand(experiment)
+    if len(combinations) > 1 and not is_sweep:
+        raise ConfigError("several values of a setting make a sweep: fellrec submit -m …")
     configs = [compose([*combination, *mine]) for combination in combinations]
-    launcher = _launcher(configs[0])
+    launchers = [_launcher(config) for config in configs]
+    if any(launcher != launchers[0] for launcher in launchers):
+        raise ConfigError("the runs of a sweep ask SLURM for different things; submit them one by one")
+    processes = [_processes(config, launchers[0]) for config in configs]
     for config in configs:
         build_aggregation(config.aggregation)
         if config.data.root is not None and not Path(config.data.root).is_dir():
@@ -103,12 +111,10 @@ def plan_submission(overrides: Sequence[str], is_sweep: bool) -> Submission:
     folder = free_run_dir(first.run_dir, label).absolute()
     dirs = [folder / f"{n:03d}-{own}" for n, own in enumerate(labels)] if is_sweep else [folder]
     jobs = [
-        Job(
-            run_dir, [*(item for item in combination if not item.startswith("run_dir=")), *_processes(config, launcher)]
-        )
-        for run_dir, combination, config in zip(dirs, combinations, configs, strict=True)
+        Job(own, [item for item in combination if not item.startswith("run_dir=")])
+        for own, combination in zip(dirs, combinations, strict=True)
     ]
-    return Submission(first, launcher, jobs, folder, label)
+    return Submission(first, launchers[0], jobs, folder, label, processes[0])
 
 
 def submit(script: str, folder: Path, is_new: bool = True) -> tuple[str, Path]:
@@ -125,7 +131,7 @@ def submit(script: str, folder: Path, is_new: bool = True) -> tuple[str, Path]:
     Raises:
         ConfigError: If the script cannot be written, or SLURM refuses; what was made is removed then.
     """
-    own = folder / "slurm"
+    own = folder / SLURM_FOLDER
     try:
         own.mkdir(parents=True, exist_ok=not is_new)
         path = _write_new(own, script)
@@ -145,10 +151,9 @@ def _continuation(experiment: Sequence[str], run_dir: Path, asked: DictConfig) -
     """A job that goes on with a run."""
     config = resumed(experiment, run_dir)
     check_free(run_dir)
-    folder = run_dir.absolute()
-    return Submission(
-        config, _launcher(asked), [Job(folder, ())], folder, f"{config.data.name}-{rule_name(config)}-s{config.seed}"
-    )
+    launcher, folder = _launcher(asked), run_dir.absolute()
+    label = f"{config.data.name}-{rule_name(config)}-s{config.seed}"
+    return Submission(config, launcher, [Job(folder, ())], folder, label, _processes(config, launcher))
 
 
 def _launcher(config: DictConfig) -> Launcher:
@@ -164,16 +169,24 @@ def _launcher(config: DictConfig) -> Launcher:
 
 
 def _processes(config: DictConfig, launcher: Launcher) -> list[str]:
-    """The overrides that tell a run how many processes it has."""
-    total = launcher.nodes * launcher.tasks
+    """The overrides that tell a run how many processes it has.
+
+    Raises:
+        ConfigError: If the run cannot have as many, or says something else.
+    """
     asked = f"launcher.nodes={launcher.nodes} with {launcher.tasks} processes each"
-    if config.split.transport == "distributed":
-        if total < 2:
+    if config.split.transport == "distributed":  # takes what srun starts
+        if launcher.nodes * launcher.tasks < 2:
             raise ConfigError(f"split.transport=distributed needs at least 2 processes, not {asked}")
         return []
-    if total > 1:
-        raise ConfigError(f"{asked}: only split.transport=distributed uses more than one process")
-    return []
+    if config.split.transport != "none" and launcher.nodes * launcher.tasks > 1:
+        raise ConfigError(f"{asked} is not allowed with split.transport={config.split.transport}: it has one process")
+    wanted = {"trainer.devices": launcher.tasks, "trainer.num_nodes": launcher.nodes}
+    given = {key: OmegaConf.select(config, key) for key in wanted}
+    for key, number in wanted.items():
+        if given[key] not in (None, 1, "auto", number) and config.resume is None:
+            raise ConfigError(f"{key}={given[key]} is not {asked}; leave it out, and it is set")
+    return [f"{key}={number}" for key, number in wanted.items() if (given[key] or 1) != number]
 
 
 def _write_new(folder: Path, script: str) -> Path:

@@ -120,31 +120,47 @@ def seconds_of(time: str) -> int | None:
     return hours * 3600 + minutes * 60 + seconds
 
 
-def batch_script(launcher: Launcher, jobs: Sequence[Job], name: str, log: str, folder: Path, python: str) -> str:
+@dataclass(frozen=True)
+class Surroundings:
+    """Where a job runs, and as what.
+
+    Attributes:
+        name: Of the job, unless the launcher has one.
+        folder: The current folder, absolute.
+        log: Where the output goes, a pattern of sbatch.
+        python: The interpreter that has fellrec.
+        processes: The overrides that tell a run how many processes it has, also when it goes on.
+    """
+
+    name: str
+    folder: Path
+    log: str
+    python: str
+    processes: Sequence[str] = ()
+
+
+def batch_script(launcher: Launcher, jobs: Sequence[Job], around: Surroundings) -> str:
     """The batch script of one run, or of a job array with one task per run.
 
     Args:
         launcher: What is asked of SLURM.
         jobs: The runs; more than one make an array.
-        name: The job's name.
-        log: Where the output goes, a pattern of sbatch.
-        folder: Where the job runs, absolute.
-        python: The interpreter that has fellrec.
+        around: Where, and as what.
 
     Raises:
         ConfigError: If a path cannot stand in a script.
     """
-    for path in (folder, *(job.run_dir for job in jobs)):
+    for path in (around.folder, *(job.run_dir for job in jobs)):
         if not _line(str(path)):
             raise ConfigError(f"{str(path)!r} cannot be a run directory: its name must be one line of text")
     sections = [
         ["#!/bin/bash", "# Written by `fellrec submit`; `sbatch THIS_FILE` submits it again, and the run goes on."],
-        _directives(launcher, len(jobs), name, log, folder),
+        _directives(launcher, len(jobs), around),
         _WARNING.splitlines(),
         _runs(jobs),
         _environment(launcher),
         _RESUME.splitlines(),
-        _train(launcher, python),
+        _train(launcher, around),
         _after(launcher),
     ]  # fmt: skip
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
@@ -162,11 +178,11 @@ def hydra_value(text: str) -> str:
     return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
 
 
-def _directives(launcher: Launcher, num_jobs: int, name: str, log: str, folder: Path) -> list[str]:
+def _directives(launcher: Launcher, num_jobs: int, around: Surroundings) -> list[str]:
     options: dict[str, Any] = {
-        "job-name": launcher.job_name or name,
-        "chdir": folder,
-        "output": log,
+        "job-name": launcher.job_name or around.name,
+        "chdir": around.folder,
+        "output": around.log,
         "open-mode": "append",
         "nodes": launcher.nodes,
         "ntasks-per-node": launcher.tasks,
@@ -229,16 +245,17 @@ if [ -e "$run_dir/config.yaml" ]; then overrides=("resume=$run_dir"); fi
 """
 
 
-def _train(launcher: Launcher, python: str) -> list[str]:
+def _train(launcher: Launcher, around: Surroundings) -> list[str]:
     step = ["srun", "--kill-on-bad-exit=1"]
     if launcher.cpus_per_task:
         step.append(f"--cpus-per-task={launcher.cpus_per_task}")  # srun does not take it from sbatch
     if launcher.container:
         step += ["apptainer", "exec", *(["--nv"] if launcher.gpus_per_node else []), *launcher.container_options]
         step.append(launcher.container)
-    words = " ".join(shlex.quote(str(word)) for word in [*step, python, "-m", "fellrec", "train"])
+    words = " ".join(shlex.quote(str(word)) for word in [*step, around.python, "-m", "fellrec", "train"])
+    end = " ".join(['"${overrides[@]}"', *map(shlex.quote, around.processes)])
     return [
-        f'{words} "${{overrides[@]}}" &',
+        f"{words} {end} &",
         "step=$!",
         'wait "$step"; code=$?',
         'while kill -0 "$step" 2>/dev/null; do wait "$step"; code=$?; done  # a signal ends a wait, not the step',
