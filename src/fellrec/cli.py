@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Sequence
 
-from fellrec.errors import ConfigError, FellrecError
+from fellrec.errors import ConfigError, FellrecError, Preempted
 
 _PATIENCE_SECONDS = 10.0
 """How long rank 0 may take to say what is wrong before its launcher sees another rank end, and ends rank 0 too."""
@@ -22,6 +22,7 @@ VERBS = {
     "compare": "several rules and seeds on one partition, one table with the reference rankers",
     "evaluate": "score a finished run's adapters again on the validation or test holdout",
     "plan": "storage, memory, traffic and time of a run, before anything is launched",
+    "submit": "a run, or a sweep as a job array, on SLURM",
     "ui": "open the MLflow UI on the runs' store",
     "sync": "send to MLflow what runs have kept while the tracking server was away",
     "doctor": "check the installation, devices, folders and the tracking store",
@@ -49,14 +50,24 @@ _EXAMPLES = {
         "fellrec plan backbone=hf backbone.path=MODEL_FOLDER split.head_layers=1,2 --format json",
         "fellrec plan split.head_layers=1,2 --probe 5",
     ],
+    "submit": [
+        "fellrec submit experiment=ml_1m_small data.root=ml-1m launcher.gpus_per_node=1 launcher.time=12:00:00",
+        "fellrec submit split=executed split.transport=distributed launcher.nodes=2 --dry-run",
+        "fellrec submit -m aggregation=fedavg,fellrec seed=0,1,2 launcher.time=2:00:00 launcher.max_parallel=4",
+        "fellrec submit resume=runs/RUN launcher.time=12:00:00",
+    ],
     "ui": ["fellrec ui", "fellrec ui tracking.uri=sqlite:///other.db --port 5001"],
     "sync": ["fellrec sync runs/RUN", "fellrec sync runs/* --uri http://127.0.0.1:5000"],
-    "doctor": ["fellrec doctor"],
+    "doctor": ["fellrec doctor", "fellrec doctor tracking.uri=http://127.0.0.1:5000 run_dir=/scratch/runs"],
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one verb and exit: 0 if it succeeded, 1 for an error the user can mend, 130 after Ctrl-C."""
+    """Run one verb and exit.
+
+    0: it succeeded. 1: an error that the user can mend. 2: wrong words. 75: stopped by SIGUSR1, to be started again;
+    143: stopped by SIGTERM; 130: by Ctrl-C. After these a run can be resumed.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(given)
     options.arguments = given  # for the processes of the same command
@@ -66,31 +77,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         command = importlib.import_module(f"fellrec.commands.{options.verb}")
         command.run(options)
-        _leave(0)
-    except FellrecError as error:
-        if options.debug and not _has_peers():
+    except Exception as error:
+        if not _has_peers() and (options.debug or not isinstance(error, FellrecError)):
             raise
-        if options.debug:
-            traceback.print_exc()
-        elif _is_rank_0s_to_say(error):
-            time.sleep(_PATIENCE_SECONDS)
-        elif not error.is_told:
-            sys.stderr.write(f"fellrec {options.verb}: {error}\n")
-        _leave(1)
-    except KeyboardInterrupt:
+        _leave(_report(error, options))
+    except KeyboardInterrupt as stop:
         if options.debug:
             raise
-        sys.stderr.write(f"\nfellrec {options.verb}: interrupted\n")
-        _leave(130)
+        why = stop if isinstance(stop, Preempted) else "interrupted"
+        sys.stderr.write(f"\nfellrec {options.verb}: {why}\n")
+        _leave(stop.exit_code if isinstance(stop, Preempted) else 130)
     except SystemExit as stop:
         if not _has_peers():
             raise
         _leave(stop.code if isinstance(stop.code, int) else 1)
-    except Exception:
-        if not _has_peers():
-            raise
-        traceback.print_exc()
-        _leave(1)
+    _leave(0)
+
+
+def _report(error: Exception, options: argparse.Namespace) -> int:
+    """Say what ended the run, if nobody else does; gives the exit status."""
+    if options.debug or not isinstance(error, FellrecError):
+        traceback.print_exception(error)
+    elif _is_rank_0s_to_say(error):
+        time.sleep(_PATIENCE_SECONDS)
+    elif not error.is_told:
+        sys.stderr.write(f"fellrec {options.verb}: {error}\n")
+    return 1
 
 
 def _parse(given: list[str]) -> argparse.Namespace:
@@ -132,14 +144,16 @@ def _add_arguments(sub: argparse.ArgumentParser, verb: str) -> None:
     elif verb == "sync":
         sub.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="directory of a run or of a comparison")
         sub.add_argument("--uri", help="where the server is now (default: where the run was started to log to)")
-    elif verb != "doctor":
+    else:
         sub.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=CHOICE or GROUP.KEY=VALUE")
     if verb in ("compare", "evaluate", "plan", "train", "prepare"):
         sub.add_argument(
             "--format", choices=("table", "json"), default="table", help="json: results only, on standard output"
         )
-    if verb == "train":
+    if verb in ("train", "submit"):
         sub.add_argument("-m", "--multirun", action="store_true", help="one run per combination of values")
+    if verb == "submit":
+        sub.add_argument("--dry-run", action="store_true", help="show the batch script and do nothing")
     if verb in ("train", "compare"):
         sub.add_argument("--show-config", action="store_true", help="print the composed configuration and stop")
     if verb == "plan":
@@ -153,7 +167,7 @@ def _add_arguments(sub: argparse.ArgumentParser, verb: str) -> None:
 
 def _epilog(verb: str) -> str:
     lines = ["examples:", *(f"  {example}" for example in _EXAMPLES[verb])]
-    if verb in ("train", "compare", "plan", "prepare"):
+    if verb in ("train", "compare", "plan", "prepare", "submit"):
         lines += ["", "groups and their choices:", *_groups()]
         lines += ["", "`fellrec train --show-config` prints every setting with its value."]
     return "\n".join(lines)

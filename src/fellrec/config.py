@@ -64,6 +64,11 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     return [list(combination) for combination in itertools.product(*axes)]
 
 
+def without_launcher(config: DictConfig) -> DictConfig:
+    """The experiment alone: where it runs is no part of it."""
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "launcher"])
+
+
 def as_dict(config: DictConfig) -> dict[str, Any]:
     """The resolved configuration as plain Python values."""
     return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
@@ -180,6 +185,18 @@ _RULES = (
     _Rule("split.head_cache_bytes", _integer(1), _AT_LEAST_1),
     _Rule("tracking.on_unreachable", _one_of("stop", "keep"), "stop or keep"),
     _Rule("split.timeout_seconds", _number(0, open_low=True), "a number above 0"),
+    _Rule("launcher.nodes", _integer(1), _AT_LEAST_1),
+    _Rule("launcher.gpus_per_node", _integer(0), _AT_LEAST_0),
+    _Rule("launcher.tasks_per_node", _optional(_integer(1)), f"{_AT_LEAST_1}, or null"),
+    _Rule("launcher.cpus_per_task", _optional(_integer(1)), f"{_AT_LEAST_1}, or null"),
+    _Rule("launcher.signal_seconds", _integer(1), _AT_LEAST_1),
+    _Rule("launcher.requeue", _one_of(True, False), "true or false"),
+    _Rule("launcher.max_requeues", _integer(0), _AT_LEAST_0),
+    _Rule("launcher.max_parallel", _optional(_integer(1)), f"{_AT_LEAST_1}, or null"),
+    _Rule("launcher.setup", OmegaConf.is_list, "a list, such as [module load cuda]"),
+    _Rule("launcher.container_options", OmegaConf.is_list, "a list, such as [--bind,/scratch]"),
+    _Rule("launcher.environment", _optional(OmegaConf.is_dict), "a mapping, such as {NAME: value}, or null"),
+    _Rule("launcher.options", _optional(OmegaConf.is_dict), "a mapping, such as {constraint: a100}, or null"),
 )
 
 

@@ -36,6 +36,19 @@ class SplitError(TrainingError):
     """Processes cannot go on together: a wrong message, another version, or one of them is gone."""
 
 
+class Preempted(KeyboardInterrupt):
+    """The run was told to stop and can be resumed; like Ctrl-C, no failure that a policy could catch or count.
+
+    Args:
+        message: What stopped it, and where.
+        exit_code: Of the process.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 def nearest_first(value: str, choices: Iterable[str]) -> list[str]:
     """Order ``choices`` for an error message: those that look like ``value`` first, the rest by name.
 

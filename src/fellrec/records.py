@@ -17,13 +17,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError
+from fellrec.lock import is_lock
 from fellrec.types import Evaluation
 
+SLURM_FOLDER = "slurm"
+"""Where ``fellrec submit`` keeps scripts and output of a run's jobs, in the run directory."""
 _PACKAGES = ("fellrec", "torch", "lightning", "transformers", "peft", "torchmetrics", "hydra-core", "mlflow")
 
 
-def new_run_dir(requested: str | None, label: str) -> Path:
-    """Make the run directory.
+def free_run_dir(requested: str | None, label: str) -> Path:
+    """Choose a run directory.
 
     Args:
         requested: The user's ``run_dir``, or ``None`` for ``runs/<time>-<label>``.
@@ -39,6 +42,16 @@ def new_run_dir(requested: str | None, label: str) -> Path:
         number += 1
         folder = Path("runs") / f"{stamp}-{label}-{number}"
     check_new(folder)
+    return folder
+
+
+def new_run_dir(requested: str | None, label: str) -> Path:
+    """Make the run directory, see `free_run_dir`.
+
+    Raises:
+        ConfigError: If it holds something or cannot be made.
+    """
+    folder = free_run_dir(requested, label)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -47,15 +60,19 @@ def new_run_dir(requested: str | None, label: str) -> Path:
 
 
 def check_new(folder: Path) -> None:
-    """Refuse a run directory that holds something.
+    """Refuse a run directory that holds something; in a job, its own script and output do not count.
 
     Raises:
         ConfigError: See above.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(not _is_around_run(path) for path in folder.iterdir())):
         raise ConfigError(
             f"run_dir={folder} exists and is not empty; choose another, or go on with it by resume={folder}"
         )
+
+
+def _is_around_run(path: Path) -> bool:
+    return is_lock(path) or (path.name == SLURM_FOLDER and "SLURM_JOB_ID" in os.environ)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -226,7 +226,7 @@ def leave_signals_to_the_lead() -> None:
 
 @contextmanager
 def waiting_for_news(wire: Wire) -> Iterator[None]:
-    """While this lasts, SIGTERM ends this process, unless another process is gone: then that is what is reported.
+    """While this lasts, SIGTERM is dealt with as before, unless another process is gone: then that is what is reported.
 
     torchrun ends all processes when one is gone, which would leave its user without a reason.
     """
@@ -234,9 +234,12 @@ def waiting_for_news(wire: Wire) -> Iterator[None]:
     def on_signal(number: int, frame: Any) -> None:
         time.sleep(_GRACE_SECONDS)
         if not wire.gone:
-            raise SystemExit(128 + number)
+            if not callable(before):
+                raise SystemExit(128 + number)
+            before(number, frame)
 
-    before = signal.signal(signal.SIGTERM, on_signal)
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, on_signal)
     try:
         yield
     finally:

@@ -16,12 +16,14 @@ from fellrec.build import Recommender, build_loop, frozen_parameters
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.callbacks.costs import CostMeter
 from fellrec.callbacks.mlflow_logging import DatasetInput, MLflowLogging
+from fellrec.callbacks.preemption import Preemption, StopSignals
 from fellrec.callbacks.progress import RoundProgress
 from fellrec.config import as_dict
 from fellrec.federated.hooks import FederatedCallback
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.memory import peak_bytes
 from fellrec.launch.storage import storage_of
+from fellrec.lock import hold
 from fellrec.rankers.reference import reference_rankers
 from fellrec.records import new_run_dir, versions, write_evaluation, write_start
 from fellrec.tracking.results import Comparison, RuleResult
@@ -37,10 +39,16 @@ class Run:
         recommender: What the rules of a comparison share.
         parent_uid: ``RunLog.uid`` of the run that groups a comparison.
         variant: What tells this run from others of the comparison with the same rule and seed.
+        signals: What may ask the run to stop; entered by the command.
     """
 
     def __init__(
-        self, config: DictConfig, recommender: Recommender, parent_uid: str | None = None, variant: str = ""
+        self,
+        config: DictConfig,
+        recommender: Recommender,
+        parent_uid: str | None = None,
+        variant: str = "",
+        signals: StopSignals | None = None,
     ) -> None:
         self.config = config
         self.recommender = recommender
@@ -49,6 +57,7 @@ class Run:
         self.label = f"{config.data.name}-{run_name(self.rule, variant, config.seed)}"
         self.run_dir = Path(config.run_dir) if config.resume else new_run_dir(config.run_dir, self.label)
         self.parent_uid = parent_uid
+        self.signals = signals
         self.loop: FederatedLoop | None = None
 
     def execute(self) -> RuleResult:
@@ -57,9 +66,13 @@ class Run:
         Raises:
             TrainingError: If a client's training diverges; the last checkpoint stays.
         """
+        with hold(self.run_dir):
+            return self._execute()
+
+    def _execute(self) -> RuleResult:
         config, recommender = self.config, self.recommender
         loop = self.loop = build_loop(config, recommender, ())
-        if config.resume:
+        if self._has_checkpoint:
             loop.execution.load(loop, self.run_dir)
             loop.execution.ledger.merge(loop.state.extras.get("ledger", []))
             loop.aggregation.load_state_dict(loop.state.extras.get("aggregation", {}))
@@ -76,6 +89,7 @@ class Run:
             logging,
             # Last: a round that was stopped before it was logged is run, and logged, again.
             Checkpoint(self.run_dir, config.trainer.checkpoint_every),
+            *([Preemption(self.signals)] if self.signals else []),
         ]
         try:
             evaluation = loop.run()
@@ -96,8 +110,13 @@ class Run:
             cost=meter.cost,
         )
 
+    @property
+    def _has_checkpoint(self) -> bool:
+        """A run that is to go on and has none was stopped before its first: it starts again."""
+        return any((self.run_dir / "checkpoints").glob("round_*"))
+
     def _say_how_to_resume(self, error: BaseException) -> None:
-        if any((self.run_dir / "checkpoints").glob("round_*")):
+        if self._has_checkpoint:
             what = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
             sys.stderr.write(f"\n{what}; go on from the last finished round: fellrec train resume={self.run_dir}\n")
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fellrec.aggregation.build import build_aggregation
 from fellrec.build import Recommender, build_data, build_loop, build_recommender, recommender_key
-from fellrec.config import as_dict, compose, expand
+from fellrec.config import as_dict, compose, expand, without_launcher
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError
 from fellrec.functional.nested import flatten
@@ -160,10 +160,10 @@ class _Recommenders:
 
 def _configurations(overrides: Sequence[str]) -> list[DictConfig]:
     """One configuration per combination; where nothing but seeds is compared, over the rules that are always shown."""
-    configs = [compose(combination) for combination in expand(overrides)]
+    configs = [without_launcher(compose(combination)) for combination in expand(overrides)]
     if any(item.startswith("aggregation=") for item in overrides) or any(_variants(configs)):
         return configs
-    return [compose(combination) for combination in expand([*overrides, _DEFAULT_RULES])]
+    return [without_launcher(compose(combination)) for combination in expand([*overrides, _DEFAULT_RULES])]
 
 
 def _variants(configs: Sequence[DictConfig]) -> list[str]:

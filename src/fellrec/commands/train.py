@@ -14,10 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from fellrec.aggregation.build import build_aggregation
 from fellrec.build import build_data, build_recommender, over_ranks
-from fellrec.config import check, compose, expand
+from fellrec.callbacks.preemption import StopSignals
+from fellrec.config import check, compose, expand, without_launcher
 from fellrec.errors import ConfigError
 from fellrec.launch.local import other_ranks
 from fellrec.layout import conf_dir
+from fellrec.lock import check_free
 from fellrec.ranked import Ranks, processes_to_start, run_ranks
 from fellrec.records import check_new
 from fellrec.roles import Team, run_role
@@ -35,12 +37,11 @@ def run(options: argparse.Namespace) -> None:
     if options.multirun:
         _multirun(options.overrides)
         return
-    config = compose(options.overrides)
+    run_dir = resume_dir(options.overrides)
+    config = compose(options.overrides) if run_dir is None else resumed(options.overrides, run_dir)
     if options.show_config:
         sys.stdout.write(OmegaConf.to_yaml(config))
         return
-    if config.resume:
-        config = _resumed(options.overrides, Path(config.resume))
     with other_ranks(processes_to_start(config), options.arguments):
         train(config, options.format)
 
@@ -52,20 +53,24 @@ def train(config: DictConfig, output_format: str = "table") -> None:
         config: The composed configuration.
         output_format: ``"table"`` or ``"json"``.
     """
-    if not config.resume and config.run_dir:
-        check_new(Path(config.run_dir))
-    build_aggregation(config.aggregation)  # a mistake in it must show before the backbone is loaded
-    if config.split.transport == "distributed":
-        run_role(config, lambda team: _train(config, output_format, team))
-    else:
-        run_ranks(config, lambda ranks: _train(config, output_format, ranks))
+    with StopSignals() as signals:
+        config = without_launcher(config)
+        if config.resume:
+            check_free(Path(config.run_dir))
+        elif config.run_dir:
+            check_new(Path(config.run_dir))
+        build_aggregation(config.aggregation)  # a mistake in it must show before the backbone is loaded
+        if config.split.transport == "distributed":
+            run_role(config, lambda team: _train(config, output_format, signals, team))
+        else:
+            run_ranks(config, lambda ranks: _train(config, output_format, signals, ranks))
 
 
-def _train(config: DictConfig, output_format: str, team: Team | Ranks | None = None) -> None:
+def _train(config: DictConfig, output_format: str, signals: StopSignals, team: Team | Ranks | None = None) -> None:
     check_reachable(config.tracking.uri, may_be_away=bool(config.resume) or config.tracking.on_unreachable == "keep")
     data = build_data(config)
     recommender = build_recommender(config, data) if team is None else team.lead(config, data)
-    run = Run(config, recommender)
+    run = Run(config, recommender, signals=signals)
     result = run.execute()
     assert run.loop is not None
     comparison = collect(recommender, [result, *reference_results(recommender, run.loop, config.seed)])
@@ -82,7 +87,22 @@ def _train(config: DictConfig, output_format: str, team: Team | Ranks | None = N
     console.print(finish_message(run.run_dir, config), highlight=False)
 
 
-def _resumed(overrides: Sequence[str], run_dir: Path) -> DictConfig:
+def resume_dir(overrides: Sequence[str]) -> Path | None:
+    """The folder that ``resume=`` names, as it is: a path need not be what Hydra would read."""
+    given = [item.removeprefix("resume=") for item in overrides if item.startswith("resume=")]
+    return Path(given[-1]) if given and given[-1] not in ("", "null") else None
+
+
+def resumed(overrides: Sequence[str], run_dir: Path) -> DictConfig:
+    """The configuration of a run that goes on.
+
+    Args:
+        overrides: What was given; nothing but ``resume`` is allowed.
+        run_dir: The run's directory.
+
+    Raises:
+        ConfigError: If it is no run's directory, or there are other overrides.
+    """
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"resume={run_dir}: no config.yaml there; give the directory of a run")

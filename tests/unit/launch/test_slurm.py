@@ -1,0 +1,160 @@
+"""The batch script: what SLURM's notation means, what bash makes of odd names, what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fellrec.config import as_dict, compose
+from fellrec.errors import ConfigError
+from fellrec.launch.slurm import Job, Launcher, Surroundings, batch_script, seconds_of
+
+ODD = """a b'c"d;$(touch hacked)`touch hacked`$HOME\\&|#%=,{x}[y]é"""
+"""A name with what bash, sbatch and Hydra have a meaning for."""
+
+
+def launcher(**settings: Any) -> Launcher:
+    made = Launcher(**{**as_dict(compose([]).launcher), **settings})
+    made.check()
+    return made
+
+
+def script_of(jobs: list[Job], folder: Path = Path("/work"), **settings: Any) -> str:
+    return batch_script(launcher(**settings), jobs, Surroundings("name", folder, "/work/%j.out", "python"))
+
+
+def options_of(script: str) -> dict[str, str]:
+    lines = re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", script, re.MULTILINE)
+    return dict(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("7", 7 * 60),
+        ("7:30", 7 * 60 + 30),
+        ("12:00:00", 12 * 3600),
+        ("1-6", 30 * 3600),
+        ("1-6:30", 30 * 3600 + 30 * 60),
+        ("1-6:30:15", 30 * 3600 + 30 * 60 + 15),
+        ("UNLIMITED", None),
+    ],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(text: str, seconds: int | None) -> None:
+    """The six forms of ``man sbatch``: min, min:s, h:min:s, d-h, d-h:min, d-h:min:s."""
+    assert seconds_of(text) == seconds
+
+
+def test_one_process_per_gpu_unless_told_otherwise() -> None:
+    job = [Job(Path("/run"), [])]
+    assert "gpus-per-node" not in options_of(script_of(job))
+    assert options_of(script_of(job))["ntasks-per-node"] == "1"
+    four = options_of(script_of(job, gpus_per_node=4, nodes=2))
+    assert (four["nodes"], four["gpus-per-node"], four["ntasks-per-node"]) == ("2", "4", "4")
+    assert options_of(script_of(job, gpus_per_node=4, tasks_per_node=1))["ntasks-per-node"] == "1"
+
+
+def test_every_setting_reaches_sbatch() -> None:
+    found = options_of(
+        script_of(
+            [Job(Path("/run"), [])],
+            cpus_per_task=8,
+            memory="64G",
+            time="12:00:00",
+            partition="gpu",
+            account="me",
+            qos="long",
+            job_name="mine",
+            signal_seconds=90,
+            options={"constraint": "a100", "exclusive": True},
+        )
+    )
+    assert found == {
+        **{"job-name": "mine", "chdir": "/work", "output": "/work/%j.out", "open-mode": "append", "nodes": "1"},
+        **{"ntasks-per-node": "1", "cpus-per-task": "8", "mem": "64G", "time": "12:00:00", "partition": "gpu"},
+        **{"account": "me", "qos": "long", "requeue": "", "signal": "B:USR1@90", "constraint": "a100", "exclusive": ""},
+    }
+    assert "no-requeue" in options_of(script_of([Job(Path("/run"), [])], requeue=False))
+    assert "scontrol requeue" not in script_of([Job(Path("/run"), [])], requeue=False)
+
+
+def test_a_container_runs_the_same_command() -> None:
+    job = [Job(Path("/run"), [])]
+    script = script_of(job, container="/images/my image.sif", container_options=["--bind", "/a b"], gpus_per_node=1)
+    line = next(line for line in script.splitlines() if line.startswith("srun"))
+    assert "apptainer exec --nv --bind '/a b' '/images/my image.sif' python -m fellrec train" in line
+    assert "--nv" not in script_of(job, container="/image.sif")
+
+
+@pytest.mark.parametrize("task", [0, 1])
+def test_bash_hands_over_every_value_as_it_was_given(task: int, tmp_path: Path) -> None:
+    """The script up to the start of the run, executed by bash: what would the run be started with?"""
+    given = [["seed=1", f"data.root='{number} $(touch hacked); `touch hacked` \"$HOME\" *'"] for number in range(2)]
+    jobs = [Job(tmp_path / f"{number}{ODD}", words) for number, words in enumerate(given)]
+    script = script_of(jobs, folder=tmp_path / ODD, environment={"A_NAME": ODD}, job_name=ODD)
+    runs = script[: script.index("# Where the processes")]
+    exports = re.search(r"^export A_NAME=.*$", script, re.MULTILINE)
+    assert exports
+    show = "import json, os, sys; print(json.dumps([os.environ['A_NAME'], *sys.argv[1:]]))"
+    end = f"""{exports[0]}\n{sys.executable} -c "{show}" "$run_dir" "${{overrides[@]}}"\n"""
+    done = subprocess.run(
+        ["bash", "-eu", "-c", runs + end],
+        env={"SLURM_ARRAY_TASK_ID": str(task), "HOME": "/root", "PATH": "/usr/bin:/bin"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    value, run_dir, own, *words = json.loads(done.stdout)
+    assert value == ODD
+    assert run_dir == str(jobs[task].run_dir)
+    assert words == given[task]
+    assert compose([own]).run_dir == str(jobs[task].run_dir), "and Hydra reads the path as it is"
+    assert not list(tmp_path.iterdir()), "nothing in a name was executed"
+
+
+def test_a_sweep_is_an_array() -> None:
+    jobs = [Job(Path(f"/{number}"), []) for number in range(6)]
+    assert options_of(script_of(jobs))["array"] == "0-5"
+    assert options_of(script_of(jobs, max_parallel=2))["array"] == "0-5%2"
+    assert "array" not in options_of(script_of(jobs[:1]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"job_name": "a\nb"}, "launcher.job_name='a\\nb' is not allowed: one line of text"),
+        ({"partition": "a\n#SBATCH --uid=0"}, "launcher.partition="),
+        ({"setup": ["module load x", "a\nb"]}, "launcher.setup='a\\nb'"),
+        ({"environment": {"A B": 1}}, "launcher.environment has 'A B', which is no name of a variable"),
+        ({"environment": {"A": "x\ny"}}, "launcher.environment.A='x\\ny'"),
+        ({"options": {"a b": 1}}, "launcher.options has 'a b', which is no name of an option of sbatch"),
+        ({"options": {"constraint": ["a"]}}, "launcher.options.constraint=['a']"),
+        ({"time": "1:00"}, "launcher.signal_seconds=120 leaves too little of launcher.time=1:00"),
+        ({"time": 2}, "launcher.signal_seconds=120 leaves too little of launcher.time=2"),
+    ],
+)
+def test_what_cannot_stand_in_a_script_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        launcher(**settings)
+    assert message in str(caught.value)
+
+
+def test_a_path_with_a_line_break_is_refused() -> None:
+    with pytest.raises(ConfigError, match="must be one line of text"):
+        script_of([Job(Path("/a\nb"), [])])
+
+
+def test_neighbouring_jobs_meet_at_different_ports() -> None:
+    (line,) = re.findall(r"^MASTER_PORT=.*$", script_of([Job(Path("/run"), [])]), re.MULTILINE)
+    jobs = (1, 2, 11999, 12000, 4294900000)
+    commands = [["bash", "-c", f"SLURM_JOB_ID={job}; {line}; echo $MASTER_PORT"] for job in jobs]
+    ports = [int(subprocess.run(command, capture_output=True, check=True).stdout) for command in commands]
+    assert len(set(ports[:4])) == 4
+    assert all(1024 < port < 32768 for port in ports)
