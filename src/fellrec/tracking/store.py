@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -24,6 +26,8 @@ _GATEWAY_ERRORS = (502, 503, 504)
 """What a proxy answers when the server behind it is away."""
 
 _log = logging.getLogger(__name__)
+_making = threading.Lock()
+"""MLflow's own check whether the tables are there does not hold other threads up."""
 
 
 def connect(uri: str) -> MlflowClient:
@@ -37,6 +41,7 @@ def connect(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output is the table's
     from mlflow.tracking import MlflowClient
 
+    _make_sqlite(uri)
     return MlflowClient(tracking_uri=uri)
 
 
@@ -116,6 +121,31 @@ def _artifact_location(uri: str) -> str | None:
 
 def _sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix(_SQLITE_PREFIX)).resolve() if uri.startswith(_SQLITE_PREFIX) else None
+
+
+def _make_sqlite(uri: str) -> None:
+    """Make a new sqlite store as a whole: a process that dies while MLflow makes its tables leaves a file of no use.
+
+    Two processes may do so at the same time; the first one's file stays.
+    """
+    path = _sqlite_path(uri)
+    if path is None:
+        return
+    with _making:
+        if path.exists():
+            return
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            draft = Path(folder) / path.name
+            SqlAlchemyStore(f"{_SQLITE_PREFIX}{draft}", _artifact_location(uri)).engine.dispose()
+            try:
+                os.link(draft, path)
+            except FileExistsError:
+                return
+            except OSError:  # a file system without hard links
+                draft.replace(path)
 
 
 def _may_be_a_server(uri: str) -> bool:

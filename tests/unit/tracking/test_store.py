@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -10,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fellrec.errors import ConfigError
-from fellrec.tracking.store import check_reachable, ui_command
+from fellrec.tracking.store import check_reachable, make_client, ui_command
 
 
 @pytest.mark.parametrize("name", ["folder", "file.txt/mlflow.db", "file.txt"])
@@ -76,3 +79,28 @@ def test_a_server_that_refuses_is_not_away(code: int, is_away: bool) -> None:
 def test_the_ui_serves_artefacts_from_beside_the_database(tmp_path: Path) -> None:
     command = ui_command(f"sqlite:///{tmp_path / 'mlflow.db'}", "127.0.0.1", 5000)
     assert (tmp_path / "mlartifacts").as_uri() in command
+
+
+def test_a_new_sqlite_store_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Two processes make it at once and are killed the moment it is there: it has every table, and can be used."""
+    path = tmp_path / "mlflow.db"
+    code = f"from fellrec.tracking.store import connect; connect('sqlite:///{path}'); import time; time.sleep(600)"
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    try:
+        deadline = time.monotonic() + 240
+        while not path.exists():
+            assert all(process.poll() is None for process in processes)
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    make_client(f"sqlite:///{tmp_path / 'undisturbed.db'}")
+    schemas = []
+    for name in ("mlflow.db", "undisturbed.db"):
+        with sqlite3.connect(tmp_path / name) as database:
+            schemas.append(set(database.execute("SELECT name, sql FROM sqlite_master")))
+            assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    assert schemas[0] == schemas[1]
+    assert make_client(f"sqlite:///{path}").search_experiments()[0].name == "Default"
