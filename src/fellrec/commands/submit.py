@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
     config = submission.config
     may_be_away = config.resume is not None or config.tracking.on_unreachable == "keep"
     check_reachable(config.tracking.uri, may_be_away)
-    if len(submission.jobs) > 1:  # jobs that start at once must not make it at the same time
+    if len(submission.jobs) > 1 and config.tracking.uri.startswith("sqlite:"):  # not made by all jobs at the same time
         ensure_experiment(make_client(config.tracking.uri), config.tracking.uri, config.tracking.experiment)
     job_id, path = submit(script, submission.folder, is_new=config.resume is None)
     lines = [f"job {job_id}"]
