@@ -185,6 +185,8 @@ _RULES = (
     _Rule("split.head_cache_bytes", _integer(1), _AT_LEAST_1),
     _Rule("tracking.on_unreachable", _one_of("stop", "keep"), "stop or keep"),
     _Rule("split.timeout_seconds", _number(0, open_low=True), "a number above 0"),
+)
+_LAUNCHER_RULES = (
     _Rule("launcher.nodes", _integer(1), _AT_LEAST_1),
     _Rule("launcher.gpus_per_node", _integer(0), _AT_LEAST_0),
     _Rule("launcher.tasks_per_node", _optional(_integer(1)), f"{_AT_LEAST_1}, or null"),
@@ -211,7 +213,7 @@ def check(config: DictConfig, optional: Collection[str] = ()) -> None:
         ConfigError: With one line per problem: the key, the value, what is allowed.
     """
     problems = []
-    for rule in _RULES:
+    for rule in (*_RULES, *(_LAUNCHER_RULES if "launcher" in config else ())):  # a run that goes on has none
         try:
             value = OmegaConf.select(config, rule.key, throw_on_missing=True)
         except OmegaConfBaseException:

@@ -37,7 +37,9 @@ def store_in(folder: Path) -> str:
 
 
 def results(run_dir: Path) -> dict[str, Any]:
-    return dict(json.loads((run_dir / "results.json").read_text()))
+    """All figures but those of time."""
+    found = json.loads((run_dir / "results.json").read_text())
+    return {name: value for name, value in found.items() if name != "cost"}
 
 
 def runs_of(folder: Path) -> list[Any]:

@@ -100,6 +100,7 @@ def jobs(cluster: Cluster, tiny_overrides: list[str], tmp_path_factory: pytest.T
     settings = {
         "long": LONG,
         "pair": [*TWO_NODES, f"run_dir='{name}'", f"launcher.job_name='{name}'"],
+        "ranks": ["launcher.nodes=2", ON_LOOPBACK, "run_dir=run"],
         "sweep": ["-m", "aggregation=fedavg,fellrec", "trainer.num_rounds=1", "run_dir=sweep"],
     }
     return {name: submit(tmp_path_factory.mktemp(name), *tiny_overrides, *given) for name, given in settings.items()}
@@ -119,6 +120,18 @@ def test_a_run_on_two_nodes_with_an_odd_name(cluster: Cluster, jobs: dict[str, S
     assert (job.run_dir / "checkpoints-server").is_dir(), "the server was another process"
     assert json.loads((job.run_dir / "results.json").read_text())["summary"]["num_users"] == 72
     assert not list(job.folder.rglob("hacked"))
+
+
+def test_clients_on_the_ranks_of_two_nodes(cluster: Cluster, jobs: dict[str, Submitted]) -> None:
+    """The job says itself how many processes the run has."""
+    job = jobs["ranks"]
+    assert cluster.wait_until_over(job.job_id, job.log) == "COMPLETED", job.output
+    assert cluster.job(job.job_id)["NodeList"] == "node[1-2]"
+    trainer = OmegaConf.load(job.run_dir / "config.yaml").trainer
+    assert (trainer.devices, trainer.num_nodes) == (1, 2)
+    (run,) = job.runs
+    assert run.info.status == "FINISHED"
+    assert json.loads((job.run_dir / "results.json").read_text())["summary"]["num_users"] == 72
 
 
 def test_a_sweep_is_an_array_with_a_directory_for_each_run(cluster: Cluster, jobs: dict[str, Submitted]) -> None:

@@ -64,8 +64,9 @@ def run(options: argparse.Namespace) -> None:
         sys.stdout.write(script)
         return
     config = submission.config
-    check_reachable(config.tracking.uri)
-    if len(submission.jobs) > 1:  # jobs that start at once must not make it at the same time
+    may_be_away = config.resume is not None or config.tracking.on_unreachable == "keep"
+    check_reachable(config.tracking.uri, may_be_away)
+    if len(submission.jobs) > 1 and config.tracking.uri.startswith("sqlite:"):  # not made by all jobs at the same time
         ensure_experiment(make_client(config.tracking.uri), config.tracking.uri, config.tracking.experiment)
     job_id, path = submit(script, submission.folder, is_new=config.resume is None)
     lines = [f"job {job_id}"]
@@ -184,9 +185,9 @@ def _processes(config: DictConfig, launcher: Launcher) -> list[str]:
     wanted = {"trainer.devices": launcher.tasks, "trainer.num_nodes": launcher.nodes}
     given = {key: OmegaConf.select(config, key) for key in wanted}
     for key, number in wanted.items():
-        if given[key] not in (None, 1, "auto", number) and config.resume is None:
+        if given[key] not in (1, "auto", number) and config.resume is None:
             raise ConfigError(f"{key}={given[key]} is not {asked}; leave it out, and it is set")
-    return [f"{key}={number}" for key, number in wanted.items() if (given[key] or 1) != number]
+    return [f"{key}={number}" for key, number in wanted.items() if given[key] != number]
 
 
 def _write_new(folder: Path, script: str) -> Path:
