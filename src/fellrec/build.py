@@ -49,7 +49,8 @@ from fellrec.models.split import SplitModel
 from fellrec.pretrained import tiny_backbone
 
 _BANKS = 7
-"""Copies of all adapters that a run holds: now, best, best per client, two AdamW moments, start and end of a round."""
+"""Copies of all adapters that a side of the executed cut holds: now, best, best per client, two AdamW moments, and two
+of a round's. Where the cut is not executed they are on the disk."""
 
 
 @dataclass(frozen=True)
@@ -245,6 +246,7 @@ def build_server(config: DictConfig, share: ServerShare, num_clients: int, fabri
             reset_optimizer=trainer.reset_optimizer,
             hidden_dtype=config.split.hidden_dtype,
             gradient_dtype=config.split.gradient_dtype,
+            checkpoints_kept=trainer.checkpoints_kept,
         ),
         autocast=fabric.autocast,
     )
@@ -264,7 +266,8 @@ def build_loop(
     aggregation = build_aggregation(config.aggregation)
     num_clients = recommender.data.num_clients if keeps_state else 1
     rows = 1 if aggregation.pools_clients else num_clients
-    _check_memory(recommender.initial, num_clients)
+    if recommender.link is not None:
+        _check_memory(recommender.initial, num_clients)
     trainer = config.trainer
     loop = FederatedLoop(
         fabric=recommender.fabric,
@@ -281,6 +284,7 @@ def build_loop(
             participation_rate=config.participation.rate,
             on_failure=config.participation.on_failure,
             quorum=config.participation.quorum,
+            checkpoints_kept=trainer.checkpoints_kept,
             seed=config.seed,
         ),
         local=LocalSettings(
@@ -345,14 +349,15 @@ def new_state(initial: Mapping[str, Tensor], rows: int, num_clients: int, metric
         num_clients: Clients that are evaluated.
         metric: What selection looks at.
     """
+    start = AdapterBank.replicate(initial, max(rows, num_clients))
+
+    def bank(size: int) -> AdapterBank:
+        return AdapterBank(start.versions[:size], start.kinds)
+
     return RunState(
-        bank=AdapterBank.replicate(initial, rows),
-        selection=Selection(
-            metric=metric,
-            bank=AdapterBank.replicate(initial, rows),
-            client_bank=AdapterBank.replicate(initial, num_clients),
-        ),
-        initial=AdapterBank.repeat(initial, rows),
+        bank=bank(rows),
+        selection=Selection(metric=metric, bank=bank(rows), client_bank=bank(num_clients)),
+        initial=bank(rows),
         local_steps=[0] * rows,
     )
 
@@ -426,7 +431,8 @@ def _check_memory(initial: dict[str, Tensor], num_clients: int) -> None:
     if needed > 0.8 * present:
         raise ConfigError(
             f"{num_clients} clients with an adapter of {num_bytes / 1e6:.1f} MB each need about "
-            f"{needed / 1e9:.1f} GB, this machine has {present / 1e9:.1f} GB; use adapter=lora or fewer clients"
+            f"{needed / 1e9:.1f} GB of memory, this machine has {present / 1e9:.1f} GB; "
+            "use adapter=lora or fewer clients"
         )
 
 

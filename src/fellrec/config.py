@@ -157,6 +157,7 @@ _RULES = (
     _Rule("trainer.reset_optimizer", _one_of(True, False), "true or false"),
     _Rule("trainer.evaluate_every", _integer(1), _AT_LEAST_1),
     _Rule("trainer.checkpoint_every", _integer(1), _AT_LEAST_1),
+    _Rule("trainer.checkpoints_kept", _integer(1), _AT_LEAST_1),
     _Rule("trainer.patience", _optional(_integer(1)), f"{_AT_LEAST_1}, or null"),
     _Rule("trainer.select", _one_of("population", "client"), "population or client"),
     _Rule("trainer.cutoffs", _cutoffs, "a list of whole numbers of at least 1, such as [5,10]"),

@@ -32,6 +32,14 @@ class TrainingError(FellrecError):
     """Training cannot go on; the last good state is kept."""
 
 
+class StorageError(FellrecError):
+    """A file of a run cannot be written: the disk is full, or the folder is not ours to write to."""
+
+
+class CheckpointError(FellrecError):
+    """A checkpoint is damaged, or one of its files is absent."""
+
+
 class SplitError(TrainingError):
     """Processes cannot go on together: a wrong message, another version, or one of them is gone."""
 

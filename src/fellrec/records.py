@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
+from fellrec.atomic import write_atomically, write_json
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError
 from fellrec.lock import is_lock
@@ -75,20 +75,13 @@ def _is_around_run(path: Path) -> bool:
     return is_lock(path) or (path.name == SLURM_FOLDER and "SLURM_JOB_ID" in os.environ)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON beside ``path`` and rename it, so that no reader sees half of it."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(value, indent=1, default=float) + "\n")
-    draft.replace(path)
-
-
 def write_start(run_dir: Path, config: DictConfig, data: PreparedData) -> None:
     """Write what shaped the run: resolved configuration, versions, data statistics, partition."""
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(config, resolve=True).encode())
     write_json(run_dir / "versions.json", versions())
     write_json(run_dir / "data.json", {"key": data.key, "name": data.name, "statistics": data.statistics})
     partition = pd.DataFrame({"user_id": data.users["user_id"], "client": data.client_of_user})
-    partition.to_parquet(run_dir / "partition.parquet", index=False)
+    write_atomically(run_dir / "partition.parquet", partition.to_parquet(None, index=False))
 
 
 def write_evaluation(run_dir: Path, evaluation: Evaluation, extra: Mapping[str, Any]) -> None:
@@ -99,7 +92,7 @@ def write_evaluation(run_dir: Path, evaluation: Evaluation, extra: Mapping[str, 
     write_json(run_dir / "results.json", {**results, "summary": summary, "per_client": per_client})
     columns = {"client": evaluation.client_of_user.numpy()}
     columns |= {name: values.numpy() for name, values in evaluation.per_user.items()}
-    pd.DataFrame(columns).to_parquet(run_dir / "users.parquet", index=False)
+    write_atomically(run_dir / "users.parquet", pd.DataFrame(columns).to_parquet(None, index=False))
 
 
 def versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from fellrec.atomic import explaining_full_disks
 from fellrec.build import Recommender, build_loop, frozen_parameters
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.callbacks.costs import CostMeter
@@ -65,17 +66,17 @@ class Run:
 
         Raises:
             TrainingError: If a client's training diverges; the last checkpoint stays.
+            StorageError: If the disk is full or read-only; so does it then.
         """
-        with hold(self.run_dir):
+        with explaining_full_disks(self.run_dir), hold(self.run_dir):
             return self._execute()
 
     def _execute(self) -> RuleResult:
         config, recommender = self.config, self.recommender
         loop = self.loop = build_loop(config, recommender, ())
+        checkpoint = Checkpoint(self.run_dir, config.trainer.checkpoint_every)
         if self._has_checkpoint:
-            loop.execution.load(loop, self.run_dir)
-            loop.execution.ledger.merge(loop.state.extras.get("ledger", []))
-            loop.aggregation.load_state_dict(loop.state.extras.get("aggregation", {}))
+            checkpoint.resume(loop)
         else:
             write_start(self.run_dir, config, recommender.data)
         logging = self._mlflow()
@@ -88,7 +89,7 @@ class Run:
             _Outputs(self, meter),
             logging,
             # Last: a round that was stopped before it was logged is run, and logged, again.
-            Checkpoint(self.run_dir, config.trainer.checkpoint_every),
+            checkpoint,
             *([Preemption(self.signals)] if self.signals else []),
         ]
         try:
@@ -118,7 +119,7 @@ class Run:
     def _say_how_to_resume(self, error: BaseException) -> None:
         if self._has_checkpoint:
             what = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
-            sys.stderr.write(f"\n{what}; go on from the last finished round: fellrec train resume={self.run_dir}\n")
+            sys.stderr.write(f"\n{what}; go on from there: fellrec train resume={self.run_dir}\n")
 
     def _mlflow(self) -> MLflowLogging:
         config, data = self.config, self.recommender.data

@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from fellrec.errors import TrainingError
+from fellrec.functional.stacks import as_lazy
 
 Adapter = Mapping[str, Tensor]
 """One client's adapter: parameter name → tensor of the parameter's own shape."""
 
 AdapterStack = Mapping[str, Tensor]
-"""Several clients' adapters: parameter name → ``[clients, *shape]``."""
+"""Several clients' adapters: parameter name → ``[clients, *shape]``; see ``fellrec.functional.stacks``."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,11 @@ class Updates:
         Raises:
             TrainingError: Naming the parameter, the client and the round.
         """
-        for name, stack in self.end.items():
-            finite = stack.flatten(1).isfinite().all(dim=1)
+        end = as_lazy(self.end)
+        for name in end:
+            finite = torch.ones(end.num_rows, dtype=torch.bool)
+            for _, block in end.blocks(name):
+                finite &= block.isfinite().all(dim=1).cpu()
             if not bool(finite.all()):
                 client = self.clients[int(finite.logical_not().nonzero()[0])]
                 raise TrainingError(
@@ -78,7 +83,8 @@ class Aggregated:
     """What an aggregation returns.
 
     Attributes:
-        adapters: Next adapters, name → ``[N, *shape]``, rows as in ``Updates.clients``.
+        adapters: Next adapters, name → ``[N, *shape]``, rows as in ``Updates.clients``. What callbacks get may be read
+            from files when it is asked for; take what you need before the round ends.
         matrices: Square ``[N, N]`` matrices worth looking at (``mixing``, ``similarity``), by name.
         per_client: ``[N]`` vectors worth logging (``learning_speed``, …), by name.
     """

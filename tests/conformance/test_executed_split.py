@@ -45,7 +45,7 @@ def cut_in_two(model: Any, head: int, tail: int) -> tuple[SplitModel, ServerLink
     trainable = dict(sorted(body.model.named_parameters()))
     initial = {name: parameter.detach().clone() for name, parameter in trainable.items()}
     bank = AdapterBank.replicate(initial, 2)
-    state = RunState(bank, Selection("m", bank, bank), AdapterBank.repeat(initial, 2), local_steps=[0, 0])
+    state = RunState(bank, Selection("m", bank, bank), AdapterBank.replicate(initial, 2), local_steps=[0, 0])
     server = BodyServer(body, trainable, state, FedAvg(), ServerSettings(0, OptimizerSettings()), nullcontext)
     link = ServerLink(InProcess(server), Ledger())
     return SplitModel(model, head, tail, link).eval(), link, server

@@ -74,7 +74,7 @@ def test_a_run_stops_at_a_safe_point_and_goes_on_with_the_same_numbers(
 ) -> None:
     handlers = [signal.getsignal(each) for each in (signal.SIGUSR1, signal.SIGTERM, signal.SIGALRM)]
     run = tmp_path / "run"
-    sender = send_when(lambda: any((run / "checkpoints").glob("round_*2")), number)
+    sender = send_when(lambda: any((run / "checkpoints").glob("round_*2.json")), number)
     with pytest.raises(SystemExit) as stopped:
         main(["train", *tiny_overrides, ROUNDS, f"run_dir={run}", store_in(tmp_path)])
     sender.join()

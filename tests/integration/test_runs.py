@@ -218,7 +218,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(workplace: Path, tiny_overr
         [*train, *settings, "run_dir=cut"], cwd=workplace, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
-    while not list((workplace / "cut").glob("checkpoints/round_0000[3-9]")):
+    while not list((workplace / "cut").glob("checkpoints/round_0000[3-9].json")):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -155,7 +155,7 @@ def test_a_run_survives_its_time_limit_a_requeue_and_its_cancellation(
     job = jobs["long"]
 
     def progress() -> int:
-        done = [int(path.name.removeprefix("round_")) for path in job.run_dir.glob("checkpoints/round_*")]
+        done = [int(path.stem.removeprefix("round_")) for path in job.run_dir.glob("checkpoints/round_*.json")]
         return max(done, default=0)
 
     def stops_by(name: str, restarts: int) -> None:

@@ -192,7 +192,7 @@ def test_a_missing_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 LAYERS = [
-    ("types", "errors", "layout", "lock", "functional"),
+    ("types", "errors", "layout", "atomic", "lock", "functional"),
     ("data",),
     ("metrics",),
     ("models",),

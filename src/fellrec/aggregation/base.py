@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fellrec.errors import TrainingError
 from fellrec.federated.hooks import FederatedCallback
-from fellrec.functional.mixing import mix
+from fellrec.functional.mixing import Mixture
 from fellrec.types import Aggregated, Updates
 
 
@@ -92,7 +92,7 @@ class AggregationCallback(FederatedCallback):
             TrainingError: If the matrix cannot be used; the message names the rule.
         """
         self._check(matrix, len(updates.clients))
-        return Aggregated(mix(matrix, updates.end), {"mixing": matrix, **(matrices or {})}, dict(per_client or {}))
+        return Aggregated(Mixture(matrix, updates.end), {"mixing": matrix, **(matrices or {})}, dict(per_client or {}))
 
     def _check(self, matrix: Tensor, num_clients: int) -> None:
         problem = None

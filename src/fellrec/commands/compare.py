@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from fellrec.aggregation.build import build_aggregation
+from fellrec.atomic import write_json
 from fellrec.build import Recommender, build_data, build_loop, build_recommender, recommender_key
 from fellrec.config import as_dict, compose, expand, without_launcher
 from fellrec.data.prepared import PreparedData
@@ -19,7 +20,7 @@ from fellrec.errors import ConfigError
 from fellrec.functional.nested import flatten
 from fellrec.launch.local import other_ranks
 from fellrec.ranked import Ranks, processes_to_start, run_ranks
-from fellrec.records import check_new, new_run_dir, write_json
+from fellrec.records import check_new, new_run_dir
 from fellrec.runs import Run, collect, finish_message, reference_results, rule_name, run_name, table_cutoff
 from fellrec.tracking.cost_tables import COSTS, cost_panels, print_cost, write_cost
 from fellrec.tracking.plots import client_dots, panels, save_png

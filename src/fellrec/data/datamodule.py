@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,9 @@ from fellrec.data.prepared import PreparedData
 from fellrec.data.ragged import IntArray, Ragged
 from fellrec.data.windows import TrainingRows, last_position_rows, windows
 from fellrec.functional.rng import derive_seed
+
+_KEPT = 128
+"""Clients whose training rows are kept; those of others are cut again when they are needed."""
 
 Collate = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
@@ -36,26 +41,27 @@ class _Rows(Dataset[Any]):
 
 
 class _Users(Dataset[Any]):
-    """Users to evaluate, read a whole batch at a time."""
+    """Users to evaluate, read a whole batch at a time; nothing of all users is copied."""
 
     def __init__(self, data: PreparedData, stage: str, users: IntArray) -> None:
         self.users = users
         self.clients = data.client_of_user[users]
-        seen = data.train if stage == "val" else data.train.join(data.valid)
-        self.seen = seen.take(users)
-        self.histories = self.seen.last(data.max_history)
-        self.targets = (data.valid if stage == "val" else data.test).take(users)
+        self._seen = [data.train] if stage == "val" else [data.train, data.valid]
+        self._targets = data.valid if stage == "val" else data.test
+        self._max_history = data.max_history
 
     def __len__(self) -> int:
         return len(self.users)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         index = np.asarray(indices)
-        targets, seen = self.targets.take(index), self.seen.take(index)
+        users = self.users[index]
+        targets = self._targets.take(users)
+        seen = reduce(Ragged.join, [part.take(users) for part in self._seen])
         arrays = {
-            "users": self.users[index],
+            "users": users,
             "clients": self.clients[index],
-            "histories": self.histories[index],
+            "histories": seen.last(self._max_history),
             "target_rows": targets.row_index,
             "target_items": targets.values,
             "masked_rows": seen.row_index,
@@ -102,7 +108,10 @@ class FellrecDataModule(LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.seed = seed
         self._make_rows = last_position_rows if one_target_per_row else windows
-        self._cache: dict[tuple[Any, ...], Dataset[Any]] = {}
+        self._users: dict[str, _Users] = {}
+        self._first_ids: dict[int | None, int] = {}
+        self._num_ids = 0
+        self._recent: OrderedDict[int | None, _Rows] = OrderedDict()
 
     def pooled(self) -> FellrecDataModule:
         """The data of all clients together: what the centralised baseline trains on."""
@@ -131,13 +140,11 @@ class FellrecDataModule(LightningDataModule):
 
     def eval_loader(self, stage: str, clients: tuple[int, ...] | None = None) -> DataLoader[Any]:
         """Users of the given clients (all for ``None``) with their targets; ``stage`` is ``"val"`` or ``"test"``."""
-        key = ("eval", stage, clients)
-        if key not in self._cache:
-            users = evaluated_users(self.data, stage)
-            if clients is not None:
-                users = users[np.isin(self.data.client_of_user[users], clients)]
-            self._cache[key] = _Users(self.data, stage, users)
-        return DataLoader(self._cache[key], batch_size=self.eval_batch_size, collate_fn=_as_is)
+        if stage not in self._users:
+            self._users[stage] = _Users(self.data, stage, evaluated_users(self.data, stage))
+        users = self._users[stage]
+        positions = range(len(users)) if clients is None else np.flatnonzero(np.isin(users.clients, clients)).tolist()
+        return DataLoader(users, batch_size=self.eval_batch_size, sampler=positions, collate_fn=_as_is)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Lightning's hook: the pooled training batches."""
@@ -152,18 +159,21 @@ class FellrecDataModule(LightningDataModule):
         return self.eval_loader("test")
 
     def _rows(self, client: int | None) -> _Rows:
-        key = ("train", client)
-        if key not in self._cache:
+        if client not in self._recent:
             owner = self.data.client_of_user
             users = np.flatnonzero(owner >= 0 if client is None else owner == client)
-            first_id = sum(len(known) for known in self._cache.values() if isinstance(known, _Rows))
-            self._cache[key] = _Rows(self._training_rows(users, self.data.train_targets), first_id)
-        rows = self._cache[key]
-        assert isinstance(rows, _Rows)
-        return rows
+            rows = self._training_rows(users, self.data.train_targets)
+            if client not in self._first_ids:
+                self._first_ids[client] = self._num_ids
+                self._num_ids += len(rows)
+            self._recent[client] = _Rows(rows, self._first_ids[client])
+            while len(self._recent) > _KEPT:
+                self._recent.popitem(last=False)
+        self._recent.move_to_end(client)
+        return self._recent[client]
 
     def _training_rows(self, users: IntArray, is_target: np.ndarray) -> TrainingRows:
-        flags = Ragged(is_target.astype(np.int64), self.data.train.offsets).take(users)
+        flags = Ragged(is_target.view(np.int8), self.data.train.offsets).take(users)
         return self._make_rows(self.data.train.take(users), flags.values.astype(bool), self.data.max_history)
 
     def _loader(self, rows: _Rows, seed: int) -> DataLoader[Any]:

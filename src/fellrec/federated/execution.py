@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fellrec.errors import SplitError, TrainingError
-from fellrec.federated.checkpoint import load_state, rounds_on_disk, save_state
+from fellrec.errors import SplitError, StorageError, TrainingError
+from fellrec.federated.checkpoint import CLIENTS, load_state, rounds_on_disk, save_state
 from fellrec.federated.ledger import Ledger
 from fellrec.federated.memory import peak_bytes
 from fellrec.federated.messages import (
@@ -30,6 +32,7 @@ from fellrec.federated.messages import (
 from fellrec.federated.pipeline import Job, Outcome, PipelinedTrainer
 from fellrec.federated.server import ADAPTERS as SERVER_ADAPTERS
 from fellrec.federated.server import CHECKPOINTS as SERVER_CHECKPOINTS
+from fellrec.federated.slot import load_optimizer, read_optimizer
 from fellrec.federated.transport import ServerLink
 from fellrec.types import Aggregated, ClientUpdate, Updates
 
@@ -61,6 +64,9 @@ class Execution(Protocol):
             updates: The adapters of those of its clients that this process holds, and the part that it holds.
             round_index: From 0.
         """
+
+    def keep_on_disk(self, loop: FederatedLoop, run_dir: Path) -> None:
+        """Called once before the first round of a run that writes checkpoints: what can be in files should be."""
 
     def score(self, loop: FederatedLoop, stage: str, round_index: int, bank: str, rows: Sequence[int]) -> None:
         """Add the metrics of the users whom these rows of a bank serve to ``loop.module.metrics``."""
@@ -100,11 +106,22 @@ class WholeExecution:
         """Nothing to do."""
 
     def train(self, loop: FederatedLoop, clients: Sequence[int], round_index: int) -> Outcome:
-        """One client after the other, each with its adapter in the backbone."""
+        """One client after the other, each with its adapter in the backbone.
+
+        Clients that a run finished before it was stopped in this round are not trained, or reported, again.
+        """
         outcome = Outcome()
         for client in clients:
-            self.train_one(loop, client, round_index, outcome)
+            if not self.recover(loop, client, outcome):
+                self.train_one(loop, client, round_index, outcome)
         return outcome
+
+    def recover(self, loop: FederatedLoop, client: int, outcome: Outcome) -> bool:
+        """Whether the run had finished a client of this round before it was stopped; its update is added then."""
+        recovered = loop.state.recover(client)
+        if recovered is not None:
+            outcome.updates.append(recovered)
+        return recovered is not None
 
     def train_one(self, loop: FederatedLoop, client: int, round_index: int, outcome: Outcome) -> None:
         """Train one client here, and note in ``outcome`` what became of it."""
@@ -127,27 +144,38 @@ class WholeExecution:
         """By the rule, here."""
         updates.check_finite(round_index)
         if loop.aggregation.exchanges_adapters:
-            self._book(updates, round_index)
+            self._book(loop, updates, round_index)
         aggregated = loop.aggregation.aggregate(updates, round_index)
         loop.state.bank.replace(updates.clients, aggregated.adapters)
-        return aggregated
+        return replace(aggregated, adapters=loop.state.bank.stack(updates.clients))
+
+    def keep_on_disk(self, loop: FederatedLoop, run_dir: Path) -> None:
+        """Every adapter and optimiser state is a file from now on, so that few are in memory at the same time."""
+        folder = run_dir / CHECKPOINTS / CLIENTS
+        if not folder.exists():
+            _check_space(loop, run_dir)
+        loop.state.keep_on_disk(folder)
 
     def score(self, loop: FederatedLoop, stage: str, round_index: int, bank: str, rows: Sequence[int]) -> None:
-        """One adapter after the other in the backbone."""
-        for row in rows:
-            loop.state.bank_named(bank).copy_to(loop.module.trainable, row)
-            loop.score_row(stage, row, bank)
+        """One adapter after the other in the backbone; clients that have the same one come together."""
+        versions, before = loop.state.bank_named(bank).versions, None
+        first = {id(versions[row]): row for row in reversed(rows)}
+        for row in sorted(rows, key=lambda row: (first[id(versions[row])], row)):
+            is_new, before = versions[row] is not before, versions[row]
+            if is_new:
+                loop.state.bank_named(bank).copy_to(loop.module.trainable, row)
+            loop.score_row(stage, row, bank, is_new=is_new)
 
     def keep_best(self, population: bool, clients: tuple[int, ...], rows: tuple[int, ...]) -> None:
         """Nothing is elsewhere."""
 
     def save(self, loop: FederatedLoop, run_dir: Path) -> None:
-        """One folder."""
-        save_state(run_dir / CHECKPOINTS, loop.state, loop.module.trainable)
+        """One manifest; the clients' files are there already."""
+        save_state(run_dir / CHECKPOINTS, loop.state, keep=loop.settings.checkpoints_kept)
 
     def load(self, loop: FederatedLoop, run_dir: Path) -> None:
-        """The newest."""
-        load_state(run_dir / CHECKPOINTS, loop.state, loop.module.trainable)
+        """The newest that is whole."""
+        load_state(run_dir / CHECKPOINTS, loop.state)
 
     def adapters_elsewhere(self, run_dir: Path, bank: str) -> dict[str, Tensor]:
         """Nothing is elsewhere."""
@@ -171,18 +199,16 @@ class WholeExecution:
         state, parameters = loop.state, loop.module.trainable
         state.bank.copy_to(parameters, client)
         optimizer_state = state.take_optimizer(client, loop.trainer.settings.reset_optimizer)
-        loop.optimizer.state = optimizer_state  # type: ignore[assignment]
+        load_optimizer(loop.optimizer, parameters, optimizer_state)
         first_step = state.local_steps[client]
         update = loop.trainer.train(
             client, loop.data_of(client), round_index, first_step, lambda loss: self.on_step(loop, loss)
         )
-        state.optimizers[client] = optimizer_state
-        state.local_steps[client] += update.num_steps
-        state.bank.store(client, parameters)
+        state.finish(update, parameters, read_optimizer(loop.optimizer, parameters))
         return update
 
-    def _book(self, updates: Updates, round_index: int) -> None:
-        num_bytes = sum(stack[0].nbytes for stack in updates.end.values())
+    def _book(self, loop: FederatedLoop, updates: Updates, round_index: int) -> None:
+        num_bytes = loop.state.bank.adapter_bytes
         for client in updates.clients:
             for direction in ("up", "down"):
                 self.ledger.add(client, round_index, "train", direction, "adapter", num_bytes)
@@ -193,6 +219,19 @@ def note_failure(error: TrainingError) -> str:
     """The reason for the user; where it happened is logged for ``--debug``."""
     _log.debug("a client's training failed", exc_info=error)
     return str(error)
+
+
+def _check_space(loop: FederatedLoop, run_dir: Path) -> None:
+    """Refuse a run whose adapters (now and best) and AdamW moments (two) will not fit on the disk."""
+    bank, settings = loop.state.bank, loop.settings
+    num_clients = min(len(bank), len(loop.cohort(0)) * settings.num_rounds)
+    num_bytes = bank.adapter_bytes
+    needed, free = 4 * num_clients * num_bytes, shutil.disk_usage(run_dir).free
+    if needed > free:
+        raise StorageError(
+            f"{num_clients} clients with an adapter of {num_bytes / 1e6:.1f} MB each need about {needed / 1e9:.2f} GB "
+            f"in {run_dir}, where {free / 1e9:.2f} GB are free; use adapter=lora, fewer clients or another run_dir"
+        )
 
 
 class SplitExecution:
@@ -260,6 +299,9 @@ class SplitExecution:
                 raise SplitError(f"the server answered client {client}'s fetch with {type(answer).__name__}")
             loop.state.bank.store(client, answer.adapter)
 
+    def keep_on_disk(self, loop: FederatedLoop, run_dir: Path) -> None:
+        """Nothing: each side has its share in memory and writes it between rounds."""
+
     def score(self, loop: FederatedLoop, stage: str, round_index: int, bank: str, rows: Sequence[int]) -> None:
         """One adapter after the other; the server uses its own share of the same."""
         for row in rows:
@@ -274,7 +316,7 @@ class SplitExecution:
     def save(self, loop: FederatedLoop, run_dir: Path) -> None:
         """The server's share first: a resume takes the newest round that both have."""
         self.link.request(SaveState(str(run_dir), loop.state.round_index))
-        save_state(run_dir / CHECKPOINTS, loop.state, loop.module.trainable)
+        save_state(run_dir / CHECKPOINTS, loop.state, keep=loop.settings.checkpoints_kept)
 
     def load(self, loop: FederatedLoop, run_dir: Path) -> None:
         """The newest round that both shares have."""
@@ -290,7 +332,7 @@ class SplitExecution:
 
     def load_round(self, loop: FederatedLoop, run_dir: Path, round_index: int) -> None:
         """One round's shares of client and server."""
-        load_state(run_dir / CHECKPOINTS, loop.state, loop.module.trainable, round_index)
+        load_state(run_dir / CHECKPOINTS, loop.state, round_index)
         self.link.request(LoadState(str(run_dir), round_index))
 
     def adapters_elsewhere(self, run_dir: Path, bank: str) -> dict[str, Tensor]:

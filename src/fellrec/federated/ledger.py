@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from fellrec.atomic import make_folder, read_checked, write_checked
 from fellrec.federated.messages import ClientMessage, Message
 
 KINDS = ("adapter", "hidden_state", "gradient", "scalar")
+_PART = "ledger_"
 _COLUMNS = ("client", "round", "phase", "direction", "kind")
 
 
@@ -18,7 +21,8 @@ class Ledger:
     """Books every message that passes the transport.
 
     Bytes are those of the payload (tensors and scalars). A frame of constant size per message, which only processes
-    need that do not share memory, is not counted; the number of messages is.
+    need that do not share memory, is not counted; the number of messages is. A run's past rounds are in files:
+    thousands of clients over hundreds of rounds would fill the memory.
 
     Example:
         >>> ledger = Ledger()
@@ -30,6 +34,7 @@ class Ledger:
     def __init__(self) -> None:
         self._bytes: Counter[tuple[int, int, str, str, str]] = Counter()
         self._messages: Counter[tuple[int, int, str, str, str]] = Counter()
+        self._parts: list[Path] = []
 
     def book(self, message: Message) -> None:
         """Book a message about a client; what the experiment itself asks (``Done``, ``Mixed``, …) is not counted."""
@@ -52,7 +57,8 @@ class Ledger:
 
     def rows(self) -> list[list[Any]]:
         """Plain rows: client, round, phase, direction, kind, messages, bytes; sorted."""
-        return [[*key, self._messages[key], self._bytes[key]] for key in sorted(self._bytes)]
+        whole = self._with_parts()
+        return [[*key, whole._messages[key], whole._bytes[key]] for key in sorted(whole._bytes)]
 
     def take(self) -> list[list[Any]]:
         """``rows``, and forget them."""
@@ -60,20 +66,44 @@ class Ledger:
         self.__init__()  # type: ignore[misc]
         return rows
 
+    def archive(self, folder: Path, number: int) -> None:
+        """Move what was booked so far out of memory into ``folder/ledger_<number>.json``.
+
+        Raises:
+            StorageError: If it cannot be written.
+        """
+        path = folder / f"{_PART}{number:05d}.json"
+        make_folder(folder)
+        write_checked(path, [[*key, self._messages[key], self._bytes[key]] for key in sorted(self._bytes)])
+        self._parts.append(path)
+        self._bytes.clear()
+        self._messages.clear()
+
+    def reopen(self, folder: Path, number: int) -> None:
+        """Go on after the part ``number`` of those in ``folder``; what was booked after it is booked again.
+
+        Raises:
+            CheckpointError: If a part is damaged.
+        """
+        self.__init__()  # type: ignore[misc]
+        self._parts = [p for p in sorted(folder.glob(f"{_PART}*.json")) if p.stem <= f"{_PART}{number:05d}"]
+        for path in self._parts:
+            read_checked(path)
+
     def total(self, **where: Any) -> int:
         """Bytes of all rows with the given client, round, phase, direction or kind."""
-        return self._sum(self._bytes, where)
+        return self._sum(self._with_parts()._bytes, where)
 
     def num_messages(self, **where: Any) -> int:
         """Payloads of all rows with the given client, round, phase, direction or kind."""
-        return self._sum(self._messages, where)
+        return self._sum(self._with_parts()._messages, where)
 
     def frame(self) -> pd.DataFrame:
         """All rows as a table."""
         return pd.DataFrame(self.rows(), columns=[*_COLUMNS, "messages", "bytes"])
 
     def metrics(self, round_index: int) -> dict[str, float]:
-        """One round's figures for MLflow, such as ``cost/train/up_bytes`` and ``cost/train/hidden_state_bytes``."""
+        """Figures for MLflow of a round that is not archived yet, such as ``cost/train/up_bytes``."""
         figures: defaultdict[str, float] = defaultdict(float)
         for (_, round_, phase, direction, kind), num_bytes in self._bytes.items():
             if round_ == round_index:
@@ -83,6 +113,16 @@ class Ledger:
             if round_ == round_index:
                 figures[f"cost/{phase}/messages"] += messages
         return dict(figures)
+
+    def _with_parts(self) -> Ledger:
+        """All of it, in memory."""
+        if not self._parts:
+            return self
+        whole = Ledger()
+        for path in self._parts:
+            whole.merge(read_checked(path))
+        whole.merge([*key, self._messages[key], count] for key, count in self._bytes.items())
+        return whole
 
     @staticmethod
     def _sum(counter: Counter[tuple[int, int, str, str, str]], where: dict[str, Any]) -> int:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning import Fabric
-from torch import Tensor
 
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.errors import TrainingError
@@ -21,7 +20,7 @@ from fellrec.federated.pipeline import Outcome
 from fellrec.federated.state import RunState
 from fellrec.functional.participation import cohort
 from fellrec.models.module import FellrecModule
-from fellrec.types import Aggregated, ClientUpdate, Evaluation, RoundRecord, Updates
+from fellrec.types import AdapterStack, Aggregated, ClientUpdate, Evaluation, RoundRecord, Updates
 
 if TYPE_CHECKING:
     from fellrec.aggregation.base import AggregationCallback
@@ -39,6 +38,7 @@ class LoopSettings:
         participation_rate: Share of the clients in each round's cohort, in (0, 1].
         on_failure: ``"stop"`` ends the run when a client's training fails, ``"skip"`` leaves it out of the round.
         quorum: Share of the cohort that must finish a round, in (0, 1].
+        checkpoints_kept: Checkpoints that stay on disk.
         seed: Seed of the run.
     """
 
@@ -49,6 +49,7 @@ class LoopSettings:
     participation_rate: float = 1.0
     on_failure: str = "stop"
     quorum: float = 0.5
+    checkpoints_kept: int = 2
     seed: int = 0
 
 
@@ -105,7 +106,7 @@ class FederatedLoop:
         try:
             self.call("on_fit_start")
             self.execution.start(self)
-            if self.state.round_index == 0:
+            if not self.state.selection.client_values:  # else a run that was resumed before its first round was done
                 self.validate(round_index=-1)
             while self.state.round_index < self.settings.num_rounds and not self.out_of_patience:
                 self.run_round(self.state.round_index)
@@ -128,10 +129,9 @@ class FederatedLoop:
         started = time.perf_counter()
         self.call("on_round_start", round_index)
         clients = self.cohort(round_index)
-        before = self.state.bank.stack(clients)
+        before = {client: self.state.bank.versions[client] for client in clients}
         outcome = self.train(clients, round_index)
-        rows = [clients.index(update.client) for update in outcome.updates]
-        start = {name: stack[rows] for name, stack in before.items()}
+        start = self.state.bank.stack_of([before[update.client] for update in outcome.updates])
         aggregated = self.aggregate(start, outcome.updates, round_index)
         seconds = time.perf_counter() - started
         costs = self.execution.costs(seconds)
@@ -161,7 +161,7 @@ class FederatedLoop:
             self._drop_out(outcome, len(clients), round_index)
         return outcome
 
-    def aggregate(self, start: dict[str, Tensor], updates: Sequence[ClientUpdate], round_index: int) -> Aggregated:
+    def aggregate(self, start: AdapterStack, updates: Sequence[ClientUpdate], round_index: int) -> Aggregated:
         """Let the rule mix the adapters of the clients that finished; the result is in the bank.
 
         Args:
@@ -230,10 +230,12 @@ class FederatedLoop:
 
     def clients_served_by(self, row: int, bank: str) -> tuple[int, ...]:
         """The clients whose users are scored with a row of a bank."""
-        rows = tuple(range(self.num_clients)) if bank == "best_per_client" else self.row_of_client
-        return tuple(client for client, its_row in enumerate(rows) if its_row == row)
+        serves_all = self.aggregation.pools_clients and bank != "best_per_client"
+        return tuple(range(self.num_clients)) if serves_all else (row,)
 
-    def score_row(self, stage: str, row: int, bank: str, part: int = 0, num_parts: int = 1) -> None:
+    def score_row(
+        self, stage: str, row: int, bank: str, part: int = 0, num_parts: int = 1, is_new: bool = True
+    ) -> None:
         """Score the users whom a row of a bank serves, with the adapter that is in the backbone now.
 
         Args:
@@ -242,9 +244,11 @@ class FederatedLoop:
             bank: See ``RunState.bank_named``.
             part: Score this one of ``num_parts`` parts; batches are dealt out, never split, so that no figure changes.
             num_parts: Processes that share the row's users.
+            is_new: Whether the adapter is another one than at the last call.
         """
         with self.fabric.autocast():
-            self.module.ranker.refresh(self.module.model)
+            if is_new:
+                self.module.ranker.refresh(self.module.model)
             for number, batch in enumerate(self.datamodule.eval_loader(stage, self.clients_served_by(row, bank))):
                 if number % num_parts == part:
                     self.module.score_batch(self.fabric.to_device(batch))

@@ -188,7 +188,7 @@ class PipelinedTrainer:
             on_step(mean)
         loss, num_samples = total / max(num_targets, 1), self.trainer.datamodule.num_samples(job.data_of)
         self.link.send(Finish(client, round_index, "train", loss, num_samples))
-        state.optimizers[client] = slot.optimizer_state()
+        state.keep_optimizer(client, slot.optimizer_state())
         state.local_steps[client] += steps
         state.bank.store(client, slot.parameters)
         return ClientUpdate(client, num_samples, steps, loss, time.perf_counter() - started)

@@ -314,12 +314,12 @@ class Worker:
                 return None
             case LoadState():
                 folder = worker_folder(Path(message.run_dir), self.wire.rank)
-                load_state(folder, self.loop.state, self.loop.module.trainable, message.round_index)
+                load_state(folder, self.loop.state, message.round_index)
                 return Done()
             case SaveState():
                 self.loop.state.round_index = message.round_index
                 folder = worker_folder(Path(message.run_dir), self.wire.rank)
-                save_state(folder, self.loop.state, self.loop.module.trainable)
+                save_state(folder, self.loop.state, keep=self.loop.settings.checkpoints_kept)
                 return Done()
             case SaveAdapters():
                 folder = Path(message.folder)

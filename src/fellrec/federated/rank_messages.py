@@ -6,18 +6,13 @@ goes back with the answer. A run can therefore be resumed with another number of
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fellrec.federated.messages import Message
 from fellrec.federated.state import OptimizerState
-
-Moments = Mapping[str, Mapping[str, Tensor]]
-"""AdamW's state: parameter name → ``exp_avg``, ``exp_avg_sq``, ``step`` → tensor."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +49,7 @@ class TrainClient(Message):
     round_index: int
     first_step: int
     adapter: Mapping[str, Tensor]
-    moments: Moments
+    moments: OptimizerState
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ class Finished(Message):
     seconds: float
     step_losses: tuple[float, ...]
     adapter: Mapping[str, Tensor]
-    moments: Moments
+    moments: OptimizerState
     peak_bytes: int
 
 
@@ -116,23 +111,3 @@ class ScoreClients(Message):
     part: int
     num_parts: int
     adapter: Mapping[str, Tensor]
-
-
-def moments_by_name(state: OptimizerState, trainable: Mapping[str, nn.Parameter]) -> Moments:
-    """An optimiser's state under the parameters' names."""
-    return {
-        name: {key: torch.as_tensor(value) for key, value in state[parameter].items()}
-        for name, parameter in trainable.items()
-        if parameter in state
-    }
-
-
-def moments_by_parameter(moments: Moments, trainable: Mapping[str, nn.Parameter]) -> OptimizerState:
-    """What `moments_by_name` gave, for the parameters of this process; AdamW's counts stay on the CPU."""
-    state: OptimizerState = defaultdict(dict)
-    for name, tensors in moments.items():
-        parameter = trainable[name]
-        state[parameter] = {
-            key: tensor if key == "step" else tensor.to(parameter.device) for key, tensor in tensors.items()
-        }
-    return state

@@ -25,9 +25,8 @@ from fellrec.federated.rank_messages import (
     Finished,
     ScoreClients,
     TrainClient,
-    moments_by_name,
-    moments_by_parameter,
 )
+from fellrec.federated.slot import load_optimizer, read_optimizer
 from fellrec.federated.wire import Wire
 from fellrec.functional.placement import estimate_seconds
 from fellrec.models.bank import AdapterBank
@@ -56,11 +55,12 @@ class RankedExecution(WholeExecution):
     def train(self, loop: FederatedLoop, clients: Sequence[int], round_index: int) -> Outcome:
         """Every rank trains its clients at the same time, the longest first."""
         outcome = Outcome()
-        jobs = [self._training(loop, client, round_index, outcome) for client in clients]
+        left = [client for client in clients if not self.recover(loop, client, outcome)]
+        jobs = [self._training(loop, client, round_index, outcome) for client in left]
         measured: dict[str, float] = loop.state.extras.setdefault(_SECONDS, {})
-        steps = {client: loop.trainer.num_steps(loop.data_of(client)) for client in clients}
+        steps = {client: loop.trainer.num_steps(loop.data_of(client)) for client in left}
         known = {int(client): seconds for client, seconds in measured.items()}
-        self.crew.run(jobs, estimate_seconds(clients, steps, known), together=True)
+        self.crew.run(jobs, estimate_seconds(left, steps, known), together=True)
         outcome.updates.sort(key=lambda update: clients.index(update.client))
         measured.update({str(update.client): update.seconds for update in outcome.updates})
         self._busy_seconds = sum(update.seconds for update in outcome.updates)
@@ -94,35 +94,28 @@ class RankedExecution(WholeExecution):
         }
 
     def _training(self, loop: FederatedLoop, client: int, round_index: int, outcome: Outcome) -> Job:
-        state, trainable = loop.state, loop.module.trainable
+        state = loop.state
 
         def order() -> Message:
-            moments = state.optimizers.get(client, {}) if not loop.trainer.settings.reset_optimizer else {}
-            adapter = dict(state.bank.row(client))
-            return TrainClient(
-                client, round_index, state.local_steps[client], adapter, moments_by_name(moments, trainable)
-            )
+            moments = state.take_optimizer(client, loop.trainer.settings.reset_optimizer)
+            return TrainClient(client, round_index, state.local_steps[client], state.bank.row(client), moments)
 
         def accept(answer: Message) -> None:
             loop.call("on_client_start", client)
-            state.take_optimizer(client)  # of a client that failed they are lost, wherever it was trained
             if isinstance(answer, Failed):
                 outcome.failures[client] = answer.reason
                 return
             if not isinstance(answer, Finished) or answer.client != client:
                 raise SplitError(f"a rank answered the training of client {client} with {type(answer).__name__}")
-            state.optimizers[client] = moments_by_parameter(answer.moments, trainable)
-            state.local_steps[client] += answer.num_steps
-            state.bank.store(client, answer.adapter)
+            update = ClientUpdate(client, answer.num_samples, answer.num_steps, answer.loss, answer.seconds)
+            state.finish(update, answer.adapter, answer.moments)
             self._peak_bytes = max(self._peak_bytes, answer.peak_bytes)
             for loss in answer.step_losses:
                 loop.on_step(loss)
-            update = ClientUpdate(client, answer.num_samples, answer.num_steps, answer.loss, answer.seconds)
             outcome.updates.append(update)
             loop.call("on_client_end", update)
 
         def drop(reason: str) -> None:
-            state.take_optimizer(client)
             outcome.failures[client] = reason
 
         return Job(
@@ -198,7 +191,7 @@ class RankWorker:
         loop, trainable, client = self.loop, self.loop.module.trainable, order.client
         self.wire.where = f" while this rank was training client {client} in round {order.round_index}"
         self._put_in(order.adapter)
-        loop.optimizer.state = moments_by_parameter(order.moments, trainable)  # type: ignore[assignment]
+        load_optimizer(loop.optimizer, trainable, order.moments)
         losses: list[float] = []
 
         def on_step(loss: float) -> None:
@@ -219,7 +212,7 @@ class RankWorker:
             seconds=update.seconds,
             step_losses=tuple(losses),
             adapter={name: parameter.detach() for name, parameter in trainable.items()},
-            moments=moments_by_name(loop.optimizer.state, trainable),
+            moments=read_optimizer(loop.optimizer, trainable),
             peak_bytes=peak_bytes(),
         )
 
@@ -231,4 +224,4 @@ class RankWorker:
         return Scored(*self.loop.module.metrics.take(), ())
 
     def _put_in(self, adapter: Adapter) -> None:
-        AdapterBank({name: tensor[None] for name, tensor in adapter.items()}).copy_to(self.loop.module.trainable, 0)
+        AdapterBank.replicate(adapter, 1).copy_to(self.loop.module.trainable, 0)

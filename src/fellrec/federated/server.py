@@ -68,6 +68,7 @@ class ServerSettings:
         reset_optimizer: Forget a client's optimiser state at the start of a round.
         hidden_dtype: Packing of hidden states, see ``fellrec.functional.packing``.
         gradient_dtype: Packing of gradients.
+        checkpoints_kept: Checkpoints that stay on disk.
     """
 
     seed: int
@@ -75,6 +76,7 @@ class ServerSettings:
     reset_optimizer: bool = False
     hidden_dtype: str = "float32"
     gradient_dtype: str = "float32"
+    checkpoints_kept: int = 2
 
 
 @dataclass
@@ -232,7 +234,7 @@ class BodyServer:
         if job is None:
             return
         if message.keep:
-            self.state.optimizers[message.client] = job.slot.optimizer_state()
+            self.state.keep_optimizer(message.client, job.slot.optimizer_state())
             self.state.bank.store(message.client, job.slot.parameters)
             self._finished[message.client] = (job.start, message)
             self._in_place = None
@@ -281,7 +283,7 @@ class BodyServer:
         updates.check_finite(message.round_index)
         aggregated = self.rule.aggregate(updates, message.round_index)
         for bank in (self.state.bank, self._client_bank):
-            bank.replace(clients, {name: aggregated.adapters[name] for name in bank.tensors})
+            bank.replace(clients, {name: aggregated.adapters[name] for name in bank.kinds})
         self.state.round_index = message.round_index + 1
         self.state.extras["aggregation"] = self.rule.state_dict()
         self._uploads.clear()
@@ -295,13 +297,15 @@ class BodyServer:
 
     def _save(self, message: SaveState) -> Message:
         self.state.round_index = message.round_index
-        save_state(Path(message.run_dir) / CHECKPOINTS, self.state, self.trainable, self._more_tensors())
+        save_state(
+            Path(message.run_dir) / CHECKPOINTS, self.state, self._more_tensors(), self.settings.checkpoints_kept
+        )
         return self.report()
 
     def _load(self, message: LoadState) -> Message:
-        more = load_state(Path(message.run_dir) / CHECKPOINTS, self.state, self.trainable, message.round_index)
+        more = load_state(Path(message.run_dir) / CHECKPOINTS, self.state, message.round_index)
         if more:
-            self._client_bank = AdapterBank(more)
+            self._client_bank = AdapterBank.from_stack(more)
         self.rule.load_state_dict(self.state.extras.get("aggregation", {}))
         self._in_place = None
         return self.report()
@@ -319,7 +323,7 @@ class BodyServer:
         return Done(self.busy_seconds, peak_bytes())
 
     def _more_tensors(self) -> dict[str, Tensor]:
-        return {} if self._client_bank is None else dict(self._client_bank.tensors)
+        return {} if self._client_bank is None else self._client_bank.tensors
 
     def _job(self, message: HiddenState) -> _Job:
         client = message.client

@@ -17,10 +17,10 @@ class AdapterSlot:
     """Holds what a client's local training changes, so that several clients can be under way in one backbone.
 
     Args:
-        canonical: The backbone's own parameters, for devices and as keys of optimiser states between rounds.
+        canonical: The backbone's own parameters, for types and devices.
         adapter: The client's adapter, parameter name → tensor; copied.
         optimizer: AdamW's settings.
-        optimizer_state: Of the client's earlier rounds, keyed by ``canonical``'s parameters; taken over.
+        optimizer_state: Of the client's earlier rounds, by parameter name; taken over.
         streams: The client's random numbers of this round.
     """
 
@@ -40,11 +40,7 @@ class AdapterSlot:
         }
         self._optimizer = optimizer.build(list(self.parameters.values())) if self.parameters else None
         if self._optimizer is not None:
-            state: OptimizerState = defaultdict(dict)
-            for name, parameter in canonical.items():
-                if parameter in optimizer_state:
-                    state[self.parameters[name]] = optimizer_state[parameter]
-            self._optimizer.state = state  # type: ignore[assignment]
+            load_optimizer(self._optimizer, self.parameters, optimizer_state)
 
     def add_gradients(self, gradients: Iterable[Tensor | None]) -> None:
         """Add gradients to those of the step so far.
@@ -76,11 +72,32 @@ class AdapterSlot:
         self._optimizer.zero_grad(set_to_none=True)
 
     def optimizer_state(self) -> OptimizerState:
-        """The optimiser's state for the next round, keyed by the backbone's own parameters."""
-        if self._optimizer is None:
-            return defaultdict(dict)
-        states = self._optimizer.state
-        return defaultdict(dict, {p: states[self.parameters[name]] for name, p in self.canonical.items()})
+        """The optimiser's state for the next round, by parameter name."""
+        return {} if self._optimizer is None else read_optimizer(self._optimizer, self.parameters)
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: OptimizerState
+) -> None:
+    """Let an optimiser go on from a client's state.
+
+    Args:
+        optimizer: Over these parameters.
+        parameters: By name.
+        state: By the same names; what is missing starts anew. Taken over.
+    """
+    optimizer.state = defaultdict(dict)
+    for name, of in state.items():
+        parameter = parameters[name]
+        # AdamW keeps its step counter on the CPU.
+        optimizer.state[parameter] = {
+            key: value if key == "step" else value.to(parameter.device) for key, value in of.items()
+        }
+
+
+def read_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> OptimizerState:
+    """An optimiser's state by the names of its parameters; those that never had a gradient have none."""
+    return {name: dict(optimizer.state[p]) for name, p in parameters.items() if optimizer.state.get(p)}
 
 
 def clip_factor(norms: Mapping[str, float], largest: float | None) -> float:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass, field
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
+from fellrec.errors import CheckpointError
 from fellrec.models.bank import AdapterBank
-from fellrec.types import Evaluation
+from fellrec.models.versions import Shelf, Version, check_file, open_shelf
+from fellrec.types import ClientUpdate, Evaluation
 
-OptimizerState = dict[torch.Tensor, dict[str, Any]]
+OptimizerState = dict[str, dict[str, Any]]
+"""Parameter name → what the optimiser remembers of it, by its own names."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -46,7 +54,7 @@ class RunState:
         selection: The best adapters so far.
         initial: The adapter that all clients started with.
         round_index: The next round to run, from 0.
-        optimizers: Each client's optimiser state, kept across rounds.
+        optimizers: The version of each client's optimiser state, kept across rounds; see ``optimizer_of``.
         local_steps: Optimiser steps each client has taken in all rounds.
         rounds_without_gain: Evaluations since the best one, for early stopping.
         extras: State of the aggregation and of callbacks, by name; plain JSON values.
@@ -56,15 +64,94 @@ class RunState:
     selection: Selection
     initial: AdapterBank
     round_index: int = 0
-    optimizers: dict[int, OptimizerState] = field(default_factory=dict)
+    optimizers: dict[int, Version] = field(default_factory=dict)
     local_steps: list[int] = field(default_factory=list)
     rounds_without_gain: int = 0
     extras: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def shelf(self) -> Shelf:
+        """Where new versions of adapters and optimiser states go."""
+        return self.bank.shelf
+
+    def keep_on_disk(self, folder: Path) -> None:
+        """Let every new version be a file in ``folder`` rather than stay in memory.
+
+        Raises:
+            StorageError: If the folder cannot be written.
+        """
+        shelf = open_shelf(folder, self.shelf.number)
+        for bank in (self.bank, self.selection.bank, self.selection.client_bank):
+            bank.shelf = shelf
+
+    def optimizer_of(self, client: int) -> OptimizerState:
+        """A copy of what a client's optimiser remembers; empty if it has not trained."""
+        state: OptimizerState = {}
+        version = self.optimizers.get(client)
+        for path, tensor in version.tensors().items() if version else ():
+            name, _, key = path.rpartition("|")
+            state.setdefault(name, {})[key] = tensor.clone()
+        return state
+
     def take_optimizer(self, client: int, reset: bool = False) -> OptimizerState:
-        """Hand out a client's optimiser state; an empty one the first time, or if it is to be reset."""
-        known = self.optimizers.pop(client, defaultdict(dict))
-        return defaultdict(dict) if reset else known
+        """A client's optimiser state for its training; an empty one the first time, or if it is to be reset."""
+        return {} if reset else self.optimizer_of(client)
+
+    def keep_optimizer(self, client: int, state: OptimizerState, name: str = "") -> None:
+        """Remember a copy of a client's optimiser state.
+
+        Raises:
+            StorageError: If its file cannot be written.
+        """
+        tensors = {f"{parameter}|{key}": value for parameter, of in state.items() for key, value in of.items()}
+        self.optimizers[client] = self.shelf.put(client, tensors, name)
+
+    def finish(self, update: ClientUpdate, adapter: Mapping[str, Tensor], optimizer: OptimizerState) -> None:
+        """A client has trained: keep its adapter and its optimiser state.
+
+        On the disk this is all that a resume in the middle of the round needs: the adapter's file says what it was
+        made from and holds the update, see ``recover``. The optimiser's comes first, so that it is there.
+        """
+        client, names, about = update.client, (f"optimizer-{self.round_index:05d}", self._trained_name()), {}
+        if self.shelf.folder is not None:
+            about = {"update": json.dumps(asdict(update)), "made_from": self._made_from(client)}
+        self.keep_optimizer(client, optimizer, names[0])
+        if self.shelf.folder is not None:
+            about["optimizer"] = self.optimizers[client].checksum
+        self.bank.store(client, adapter, names[1], about)
+        self.local_steps[client] += update.num_steps
+
+    def recover(self, client: int) -> ClientUpdate | None:
+        """What a run that was stopped in the middle of this round had finished of a client, if anything.
+
+        Returns:
+            The client's update, with adapter and optimiser state in place as if it had just trained; ``None`` if it
+            has to train: nothing is there, it was made from another adapter, or it is damaged.
+        """
+        folder = self.shelf.folder
+        if folder is None or not (path := self.shelf.path_of(client, self._trained_name())).is_file():
+            return None
+        optimizer = self.shelf.path_of(client, f"optimizer-{self.round_index:05d}")
+        try:
+            about, other = check_file(path), check_file(optimizer)
+        except CheckpointError as error:
+            log.warning("%s; client %d trains again", error, client)
+            return None
+        if about.get("made_from") != self._made_from(client) or about.get("optimizer") != other["checksum"]:
+            return None
+        update = ClientUpdate(**json.loads(about["update"]))
+        self.optimizers[client] = Version(path=optimizer, checksum=other["checksum"])
+        self.bank.versions[client] = Version(path=path, checksum=about["checksum"])
+        self.local_steps[client] += update.num_steps
+        return update
+
+    def _trained_name(self) -> str:
+        return f"trained-{self.round_index:05d}"
+
+    def _made_from(self, client: int) -> str:
+        """The files that a client's training begins with, by their contents."""
+        found = (self.bank.versions[client], self.optimizers.get(client))
+        return " ".join(version.checksum for version in found if version)
 
     def bank_named(self, name: str) -> AdapterBank:
         """``"initial"``, ``"current"``, ``"best"`` (of the population) or ``"best_per_client"``.
@@ -83,11 +170,10 @@ class RunState:
             clients: Those for which they are the best on their own.
             rows: The row of ``bank`` that serves each of them.
         """
-        if clients:
-            self.selection.client_bank.replace(clients, self.bank.stack(rows))
+        self.selection.client_bank.share(clients, self.bank, rows)
         if population:
-            everybody = tuple(range(len(self.bank)))
-            self.selection.bank.replace(everybody, self.bank.stack(everybody))
+            everybody = range(len(self.bank))
+            self.selection.bank.share(everybody, self.bank, everybody)
 
     def select(self, evaluation: Evaluation, row_of_client: tuple[int, ...]) -> tuple[bool, tuple[int, ...]]:
         """Compare an evaluation with the best so far and keep its adapters if they are better.

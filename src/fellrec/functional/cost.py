@@ -241,7 +241,7 @@ def traffic(head: PartCost, body: PartCost, tail: PartCost, load: RoundLoad, wir
 
 
 def checkpoint_bytes(whole: PartCost, num_clients: int, pools_clients: bool = False) -> int:
-    """Tensors of one checkpoint: adapters now, best, and best per client; every client's optimiser state.
+    """Tensors of one checkpoint, at most: adapters now, best, and best per client; every client's optimiser state.
 
     Args:
         whole: The whole model.

@@ -1,20 +1,16 @@
 """Equations (1)-(4) of METHOD: from the updates of a round to the mixing matrix ``W[receiver, sender]``, and mixing.
 
 Everything that is square or per client is float64 and small. Adapters are read in blocks of columns, so that neither
-their concatenation nor a float64 copy of them ever exists.
+their concatenation nor a float64 copy of them ever exists; with a ``LazyStack`` they themselves need not be in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
+from fellrec.functional.stacks import LazyStack, as_lazy
 from fellrec.types import AdapterStack
-
-_COLUMNS = 1 << 20
-"""Columns that are held in the wide type at once: 40 MB for five clients."""
 
 
 @torch.no_grad()
@@ -34,15 +30,13 @@ def gram_matrix(stack: AdapterStack, start: AdapterStack | None = None) -> Tenso
         tensor([[10.,  2.],
                 [ 2.,  4.]], dtype=torch.float64)
     """
-    num_clients = len(next(iter(stack.values())))
-    gram = torch.zeros(num_clients, num_clients, dtype=torch.float64)
-    for name, parameter in stack.items():
-        flat = parameter.reshape(num_clients, -1)
-        origin = None if start is None else start[name].reshape(num_clients, -1)
-        for block in _column_blocks(flat.shape[1]):
-            rows = _widen(flat[:, block])
+    end, origin = as_lazy(stack), None if start is None else as_lazy(start)
+    gram = torch.zeros(end.num_rows, end.num_rows, dtype=torch.float64)
+    for name in end:
+        for columns, block in end.blocks(name):
+            rows = _widen(block)
             if origin is not None:
-                rows = rows - _widen(origin[:, block])
+                rows = rows - _widen(origin.block(name, columns))
             gram += (rows @ rows.T).to("cpu", torch.float64)
     return gram
 
@@ -190,11 +184,32 @@ def sequential_matrix(matrix: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(identity - earlier, wide - earlier, upper=False, unitriangular=True)
 
 
-@torch.no_grad()
-def mix(matrix: Tensor, stack: AdapterStack) -> dict[str, Tensor]:
+class Mixture(LazyStack):
     """METHOD (4): ``adapter[c] = sum over n of matrix[c, n] * adapter[n]``, one matrix product per parameter.
 
-    Computed in float64: reduced-precision products (TF32) would shift adapters that are already equal.
+    Computed in float64: reduced-precision products (TF32) would shift adapters that are already equal. What is mixed
+    is made when it is read, block by block, so that it need not exist beside what it is made of.
+
+    Args:
+        matrix: ``[N, N]`` mixing matrix, receiver by sender.
+        stack: Adapters, name → ``[N, *shape]``; not changed, and not to be changed before the mixture was read.
+    """
+
+    def __init__(self, matrix: Tensor, stack: AdapterStack) -> None:
+        self._source = as_lazy(stack)
+        super().__init__(self._source.shapes, self._source.num_rows)
+        self._matrix = matrix
+
+    @torch.no_grad()
+    def block(self, name: str, columns: slice) -> Tensor:
+        """``[N, columns]`` in the type and on the device of the senders' tensors."""
+        block = self._source.block(name, columns)
+        return (_widen(self._matrix.to(block.device)) @ _widen(block)).to(block.dtype)
+
+
+@torch.no_grad()
+def mix(matrix: Tensor, stack: AdapterStack) -> dict[str, Tensor]:
+    """All of a `Mixture` at once.
 
     Args:
         matrix: ``[N, N]`` mixing matrix, receiver by sender.
@@ -208,19 +223,7 @@ def mix(matrix: Tensor, stack: AdapterStack) -> dict[str, Tensor]:
         {'a': tensor([[2.],
                 [3.]])}
     """
-    mixed = {}
-    for name, parameter in stack.items():
-        flat = parameter.reshape(len(parameter), -1)
-        weights = _widen(matrix.to(parameter.device))
-        result = torch.empty_like(flat)
-        for block in _column_blocks(flat.shape[1]):
-            result[:, block] = (weights @ _widen(flat[:, block])).to(flat.dtype)
-        mixed[name] = result.reshape(parameter.shape)
-    return mixed
-
-
-def _column_blocks(num_columns: int) -> Iterator[slice]:
-    return (slice(start, start + _COLUMNS) for start in range(0, num_columns, _COLUMNS))
+    return dict(Mixture(matrix, stack))
 
 
 def _widen(values: Tensor) -> Tensor:

@@ -12,11 +12,12 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from fellrec.atomic import write_atomically
 from fellrec.errors import BackboneError, ConfigError, nearest_first, unknown
 from fellrec.functional.rng import derive_seed
 from fellrec.models.architectures import ArchSpec
@@ -195,7 +196,7 @@ def adapter_bytes(adapter: Mapping[str, torch.Tensor]) -> int:
 
 def _write(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, path, metadata={"format": "pt"})
+    write_atomically(path, save(plain, metadata={"format": "pt"}))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""All clients' adapters: one stacked tensor per parameter name, clients first."""
+"""All clients' adapters: for each client, the version of its adapter that counts now."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from fellrec.errors import BackboneError
+from fellrec.functional.stacks import RowStack, as_lazy
+from fellrec.models.versions import Kinds, Shelf, Version
 from fellrec.types import Adapter, AdapterStack
 
 
 class AdapterBank:
     """Clients differ only in their adapters, so this is all that exists once per client.
 
+    Adapters are never changed in place: a client gets another version. Several clients, and several banks, can have the
+    same one, which then exists once.
+
     Args:
-        tensors: Parameter name → ``[C, *shape]``; taken over, not copied.
-        num_clients: C, where there may be no tensors.
+        versions: One per client; their tensors may have further names, which are left out.
+        kinds: Parameter name → type and shape.
+        shelf: Where new versions go; memory if none is given.
 
     Example:
         >>> bank = AdapterBank.replicate({"w": torch.zeros(2)}, num_clients=3)
@@ -25,39 +31,42 @@ class AdapterBank:
         [0.0, 2.0, 0.0]
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], num_clients: int | None = None) -> None:
-        self.tensors = {name: tensors[name] for name in sorted(tensors)}
-        # The tensors tell, unless there are none: the server of a backbone whose body is not trained has such a bank.
-        self.num_clients = len(next(iter(tensors.values()))) if num_clients is None else num_clients
+    def __init__(self, versions: Sequence[Version], kinds: Kinds, shelf: Shelf | None = None) -> None:
+        self.versions = list(versions)
+        self.kinds = {name: kinds[name] for name in sorted(kinds)}
+        self.shelf = shelf or Shelf()
 
     @classmethod
     def replicate(cls, adapter: Adapter, num_clients: int) -> AdapterBank:
-        """A bank in which every client has a copy of ``adapter``."""
-        return cls(
-            {
-                name: tensor.detach().cpu().expand(num_clients, *tensor.shape).clone()
-                for name, tensor in adapter.items()
-            },
-            num_clients,
-        )
+        """A bank in which every client has ``adapter``; it takes the memory of one."""
+        version = Shelf().put(0, adapter)
+        kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in adapter.items()}
+        return cls([version] * num_clients, kinds)
 
     @classmethod
-    def repeat(cls, adapter: Adapter, num_clients: int) -> AdapterBank:
-        """A bank in which every client has ``adapter`` itself: it takes the memory of one, and is not to be changed."""
-        tensors = {name: tensor.detach().cpu().expand(num_clients, *tensor.shape) for name, tensor in adapter.items()}
-        return cls(tensors, num_clients)
-
-    def __len__(self) -> int:
-        return self.num_clients
+    def from_stack(cls, stack: AdapterStack) -> AdapterBank:
+        """A bank of the adapters ``[C, *shape]``, which are copied."""
+        lazy = as_lazy(stack)
+        kinds = {name: (stack[name].dtype, shape) for name, shape in lazy.shapes.items()}
+        return cls(Shelf().put_rows(range(lazy.num_rows), lazy, kinds), kinds)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all adapters."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+    def adapter_bytes(self) -> int:
+        """Bytes of one client's adapter."""
+        return sum(kind.itemsize * shape.numel() for kind, shape in self.kinds.values())
+
+    def __len__(self) -> int:
+        return len(self.versions)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All clients' adapters, name → ``[C, *shape]``; a copy that takes the memory of all of them."""
+        return dict(self.stack(range(len(self))))
 
     def row(self, client: int) -> dict[str, Tensor]:
-        """One client's adapter, sharing memory with the bank."""
-        return {name: tensor[client] for name, tensor in self.tensors.items()}
+        """One client's adapter; not to be changed."""
+        tensors = self.versions[client].tensors()
+        return {name: tensors[name] for name in self.kinds}
 
     @torch.no_grad()
     def copy_to(self, parameters: Mapping[str, nn.Parameter], client: int) -> None:
@@ -67,51 +76,60 @@ class AdapterBank:
             BackboneError: If names or shapes differ.
         """
         self._check({name: parameter.shape for name, parameter in parameters.items()})
-        for name, tensor in self.tensors.items():
-            parameters[name].copy_(tensor[client])
+        for name, tensor in self.row(client).items():
+            parameters[name].copy_(tensor)
 
-    @torch.no_grad()
-    def store(self, client: int, adapter: Mapping[str, Tensor]) -> None:
-        """Copy an adapter into one client's row.
+    def store(
+        self, client: int, adapter: Mapping[str, Tensor], name: str = "", about: Mapping[str, str] | None = None
+    ) -> None:
+        """Let a client have a copy of an adapter.
+
+        Args:
+            client: Its row.
+            adapter: By parameter name.
+            name: Of the version's file, see ``Shelf.put``.
+            about: Goes into its file.
 
         Raises:
             BackboneError: If names or shapes differ.
+            StorageError: If its file cannot be written.
         """
-        self._check({name: tensor.shape for name, tensor in adapter.items()})
-        for name, tensor in self.tensors.items():
-            tensor[client].copy_(adapter[name])
+        self._check({key: tensor.shape for key, tensor in adapter.items()})
+        ordered = {key: adapter[key].detach().to(kind) for key, (kind, _) in self.kinds.items()}
+        self.versions[client] = self.shelf.put(client, ordered, name, about)
 
-    def stack(self, clients: Sequence[int]) -> dict[str, Tensor]:
-        """A copy of some clients' adapters, name → ``[N, *shape]``."""
-        rows = torch.tensor(clients, dtype=torch.long)
-        return {name: tensor[rows] for name, tensor in self.tensors.items()}
+    def stack(self, clients: Sequence[int]) -> RowStack:
+        """Some clients' adapters as they are now, name → ``[N, *shape]``, read when they are asked for."""
+        return self.stack_of([self.versions[client] for client in clients])
+
+    def stack_of(self, versions: Sequence[Version]) -> RowStack:
+        """Versions that some clients have or had, name → ``[N, *shape]``, read when they are asked for."""
+        shapes = {name: shape for name, (_, shape) in self.kinds.items()}
+        return RowStack(shapes, [version.tensors for version in versions])
 
     def replace(self, clients: Sequence[int], stack: AdapterStack) -> None:
-        """Write some clients' adapters; those of all other clients stay as they are.
+        """Let some clients have copies of other adapters; those of all other clients stay as they are.
 
         Raises:
             BackboneError: If names, shapes or the number of clients differ.
+            StorageError: If a file cannot be written.
         """
-        self._check({name: tensor.shape[1:] for name, tensor in stack.items()})
-        for name, tensor in stack.items():  # a single row would be broadcast to all clients
-            if len(tensor) != len(clients):
-                raise BackboneError(f"{name} has rows for {len(tensor)} clients, expected {len(clients)}")
-        rows = torch.tensor(clients, dtype=torch.long)
-        for name, tensor in self.tensors.items():
-            tensor[rows] = stack[name].to(tensor)
+        lazy = as_lazy(stack)
+        self._check(lazy.shapes)
+        if lazy and lazy.num_rows != len(clients):
+            raise BackboneError(f"{next(iter(lazy))} has rows for {lazy.num_rows} clients, expected {len(clients)}")
+        for client, version in zip(clients, self.shelf.put_rows(clients, lazy, self.kinds), strict=True):
+            self.versions[client] = version
 
-    def load_state_dict(self, tensors: AdapterStack) -> None:
-        """Take over what was saved from ``tensors`` of a bank of the same shape.
-
-        Raises:
-            BackboneError: If names, shapes or the number of clients differ.
-        """
-        self.replace(range(len(self)), tensors)
+    def share(self, clients: Sequence[int], source: AdapterBank, rows: Sequence[int]) -> None:
+        """Let clients have the same versions as these rows of another bank; nothing is copied."""
+        for client, row in zip(clients, rows, strict=True):
+            self.versions[client] = source.versions[row]
 
     def _check(self, shapes: Mapping[str, torch.Size]) -> None:
-        missing, surplus = sorted(set(self.tensors) - set(shapes)), sorted(set(shapes) - set(self.tensors))
+        missing, surplus = sorted(set(self.kinds) - set(shapes)), sorted(set(shapes) - set(self.kinds))
         if missing or surplus:
             raise BackboneError(f"adapter names differ: missing {missing[:3]}, unexpected {surplus[:3]}")
-        for name, tensor in self.tensors.items():
-            if shapes[name] != tensor.shape[1:]:
-                raise BackboneError(f"{name} has shape {list(shapes[name])}, expected {list(tensor.shape[1:])}")
+        for name, (_, shape) in self.kinds.items():
+            if shapes[name] != shape:
+                raise BackboneError(f"{name} has shape {list(shapes[name])}, expected {list(shape)}")

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fellrec.functional import mixing
+from fellrec.functional import mixing, stacks
 
 
 def random_stack(num_clients: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -20,7 +20,7 @@ def concatenated(stack: dict[str, torch.Tensor]) -> np.ndarray:
 
 
 def test_gram_equals_that_of_the_concatenation(monkeypatch):
-    monkeypatch.setattr(mixing, "_COLUMNS", 5)  # several blocks, the last one shorter
+    monkeypatch.setattr(stacks, "BLOCK_BYTES", 5 * 4 * 8)  # several blocks, the last one shorter
     end, start = random_stack(4), random_stack(4, seed=1)
     vectors = concatenated(end)
     np.testing.assert_allclose(mixing.gram_matrix(end), vectors @ vectors.T, rtol=1e-12)
@@ -101,7 +101,7 @@ def test_sequential_matrix_is_the_loop_in_place(num_clients, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_mix_is_a_matrix_product_per_parameter(dtype, monkeypatch):
-    monkeypatch.setattr(mixing, "_COLUMNS", 5)
+    monkeypatch.setattr(stacks, "BLOCK_BYTES", 5 * 3 * 8)
     matrix = torch.softmax(torch.randn(3, 3, generator=torch.Generator().manual_seed(2)), dim=1)
     stack = {name: p.to(dtype) for name, p in random_stack(3).items()}
     mixed = mixing.mix(matrix, stack)

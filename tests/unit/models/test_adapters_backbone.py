@@ -270,7 +270,6 @@ def test_the_bank_touches_only_the_clients_it_is_asked_to() -> None:
     parameters = {name: torch.nn.Parameter(tensor) for name, tensor in adapter(9.0).items()}
     bank.copy_to(parameters, 2)
     assert parameters["a"].unique().tolist() == [2.0]
-    assert bank.nbytes == 4 * 10 * 4
 
 
 @pytest.mark.parametrize(
@@ -295,6 +294,4 @@ def test_a_stack_of_other_clients_is_not_broadcast(num_rows: int) -> None:
     stack = {name: tensor.expand(num_rows, *tensor.shape) for name, tensor in adapter(1.0).items()}
     with pytest.raises(BackboneError, match=f"rows for {num_rows} clients, expected 2"):
         bank.replace((0, 1), stack)
-    with pytest.raises(BackboneError, match=f"rows for {num_rows} clients, expected 2"):
-        bank.load_state_dict(stack)
     assert all(tensor.count_nonzero() == 0 for tensor in bank.tensors.values())

@@ -1,0 +1,159 @@
+"""Files that are there as a whole or not at all: a draft beside them, flushed to the disk, renamed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fellrec.errors import CheckpointError, StorageError
+
+DRAFT = "."
+"""First letter of a draft's name: no pattern without it finds one."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that, whatever happens, the old one or the new one is there, never a part of it.
+
+    Raises:
+        StorageError: If it cannot be written; the old file stays.
+    """
+    draft = draft_of(path)
+    with writing(path):
+        try:
+            draft.write_bytes(content)
+            commit(draft, path)
+        except OSError:
+            discard(draft)
+            raise
+        sync_folder(path.parent)
+
+
+def draft_of(path: Path) -> Path:
+    """Where a file is written before it gets its name."""
+    return path.with_name(f"{DRAFT}{path.name}.{os.getpid()}")
+
+
+def commit(draft: Path, path: Path) -> None:
+    """Flush a draft to the disk and give it its name; ``sync_folder`` makes the name last."""
+    handle = os.open(draft, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    draft.replace(path)
+
+
+def discard(draft: Path) -> None:
+    """Remove a draft, if it is there and the disk lets it go."""
+    with suppress(OSError):
+        draft.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that may exist.
+
+    Raises:
+        StorageError: If it cannot be made.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say which file could not be written, why, and how much space is left.
+
+    Raises:
+        StorageError: In place of an ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}{_space_left(path)}") from error
+
+
+@contextmanager
+def explaining_full_disks(folder: Path) -> Iterator[None]:
+    """For writers that are not ours: a message where the disk is full or read-only, any other error as it is.
+
+    Args:
+        folder: Named where the error names no file.
+
+    Raises:
+        StorageError: In place of such an ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        path = Path(error.filename or folder)
+        raise StorageError(f"cannot write {path}: {error.strerror}{_space_left(path)}") from error
+
+
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    """Write JSON atomically.
+
+    Raises:
+        StorageError: If it cannot be written.
+    """
+    write_atomically(path, (json.dumps(value, indent=indent, default=float) + "\n").encode())
+
+
+def write_checked(path: Path, value: Any) -> None:
+    """Write JSON atomically, with its checksum; `read_checked` reads it.
+
+    Raises:
+        StorageError: If it cannot be written.
+    """
+    text = _compact(value)
+    write_atomically(path, f'{{"checksum": "{_checksum(text)}", "content": {text}}}\n'.encode())
+
+
+def read_checked(path: Path) -> Any:
+    """What `write_checked` was given.
+
+    Raises:
+        CheckpointError: If the file is absent or is not what was written.
+    """
+    try:
+        whole = json.loads(path.read_bytes())
+        expected, content = whole["checksum"], whole["content"]
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: it is not what was written there") from error
+    if _checksum(_compact(content)) != expected:
+        raise CheckpointError(f"{path} is damaged: its checksum differs")
+    return content
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _checksum(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _space_left(path: Path) -> str:
+    for folder in (path, *path.parents):
+        if folder.is_dir():
+            return f"; {shutil.disk_usage(folder).free / 1e6:.1f} MB are free there"
+    return ""

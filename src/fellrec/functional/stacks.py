@@ -1,0 +1,112 @@
+"""Several clients' adapters that need not be in memory at the same time: read by parameter, and in blocks of columns.
+
+Shape letters: N clients, P entries of one parameter.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 32 << 20
+"""What a block of columns of all clients may take in float64: the more clients, the fewer columns."""
+
+
+class LazyStack(Mapping[str, Tensor]):
+    """Adapters as a mapping from names to tensors ``[N, *shape]``, each of which is made when it is asked for.
+
+    Args:
+        shapes: Parameter name → shape of one client's tensor.
+        num_rows: N.
+    """
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]], num_rows: int) -> None:
+        self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
+        self.num_rows = num_rows
+
+    @abstractmethod
+    def block(self, name: str, columns: slice) -> Tensor:
+        """``[N, columns]`` of the parameter's ``[N, P]``; its memory may be shared with others."""
+
+    def blocks(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """The parameter's columns in blocks within ``BLOCK_BYTES``, with their place."""
+        for columns in column_blocks(self.num_rows, self.shapes[name].numel()):
+            yield columns, self.block(name, columns)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The whole parameter of all clients, ``[N, *shape]``; a copy."""
+        parts = [block for _, block in self.blocks(name)]
+        shape = (self.num_rows, *self.shapes[name])
+        return torch.cat(parts, dim=1).reshape(shape) if parts else torch.empty(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+class RowStack(LazyStack):
+    """A stack of adapters that lie one by one, in memory or in mapped files.
+
+    Args:
+        shapes: Parameter name → shape of one client's tensor.
+        open_rows: Gives each client's tensors by name; called once, when something is read.
+
+    Example:
+        >>> stack = RowStack({"a": (2,)}, [lambda: {"a": torch.zeros(2)}, lambda: {"a": torch.ones(2)}])
+        >>> stack["a"]
+        tensor([[0., 0.],
+                [1., 1.]])
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, Sequence[int]], open_rows: Sequence[Callable[[], Mapping[str, Tensor]]]
+    ) -> None:
+        super().__init__(shapes, len(open_rows))
+        self._open_rows = open_rows
+        self._rows: list[Mapping[str, Tensor]] | None = None
+
+    def block(self, name: str, columns: slice) -> Tensor:
+        """A copy of these columns."""
+        if self._rows is None:
+            self._rows = [open_row() for open_row in self._open_rows]
+        return torch.stack([row[name].reshape(-1)[columns] for row in self._rows])
+
+
+class _Whole(LazyStack):
+    """Tensors ``[N, *shape]`` that are in memory."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(
+            {name: tensor.shape[1:] for name, tensor in tensors.items()}, len(next(iter(tensors.values()), ()))
+        )
+        self._tensors = tensors
+
+    def block(self, name: str, columns: slice) -> Tensor:
+        tensor = self._tensors[name]
+        return tensor.reshape(len(tensor), -1)[:, columns]
+
+
+def as_lazy(stack: Mapping[str, Tensor]) -> LazyStack:
+    """The same stack, to be read in blocks.
+
+    Example:
+        >>> [block.tolist() for _, block in as_lazy({"a": torch.eye(2)}).blocks("a")]
+        [[[1.0, 0.0], [0.0, 1.0]]]
+    """
+    return stack if isinstance(stack, LazyStack) else _Whole(stack)
+
+
+def column_blocks(num_rows: int, num_columns: int) -> Iterator[slice]:
+    """Slices of columns whose ``num_rows`` rows take at most ``BLOCK_BYTES`` in float64 (one column at least).
+
+    Example:
+        >>> [block.stop for block in column_blocks(num_rows=BLOCK_BYTES // 8, num_columns=3)]
+        [1, 2, 3]
+    """
+    width = max(1, BLOCK_BYTES // (8 * max(1, num_rows)))
+    return (slice(start, min(start + width, num_columns)) for start in range(0, num_columns, width))
