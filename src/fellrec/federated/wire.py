@@ -20,6 +20,8 @@ from fellrec.federated.messages import PROTOCOL_VERSION, Abort, Message, decode,
 _FRAME = 512
 """Bytes of the frame that announces a message; a longer header follows in a second one."""
 _LARGEST_HEADER = 1 << 24
+_MEETING_SECONDS = 120.0
+"""Processes are waited for at least so long at the start: one may have more to import, or to pre-train, than another."""
 _LINGER_SECONDS = 1.0
 """A process that ends with something unread breaks its lines at once, and what it just sent is lost."""
 _DTYPES = {
@@ -93,14 +95,17 @@ class Wire:
     ) -> None:
         self.naming = naming
         self.rank, self.world_size, self.timeout_seconds, self.device = rank, world_size, timeout_seconds, device
-        timeout = timedelta(seconds=timeout_seconds)
+        timeout, patience = timedelta(seconds=timeout_seconds), max(timeout_seconds, _MEETING_SECONDS)
         try:
-            dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
+            dist.init_process_group(
+                "gloo", init_method=init_method, rank=rank, world_size=world_size, timeout=timedelta(seconds=patience)
+            )
         except Exception as error:  # the store raises several types
             raise SplitError(
-                f"rank {rank}: not all {world_size} processes met at {init_method} within {timeout_seconds:g} s "
+                f"rank {rank}: not all {world_size} processes met at {init_method} within {patience:g} s "
                 f"({naming.timeout}): {str(error).splitlines()[0]}"
             ) from error
+        self._group = dist.new_group(timeout=timeout)
         self._payload_group = dist.new_group(backend="nccl", timeout=timeout) if device.type == "cuda" else None
         self._peers: tuple[int, ...] = ()
         self._arrived: list[tuple[int, Message | BaseException]] = []
@@ -222,7 +227,7 @@ class Wire:
 
     def _receive(self, peer: int) -> Message | None:
         frame = torch.zeros(_FRAME, dtype=torch.uint8)
-        dist.recv(frame, src=peer)
+        dist.recv(frame, src=peer, group=self._group)
         version, length = (int(value) for value in frame[:16].view(torch.int64))
         if version != PROTOCOL_VERSION or not 0 <= length <= _LARGEST_HEADER:
             raise SplitError(
@@ -233,7 +238,7 @@ class Wire:
         content = frame[16:]
         if length > len(content):
             rest = torch.zeros(length - len(content), dtype=torch.uint8)
-            dist.recv(rest, src=peer)
+            dist.recv(rest, src=peer, group=self._group)
             content = torch.cat([content, rest])
         header = json.loads(bytes(content[:length].tolist()))
         tensors = [self._receive_tensor(peer, dtype, shape) for dtype, shape in header["tensors"]]
@@ -245,21 +250,21 @@ class Wire:
         first, rest = header[: _FRAME - 16], header[_FRAME - 16 :]
         if first:
             frame[16 : 16 + len(first)] = torch.frombuffer(bytearray(first), dtype=torch.uint8)
-        dist.send(frame, dst=peer)
+        dist.send(frame, dst=peer, group=self._group)
         if rest:
-            dist.send(torch.frombuffer(bytearray(rest), dtype=torch.uint8), dst=peer)
+            dist.send(torch.frombuffer(bytearray(rest), dtype=torch.uint8), dst=peer, group=self._group)
 
     def _send_tensor(self, peer: int, tensor: Tensor) -> None:
         if tensor.numel():
             flat = tensor.contiguous().view(-1).view(torch.uint8)
-            dist.send(flat.to(self.device), dst=peer, group=self._payload_group)
+            dist.send(flat.to(self.device), dst=peer, group=self._payload_group or self._group)
 
     def _receive_tensor(self, peer: int, dtype: str, shape: list[int]) -> Tensor:
         if dtype not in _DTYPES:
             raise SplitError(f"rank {peer} sent a tensor of the unknown type {dtype}")
         tensor = torch.empty(shape, dtype=_DTYPES[dtype], device=self.device)
         if tensor.numel():
-            dist.recv(tensor.view(-1).view(torch.uint8), src=peer, group=self._payload_group)
+            dist.recv(tensor.view(-1).view(torch.uint8), src=peer, group=self._payload_group or self._group)
         return tensor
 
     def _show_life(self) -> None:
