@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import shutil
@@ -187,7 +188,9 @@ class Content:
         ]
         params = {key: value for key, value in self.params.items() if key not in ("run_dir", "tracking.uri", "resume")}
         tags = {key: value for key, value in self.tags.items() if not key.startswith(_OWN_TAGS)}
-        artifacts = {path: data for path, data in self.artifacts.items() if path != "config.yaml"}
+        artifacts: dict[str, Any] = {path: data for path, data in self.artifacts.items() if path != "config.yaml"}
+        if "results.json" in artifacts:
+            artifacts["results.json"] = {**json.loads(artifacts["results.json"]), "cost": "has clock times"}
         return sorted(points, key=str), params, tags, self.datasets, artifacts, self.status, len(self.artifacts)
 
 
