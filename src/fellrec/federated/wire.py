@@ -21,7 +21,7 @@ _FRAME = 512
 """Bytes of the frame that announces a message; a longer header follows in a second one."""
 _LARGEST_HEADER = 1 << 24
 _MEETING_SECONDS = 120.0
-"""Processes are waited for at least so long at the start: one may have more to import, or to pre-train, than another."""
+"""Processes are waited for at least so long at the start: one may have more to import, or to pre-train."""
 _LINGER_SECONDS = 1.0
 """A process that ends with something unread breaks its lines at once, and what it just sent is lost."""
 _DTYPES = {
