@@ -113,13 +113,8 @@ def assert_same_bits(left: Path, right: Path) -> None:
     assert results(left) == results(right)
 
 
-<<<<<<< HEAD
-def results(run_dir: Path) -> Any:
-    """All figures but those of time."""
-=======
 def results(run_dir: Path) -> dict[str, Any]:
     """All figures but those of time and memory."""
->>>>>>> ranks
     found = json.loads((run_dir / "results.json").read_text())
     return {name: value for name, value in found.items() if name != "cost"}
 
