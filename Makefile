@@ -25,7 +25,7 @@ test: install  ## all tests, the linter and the type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile  # a file's tests together: some share a server
 
 lint: install  ## only the linter and the type checker
 	$(BIN)/ruff check .

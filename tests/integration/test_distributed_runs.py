@@ -72,12 +72,12 @@ def where(run_dir: Path) -> list[str]:
 
 
 def history(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every logged figure of every round, without times, sizes and traffic; one that was logged twice counts once."""
+    """Every logged figure of every round, without times, sizes and traffic."""
     client = MlflowClient(f"sqlite:///{run_dir}.db")
     (run,) = client.search_runs([client.get_experiment_by_name("fellrec").experiment_id])  # type: ignore[union-attr]
     names = [name for name in run.data.metrics if not name.startswith("cost/") and "seconds" not in name]
     return {
-        name: sorted({(point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)})
+        name: sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, name))
         for name in names
     }
 
