@@ -28,6 +28,8 @@ from fellrec.tracking.outbox import operations
 
 _OWN_TAGS = ("fellrec.run_uid", "mlflow.source")
 """Tags that name the run itself, and the program that was started."""
+_UPLOADING = ".artifact.uploading."
+"""MLflow's own drafts of artefacts: one stays where a server is killed in an upload, and MLflow lists none."""
 
 
 def free_port() -> int:
@@ -214,7 +216,11 @@ def content(database: str, artifacts: Path, uid: str) -> Content:
         ((status, where),) = rows("SELECT status, artifact_uri FROM runs WHERE run_uuid = :run", run=run)
     engine.dispose()
     folder = artifacts / where.removeprefix("mlflow-artifacts:/").removeprefix(artifacts.as_uri()).lstrip("/")
-    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith(_UPLOADING)
+    }
     return Content(sorted(points), dict(params), dict(tags), datasets, files, status)
 
 
