@@ -133,7 +133,8 @@ class Run:
         new = NewRun(config.tracking.uri, config.tracking.experiment, self.label, tags, self.parent_uid)
         source = str(config.data.root or "embedded")
         dataset = DatasetInput(data.name, data.key, source, data.statistics)
-        return MLflowLogging(RunLog(self.run_dir, new), as_dict(config), dataset)
+        log = RunLog(self.run_dir, new)
+        return MLflowLogging(log, as_dict(config), dataset, max_clients=config.tracking.max_logged_clients)
 
 
 class _Clock(FederatedCallback):
