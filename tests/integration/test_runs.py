@@ -175,6 +175,19 @@ def test_compare_prints_the_same_figures_as_table_and_json(
     assert {item.path for item in client_of(workplace).list_artifacts(parent.info.run_id)} >= {"comparison.csv"}
 
 
+def test_compare_varies_the_settings_of_the_rules_that_have_them(workplace: Path, tiny_overrides: list[str]) -> None:
+    """Both values of alpha for FELLRec, one run of FedAvg, which has none; alpha = 0 is local training."""
+    rules = ["aggregation=fedavg,fellrec,local", "aggregation.alpha=0,0.7", "trainer.num_rounds=1"]
+    main(["compare", *tiny_overrides, *rules, "run_dir=all"])
+    lines = json.loads((workplace / "all" / "comparison" / "comparison.json").read_text())["rules"]
+    names = [name for name, line in lines.items() if line["kind"] == "learned"]
+    assert names == ["fedavg", "fellrec alpha=0", "fellrec alpha=0.7", "local"]
+    assert lines["fellrec alpha=0"]["mean"] == lines["local"]["mean"] != lines["fellrec alpha=0.7"]["mean"]
+    assert lines["fellrec alpha=0"]["gain_over_local"]["ndcg_at_10"] == 0
+    folders = {path.parent.name for path in (workplace / "all").glob("*/results.json")}
+    assert folders == {"fedavg-s0", "fellrec-alpha=0-s0", "fellrec-alpha=0.7-s0", "local-s0"}
+
+
 def test_compare_refuses_other_sweeps(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["compare", "trainer.num_rounds=1,2"])
