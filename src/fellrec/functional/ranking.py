@@ -95,7 +95,7 @@ def target_ranks(
         representatives, shares_title = target_items, torch.zeros_like(allowed)
         shares_title[target_rows, target_items] = True
     else:
-        representatives, shares_title = _title_representatives(scores, allowed, target_rows, target_items, title_groups)
+        representatives, shares_title = title_representatives(scores, allowed, target_rows, target_items, title_groups)
     return _ranks_in_order(scores, allowed, shares_title, target_rows, representatives)
 
 
@@ -155,10 +155,18 @@ def _check_scores_and_targets(scores: Tensor, target_rows: Tensor, target_items:
         raise DataError(f"{len(twice)} targets stand twice in their row, first item {item} in row {row}")
 
 
-def _title_representatives(
+def title_representatives(
     scores: Tensor, allowed: Tensor, target_rows: Tensor, target_items: Tensor, title_groups: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Which item's rank each target takes, ``[T]``, and which items of each row share a target's title, ``[B, I]``."""
+    """Which item's rank each target takes, ``[T]``, and which items of each row share a target's title, ``[B, I]``.
+
+    Args:
+        scores: ``[B, I]``.
+        allowed: ``[B, I]`` bool: items that are ranked.
+        target_rows: ``[T]`` int64 row of each target.
+        target_items: ``[T]`` int64 item of each target.
+        title_groups: ``[I]`` int64, items with one title share a number.
+    """
     num_groups = int(title_groups.max()) + 1
     pairs_T = target_rows * num_groups + title_groups[target_items]
     pairs_P, pair_of_target_T = pairs_T.unique(return_inverse=True)
