@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fellrec.functional.ranking import title_representatives
+from fellrec.functional.ranking import TitleMembers, title_members
 
 _CELLS = 1 << 24
 """Comparisons of a target with an item that are held in memory at once."""
@@ -41,7 +41,7 @@ def first_items(
     """The ``count`` best items of each row, every target at a place that ``fellrec.functional.ranking`` gives it.
 
     So metrics of this list are those of ``target_ranks``, with its rules (METHOD section 5): items tied with a target
-    stand before it; of the items with a target's title only targets are listed, with the best scores among them.
+    stand before it, and of the items with a target's title the target has the best place, whose score is given for it.
     Among themselves, tied items stand in the order of their index.
 
     Args:
@@ -59,36 +59,49 @@ def first_items(
         ([[0, 2, 1]], [True])
     """
     rows, items = targets
+    scores = scores.float()
     is_target = torch.zeros_like(scores, dtype=torch.bool)
     is_target[rows, items] = True
     allowed = torch.ones_like(is_target)
     allowed[masked] = False
     allowed |= is_target
-    own = scores.float()
+    labels, shares_title = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape), is_target
     if title_groups is not None:
-        best, shares_title = title_representatives(scores, allowed, rows, items, title_groups)
-        own = own.clone()
-        own[rows, items] = scores[rows, best].float()
-        allowed &= ~shares_title | is_target
-    keys = _distinct_keys(own, is_target).masked_fill(~allowed, torch.iinfo(torch.int64).min)
+        members = title_members(scores, allowed, rows, items, title_groups)
+        labels, shares_title = _targets_first(members, labels.clone(), is_target), members.shares_title
+    keys = _distinct_keys(scores, shares_title).masked_fill(~allowed, torch.iinfo(torch.int64).min)
     first = keys.topk(count, dim=1).indices
     is_there = allowed.gather(1, first)
     return FirstItems(
-        items=first.masked_fill(~is_there, -1),
-        scores=own.gather(1, first).masked_fill(~is_there, -torch.inf),
-        is_tied=_tied_rows(own, allowed & ~is_target, rows, items),
+        items=labels.gather(1, first).masked_fill(~is_there, -1),
+        scores=scores.gather(1, first).masked_fill(~is_there, -torch.inf),
+        is_tied=_tied_rows(torch.empty_like(scores).scatter_(1, labels, scores), allowed & ~is_target, rows, items),
     )
 
 
-def _distinct_keys(scores: Tensor, is_target: Tensor) -> Tensor:
-    """``[B, I]`` int64 in the order of score, then no target, then lower index.
+def _targets_first(members: TitleMembers, labels: Tensor, is_target: Tensor) -> Tensor:
+    """Let items of one title change places, so that targets have the best of them.
+
+    Args:
+        members: Items that share a title with a target.
+        labels: ``[B, I]`` int64 which item stands in an item's place; changed.
+        is_target: ``[B, I]`` bool.
+    """
+    others = ~is_target[members.rows, members.items]
+    order = (2 * members.pairs + others).argsort(stable=True)
+    labels[members.rows, members.items] = members.items[order]
+    return labels
+
+
+def _distinct_keys(scores: Tensor, comes_last: Tensor) -> Tensor:
+    """``[B, I]`` int64 in the order of score, then not ``comes_last``, then lower index.
 
     The bits of a float, read as an integer, order floats of one sign; those of negative ones have to be turned round.
     """
     bits = (scores + 0.0).view(torch.int32)  # -0.0 becomes 0.0
     by_score = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
     index_I = torch.arange(scores.shape[1], device=scores.device)
-    return by_score + ((~is_target).long() << 31) + (torch.iinfo(torch.int32).max - index_I)
+    return by_score + ((~comes_last).long() << 31) + (torch.iinfo(torch.int32).max - index_I)
 
 
 def _tied_rows(scores: Tensor, others: Tensor, rows: Tensor, items: Tensor) -> Tensor:
