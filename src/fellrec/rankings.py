@@ -20,6 +20,10 @@ from fellrec.types import Evaluation
 RANKINGS = "rankings.parquet"
 TARGETS = "targets.parquet"
 
+_BELOW_ZERO = 1e-300
+"""Step below a score of 0, where neighbouring float64 are so small that some programs take them for 0; far smaller than
+any other float32."""
+
 
 def write_users(run_dir: Path, evaluation: Evaluation, data: PreparedData, cold: Cold) -> None:
     """Write ``users.parquet``, ``targets.parquet`` and ``rankings.parquet`` of a test.
@@ -102,7 +106,8 @@ def strictly_descending(scores: NDArray[np.float32], ranks: NDArray[np.int64]) -
 
     Returns:
         ``[n]`` float64: the k-th of a row of equal scores is k steps of float64 lower; the first, and all that are not
-        tied, keep their value. There are 2**29 float64 between neighbours of float32, so none is passed.
+        tied, keep their value. There are 2**29 float64 between neighbours of float32, so none is passed. From 0 steps
+        are of 1e-300.
 
     Example:
         >>> found = strictly_descending(np.array([2.0, 1.0, 1.0, 1.0], dtype=np.float32), np.arange(4))
@@ -117,7 +122,8 @@ def strictly_descending(scores: NDArray[np.float32], ranks: NDArray[np.int64]) -
     top = np.int64(2**63 - 1)
     ordered = bits ^ ((bits >> 63) & top)  # integers in the order of the floats, see `functional.first_items`
     lowered = ordered - behind
-    return (lowered ^ ((lowered >> 63) & top)).view(np.float64)
+    distinct = (lowered ^ ((lowered >> 63) & top)).view(np.float64)
+    return np.where(scores == 0, -_BELOW_ZERO * behind, distinct)
 
 
 def _ranx(rankings: pd.DataFrame, targets: pd.DataFrame) -> dict[str, bytes]:
@@ -188,7 +194,7 @@ def _nested(frame: pd.DataFrame) -> bytes:
 
 
 def _lines(frame: pd.DataFrame) -> bytes:
-    return frame.to_csv(None, sep=" ", header=False, index=False, lineterminator="\n", float_format=repr).encode()
+    return frame.to_csv(None, sep=" ", header=False, index=False, lineterminator="\n").encode()
 
 
 def _write_parquet(path: Path, columns: dict[str, NDArray]) -> None:
