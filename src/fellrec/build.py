@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fellrec.aggregation.build import build_aggregation
 from fellrec.config import as_dict, make
+from fellrec.data.cold import Cold
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.data.prepared import DataSettings, PreparedData, prepare
 from fellrec.errors import ConfigError
@@ -92,6 +93,7 @@ class Recommender:
     Attributes:
         fabric: Device and precision.
         data: The prepared data set.
+        cold: Its cold items and users.
         datamodule: Batches by client.
         module: The recommender.
         initial: The adapter that every client starts from, by name.
@@ -106,6 +108,7 @@ class Recommender:
 
     fabric: Fabric
     data: PreparedData
+    cold: Cold
     datamodule: FellrecDataModule
     module: FellrecModule
     initial: dict[str, Tensor]
@@ -165,6 +168,7 @@ def build_recommender(config: DictConfig, data: PreparedData) -> Recommender:
     adapter.attach(backbone.model, backbone.arch, config.seed, model.part_of)
     trainable = adapter.trainable(backbone.model)
     server = None if body is None else attach_server(config, body, fabric)
+    cold = Cold.of(data, config.trainer.cold_users_below)
     module = FellrecModule(
         model=model,
         trainable=trainable,
@@ -173,6 +177,7 @@ def build_recommender(config: DictConfig, data: PreparedData) -> Recommender:
         metrics=ClientRankingMetrics(
             data.num_clients,
             tuple(config.trainer.cutoffs),
+            cold.groups(data),
             sync_on_compute=transport != "distributed" and not over_ranks(config),  # no replicas: the first collects
         ),
         title_groups=torch.from_numpy(data.catalogue.title_groups),
@@ -180,7 +185,7 @@ def build_recommender(config: DictConfig, data: PreparedData) -> Recommender:
     )
     initial = copy_adapter(trainable)
     datamodule = _datamodule(config, data, objective)
-    return Recommender(fabric, data, datamodule, module, initial, adapter, backbone, link, server)
+    return Recommender(fabric, data, cold, datamodule, module, initial, adapter, backbone, link, server)
 
 
 def recommender_key(config: DictConfig) -> str:

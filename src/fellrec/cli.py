@@ -21,6 +21,7 @@ VERBS = {
     "train": "one federated run (-m: a Hydra multirun over comma-separated values)",
     "compare": "several rules and seeds on one partition, one table with the reference rankers",
     "evaluate": "score a finished run's adapters again on the validation or test holdout",
+    "export": "a finished run's rankings and targets as files of ranx, RecBole or TREC",
     "plan": "storage, memory, traffic and time of a run, before anything is launched",
     "submit": "a run, or a sweep as a job array, on SLURM",
     "ui": "open the MLflow UI on the runs' store",
@@ -45,6 +46,7 @@ _EXAMPLES = {
         "fellrec compare experiment=ml_1m_small data.root=ml-1m --format json",
     ],
     "evaluate": ["fellrec evaluate runs/RUN", "fellrec evaluate runs/RUN --stage val --format json"],
+    "export": ["fellrec export runs/RUN --format ranx", "fellrec export runs/RUN --format trec --output FOLDER"],
     "plan": [
         "fellrec plan data=ml_1m data.root=ml-1m backbone=hf backbone.config=llama_2_7b split.head_layers=1,2,4,8,20",
         "fellrec plan backbone=hf backbone.path=MODEL_FOLDER split.head_layers=1,2 --format json",
@@ -141,6 +143,10 @@ def _add_arguments(sub: argparse.ArgumentParser, verb: str) -> None:
     if verb == "evaluate":
         sub.add_argument("run_dir", metavar="RUN_DIR", help="directory of a finished run")
         sub.add_argument("--stage", choices=("val", "test"), default="test", help="holdout (default: test)")
+    elif verb == "export":
+        sub.add_argument("run_dir", metavar="RUN_DIR", help="directory of a finished run")
+        sub.add_argument("--format", choices=("ranx", "recbole", "trec"), required=True, help="which tool's files")
+        sub.add_argument("--output", metavar="PATH", help="folder to write to (default: RUN_DIR/export/FORMAT)")
     elif verb == "sync":
         sub.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="directory of a run or of a comparison")
         sub.add_argument("--uri", help="where the server is now (default: where the run was started to log to)")

@@ -85,14 +85,11 @@ def write_start(run_dir: Path, config: DictConfig, data: PreparedData) -> None:
 
 
 def write_evaluation(run_dir: Path, evaluation: Evaluation, extra: Mapping[str, Any]) -> None:
-    """Write ``results.json`` (figures) and ``users.parquet`` (one row per evaluated user) for a stage."""
+    """Write ``results.json``: the figures of a stage."""
     per_client = {name: values.tolist() for name, values in evaluation.per_client.items()}
     summary = dict(evaluation.summary)
     results = {"stage": evaluation.stage, "round_index": evaluation.round_index, **extra}
     write_json(run_dir / "results.json", {**results, "summary": summary, "per_client": per_client})
-    columns = {"client": evaluation.client_of_user.numpy()}
-    columns |= {name: values.numpy() for name, values in evaluation.per_user.items()}
-    write_atomically(run_dir / "users.parquet", pd.DataFrame(columns).to_parquet(None, index=False))
 
 
 def versions() -> dict[str, str]:

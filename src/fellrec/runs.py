@@ -26,6 +26,7 @@ from fellrec.federated.memory import peak_bytes
 from fellrec.launch.storage import storage_of
 from fellrec.lock import hold
 from fellrec.rankers.reference import reference_rankers
+from fellrec.rankings import write_users
 from fellrec.records import new_run_dir, versions, write_evaluation, write_start
 from fellrec.tracking.results import Comparison, RuleResult
 from fellrec.tracking.run_log import NewRun, RunLog
@@ -169,17 +170,21 @@ class _Outputs(FederatedCallback):
         self.meter = meter
 
     def on_fit_end(self, loop: FederatedLoop) -> None:
-        """Write ``results.json``, ``users.parquet`` and ``adapters/``."""
-        assert loop.test_evaluation is not None
+        """Write ``results.json``, what there is of single users, and ``adapters/``."""
+        evaluation, recommender = loop.test_evaluation, self.run.recommender
+        assert evaluation is not None
+        assert evaluation.first_items is not None
         assert self.meter.cost is not None
         about = {
             "rule": self.run.rule,
             "seed": self.run.config.seed,
             "cost": self.meter.cost.to_dict(),
+            "cold": recommender.cold.counts(),
+            "num_tied_users": int(evaluation.first_items.is_tied.sum()),
             **absences(loop),
         }
-        write_evaluation(self.run.run_dir, loop.test_evaluation, about)
-        recommender = self.run.recommender
+        write_evaluation(self.run.run_dir, evaluation, about)
+        write_users(self.run.run_dir, evaluation, recommender.data, recommender.cold)
         bank, rows = loop.selected
         own, elsewhere = loop.state.bank_named(bank), loop.execution.adapters_elsewhere(self.run.run_dir, bank)
         for row in sorted(row for row in set(rows) if not loop.execution.is_lost(row)):
@@ -231,7 +236,8 @@ def table_cutoff(config: DictConfig) -> int:
 def collect(recommender: Recommender, results: Sequence[RuleResult]) -> Comparison:
     """Results with the sizes of the partition they were made on."""
     data = recommender.data
-    return Comparison(data.name, data.statistics["users_per_client"], len(data.catalogue), results)
+    users_per_client = data.statistics["users_per_client"]
+    return Comparison(data.name, users_per_client, len(data.catalogue), results, cold=recommender.cold.counts())
 
 
 def reference_results(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fellrec.errors import TrainingError
+from fellrec.functional.first_items import FirstItems
 from fellrec.functional.stacks import as_lazy
 
 Adapter = Mapping[str, Tensor]
@@ -106,6 +107,8 @@ class Evaluation:
         per_client: Metric name → ``[C]`` float64, mean over the client's users.
         summary: Flat MLflow-safe names without the stage, such as ``ndcg_at_10/mean``, ``ndcg_at_10/pooled``,
             ``ndcg_at_10/variance``, ``ndcg_at_10/worst``.
+        users: ``[U_eval]`` int64 index of each evaluated user, ascending.
+        first_items: Their first items, as far as the largest cutoff; ``None`` where rankings are not kept.
     """
 
     stage: str
@@ -114,6 +117,8 @@ class Evaluation:
     client_of_user: Tensor
     per_client: Mapping[str, Tensor]
     summary: Mapping[str, float]
+    users: Tensor
+    first_items: FirstItems | None = None
 
 
 @dataclass(frozen=True)

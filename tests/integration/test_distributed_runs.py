@@ -91,7 +91,8 @@ def assert_same_run(expected: Path, found: Path) -> None:
         left, right = load_file(expected / file), load_file(found / file)
         assert left.keys() == right.keys()
         assert not [name for name in left if not torch.equal(left[name], right[name])], file
-    pd.testing.assert_frame_equal(pd.read_parquet(expected / "users.parquet"), pd.read_parquet(found / "users.parquet"))
+    for name in ("users.parquet", "rankings.parquet"):
+        pd.testing.assert_frame_equal(pd.read_parquet(expected / name), pd.read_parquet(found / name))
     results = [json.loads((folder / "results.json").read_text()) for folder in (expected, found)]
     assert results[0]["summary"] == results[1]["summary"]
     left_history, right_history = history(expected), history(found)

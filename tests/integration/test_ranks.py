@@ -108,7 +108,7 @@ def assert_same_bits(left: Path, right: Path) -> None:
         if {"adapters", "matrices"} & {*path.parts} and path.is_file() and path.name != "adapter_config.json"
     ]  # PEFT writes a set there, in any order
     assert files
-    for name in (*files, "clients.csv", "ledger.csv", "users.parquet"):
+    for name in (*files, "clients.csv", "ledger.csv", "users.parquet", "rankings.parquet"):
         assert (left / name).read_bytes() == (right / name).read_bytes(), name
     assert results(left) == results(right)
 

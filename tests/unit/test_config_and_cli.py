@@ -200,7 +200,7 @@ LAYERS = [
     ("federated",),
     ("aggregation", "callbacks", "tracking"),
     ("config",),
-    ("pretrained", "records", "facts"),
+    ("pretrained", "records", "rankings", "facts"),
     ("build",),
     ("launch",),
     ("runs", "roles", "ranked"),

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from fellrec.federated.loop import FederatedLoop
 
 _TABLE = "clients.json"
-_FILES = ("clients.csv", "ledger.csv", "results.json", "users.parquet", "partition.parquet", "versions.json")
+_FILES = (
+    *("clients.csv", "ledger.csv", "results.json", "users.parquet", "targets.parquet", "rankings.parquet"),
+    *("partition.parquet", "versions.json"),
+)
 
 
 _log = logging.getLogger(__name__)

@@ -28,6 +28,7 @@ from fellrec.tracking.cost_tables import COSTS, cost_panels, print_cost, write_c
 from fellrec.tracking.plots import client_dots, panels, save_png
 from fellrec.tracking.results import Comparison, RuleResult
 from fellrec.tracking.run_log import NewRun, RunLog, parent_run
+from fellrec.tracking.significance import print_significance, with_significance, write_significance
 from fellrec.tracking.store import check_reachable
 from fellrec.tracking.tables import display_name, print_comparison, results_console, write_tables
 
@@ -55,6 +56,7 @@ def _report(comparison: Comparison, run_dir: Path, config: DictConfig, output_fo
         return
     console = results_console()
     print_comparison(comparison, console, table_cutoff(config))
+    print_significance(comparison, console, table_cutoff(config))
     if comparison.variants:
         print_cost(comparison, console, table_cutoff(config))
     console.print(finish_message(run_dir, config), highlight=False)
@@ -93,7 +95,8 @@ def compare(configs: Sequence[DictConfig], ranks: Ranks | None = None) -> tuple[
         ]
         recommender = recommenders.of(first)
         references = reference_results(recommender, build_loop(first, recommender, ()), first.seed)
-        comparison = collect(recommenders.of(first), [*learned, *references])
+        collected = collect(recommenders.of(first), [*learned, *references])
+        comparison = with_significance(collected, table_cutoff(first))
         write_outputs(comparison, run_dir, table_cutoff(first))
         log.log_artifact(run_dir / "comparison")
         log_figures(log, comparison, table_cutoff(first))
@@ -105,6 +108,7 @@ def write_outputs(comparison: Comparison, run_dir: Path, cutoff: int) -> None:
     folder = run_dir / "comparison"
     folder.mkdir(exist_ok=True)
     write_tables(comparison, folder, cutoff)
+    write_significance(comparison, folder)
     write_json(folder / "comparison.json", comparison.to_dict())
     metric = f"ndcg_at_{cutoff}"
     dots = {

@@ -251,7 +251,7 @@ class FederatedLoop:
                 self.module.ranker.refresh(self.module.model)
             for number, batch in enumerate(self.datamodule.eval_loader(stage, self.clients_served_by(row, bank))):
                 if number % num_parts == part:
-                    self.module.score_batch(self.fabric.to_device(batch))
+                    self.module.score_batch(self.fabric.to_device(batch), keep_rankings=stage == "test")
 
     def on_step(self, loss: float) -> None:
         """Report one optimiser step."""

@@ -446,16 +446,27 @@ class Scored(AmongClients):
     """Metrics of single users, as ``ClientRankingMetrics`` keeps them.
 
     Attributes:
-        users: ``[U]`` int64.
-        clients: ``[U]`` int64.
-        values: ``[U, M]`` float64.
+        users: See ``UserMetrics``; the same for those that follow.
+        clients: As above.
+        values: As above.
+        items: As above.
+        scores: As above.
+        is_tied: As above.
         ledger: Rows of the process's ledger since it was last asked.
     """
 
     users: Tensor
     clients: Tensor
     values: Tensor
+    items: Tensor
+    scores: Tensor
+    is_tied: Tensor
     ledger: tuple[tuple[Any, ...], ...]
+
+    @property
+    def of_users(self) -> tuple[Tensor, ...]:
+        """All but the ledger, for ``ClientRankingMetrics.add``."""
+        return self.users, self.clients, self.values, self.items, self.scores, self.is_tied
 
 
 def _subclasses(cls: type[Message]) -> list[type[Message]]:

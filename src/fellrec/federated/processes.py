@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -176,9 +175,7 @@ class LeadExecution(SplitExecution):
         for rank in busy:
             answer = self._hear(loop, rank, Scored)
             if answer is not None and len(answer.users):
-                metrics.users.append(answer.users)
-                metrics.clients.append(answer.clients)
-                metrics.values.append(answer.values)
+                metrics.add(*answer.of_users)
 
     def keep_best(self, population: bool, clients: tuple[int, ...], rows: tuple[int, ...]) -> None:
         """Tell everybody."""
@@ -304,11 +301,11 @@ class Worker:
                 return self._train(message)
             case Refresh():
                 self.execution.download(self.loop, message.clients, message.round_index)
-                return self._scored(with_users=False)
+                return self._scored()
             case Score():
                 self.loop.module.eval()
                 self.execution.score(self.loop, message.stage, message.round_index, message.bank, message.rows)
-                return self._scored(with_users=True)
+                return self._scored()
             case KeepBest():
                 self.loop.state.keep_best(message.population, message.clients, message.rows)
                 return None
@@ -337,14 +334,8 @@ class Worker:
         failures = {str(client): reason for client, reason in outcome.failures.items()}
         return Trained(updates, failures, self._ledger())
 
-    def _scored(self, with_users: bool) -> Message:
-        metrics = self.loop.module.metrics
-        if not with_users or not metrics.users:
-            nothing = torch.empty(0, dtype=torch.int64)
-            return Scored(nothing, nothing, torch.empty(0, len(metrics.names), dtype=torch.float64), self._ledger())
-        users, clients, values = (torch.cat(list(part)) for part in (metrics.users, metrics.clients, metrics.values))
-        metrics.reset()
-        return Scored(users, clients, values, self._ledger())
+    def _scored(self) -> Message:
+        return Scored(*self.loop.module.metrics.take(), self._ledger())
 
     def _ledger(self) -> tuple[tuple[Any, ...], ...]:
         return tuple(tuple(row) for row in self.execution.ledger.take())

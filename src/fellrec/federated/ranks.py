@@ -137,7 +137,7 @@ class RankedExecution(WholeExecution):
             if not isinstance(answer, Scored):
                 raise SplitError(f"a rank answered the scoring of row {what.row} with {type(answer).__name__}")
             if len(answer.users):
-                loop.module.metrics.add(answer.users, answer.clients, answer.values)
+                loop.module.metrics.add(*answer.of_users)
 
         return Job(
             order=lambda: ScoreClients(

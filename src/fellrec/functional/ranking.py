@@ -7,6 +7,7 @@ Shape letters: B rows (users), I items, T targets, M masked pairs, P (row, title
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,7 +96,8 @@ def target_ranks(
         representatives, shares_title = target_items, torch.zeros_like(allowed)
         shares_title[target_rows, target_items] = True
     else:
-        representatives, shares_title = _title_representatives(scores, allowed, target_rows, target_items, title_groups)
+        members = title_members(scores, allowed, target_rows, target_items, title_groups)
+        representatives, shares_title = _title_representatives(members), members.shares_title
     return _ranks_in_order(scores, allowed, shares_title, target_rows, representatives)
 
 
@@ -155,10 +157,42 @@ def _check_scores_and_targets(scores: Tensor, target_rows: Tensor, target_items:
         raise DataError(f"{len(twice)} targets stand twice in their row, first item {item} in row {row}")
 
 
-def _title_representatives(
+class TitleMembers(NamedTuple):
+    """The items that share a title with a target of their row; a (row, title) pair's stand together, best first.
+
+    Attributes:
+        pairs: ``[K]`` int64 pair of each, ascending.
+        rows: ``[K]`` int64 row of each.
+        items: ``[K]`` int64 item of each; by score, then by index.
+        pair_of_target: ``[T]`` int64 pair of each target.
+        shares_title: ``[B, I]`` bool: the same items, and those that are not ranked.
+    """
+
+    pairs: Tensor
+    rows: Tensor
+    items: Tensor
+    pair_of_target: Tensor
+    shares_title: Tensor
+
+
+def title_members(
     scores: Tensor, allowed: Tensor, target_rows: Tensor, target_items: Tensor, title_groups: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Which item's rank each target takes, ``[T]``, and which items of each row share a target's title, ``[B, I]``."""
+) -> TitleMembers:
+    """Find the items that compete for the places of a title.
+
+    Args:
+        scores: ``[B, I]``.
+        allowed: ``[B, I]`` bool: items that are ranked.
+        target_rows: ``[T]`` int64 row of each target.
+        target_items: ``[T]`` int64 item of each target.
+        title_groups: ``[I]`` int64, items with one title share a number.
+
+    Example:
+        >>> scores, row = torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([0])
+        >>> groups = torch.tensor([0, 1, 0])  # items 0 and 2 share a title
+        >>> title_members(scores, torch.ones(1, 3).bool(), row, torch.tensor([0]), groups).items
+        tensor([2, 0])
+    """
     num_groups = int(title_groups.max()) + 1
     pairs_T = target_rows * num_groups + title_groups[target_items]
     pairs_P, pair_of_target_T = pairs_T.unique(return_inverse=True)
@@ -177,10 +211,13 @@ def _title_representatives(
     pair_K, item_K, row_K = pair_K[kept], item_K[kept], row_K[kept]
     order = scores[row_K, item_K].argsort(descending=True, stable=True)  # by pair, then score, then item
     order = order[pair_K[order].argsort(stable=True)]
-    item_K = item_K[order]
+    return TitleMembers(pair_K[order], row_K[order], item_K[order], pair_of_target_T, shares_title)
 
-    first_candidate_P = _starts(torch.bincount(pair_K, minlength=len(pairs_P)))
-    return item_K[first_candidate_P[pair_of_target_T] + _position_within(pair_of_target_T)], shares_title
+
+def _title_representatives(members: TitleMembers) -> Tensor:
+    """``[T]``: the item whose rank each target takes."""
+    first_candidate_P = _starts(torch.bincount(members.pairs))
+    return members.items[first_candidate_P[members.pair_of_target] + _position_within(members.pair_of_target)]
 
 
 def _ranks_in_order(scores: Tensor, allowed: Tensor, shares_title: Tensor, rows: Tensor, items: Tensor) -> Tensor:

@@ -43,7 +43,12 @@ def user_mean(values: Tensor) -> float:
 
 
 def summarise(
-    per_user: Mapping[str, Tensor], client_of_user: Tensor, num_clients: int, stage: str, round_index: int
+    per_user: Mapping[str, Tensor],
+    client_of_user: Tensor,
+    num_clients: int,
+    stage: str,
+    round_index: int,
+    users: Tensor | None = None,
 ) -> Evaluation:
     """Collect one evaluation of all clients.
 
@@ -53,6 +58,7 @@ def summarise(
         num_clients: C.
         stage: ``"val"`` or ``"test"``.
         round_index: Round after which the evaluation ran; -1 is before the first.
+        users: ``[U]`` int64 index of each user; ``None`` numbers them.
 
     Returns:
         The record. Its summary has for each metric ``/mean`` (each client counts once), ``/pooled`` (each user counts
@@ -75,4 +81,28 @@ def summarise(
         evaluated = values[has_users]
         figures = {"mean": float(evaluated.mean()), "pooled": user_mean(per_user[name]), **balance(evaluated)}
         summary |= {f"{name}/{figure}": value for figure, value in figures.items()}
-    return Evaluation(stage, round_index, dict(per_user), client_of_user, per_client, summary)
+    users = torch.arange(len(client_of_user)) if users is None else users.cpu()
+    return Evaluation(stage, round_index, dict(per_user), client_of_user, per_client, summary, users)
+
+
+def group_figures(per_user: Mapping[str, Tensor], groups: Mapping[str, Tensor]) -> dict[str, float]:
+    """Metrics over some of the users only, under names of their own.
+
+    Args:
+        per_user: Metric name → ``[U]``, one value per evaluated user.
+        groups: Name → ``[U]`` bool, who belongs to it.
+
+    Returns:
+        ``GROUP/num_users`` and, if there are any, ``GROUP/METRIC/pooled``: the mean over its users.
+
+    Example:
+        >>> groups = {"cold_users": torch.tensor([True, False, True]), "cold_items": torch.zeros(3).bool()}
+        >>> group_figures({"hr_at_1": torch.tensor([0.0, 1.0, 1.0])}, groups)
+        {'cold_users/num_users': 2.0, 'cold_users/hr_at_1/pooled': 0.5, 'cold_items/num_users': 0.0}
+    """
+    figures = {}
+    for group, inside in groups.items():
+        figures[f"{group}/num_users"] = float(inside.sum())
+        if inside.any():
+            figures |= {f"{group}/{name}/pooled": user_mean(values[inside]) for name, values in per_user.items()}
+    return figures

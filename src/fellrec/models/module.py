@@ -9,6 +9,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from fellrec.functional.first_items import first_items
 from fellrec.functional.ranking import target_ranks
 from fellrec.metrics.clients import ClientRankingMetrics
 from fellrec.models.split import SplitModel
@@ -108,33 +109,34 @@ class FellrecModule(LightningModule):
         return self.optimizer_settings.build(list(self.trainable.values()))
 
     @torch.no_grad()
-    def score_batch(self, batch: dict[str, Tensor]) -> None:
+    def score_batch(self, batch: dict[str, Tensor], keep_rankings: bool = False) -> None:
         """Rank all items for the batch's users and add their metrics to ``self.metrics``.
 
         Call ``self.ranker.refresh(self.model)`` first whenever the adapter has changed.
-        """
-        self.add_scores(self.ranker.scores(self.model, batch["histories"]), batch)
 
-    def add_scores(self, scores: Tensor, batch: dict[str, Tensor]) -> None:
+        Args:
+            batch: From ``FellrecDataModule.eval_loader``.
+            keep_rankings: Whether ``self.metrics`` keeps the users' first items too.
+        """
+        self.add_scores(self.ranker.scores(self.model, batch["histories"]), batch, keep_rankings)
+
+    def add_scores(self, scores: Tensor, batch: dict[str, Tensor], keep_rankings: bool = False) -> None:
         """Add the metrics of the batch's users to ``self.metrics``.
 
         Args:
             scores: ``[B, I]``, from any ranker.
             batch: From ``FellrecDataModule.eval_loader``.
+            keep_rankings: As for ``score_batch``.
 
         Raises:
             TrainingError: If a score is NaN.
         """
-        scores = scores.float()
-        ranks = target_ranks(
-            scores,
-            batch["target_rows"],
-            batch["target_items"],
-            batch["masked_rows"],
-            batch["masked_items"],
-            self.title_groups.to(scores.device),
-        )
-        self.metrics.update(batch["users"], batch["clients"], ranks, batch["target_rows"])
+        scores, titles = scores.float(), self.title_groups.to(scores.device)
+        targets = batch["target_rows"], batch["target_items"]
+        masked = batch["masked_rows"], batch["masked_items"]
+        ranks = target_ranks(scores, *targets, *masked, titles)
+        first = first_items(scores, targets, masked, titles, max(self.metrics.cutoffs)) if keep_rankings else None
+        self.metrics.update(batch["users"], batch["clients"], ranks, batch["target_rows"], first)
 
     def finish_evaluation(self, stage: str, round_index: int) -> Evaluation:
         """Close the evaluation: gather the users of all processes, summarise, reset."""

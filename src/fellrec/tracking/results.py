@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,54 @@ class RuleResult:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """A learned rule against the baseline, for one metric; see ``fellrec.tracking.significance``.
+
+    Attributes:
+        rule: Line of the comparison.
+        baseline: The line it is compared with.
+        metric: Such as ``ndcg_at_10``.
+        num_seeds: Seeds that both have; users and clients are averaged over them first.
+        num_users: Users whom all these runs evaluated.
+        num_clients: Clients that have some of them.
+        user_difference: Mean over users.
+        user_interval: Its 95 % interval by a paired bootstrap over users; ``None`` if there are too few.
+        user_change_percent: Change of the mean over users; ``None`` if the baseline's is 0.
+        client_difference: Mean over clients of their users' means.
+        client_interval: Its 95 % interval by a paired bootstrap over clients; ``None`` if there are too few.
+        client_change_percent: Change of the mean over clients; ``None`` if the baseline's is 0.
+        wilcoxon_p: Of the signed-rank test over users.
+        holm_p: The same, adjusted for all comparisons.
+    """
+
+    rule: str
+    baseline: str
+    metric: str
+    num_seeds: int
+    num_users: int
+    num_clients: int
+    user_difference: float
+    user_interval: tuple[float, float] | None
+    user_change_percent: float | None
+    client_difference: float
+    client_interval: tuple[float, float] | None
+    client_change_percent: float | None
+    wilcoxon_p: float
+    holm_p: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values; an interval's ends have names of their own."""
+        plain: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            if name.endswith("_interval"):
+                low, high = value or (None, None)
+                plain |= {name.replace("_interval", "_low"): low, name.replace("_interval", "_high"): high}
+            else:
+                plain[name] = value
+        return plain
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Several rules, variants and seeds on one partition.
 
@@ -68,6 +116,8 @@ class Comparison:
         num_items: Items that are ranked.
         results: In the order in which they ran.
         baseline: The rule that gains are measured against.
+        cold: Counts of cold items and users, see ``Cold.counts``; empty if they are not known.
+        differences: Of the learned rules to `reference_rule`, from ``fellrec.tracking.significance``.
     """
 
     data: str
@@ -75,6 +125,8 @@ class Comparison:
     num_items: int
     results: Sequence[RuleResult]
     baseline: str = field(default="local")
+    cold: Mapping[str, int] = field(default_factory=dict)
+    differences: Sequence[Difference] = ()
 
     @property
     def stage(self) -> str:
@@ -84,6 +136,11 @@ class Comparison:
     def rules(self, kind: str) -> list[str]:
         """Names of the rules of one kind, in order."""
         return list(dict.fromkeys(result.name for result in self.results if result.kind == kind))
+
+    @property
+    def reference_rule(self) -> str:
+        """The rule that others are tested against: FedAvg where it is among them, else the baseline of gains."""
+        return "fedavg" if any(result.rule == "fedavg" for result in self.results) else self.baseline
 
     def of_rule(self, rule: str) -> list[RuleResult]:
         """The results of one line, one per seed."""
@@ -103,7 +160,7 @@ class Comparison:
         """Mean over clients and seeds of the difference to the baseline, paired by client and seed."""
         gains = [
             gain(result.evaluation.per_client[metric], base.evaluation.per_client[metric])["gain_mean"]
-            for result, base in self._pairs(rule, self.baseline)
+            for result, base in self.pairs(rule, self.baseline)
         ]
         return float(np.mean(gains)) if gains else None
 
@@ -111,7 +168,7 @@ class Comparison:
         """Per client, mean over seeds of ``rule`` minus ``other``, paired by seed; empty if there are no pairs."""
         pairs = [
             result.evaluation.per_client[metric] - base.evaluation.per_client[metric]
-            for result, base in self._pairs(rule, other)
+            for result, base in self.pairs(rule, other)
         ]
         return torch.stack(pairs).mean(dim=0).tolist() if pairs else []
 
@@ -126,7 +183,7 @@ class Comparison:
         values = [value for value in found if value is not None]
         return float(np.mean(values)) if values else None
 
-    def _pairs(self, rule: str, other: str) -> list[tuple[RuleResult, RuleResult]]:
+    def pairs(self, rule: str, other: str) -> list[tuple[RuleResult, RuleResult]]:
         """Results of a line, each with those of the other rule that it is compared with."""
         return [
             (result, base)
@@ -143,7 +200,9 @@ class Comparison:
             "stage": self.stage,
             "num_items": self.num_items,
             "users_per_client": list(self.users_per_client),
+            "cold": dict(self.cold),
             "rules": {rule: self._rule_dict(rule) for rule in rules},
+            "differences": [item.to_dict() for item in self.differences],
         }
 
     def _rule_dict(self, rule: str) -> dict[str, Any]:

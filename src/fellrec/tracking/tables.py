@@ -93,7 +93,8 @@ def _table(comparison: Comparison, frame: pd.DataFrame, cutoff: int, is_stacked:
         f"{comparison.num_items} items ranked, {comparison.stage} holdout",
         caption=f"NDCG@{cutoff} and Recall@{cutoff}: mean over clients | pooled over users. std, variance, worst: "
         f"NDCG@{cutoff} over clients. gain: its mean difference to {display_name(comparison.baseline)}."
-        + (" ±: standard deviation over seeds." if has_seeds else ""),
+        + (" ±: standard deviation over seeds." if has_seeds else "")
+        + _cold_text(comparison),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -114,6 +115,18 @@ def _table(comparison: Comparison, frame: pd.DataFrame, cutoff: int, is_stacked:
         bold = [(row["rule"], name) in best for name in columns]
         table.add_row(*(f"[bold]{cell}[/bold]" if wins else cell for cell, wins in zip(cells, bold, strict=True)))
     return table
+
+
+def _cold_text(comparison: Comparison) -> str:
+    """How much of what was ranked is cold; empty if that is not known."""
+    cold, summary = comparison.cold, comparison.results[0].evaluation.summary
+    if not cold or "cold_items/num_users" not in summary:
+        return ""
+    return (
+        f" Cold: {cold['items']} items without a training interaction, targets of "
+        f"{summary['cold_items/num_users']:.0f} users; {summary['cold_users/num_users']:.0f} users with fewer than "
+        f"{cold['users_below']} training interactions."
+    )
 
 
 def write_tables(comparison: Comparison, folder: Path, cutoff: int = 10) -> None:

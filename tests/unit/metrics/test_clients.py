@@ -35,6 +35,9 @@ def test_figures_are_means_over_users_and_clients(script):
     users, clients, ranks, rows = script.problem()
     result = script.filled(ClientRankingMetrics(4, (5, 10)), torch.arange(200)).compute()
     order = users.argsort()
+    assert_same(result["items"], users[order][:, None] * 10 + torch.arange(3))
+    assert_same(result["scores"], -result["items"].float())
+    assert_same(result["is_tied"], users[order] % 2 == 0)
     expected = ranking_metrics(ranks, rows, 200, (5, 10))
     assert_same(result["users"], users[order])
     assert_same(result["client_of_user"], clients[order])
@@ -99,4 +102,6 @@ def test_reset_forgets(script):
     metric.compute()
     metric.reset()
     metric.update(torch.tensor([1, 2]), torch.tensor([0, 0]), torch.tensor([0, 9]), torch.tensor([0, 1]))
-    assert metric.compute()["pooled"]["hr_at_5"] == 0.5
+    result = metric.compute()
+    assert result["pooled"]["hr_at_5"] == 0.5
+    assert result["items"].numel() == 0, "rankings were not given this time"

@@ -19,13 +19,17 @@ def problem():
 
 
 def filled(metric, chosen, batch_size=13):
-    """Feed ``metric`` the users at positions ``chosen`` in batches."""
+    """Feed ``metric`` the users at positions ``chosen`` in batches, each with three made-up first items."""
+    from fellrec.functional.first_items import FirstItems
+
     users, clients, ranks, rows = problem()
     for batch in chosen.split(batch_size):
         position = torch.full((len(users),), -1)
         position[batch] = torch.arange(len(batch))
         inside = position[rows] >= 0
-        metric.update(users[batch], clients[batch], ranks[inside], position[rows][inside])
+        items = users[batch, None] * 10 + torch.arange(3)
+        first = FirstItems(items, -items.float(), users[batch] % 2 == 0)
+        metric.update(users[batch], clients[batch], ranks[inside], position[rows][inside], first)
     return metric
 
 

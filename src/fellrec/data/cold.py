@@ -1,0 +1,55 @@
+"""Cold items and cold users: what a recommender has seen nothing, or hardly anything, of in training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fellrec.data.prepared import PreparedData
+from fellrec.data.ragged import Ragged
+
+
+@dataclass(frozen=True)
+class Cold:
+    """Who and what is cold.
+
+    Attributes:
+        items: ``[I]`` bool: no training interaction of any client; those of public users do not count.
+        users: ``[U]`` bool: users of clients with fewer than ``users_below`` training interactions.
+        users_below: The bound.
+    """
+
+    items: NDArray[np.bool_]
+    users: NDArray[np.bool_]
+    users_below: int
+
+    @classmethod
+    def of(cls, data: PreparedData, users_below: int) -> Cold:
+        """Count the training interactions of the clients' users."""
+        is_private = data.client_of_user >= 0
+        trained_on = data.train.values[is_private[data.train.row_index]]
+        is_cold_item = np.bincount(trained_on, minlength=len(data.catalogue)) == 0
+        return cls(is_cold_item, is_private & (data.train.lengths < users_below), users_below)
+
+    def groups(self, data: PreparedData) -> dict[str, dict[str, Tensor]]:
+        """Stage → group → ``[U]`` bool: users with at least one cold target, and cold users."""
+        stages = {"val": data.valid, "test": data.test}
+        return {
+            stage: {
+                "cold_items": torch.from_numpy(self._has_cold_target(targets)),
+                "cold_users": torch.from_numpy(self.users),
+            }
+            for stage, targets in stages.items()
+        }
+
+    def counts(self) -> dict[str, int]:
+        """For ``results.json``: cold items of the catalogue, cold users of all clients, and the bound."""
+        return {"items": int(self.items.sum()), "users": int(self.users.sum()), "users_below": self.users_below}
+
+    def _has_cold_target(self, targets: Ragged) -> NDArray[np.bool_]:
+        cold = np.bincount(targets.row_index, weights=self.items[targets.values], minlength=len(targets))
+        return cold > 0

@@ -1,0 +1,111 @@
+"""Intervals, tests and corrections against other libraries, closed forms and planted data."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from fellrec.errors import ConfigError
+from fellrec.functional.statistics import MIN_UNITS, bootstrap_intervals, holm, wilcoxon_p
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_an_interval_is_that_of_scipy_on_the_same_pairs() -> None:
+    """Both are drawn: an end's own deviation is about that of a normal quantile, sqrt(.025 * .975 / R) / pdf(1.96)
+    = 0.027 standard errors for R = 10,000, and two of them differ by less than 5 * sqrt(2) times that."""
+    first, second = noise(150).exp(), noise(150, seed=1).exp()
+
+    def mean_difference(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
+        return np.mean(x, axis=axis) - np.mean(y, axis=axis)
+
+    expected = stats.bootstrap(
+        (first.numpy(), second.numpy()),
+        mean_difference,
+        paired=True,
+        method="percentile",
+        n_resamples=10_000,
+        rng=np.random.default_rng(3),
+    )
+    (found,) = bootstrap_intervals((first - second)[:, None], seed=0).tolist()
+    interval = expected.confidence_interval
+    assert found == pytest.approx([interval.low, interval.high], abs=0.2 * expected.standard_error)
+
+
+@pytest.mark.parametrize("level", [0.95, 0.8])
+def test_with_many_units_it_is_the_normal_interval(level: float) -> None:
+    values = 0.1 + noise(5000)
+    (found,) = bootstrap_intervals(values[:, None], seed=0, level=level).tolist()
+    mean, error = float(values.mean()), float(values.std(correction=0)) / 5000**0.5
+    reach = float(stats.norm.ppf((1 + level) / 2)) * error
+    assert found == pytest.approx([mean - reach, mean + reach], abs=0.15 * error)
+
+
+def test_it_covers_a_planted_mean_as_often_as_it_says() -> None:
+    """600 data sets, one a column; the share that is covered has a deviation of sqrt(.95 * .05 / 600) = 0.009."""
+    low, high = bootstrap_intervals(0.3 + noise(80, 600), seed=0, num_resamples=2000).T
+    assert 0.915 < float(((low < 0.3) & (high > 0.3)).double().mean()) < 0.975
+    assert float(((low < 0.0) & (high > 0.0)).double().mean()) < 0.35, "0 is 2.7 standard errors away"
+
+
+def test_a_seed_gives_the_same_interval_and_another_seed_another() -> None:
+    values = noise(30, 1)
+    assert torch.equal(bootstrap_intervals(values, seed=4), bootstrap_intervals(values, seed=4))
+    assert not torch.equal(bootstrap_intervals(values, seed=4), bootstrap_intervals(values, seed=5))
+
+
+def test_columns_are_as_if_alone() -> None:
+    values = noise(40, 3)
+    alone = torch.cat([bootstrap_intervals(values[:, [column]], seed=1) for column in range(3)])
+    torch.testing.assert_close(bootstrap_intervals(values, seed=1), alone, rtol=1e-12, atol=1e-12)
+
+
+def test_too_few_units_have_no_interval() -> None:
+    """With n pairs that all differ the same way, Wilcoxon's exact two-sided p is 2 / 2**n: 1/16 for n = 5."""
+    too_few, enough = (wilcoxon_p(torch.arange(1.0, num_units + 1)) for num_units in (MIN_UNITS - 1, MIN_UNITS))
+    assert (too_few, enough) == pytest.approx((2 / 2 ** (MIN_UNITS - 1), 2 / 2**MIN_UNITS))
+    assert enough < 0.05 < too_few
+    assert bootstrap_intervals(noise(MIN_UNITS - 1, 2), seed=0).isnan().all()
+    assert bootstrap_intervals(noise(MIN_UNITS, 2), seed=0).isfinite().all()
+
+
+@pytest.mark.parametrize("wrong", [{"num_resamples": 0}, {"level": 1.0}, {"level": 0.0}])
+def test_wrong_settings_are_named(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))} is {next(iter(wrong.values()))}"):
+        bootstrap_intervals(noise(9, 1), seed=0, **wrong)
+
+
+def test_wilcoxon_finds_what_is_planted_and_seldom_what_is_not() -> None:
+    """Under the null p is uniform: of 400, about 20 are below 0.05, with a deviation of 4.4."""
+    null = [wilcoxon_p(noise(60, seed=seed)) for seed in range(400)]
+    assert 5 <= sum(p < 0.05 for p in null) <= 36
+    assert wilcoxon_p(0.5 + noise(200)) < 1e-6
+    assert math.isnan(wilcoxon_p(torch.empty(0)))
+
+
+def test_most_users_do_not_differ_and_are_left_out() -> None:
+    values = torch.cat([torch.zeros(500), 0.5 + noise(80)])
+    assert wilcoxon_p(values) == pytest.approx(wilcoxon_p(values[500:]), rel=1e-9)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+def test_holm_is_the_closed_test_of_bonferroni(p_values: list[float]) -> None:
+    """Marcus, Peritz and Gabriel (1976): the adjusted p of a test is the largest Bonferroni p of any set with it."""
+    tests = range(len(p_values))
+    sets = [chosen for size in range(1, len(p_values) + 1) for chosen in combinations(tests, size)]
+    bonferroni = {chosen: min(1.0, len(chosen) * min(p_values[test] for test in chosen)) for chosen in sets}
+    expected = [max(p for chosen, p in bonferroni.items() if test in chosen) for test in tests]
+    assert holm(torch.tensor(p_values, dtype=torch.float64)).tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_no_test_needs_no_correction() -> None:
+    assert holm(torch.empty(0)).tolist() == []
