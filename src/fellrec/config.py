@@ -23,6 +23,9 @@ from fellrec.functional.nested import flatten
 from fellrec.functional.packing import PACKINGS
 from fellrec.layout import conf_dir, group_choices
 
+_GROUPS_WITHOUT_CHOICE = ("participation", "split", "trainer", "tracking")
+"""Groups whose settings are the same in every run, so that one that is absent has its default."""
+
 
 def compose(overrides: Sequence[str], optional: Collection[str] = ()) -> DictConfig:
     """Compose the configuration for one run.
@@ -67,6 +70,22 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
 def without_launcher(config: DictConfig) -> DictConfig:
     """The experiment alone: where it runs is no part of it."""
     return OmegaConf.masked_copy(config, [str(key) for key in config if key != "launcher"])
+
+
+def read_config(run_dir: Path) -> DictConfig:
+    """The configuration that a run was started with; settings that did not exist then have their defaults.
+
+    Raises:
+        ConfigError: If the directory is no run's.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} has no config.yaml; give the directory of a run")
+    config, defaults = OmegaConf.load(path), compose([])
+    assert isinstance(config, DictConfig)
+    for group in _GROUPS_WITHOUT_CHOICE:
+        config[group] = OmegaConf.merge(defaults[group], config.get(group, {}))
+    return config
 
 
 def as_dict(config: DictConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 
 from fellrec.build import build_data, build_loop, build_recommender
 from fellrec.cli import main
-from fellrec.commands.evaluate import read_config
+from fellrec.config import read_config
 from fellrec.federated.state import RunState
 
 from .processes import LONGEST_SECONDS, Processes, environment

@@ -7,9 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
-
 from fellrec.build import build_data, build_loop, build_recommender
+from fellrec.config import read_config
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError
 from fellrec.runs import collect, reference_results, rule_name, table_cutoff
@@ -48,20 +47,6 @@ def evaluate(run_dir: Path, stage: str) -> Comparison:
     best_round = loop.state.selection.round_index
     result = RuleResult(rule_name(config), config.seed, "learned", evaluation, best_round=best_round)
     return collect(recommender, [result, *reference_results(recommender, loop, config.seed, stage)])
-
-
-def read_config(run_dir: Path) -> DictConfig:
-    """The configuration that a run was started with.
-
-    Raises:
-        ConfigError: If the directory is no run's.
-    """
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{run_dir} has no config.yaml; give the directory of a run")
-    config = OmegaConf.load(path)
-    assert isinstance(config, DictConfig)
-    return config
 
 
 def _check_same_data(run_dir: Path, data: PreparedData) -> None:
