@@ -46,7 +46,7 @@ from fellrec.models.cut import Cut, server_shell
 from fellrec.models.module import FellrecModule, Objective, OptimizerSettings
 from fellrec.models.share import read_body
 from fellrec.models.split import SplitModel
-from fellrec.pretrained import tiny_backbone
+from fellrec.pretrained import sasrec_backbone, tiny_backbone
 
 _BANKS = 7
 """Copies of all adapters that a side of the executed cut holds: now, best, best per client, two AdamW moments, and two
@@ -207,7 +207,7 @@ def build_fabric(config: DictConfig) -> Fabric:
 
 
 def build_backbone(config: DictConfig, data: PreparedData) -> Backbone:
-    """The backbone of the configuration: a folder or hub name, or the tiny one, pre-trained once and cached.
+    """The backbone of the configuration: a folder or hub name, or one that is made here once and cached.
 
     With ``split.transport=distributed`` it is the client's share.
     """
@@ -217,9 +217,10 @@ def build_backbone(config: DictConfig, data: PreparedData) -> Backbone:
     if settings["name"] == "hf":
         return load_hf(settings["path"], dtype=settings["dtype"], client_cut=cut)
     shaping = {"backbone": settings, "objective": as_dict(config.objective)}
-    return tiny_backbone(
-        cache_dir(config) / "backbones", shaping, lambda backbone: _objective(config, backbone, data), data, cut
-    )
+    cache = cache_dir(config) / "backbones"
+    if settings["name"] == "sasrec":
+        return sasrec_backbone(cache, shaping, data, cut)
+    return tiny_backbone(cache, shaping, lambda backbone: _objective(config, backbone, data), data, cut)
 
 
 def attach_server(config: DictConfig, model: SplitModel, fabric: Fabric) -> ServerShare:

@@ -148,7 +148,7 @@ def test_compare_prints_the_same_figures_as_table_and_json(
     assert comparison == json.loads((workplace / "both" / "comparison" / "comparison.json").read_text())
     assert list(comparison["rules"]) == [
         *("local", "fedavg", "fellrec", "centralized"),
-        *("random", "popularity", "markov", "markov_decay", "pretrained"),
+        *("random", "popularity", "client_popularity", "markov", "markov_decay", "item_knn", "mf", "pretrained"),
     ]
     table = pd.read_csv(workplace / "both" / "comparison" / "comparison.csv", keep_default_na=False)
     for row, rule in zip(table.to_dict("records"), comparison["rules"].values(), strict=True):

@@ -91,7 +91,7 @@ def compare(configs: Sequence[DictConfig], ranks: Ranks | None = None) -> tuple[
             for config, variant in zip(configs, variants, strict=True)
         ]
         recommender = recommenders.of(first)
-        references = reference_results(recommender, build_loop(first, recommender, ()), first.seed)
+        references = reference_results(first, recommender, build_loop(first, recommender, ()))
         comparison = collect(recommenders.of(first), [*learned, *references])
         write_outputs(comparison, run_dir, table_cutoff(first))
         log.log_artifact(run_dir / "comparison")

@@ -47,7 +47,7 @@ def evaluate(run_dir: Path, stage: str) -> Comparison:
     evaluation = loop.evaluate(stage, loop.state.selection.round_index, bank, rows)
     best_round = loop.state.selection.round_index
     result = RuleResult(rule_name(config), config.seed, "learned", evaluation, best_round=best_round)
-    return collect(recommender, [result, *reference_results(recommender, loop, config.seed, stage)])
+    return collect(recommender, [result, *reference_results(config, recommender, loop, stage)])
 
 
 def read_config(run_dir: Path) -> DictConfig:
