@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fellrec.aggregation.build import build_aggregation
 from fellrec.config import as_dict, make
 from fellrec.data.datamodule import FellrecDataModule
+from fellrec.data.guards import check_prompts
 from fellrec.data.prepared import DataSettings, PreparedData, prepare
 from fellrec.errors import ConfigError
 from fellrec.facts import facts
@@ -160,6 +161,7 @@ def build_recommender(config: DictConfig, data: PreparedData) -> Recommender:
     model = SplitModel(backbone.model, split.head_layers, split.tail_layers, link)
     objective = _objective(config, backbone, data)
     objective.check(model)
+    check_prompts(objective, data)
     fabric.to_device(backbone.model)
     adapter = make(config.adapter, "adapter")
     adapter.attach(backbone.model, backbone.arch, config.seed, model.part_of)

@@ -25,7 +25,7 @@ from fellrec.federated.memory import peak_bytes
 from fellrec.launch.storage import storage_of
 from fellrec.lock import hold
 from fellrec.rankers.reference import PRETRAINED, ReferenceRanker, ReferenceSettings, reference_rankers
-from fellrec.records import new_run_dir, versions, write_evaluation, write_start
+from fellrec.records import check_prompt, new_run_dir, versions, write_evaluation, write_prompt, write_start
 from fellrec.tracking.results import Comparison, RuleResult
 from fellrec.tracking.run_log import NewRun, RunLog
 from fellrec.types import Evaluation, RoundRecord
@@ -74,10 +74,12 @@ class Run:
         config, recommender = self.config, self.recommender
         loop = self.loop = build_loop(config, recommender, ())
         checkpoint = Checkpoint(self.run_dir, config.trainer.checkpoint_every)
+        check_prompt(self.run_dir, recommender.module.objective)
         if self._has_checkpoint:
             checkpoint.resume(loop)
         else:
             write_start(self.run_dir, config, recommender.data)
+            write_prompt(self.run_dir, recommender.module.objective)
         logging = self._mlflow()
         clock, meter = _Clock(), CostMeter(config.split.transport, lambda: storage_of(config, recommender))
         logging.costs = meter

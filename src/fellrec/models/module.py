@@ -9,6 +9,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from fellrec.data.guards import check_batch
 from fellrec.functional.ranking import target_ranks
 from fellrec.metrics.clients import ClientRankingMetrics
 from fellrec.models.split import SplitModel
@@ -124,8 +125,10 @@ class FellrecModule(LightningModule):
 
         Raises:
             TrainingError: If a score is NaN.
+            LeakError: If a target is masked, or an item of a history is not.
         """
         scores = scores.float()
+        check_batch(batch, scores.shape[1])
         ranks = target_ranks(
             scores,
             batch["target_rows"],
