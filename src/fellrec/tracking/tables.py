@@ -19,7 +19,7 @@ NAMES = {
     "centralized": "centralised",
     "random": "random",
     "popularity": "popularity",
-    "client_popularity": "popularity by client",
+    "client_popularity": "client popularity",
     "markov": "Markov",
     "markov_decay": "Markov, decayed",
     "item_knn": "item-kNN",
