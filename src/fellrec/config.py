@@ -194,6 +194,7 @@ _RULES = (
     _Rule("references.shrink", _number(0), "a number of at least 0"),
     _Rule("references.factors", _integer(1), _AT_LEAST_1),
     _Rule("tracking.on_unreachable", _one_of("stop", "keep"), "stop or keep"),
+    _Rule("tracking.max_logged_clients", _integer(0), _AT_LEAST_0),
     _Rule("split.timeout_seconds", _number(0, open_low=True), "a number above 0"),
 )
 _LAUNCHER_RULES = (

@@ -38,6 +38,7 @@ class Run:
         config: The composed configuration; its ``run_dir`` must be new unless ``resume`` is set.
         recommender: What the rules of a comparison share.
         parent_uid: ``RunLog.uid`` of the run that groups a comparison.
+        rule: The rule's name in a comparison, with the settings that vary there; ``None`` for the name alone.
         variant: What tells this run from others of the comparison with the same rule and seed.
         signals: What may ask the run to stop; entered by the command.
     """
@@ -47,12 +48,13 @@ class Run:
         config: DictConfig,
         recommender: Recommender,
         parent_uid: str | None = None,
+        rule: str | None = None,
         variant: str = "",
         signals: StopSignals | None = None,
     ) -> None:
         self.config = config
         self.recommender = recommender
-        self.rule = rule_name(config)
+        self.rule = rule or rule_name(config)
         self.variant = variant
         self.label = f"{config.data.name}-{run_name(self.rule, variant, config.seed)}"
         self.run_dir = Path(config.run_dir) if config.resume else new_run_dir(config.run_dir, self.label)
@@ -134,7 +136,8 @@ class Run:
         new = NewRun(config.tracking.uri, config.tracking.experiment, self.label, tags, self.parent_uid)
         source = str(config.data.root or "embedded")
         dataset = DatasetInput(data.name, data.key, source, data.statistics)
-        return MLflowLogging(RunLog(self.run_dir, new), as_dict(config), dataset)
+        log = RunLog(self.run_dir, new)
+        return MLflowLogging(log, as_dict(config), dataset, max_clients=config.tracking.max_logged_clients)
 
 
 class _Clock(FederatedCallback):
@@ -217,7 +220,7 @@ def rule_name(config: DictConfig) -> str:
 
 def run_name(rule: str, variant: str, seed: int) -> str:
     """A name for files and MLflow, such as ``fedavg-head_layers=2-s0``."""
-    return "-".join([rule, *variant.split(), f"s{seed}"])
+    return "-".join([*rule.split(), *variant.split(), f"s{seed}"])
 
 
 def table_cutoff(config: DictConfig) -> int:

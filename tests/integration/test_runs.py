@@ -14,8 +14,10 @@ from typing import Any
 import pandas as pd
 import pytest
 from mlflow.tracking import MlflowClient
+from omegaconf import OmegaConf
 
 from fellrec.cli import main
+from fellrec.commands.train import resumed
 from fellrec.models.backbone import load_hf
 
 
@@ -173,6 +175,19 @@ def test_compare_prints_the_same_figures_as_table_and_json(
     assert {item.path for item in client_of(workplace).list_artifacts(parent.info.run_id)} >= {"comparison.csv"}
 
 
+def test_compare_varies_the_settings_of_the_rules_that_have_them(workplace: Path, tiny_overrides: list[str]) -> None:
+    """Both values of alpha for FELLRec, one run of FedAvg, which has none; alpha = 0 is local training."""
+    rules = ["aggregation=fedavg,fellrec,local", "aggregation.alpha=0,0.7", "trainer.num_rounds=1"]
+    main(["compare", *tiny_overrides, *rules, "run_dir=all"])
+    lines = json.loads((workplace / "all" / "comparison" / "comparison.json").read_text())["rules"]
+    names = [name for name, line in lines.items() if line["kind"] == "learned"]
+    assert names == ["fedavg", "fellrec alpha=0", "fellrec alpha=0.7", "local"]
+    assert lines["fellrec alpha=0"]["mean"] == lines["local"]["mean"] != lines["fellrec alpha=0.7"]["mean"]
+    assert lines["fellrec alpha=0"]["gain_over_local"]["ndcg_at_10"] == 0
+    folders = {path.parent.name for path in (workplace / "all").glob("*/results.json")}
+    assert folders == {"fedavg-s0", "fellrec-alpha=0-s0", "fellrec-alpha=0.7-s0", "local-s0"}
+
+
 def test_compare_refuses_other_sweeps(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["compare", "trainer.num_rounds=1,2"])
@@ -244,6 +259,41 @@ def test_resume_needs_a_run(workplace: Path, capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         main(["train", "resume=nowhere"])
     assert "resume=nowhere: no config.yaml there" in capsys.readouterr().err
+
+
+def test_a_run_of_an_older_version_goes_on_with_the_defaults_of_new_settings(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    stored = OmegaConf.load(folder / "run" / "config.yaml")
+    expected = stored.copy()
+    del stored.tracking.max_logged_clients, stored.participation
+    older = folder / "older"
+    older.mkdir()
+    OmegaConf.save(stored, older / "config.yaml")
+    config = resumed([f"resume={older}"], older)
+    assert config.tracking == expected.tracking
+    assert config.participation == expected.participation
+    assert config.trainer.num_rounds == 2, "what was set stays"
+
+
+def test_mlflow_is_not_sent_the_figures_of_each_of_many_clients(
+    workplace: Path, tiny_overrides: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    few = [*tiny_overrides, "run_dir=few", "tracking.max_logged_clients=3", "trainer.num_rounds=1"]
+    many = [*tiny_overrides, "run_dir=many", "tracking.max_logged_clients=2", "trainer.num_rounds=1"]
+    main(["train", *few])
+    assert "max_logged_clients" not in caplog.text
+    main(["train", *many])
+    assert "3 clients are more than tracking.max_logged_clients=2" in caplog.text
+    runs = {run.data.params["run_dir"]: run for run in runs_of(workplace)}
+    with_clients, without = (set(runs[name].data.metrics) for name in ("few", "many"))
+    assert {name for name in with_clients if "/client_" in name} == with_clients - without != set()
+    client = client_of(workplace)
+    artifacts = {name: {f.path for f in client.list_artifacts(runs[name].info.run_id)} for name in runs}
+    assert artifacts["few"] - artifacts["many"] == {"adapters", "matrices"}
+    both = [json.loads((workplace / name / "results.json").read_text()) for name in ("few", "many")]
+    assert both[0]["per_client"] == both[1]["per_client"], "the run directory has each client's figures"
+    assert (workplace / "many" / "adapters" / "client_02").is_dir()
+    assert len((workplace / "many" / "clients.csv").read_text().splitlines()) == 4
 
 
 def test_prepare_prints_statistics(

@@ -62,6 +62,14 @@ class Submitted:
         return MlflowClient(tracking_uri=store_in(self.folder))
 
     @property
+    def status(self) -> str:
+        """Of the one MLflow run; empty before there is one."""
+        experiment = self.client.get_experiment_by_name("fellrec")
+        runs = [] if experiment is None else list(self.client.search_runs([experiment.experiment_id]))
+        assert len(runs) < 2, "the job goes on in the run that it began"
+        return str(runs[0].info.status) if runs else ""
+
+    @property
     def rounds(self) -> list[int]:
         """The rounds that the one MLflow run has."""
         (run,) = self.runs
@@ -161,10 +169,12 @@ def test_a_run_survives_its_time_limit_a_requeue_and_its_cancellation(
     def stops_by(name: str, restarts: int) -> None:
         message = f"fellrec train: {name} stopped the run after"
         cluster.wait_for(lambda: job.output.count(message) == 1, message, job.log)
+        assert job.status == "KILLED", "between two stretches"
         cluster.wait_for(lambda: cluster.job(job.job_id)["Restarts"] == str(restarts), "a requeue", job.log)
 
     def goes_on(since: int) -> None:
         cluster.wait_for(lambda: progress() >= since + 2, "two more rounds", job.log)
+        cluster.wait_for(lambda: job.status == "RUNNING", "MLflow to hear of it", job.log)
 
     goes_on(since=0)
     refused_while_it_runs(cluster, job, capsys)

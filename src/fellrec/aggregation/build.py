@@ -38,10 +38,31 @@ def build_aggregation(cfg: DictConfig | Mapping[str, Any]) -> AggregationCallbac
         >>> build_aggregation({"_target_": "fellrec.aggregation.FELLRec", "alpha": 0.3, "beta": None}).alpha
         0.3
     """
+    rule, settings = _import_rule(cfg.get("_target_")), effective_settings(cfg)
+    needless = [name for name, value in _given(cfg).items() if value is not None and name not in settings]
+    if needless:
+        _log.warning("aggregation rule %s has no setting %s: ignored", rule.__name__, ", ".join(needless))
+    return rule(**settings)
+
+
+def effective_settings(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that reach the rule that ``cfg`` names: neither nulls nor those that it does not have.
+
+    Raises:
+        ConfigError: As `build_aggregation`.
+
+    Example:
+        >>> effective_settings({"_target_": "fellrec.aggregation.FedAvg", "alpha": 0.3})
+        {}
+    """
+    given = {name: value for name, value in _given(cfg).items() if value is not None}
+    return _settings_for(_import_rule(cfg.get("_target_")), given)
+
+
+def _given(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
     assert isinstance(plain, dict)
-    rule = _import_rule(plain.pop("_target_", None))
-    return rule(**_settings_for(rule, {str(key): value for key, value in plain.items() if value is not None}))
+    return {str(key): value for key, value in plain.items() if key != "_target_"}
 
 
 def _import_rule(target: object) -> type[AggregationCallback]:
@@ -68,8 +89,6 @@ def _settings_for(rule: type[AggregationCallback], given: dict[str, Any]) -> dic
     for name in needless:
         if name not in shared:
             raise ConfigError(unknown("aggregation setting", name, [*parameters, *shared]))
-    if needless:
-        _log.warning("aggregation rule %s has no setting %s: ignored", rule.__name__, ", ".join(needless))
     missing = [
         name
         for name, parameter in parameters.items()

@@ -53,24 +53,40 @@ class MLflowLogging(FederatedCallback):
         params: The resolved configuration; logged flat, with dotted names.
         dataset: The data set.
         log_matrices_every: Rounds between two uploads of mixing and similarity matrices.
+        max_clients: In a larger population no figure, matrix or adapter of a single client is sent, only what is said
+            of all of them; the run directory has the rest.
 
     Attributes:
         costs: A meter that stands before this callback in the loop; what it found is logged when the run is over.
     """
 
     def __init__(
-        self, log: RunLog, params: Mapping[str, Any], dataset: DatasetInput, log_matrices_every: int = 1
+        self,
+        log: RunLog,
+        params: Mapping[str, Any],
+        dataset: DatasetInput,
+        log_matrices_every: int = 1,
+        max_clients: int = 100,
     ) -> None:
         self.log = log
         self.run_dir = log.run_dir
         self.params = params
         self.dataset = dataset
         self.log_matrices_every = log_matrices_every
+        self.max_clients = max_clients
         self.costs: CostMeter | None = None
 
     def on_fit_start(self, loop: FederatedLoop) -> None:
         """Log parameters, configuration and data set."""
         data = self.dataset
+        if not self._logs_clients(loop):
+            _log.warning(
+                "%d clients are more than tracking.max_logged_clients=%d: MLflow gets the figures over all of them, "
+                "%s has those of each",
+                loop.num_clients,
+                self.max_clients,
+                self.run_dir,
+            )
         self.log.log_params(flatten(dict(self.params)))
         self.log.log_artifact(self.run_dir / "config.yaml")
         self.log.log_dataset(data.name, data.key, data.source, data.statistics)
@@ -78,12 +94,14 @@ class MLflowLogging(FederatedCallback):
     def on_evaluate_end(self, loop: FederatedLoop, evaluation: Evaluation) -> None:
         """Log what no round reports: the start of the run, as step -1, and the test."""
         if evaluation.stage == "test" or evaluation.round_index < 0:
-            self.log.log_metrics(evaluation_metrics(evaluation), evaluation.round_index, once=evaluation.stage)
+            metrics = evaluation_metrics(evaluation, self._logs_clients(loop))
+            self.log.log_metrics(metrics, evaluation.round_index, once=evaluation.stage)
 
     def on_round_end(self, loop: FederatedLoop, record: RoundRecord) -> None:
         """Log the round at once, and its matrices."""
-        self.log.log_metrics(round_metrics(record), record.round_index, once="round")
-        if record.round_index % self.log_matrices_every == 0:
+        logs_clients = self._logs_clients(loop)
+        self.log.log_metrics(round_metrics(record, logs_clients), record.round_index, once="round")
+        if logs_clients and record.round_index % self.log_matrices_every == 0:
             self._log_matrices(record)
 
     def on_fit_end(self, loop: FederatedLoop) -> None:
@@ -99,7 +117,8 @@ class MLflowLogging(FederatedCallback):
             self.log.log_artifact(self.run_dir / name)
         # How MLflow's UI knows that an artefact is a table.
         self.log.set_tag("mlflow.loggedArtifacts", json.dumps([{"path": _TABLE, "type": "table"}]))
-        self.log.log_artifact(self.run_dir / "adapters", "adapters")
+        if self._logs_clients(loop):
+            self.log.log_artifact(self.run_dir / "adapters", "adapters")
         self.log.close()
 
     def on_exception(self, loop: FederatedLoop, error: BaseException) -> None:
@@ -109,6 +128,9 @@ class MLflowLogging(FederatedCallback):
             self.log.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         except FellrecError as second:  # the first error is the one to see
             _log.warning("%s", second)
+
+    def _logs_clients(self, loop: FederatedLoop) -> bool:
+        return loop.num_clients <= self.max_clients
 
     def _log_matrices(self, record: RoundRecord) -> None:
         from fellrec.tracking.plots import heat_map, save_png
@@ -125,29 +147,40 @@ class MLflowLogging(FederatedCallback):
             self.log.log_artifact(folder, f"matrices/{folder.name}")
 
 
-def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
-    """Names and values of one evaluation: ``val/ndcg_at_10/mean``, ``val/client_03/ndcg_at_10``, …"""
+def evaluation_metrics(evaluation: Evaluation, has_clients: bool = True) -> dict[str, float]:
+    """Names and values of one evaluation: ``val/ndcg_at_10/mean``, ``val/client_03/ndcg_at_10``, …
+
+    Args:
+        evaluation: Of one stage.
+        has_clients: Whether the clients' own figures are among them.
+    """
     stage = evaluation.stage
     metrics = {f"{stage}/{name}": value for name, value in evaluation.summary.items()}
-    for name, values in evaluation.per_client.items():
+    for name, values in evaluation.per_client.items() if has_clients else ():
         for client, value in enumerate(values.tolist()):
             if not math.isnan(value):  # a client without evaluated users has no value
                 metrics[f"{stage}/client_{client:02d}/{name}"] = value
     return metrics
 
 
-def round_metrics(record: RoundRecord) -> dict[str, float]:
-    """Names and values of one round, its validation included."""
+def round_metrics(record: RoundRecord, has_clients: bool = True) -> dict[str, float]:
+    """Names and values of one round, its validation included.
+
+    Args:
+        record: Of the round.
+        has_clients: Whether the clients' own figures are among them.
+    """
     losses = [update.loss for update in record.updates]
     metrics = {"cost/round_seconds": record.seconds, "train/loss/mean": sum(losses) / len(losses)}
-    for update in record.updates:
+    for update in record.updates if has_clients else ():
         prefix = f"train/client_{update.client:02d}"
         metrics |= {f"{prefix}/loss": update.loss, f"{prefix}/seconds": update.seconds}
     metrics |= record.costs
     if record.dropped:
         metrics["train/num_dropped_clients"] = len(record.dropped)
-    metrics |= _per_client(record.aggregated, [update.client for update in record.updates])
-    return metrics | (evaluation_metrics(record.evaluation) if record.evaluation else {})
+    if has_clients:
+        metrics |= _per_client(record.aggregated, [update.client for update in record.updates])
+    return metrics | (evaluation_metrics(record.evaluation, has_clients) if record.evaluation else {})
 
 
 def client_table(evaluation: Evaluation) -> pd.DataFrame:

@@ -1,17 +1,19 @@
-"""``fellrec compare``: several rules, seeds and cuts on one partition, one table."""
+"""``fellrec compare``: several rules and their settings, seeds and cuts on one partition, one table."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from fellrec.aggregation.build import build_aggregation
+from fellrec.aggregation.build import build_aggregation, effective_settings
 from fellrec.atomic import write_json
 from fellrec.build import Recommender, build_data, build_loop, build_recommender, recommender_key
 from fellrec.config import as_dict, compose, expand, without_launcher
@@ -71,8 +73,8 @@ def compare(configs: Sequence[DictConfig], ranks: Ranks | None = None) -> tuple[
     Raises:
         ConfigError: If the configurations differ in more than rule, seed and split.
     """
-    variants = _variants(configs)
-    _check_comparable(configs, variants)
+    labels = _labels(configs)
+    _check_comparable(configs, labels)
     for config in configs:
         build_aggregation(config.aggregation)  # a rule that cannot be built must not be found out an hour later
     first = configs[0]
@@ -87,8 +89,7 @@ def compare(configs: Sequence[DictConfig], ranks: Ranks | None = None) -> tuple[
     new = NewRun(first.tracking.uri, first.tracking.experiment, run_dir.name, tags)
     with parent_run(run_dir, new) as log:
         learned = [
-            _one(config, variant, recommenders, run_dir, log.uid)
-            for config, variant in zip(configs, variants, strict=True)
+            _one(config, label, recommenders, run_dir, log.uid) for config, label in zip(configs, labels, strict=True)
         ]
         recommender = recommenders.of(first)
         references = reference_results(first, recommender, build_loop(first, recommender, ()))
@@ -160,28 +161,71 @@ class _Recommenders:
 
 
 def _configurations(overrides: Sequence[str]) -> list[DictConfig]:
-    """One configuration per combination; where nothing but seeds is compared, over the rules that are always shown."""
+    """One configuration per combination; where nothing but seeds is compared, over the rules that are always shown.
+
+    Where rules and a setting are varied together, a rule that does not have the setting is there once.
+    """
     configs = [without_launcher(compose(combination)) for combination in expand(overrides)]
-    if any(item.startswith("aggregation=") for item in overrides) or any(_variants(configs)):
-        return configs
-    return [without_launcher(compose(combination)) for combination in expand([*overrides, _DEFAULT_RULES])]
+    if not any(item.startswith("aggregation=") for item in overrides) and not any(_cuts(configs)):
+        configs = [without_launcher(compose(combination)) for combination in expand([*overrides, _DEFAULT_RULES])]
+    return list({_identity(config): config for config in reversed(configs)}.values())[::-1]
 
 
-def _variants(configs: Sequence[DictConfig]) -> list[str]:
-    """What the split of each configuration has of its own, such as ``head_layers=2``; empty if it is that of all."""
+def _identity(config: DictConfig) -> str:
+    """The same for configurations that give the same run."""
+    rest = {key: value for key, value in as_dict(config).items() if key != "aggregation"}
+    return repr([config.aggregation.get("_target_"), effective_settings(config.aggregation), rest])
+
+
+@dataclass(frozen=True)
+class _Label:
+    """What tells a run of a comparison from the others.
+
+    Attributes:
+        rule: With the settings that vary for it, such as ``fellrec alpha=0.3``.
+        variant: What varies of the split, such as ``head_layers=2``; empty if nothing does.
+        seed: Of the run.
+    """
+
+    rule: str
+    variant: str
+    seed: int
+
+
+def _labels(configs: Sequence[DictConfig]) -> list[_Label]:
+    return [
+        _Label(" ".join([rule_name(config), settings]).strip(), variant, config.seed)
+        for config, settings, variant in zip(configs, _settings(configs), _cuts(configs), strict=True)
+    ]
+
+
+def _settings(configs: Sequence[DictConfig]) -> list[str]:
+    """The settings of each configuration's rule that vary among those of the same rule."""
+    rules = [str(config.aggregation.get("_target_")) for config in configs]
+    settings = [effective_settings(config.aggregation) for config in configs]
+    of_rule = {rule: [own for name, own in zip(rules, settings, strict=True) if name == rule] for rule in rules}
+    return [_varying(own, of_rule[rule]) for rule, own in zip(rules, settings, strict=True)]
+
+
+def _cuts(configs: Sequence[DictConfig]) -> list[str]:
+    """What the split of each configuration has of its own."""
     flat = [flatten(as_dict(config.split)) for config in configs]
-    varying = [key for key in flat[0] if len({repr(settings[key]) for settings in flat}) > 1]
-    return [" ".join(f"{key}={settings[key]}" for key in varying) for settings in flat]
+    return [_varying(own, flat) for own in flat]
 
 
-def _one(config: DictConfig, variant: str, recommenders: _Recommenders, run_dir: Path, parent_uid: str) -> RuleResult:
-    own = OmegaConf.merge(config, {"run_dir": str(run_dir / run_name(rule_name(config), variant, config.seed))})
+def _varying(own: Mapping[str, Any], everyone: Sequence[Mapping[str, Any]]) -> str:
+    keys = [key for key in own if len({repr(settings.get(key)) for settings in everyone}) > 1]
+    return " ".join(f"{key}={str(own[key]).lower()}" for key in keys)
+
+
+def _one(config: DictConfig, label: _Label, recommenders: _Recommenders, run_dir: Path, parent_uid: str) -> RuleResult:
+    own = OmegaConf.merge(config, {"run_dir": str(run_dir / run_name(label.rule, label.variant, label.seed))})
     assert isinstance(own, DictConfig)
-    return Run(own, recommenders.of(config), parent_uid, variant).execute()
+    return Run(own, recommenders.of(config), parent_uid, label.rule, label.variant).execute()
 
 
-def _check_comparable(configs: Sequence[DictConfig], variants: Sequence[str]) -> None:
-    """Refuse comparisons over anything but rules, seeds and the split.
+def _check_comparable(configs: Sequence[DictConfig], labels: Sequence[_Label]) -> None:
+    """Refuse comparisons over anything but rules, their settings, seeds and the split.
 
     Raises:
         ConfigError: Naming the settings that differ.
@@ -195,14 +239,11 @@ def _check_comparable(configs: Sequence[DictConfig], variants: Sequence[str]) ->
             f"compare varies aggregation, seed and split only, not {', '.join(other)}; "
             "use fellrec train -m for other sweeps"
         )
-    names = [(rule_name(config), variant, config.seed) for config, variant in zip(configs, variants, strict=True)]
-    twice = sorted(
-        {f"{rule} {variant}".strip() for rule, variant, seed in names if names.count((rule, variant, seed)) > 1}
-    )
-    if twice:
+    if len(set(labels)) < len(labels):
+        twice = next(label for label in labels if labels.count(label) > 1)
         raise ConfigError(
-            f"{', '.join(twice)} would run twice with the same seed; compare one setting of a rule at a time "
-            "or use fellrec train -m"
+            f"two runs would both be called {run_name(twice.rule, twice.variant, twice.seed)}: rules are told apart by "
+            "the names of their classes"
         )
     if any(config.split.transport == "distributed" for config in configs):
         raise ConfigError(

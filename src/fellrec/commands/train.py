@@ -30,6 +30,8 @@ from fellrec.tracking.tables import print_comparison, results_console
 
 _RANKS = ("trainer.devices=", "trainer.num_nodes=")
 """Settings that a resumed run may change: they change no result."""
+_GROUPS_WITHOUT_CHOICE = ("participation", "split", "trainer", "tracking")
+"""Groups whose settings are the same in every run, so that one that is absent has its default."""
 
 
 def run(options: argparse.Namespace) -> None:
@@ -111,10 +113,18 @@ def resumed(overrides: Sequence[str], run_dir: Path) -> DictConfig:
         raise ConfigError(f"resume goes on with the run's own configuration; leave out {' '.join(others)}")
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
+    _add_new_settings(config)
     config.merge_with_dotlist([item for item in overrides if item.startswith(_RANKS)])
     check(config)
     config.run_dir, config.resume = str(run_dir), str(run_dir)
     return config
+
+
+def _add_new_settings(config: DictConfig) -> None:
+    """Give a run of an older fellrec the defaults of settings that did not exist then."""
+    defaults = compose([])
+    for group in _GROUPS_WITHOUT_CHOICE:
+        config[group] = OmegaConf.merge(defaults[group], config.get(group, {}))
 
 
 def _multirun(overrides: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ COSTS: dict[str, Callable[[RunCost], float | None]] = {
 def cost_panels(comparison: Comparison, cutoff: int) -> tuple[str, list[str], dict[str, dict[str, list[float | None]]]]:
     """What ``plots.panels`` draws: quality and cost of every variant, a line per rule."""
     variants = comparison.variants
-    of_rule = {rule.partition(" ")[0]: None for rule in comparison.rules("learned")}
+    of_rule = {result.rule: None for result in comparison.results if result.kind == "learned"}
     ndcg = f"ndcg_at_{cutoff}"
     figures: dict[str, Callable[[str], float | None]] = {
         f"NDCG@{cutoff}, mean over clients": lambda rule: comparison.mean_and_sd(rule, f"{ndcg}/mean")[0],
