@@ -24,6 +24,9 @@ from fellrec.functional.packing import PACKINGS
 from fellrec.layout import conf_dir, group_choices
 from fellrec.rankers.reference import SHOWN
 
+_GROUPS_WITHOUT_CHOICE = ("participation", "references", "split", "trainer", "tracking")
+"""Groups whose settings are the same in every run, so that one that is absent has its default."""
+
 
 def compose(overrides: Sequence[str], optional: Collection[str] = ()) -> DictConfig:
     """Compose the configuration for one run.
@@ -68,6 +71,13 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
 def without_launcher(config: DictConfig) -> DictConfig:
     """The experiment alone: where it runs is no part of it."""
     return OmegaConf.masked_copy(config, [str(key) for key in config if key != "launcher"])
+
+
+def add_new_settings(config: DictConfig) -> None:
+    """Give the configuration of a run of an older fellrec the defaults of settings that did not exist then."""
+    defaults = compose([])
+    for group in _GROUPS_WITHOUT_CHOICE:
+        config[group] = OmegaConf.merge(defaults[group], config.get(group, {}))
 
 
 def as_dict(config: DictConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from fellrec.build import build_data, build_loop, build_recommender
+from fellrec.config import add_new_settings
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError
 from fellrec.records import check_prompt
@@ -63,6 +64,7 @@ def read_config(run_dir: Path) -> DictConfig:
         raise ConfigError(f"{run_dir} has no config.yaml; give the directory of a run")
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
+    add_new_settings(config)
     return config
 
 

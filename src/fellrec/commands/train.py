@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from fellrec.aggregation.build import build_aggregation
 from fellrec.build import build_data, build_recommender, over_ranks
 from fellrec.callbacks.preemption import StopSignals
-from fellrec.config import check, compose, expand, without_launcher
+from fellrec.config import add_new_settings, check, compose, expand, without_launcher
 from fellrec.errors import ConfigError
 from fellrec.launch.local import other_ranks
 from fellrec.layout import conf_dir
@@ -30,8 +30,6 @@ from fellrec.tracking.tables import print_comparison, results_console
 
 _RANKS = ("trainer.devices=", "trainer.num_nodes=")
 """Settings that a resumed run may change: they change no result."""
-_GROUPS_WITHOUT_CHOICE = ("participation", "split", "trainer", "tracking")
-"""Groups whose settings are the same in every run, so that one that is absent has its default."""
 
 
 def run(options: argparse.Namespace) -> None:
@@ -113,18 +111,11 @@ def resumed(overrides: Sequence[str], run_dir: Path) -> DictConfig:
         raise ConfigError(f"resume goes on with the run's own configuration; leave out {' '.join(others)}")
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
-    _add_new_settings(config)
+    add_new_settings(config)
     config.merge_with_dotlist([item for item in overrides if item.startswith(_RANKS)])
     check(config)
     config.run_dir, config.resume = str(run_dir), str(run_dir)
     return config
-
-
-def _add_new_settings(config: DictConfig) -> None:
-    """Give a run of an older fellrec the defaults of settings that did not exist then."""
-    defaults = compose([])
-    for group in _GROUPS_WITHOUT_CHOICE:
-        config[group] = OmegaConf.merge(defaults[group], config.get(group, {}))
 
 
 def _multirun(overrides: Sequence[str]) -> None:

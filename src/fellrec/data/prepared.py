@@ -27,8 +27,8 @@ from fellrec.functional.rng import derive_seed
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 2
-"""Raise it when preparation changes, so that older cache entries are not used."""
+_FORMAT = 1
+"""Raise it when preparation changes, so that older cache entries are not used, nor older runs evaluated on others."""
 
 _STAGES = ("train", "valid", "test")
 _RAGGED = ("histories", *_STAGES)
@@ -118,7 +118,7 @@ def prepare(
             check_holdout(data)
             return data
         except (OSError, ValueError, KeyError) as error:
-            log.warning("the cached data in %s are damaged (%s) and are made again", cache / key, error)
+            log.warning("the cached data in %s are damaged or incomplete (%s) and are made again", cache / key, error)
             shutil.rmtree(cache / key)
     data = _prepare(reader, settings, holdout, partition, key)
     check_holdout(data)

@@ -84,7 +84,7 @@ def reference_rankers(
 
     They are fitted on the training interactions alone, as the learned ones are; at test time what they score from also
     has the validation item. On ML-1M (leave-one-out, 6,040 users, 3,706 films, earlier films masked) NDCG@10 is 0.001
-    for random, 0.0194 for popularity, and 0.112 and 0.126 for the Markov rankers.
+    for random, 0.0194 for popularity, 0.112 and 0.126 for the Markov rankers, 0.039 for item-kNN and 0.049 for MF.
 
     Args:
         train: Training sequences, one row per user, oldest first.
