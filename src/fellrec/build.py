@@ -19,6 +19,7 @@ from fellrec.aggregation.build import build_aggregation
 from fellrec.config import as_dict, make
 from fellrec.data.cold import Cold
 from fellrec.data.datamodule import FellrecDataModule
+from fellrec.data.guards import check_prompts
 from fellrec.data.prepared import DataSettings, PreparedData, prepare
 from fellrec.errors import ConfigError
 from fellrec.facts import facts
@@ -47,7 +48,7 @@ from fellrec.models.cut import Cut, server_shell
 from fellrec.models.module import FellrecModule, Objective, OptimizerSettings
 from fellrec.models.share import read_body
 from fellrec.models.split import SplitModel
-from fellrec.pretrained import tiny_backbone
+from fellrec.pretrained import sasrec_backbone, tiny_backbone
 
 _BANKS = 7
 """Copies of all adapters that a side of the executed cut holds: now, best, best per client, two AdamW moments, and two
@@ -163,6 +164,7 @@ def build_recommender(config: DictConfig, data: PreparedData) -> Recommender:
     model = SplitModel(backbone.model, split.head_layers, split.tail_layers, link)
     objective = _objective(config, backbone, data)
     objective.check(model)
+    check_prompts(objective, data)
     fabric.to_device(backbone.model)
     adapter = make(config.adapter, "adapter")
     adapter.attach(backbone.model, backbone.arch, config.seed, model.part_of)
@@ -212,7 +214,7 @@ def build_fabric(config: DictConfig) -> Fabric:
 
 
 def build_backbone(config: DictConfig, data: PreparedData) -> Backbone:
-    """The backbone of the configuration: a folder or hub name, or the tiny one, pre-trained once and cached.
+    """The backbone of the configuration: a folder or hub name, or one that is made here once and cached.
 
     With ``split.transport=distributed`` it is the client's share.
     """
@@ -222,9 +224,10 @@ def build_backbone(config: DictConfig, data: PreparedData) -> Backbone:
     if settings["name"] == "hf":
         return load_hf(settings["path"], dtype=settings["dtype"], client_cut=cut)
     shaping = {"backbone": settings, "objective": as_dict(config.objective)}
-    return tiny_backbone(
-        cache_dir(config) / "backbones", shaping, lambda backbone: _objective(config, backbone, data), data, cut
-    )
+    cache = cache_dir(config) / "backbones"
+    if settings["name"] == "sasrec":
+        return sasrec_backbone(cache, shaping, data, cut)
+    return tiny_backbone(cache, shaping, lambda backbone: _objective(config, backbone, data), data, cut)
 
 
 def attach_server(config: DictConfig, model: SplitModel, fabric: Fabric) -> ServerShare:

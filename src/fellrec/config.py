@@ -22,8 +22,9 @@ from fellrec.errors import ConfigError, nearest_first, unknown
 from fellrec.functional.nested import flatten
 from fellrec.functional.packing import PACKINGS
 from fellrec.layout import conf_dir, group_choices
+from fellrec.rankers.reference import SHOWN
 
-_GROUPS_WITHOUT_CHOICE = ("participation", "split", "trainer", "tracking")
+_GROUPS_WITHOUT_CHOICE = ("participation", "references", "split", "trainer", "tracking")
 """Groups whose settings are the same in every run, so that one that is absent has its default."""
 
 
@@ -161,6 +162,10 @@ def _cutoffs(value: Any) -> bool:
     return bool(value) and all(_integer(1)(cutoff) for cutoff in value)
 
 
+def _references(value: Any) -> bool:
+    return OmegaConf.is_list(value) and all(name in SHOWN for name in value) and len(set(value)) == len(value)
+
+
 _AT_LEAST_1, _AT_LEAST_0 = "a whole number of at least 1", "a whole number of at least 0"
 _RULES = (
     _Rule("seed", _integer(0), _AT_LEAST_0),
@@ -204,6 +209,10 @@ _RULES = (
     _Rule("split.gradient_dtype", _one_of(*PACKINGS), ", ".join(PACKINGS)),
     _Rule("split.head_cache", _one_of("none", "memory", "disk"), "none, memory or disk"),
     _Rule("split.head_cache_bytes", _integer(1), _AT_LEAST_1),
+    _Rule("references.show", _references, f"a list, each once, of {', '.join(SHOWN)}"),
+    _Rule("references.neighbours", _integer(1), _AT_LEAST_1),
+    _Rule("references.shrink", _number(0), "a number of at least 0"),
+    _Rule("references.factors", _integer(1), _AT_LEAST_1),
     _Rule("tracking.on_unreachable", _one_of("stop", "keep"), "stop or keep"),
     _Rule("tracking.max_logged_clients", _integer(0), _AT_LEAST_0),
     _Rule("split.timeout_seconds", _number(0, open_low=True), "a number above 0"),

@@ -24,6 +24,10 @@ class DataError(FellrecError):
     """A data file or the interactions in it cannot be used."""
 
 
+class LeakError(DataError):
+    """A model would see, or be selected by, what it is tested on, or could be asked for what it cannot rank."""
+
+
 class BackboneError(FellrecError):
     """A backbone, its split or its adapter cannot be built."""
 

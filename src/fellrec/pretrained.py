@@ -1,4 +1,4 @@
-"""The tiny backbone, pre-trained once for a catalogue, an objective and a set of public users, and cached."""
+"""Backbones that are made here, once for a catalogue, and cached: the pre-trained tiny one, and SASRec."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.data.prepared import PreparedData
+from fellrec.errors import ConfigError
 from fellrec.models.backbone import Backbone, load_hf
 from fellrec.models.module import Objective
 from fellrec.models.pretrain import PretrainSettings, catalogue_tokens, pretrain
+from fellrec.models.sasrec import build_sasrec
 from fellrec.models.split import SplitModel
 from fellrec.models.tiny import build_tiny
 
@@ -48,6 +50,47 @@ def tiny_backbone(
     if not folder.is_dir():
         _make(folder, settings["backbone"], make_objective, data)
     return replace(load_hf(str(folder), client_cut=client_cut), name="tiny")  # not the folder's name, which is a hash
+
+
+def sasrec_backbone(
+    cache: Path, settings: Mapping[str, Any], data: PreparedData, client_cut: tuple[int, int] | None = None
+) -> Backbone:
+    """Take the untrained SASRec backbone from the cache, or make it; it is a folder, as other processes read theirs.
+
+    Args:
+        cache: As in `tiny_backbone`.
+        settings: As in `tiny_backbone`.
+        data: The catalogue.
+        client_cut: As in `tiny_backbone`.
+
+    Raises:
+        ConfigError: If the objective shows the model text: it only knows items.
+        DataError: If an item id cannot be a token.
+    """
+    check_reads_items(settings["objective"])
+    text = json.dumps([settings["backbone"], data.catalogue.item_ids, _FORMAT])
+    folder = cache / hashlib.sha256(text.encode()).hexdigest()[:16]
+    if not folder.is_dir():
+        shape = {key: value for key, value in settings["backbone"].items() if key != "name"}
+        _save(build_sasrec(data.catalogue.item_ids, **shape), folder)
+    return replace(load_hf(str(folder), client_cut=client_cut), name="sasrec", is_pretrained=False)
+
+
+def check_reads_items(objective: Mapping[str, Any]) -> None:
+    """Refuse objectives that show a backbone anything but item ids.
+
+    Args:
+        objective: The ``objective`` group, plain values.
+
+    Raises:
+        ConfigError: If a field is another, or there are none.
+    """
+    fields = [objective.get(name) for name in ("history_fields", "item_fields")]
+    if any(field != ["item_id"] for field in fields):
+        raise ConfigError(
+            f"backbone=sasrec knows items, not their text, and objective.history_fields={fields[0]}, "
+            f"objective.item_fields={fields[1]}; both must be [item_id], as with objective=items"
+        )
 
 
 def _key(settings: Mapping[str, Any], data: PreparedData) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -15,6 +16,7 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from fellrec.atomic import write_atomically, write_json
+from fellrec.data.guards import check_template
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError
 from fellrec.lock import is_lock
@@ -22,6 +24,7 @@ from fellrec.types import Evaluation
 
 SLURM_FOLDER = "slurm"
 """Where ``fellrec submit`` keeps scripts and output of a run's jobs, in the run directory."""
+_PROMPT = "prompt.json"
 _PACKAGES = ("fellrec", "torch", "lightning", "transformers", "peft", "torchmetrics", "hydra-core", "mlflow")
 
 
@@ -82,6 +85,24 @@ def write_start(run_dir: Path, config: DictConfig, data: PreparedData) -> None:
     write_json(run_dir / "data.json", {"key": data.key, "name": data.name, "statistics": data.statistics})
     partition = pd.DataFrame({"user_id": data.users["user_id"], "client": data.client_of_user})
     write_atomically(run_dir / "partition.parquet", partition.to_parquet(None, index=False))
+
+
+def write_prompt(run_dir: Path, objective: Any) -> None:
+    """Write ``prompt.json``, version and hash of the prompt's template; nothing for objectives without one."""
+    template = getattr(objective, "template", None)
+    if template is not None:
+        write_json(run_dir / _PROMPT, template.facts)
+
+
+def check_prompt(run_dir: Path, objective: Any) -> None:
+    """Refuse to go on with, or evaluate, a run by another prompt than it was trained with.
+
+    Raises:
+        ConfigError: If the template has changed.
+    """
+    template, path = getattr(objective, "template", None), run_dir / _PROMPT
+    if template is not None and path.is_file():
+        check_template(json.loads(path.read_text()), template.facts, str(run_dir))
 
 
 def write_evaluation(run_dir: Path, evaluation: Evaluation, extra: Mapping[str, Any]) -> None:

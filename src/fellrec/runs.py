@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
 
 from fellrec.atomic import explaining_full_disks
 from fellrec.build import Recommender, build_loop, frozen_parameters
@@ -25,9 +24,9 @@ from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.memory import peak_bytes
 from fellrec.launch.storage import storage_of
 from fellrec.lock import hold
-from fellrec.rankers.reference import reference_rankers
+from fellrec.rankers.reference import PRETRAINED, ReferenceRanker, ReferenceSettings, reference_rankers
 from fellrec.rankings import write_users
-from fellrec.records import new_run_dir, versions, write_evaluation, write_start
+from fellrec.records import check_prompt, new_run_dir, versions, write_evaluation, write_prompt, write_start
 from fellrec.tracking.results import Comparison, RuleResult
 from fellrec.tracking.run_log import NewRun, RunLog
 from fellrec.types import Evaluation, RoundRecord
@@ -78,10 +77,12 @@ class Run:
         config, recommender = self.config, self.recommender
         loop = self.loop = build_loop(config, recommender, ())
         checkpoint = Checkpoint(self.run_dir, config.trainer.checkpoint_every)
+        check_prompt(self.run_dir, recommender.module.objective)
         if self._has_checkpoint:
             checkpoint.resume(loop)
         else:
             write_start(self.run_dir, config, recommender.data)
+            write_prompt(self.run_dir, recommender.module.objective)
         logging = self._mlflow()
         clock, meter = _Clock(), CostMeter(config.split.transport, lambda: storage_of(config, recommender))
         logging.costs = meter
@@ -241,16 +242,22 @@ def collect(recommender: Recommender, results: Sequence[RuleResult]) -> Comparis
 
 
 def reference_results(
-    recommender: Recommender, loop: FederatedLoop, seed: int, stage: str = "test"
+    config: DictConfig, recommender: Recommender, loop: FederatedLoop, stage: str = "test"
 ) -> list[RuleResult]:
-    """The random, popularity and Markov rankers, and the backbone before any round, on the same users."""
-    data = recommender.data
-    rankers = reference_rankers(data.train, len(data.catalogue), seed)
+    """The reference rankers that ``references.show`` names, and the backbone before any round, on the same users."""
+    data, seed, shown = recommender.data, config.seed, list(config.references.show)
+    settings = ReferenceSettings(
+        **{name: value for name, value in as_dict(config.references).items() if name != "show"}, seed=seed
+    )
+    names = [name for name in shown if name != PRETRAINED]
+    rankers = reference_rankers(data.train, data.client_of_user, len(data.catalogue), settings, names)
     results = [
-        RuleResult(name, seed, "reference", _evaluate(recommender, ranker.scores, stage))
-        for name, ranker in rankers.items()
+        RuleResult(name, seed, "reference", _evaluate(recommender, ranker, stage)) for name, ranker in rankers.items()
     ]
-    return [*results, RuleResult("pretrained", seed, "reference", loop.evaluate_start(stage))]
+    if PRETRAINED in shown:
+        name = PRETRAINED if recommender.backbone.is_pretrained else "untrained"
+        results.append(RuleResult(name, seed, "reference", loop.evaluate_start(stage)))
+    return results
 
 
 def finish_message(run_dir: Path, config: DictConfig) -> str:
@@ -261,10 +268,10 @@ def finish_message(run_dir: Path, config: DictConfig) -> str:
     return f"Run directory: {run_dir}\n{where}; open it by: fellrec ui{option}"
 
 
-def _evaluate(recommender: Recommender, scores: Callable[[Tensor], Tensor], stage: str) -> Evaluation:
+def _evaluate(recommender: Recommender, ranker: ReferenceRanker, stage: str) -> Evaluation:
     module = recommender.module
     with torch.no_grad(), recommender.fabric.autocast():
         for batch in recommender.datamodule.eval_loader(stage):
             moved = recommender.fabric.to_device(batch)
-            module.add_scores(scores(moved["histories"]), moved)
+            module.add_scores(ranker.scores(moved["histories"], moved), moved)
     return module.finish_evaluation(stage, -1)

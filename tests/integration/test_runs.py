@@ -17,6 +17,7 @@ from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
 
 from fellrec.cli import main
+from fellrec.commands.evaluate import read_config
 from fellrec.commands.train import resumed
 from fellrec.models.backbone import load_hf
 
@@ -150,7 +151,7 @@ def test_compare_prints_the_same_figures_as_table_and_json(
     assert comparison == json.loads((workplace / "both" / "comparison" / "comparison.json").read_text())
     assert list(comparison["rules"]) == [
         *("local", "fedavg", "fellrec", "centralized"),
-        *("random", "popularity", "markov", "markov_decay", "pretrained"),
+        *("random", "popularity", "client_popularity", "markov", "markov_decay", "item_knn", "mf", "pretrained"),
     ]
     table = pd.read_csv(workplace / "both" / "comparison" / "comparison.csv", keep_default_na=False)
     for row, rule in zip(table.to_dict("records"), comparison["rules"].values(), strict=True):
@@ -265,7 +266,7 @@ def test_a_run_of_an_older_version_goes_on_with_the_defaults_of_new_settings(fin
     folder, _ = finished
     stored = OmegaConf.load(folder / "run" / "config.yaml")
     expected = stored.copy()
-    del stored.tracking.max_logged_clients, stored.participation
+    del stored.tracking.max_logged_clients, stored.participation, stored.references
     older = folder / "older"
     older.mkdir()
     OmegaConf.save(stored, older / "config.yaml")
@@ -273,6 +274,7 @@ def test_a_run_of_an_older_version_goes_on_with_the_defaults_of_new_settings(fin
     assert config.tracking == expected.tracking
     assert config.participation == expected.participation
     assert config.trainer.num_rounds == 2, "what was set stays"
+    assert read_config(older).references == expected.references, "evaluate reads it too"
 
 
 def test_mlflow_is_not_sent_the_figures_of_each_of_many_clients(

@@ -95,6 +95,12 @@ def test_the_keys_that_scripts_rely_on(rule: str, override: str) -> None:
         (["data.public_user_rate=1"], "data.public_user_rate=1 is not allowed: a number in [0, 1)"),
         (["trainer.cutoffs=[]"], "trainer.cutoffs=[] is not allowed"),
         (["trainer.devices=0"], "trainer.devices=0 is not allowed: a whole number of at least 1, or auto"),
+        (
+            ["references.show=[popularty]"],
+            "references.show=['popularty'] is not allowed: a list, each once, of random, ",
+        ),
+        (["references.show=[mf,mf]"], "references.show=['mf', 'mf'] is not allowed: a list, each once, of random, "),
+        (["references.shrink=-1"], "references.shrink=-1 is not allowed: a number of at least 0"),
         (["data=ml_1m"], "data.root needs a value: give data.root="),
         (["backbone=hf"], "backbone.path needs a value: give backbone.path="),
         (["a=b=[c"], "cannot"),

@@ -94,7 +94,7 @@ def compare(configs: Sequence[DictConfig], ranks: Ranks | None = None) -> tuple[
             _one(config, label, recommenders, run_dir, log.uid) for config, label in zip(configs, labels, strict=True)
         ]
         recommender = recommenders.of(first)
-        references = reference_results(recommender, build_loop(first, recommender, ()), first.seed)
+        references = reference_results(first, recommender, build_loop(first, recommender, ()))
         collected = collect(recommenders.of(first), [*learned, *references])
         comparison = with_significance(collected, table_cutoff(first))
         write_outputs(comparison, run_dir, table_cutoff(first))

@@ -11,6 +11,7 @@ from fellrec.build import build_data, build_loop, build_recommender
 from fellrec.config import read_config
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError
+from fellrec.records import check_prompt
 from fellrec.runs import collect, reference_results, rule_name, table_cutoff
 from fellrec.tracking.results import Comparison, RuleResult
 from fellrec.tracking.tables import print_comparison, results_console
@@ -34,19 +35,20 @@ def evaluate(run_dir: Path, stage: str) -> Comparison:
         stage: ``"val"`` or ``"test"``.
 
     Raises:
-        ConfigError: If the directory is no run's, or the data is no longer what the run was trained on.
+        ConfigError: If the directory is no run's, or data or prompt are no longer what the run was trained on.
     """
     config = read_config(run_dir)
     data = build_data(config)
     _check_same_data(run_dir, data)
     recommender = build_recommender(config, data)
+    check_prompt(run_dir, recommender.module.objective)
     loop = build_loop(config, recommender, ())
     loop.execution.load(loop, run_dir)
     bank, rows = loop.selected
     evaluation = loop.evaluate(stage, loop.state.selection.round_index, bank, rows)
     best_round = loop.state.selection.round_index
     result = RuleResult(rule_name(config), config.seed, "learned", evaluation, best_round=best_round)
-    return collect(recommender, [result, *reference_results(recommender, loop, config.seed, stage)])
+    return collect(recommender, [result, *reference_results(config, recommender, loop, stage)])
 
 
 def _check_same_data(run_dir: Path, data: PreparedData) -> None:

@@ -73,7 +73,7 @@ def _train(config: DictConfig, output_format: str, signals: StopSignals, team: T
     run = Run(config, recommender, signals=signals)
     result = run.execute()
     assert run.loop is not None
-    comparison = collect(recommender, [result, *reference_results(recommender, run.loop, config.seed)])
+    comparison = collect(recommender, [result, *reference_results(config, recommender, run.loop)])
     run.loop.execution.stop()
     if output_format == "json":
         sys.stdout.write(json.dumps(comparison.to_dict(), indent=1) + "\n")

@@ -13,6 +13,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fellrec.data.guards import check_view
 from fellrec.data.prepared import PreparedData
 from fellrec.data.ragged import IntArray, Ragged
 from fellrec.data.windows import TrainingRows, last_position_rows, windows
@@ -49,6 +50,7 @@ class _Users(Dataset[Any]):
         self._seen = [data.train] if stage == "val" else [data.train, data.valid]
         self._targets = data.valid if stage == "val" else data.test
         self._max_history = data.max_history
+        check_view(data, stage, self._seen, self._targets)
 
     def __len__(self) -> int:
         return len(self.users)
@@ -90,6 +92,9 @@ class FellrecDataModule(LightningDataModule):
         batch_size: Training rows a batch.
         eval_batch_size: Users a batch.
         seed: Seed of the order of the rows.
+
+    Raises:
+        LeakError: If evaluation would see what it is to predict, or not know what users have seen.
     """
 
     def __init__(
@@ -108,7 +113,7 @@ class FellrecDataModule(LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.seed = seed
         self._make_rows = last_position_rows if one_target_per_row else windows
-        self._users: dict[str, _Users] = {}
+        self._users = {stage: _Users(data, stage, evaluated_users(data, stage)) for stage in ("val", "test")}
         self._first_ids: dict[int | None, int] = {}
         self._num_ids = 0
         self._recent: OrderedDict[int | None, _Rows] = OrderedDict()
@@ -140,8 +145,6 @@ class FellrecDataModule(LightningDataModule):
 
     def eval_loader(self, stage: str, clients: tuple[int, ...] | None = None) -> DataLoader[Any]:
         """Users of the given clients (all for ``None``) with their targets; ``stage`` is ``"val"`` or ``"test"``."""
-        if stage not in self._users:
-            self._users[stage] = _Users(self.data, stage, evaluated_users(self.data, stage))
         users = self._users[stage]
         positions = range(len(users)) if clients is None else np.flatnonzero(np.isin(users.clients, clients)).tolist()
         return DataLoader(users, batch_size=self.eval_batch_size, sampler=positions, collate_fn=_as_is)

@@ -17,6 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fellrec.data.filters import k_core
+from fellrec.data.guards import check_holdout
 from fellrec.data.holdout import TEST, TRAIN, VALID, Holdout
 from fellrec.data.partition import Partition, PartitionInput, by_size
 from fellrec.data.ragged import IntArray, Ragged
@@ -27,9 +28,10 @@ from fellrec.functional.rng import derive_seed
 log = logging.getLogger(__name__)
 
 _FORMAT = 1
-"""Raise it when preparation changes, so that older cache entries are not used."""
+"""Raise it when preparation changes, so that older cache entries are not used, nor older runs evaluated on others."""
 
-_RAGGED = ("train", "valid", "test")
+_STAGES = ("train", "valid", "test")
+_RAGGED = ("histories", *_STAGES)
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class PreparedData:
         name: Of the data set.
         catalogue: The items.
         users: ``user_id`` and attributes.
+        histories: All interactions before the holdout, oldest first; what guards compare the others with.
         train: Training interactions, oldest first.
         valid: Validation targets; empty for public users.
         test: Test targets; empty for public users.
@@ -79,6 +82,7 @@ class PreparedData:
     name: str
     catalogue: Catalogue
     users: pd.DataFrame
+    histories: Ragged
     train: Ragged
     valid: Ragged
     test: Ragged
@@ -104,16 +108,20 @@ def prepare(
 
     Raises:
         DataError: If the data cannot be used.
+        LeakError: If what is held out is among what is trained on.
         ConfigError: If a setting does not fit the data.
     """
     key = _key(reader, settings, holdout, partition)
     if cache is not None and (cache / key).is_dir():
         try:
-            return _load(cache / key)
+            data = _load(cache / key)
+            check_holdout(data)
+            return data
         except (OSError, ValueError, KeyError) as error:
-            log.warning("the cached data in %s are damaged (%s) and are made again", cache / key, error)
+            log.warning("the cached data in %s are damaged or incomplete (%s) and are made again", cache / key, error)
             shutil.rmtree(cache / key)
     data = _prepare(reader, settings, holdout, partition, key)
+    check_holdout(data)
     if cache is not None:
         _save(data, cache / key)
     return data
@@ -146,6 +154,7 @@ def _prepare(reader: Reader, settings: DataSettings, holdout: Holdout, partition
         name=settings.name,
         catalogue=catalogue,
         users=users,
+        histories=histories,
         train=train,
         valid=valid,
         test=test,
@@ -156,7 +165,7 @@ def _prepare(reader: Reader, settings: DataSettings, holdout: Holdout, partition
         key=key,
     )
     _check_clients(data)
-    stage_counts = {name: int((stages == stage).sum()) for stage, name in enumerate(_RAGGED)}
+    stage_counts = {name: int((stages == stage).sum()) for stage, name in enumerate(_STAGES)}
     statistics = {**counts, "duplicates_dropped": num_duplicates, **filtered, **stage_counts, **_statistics(data)}
     return PreparedData(**{**_fields(data), "statistics": statistics})
 
@@ -263,7 +272,7 @@ def _statistics(data: PreparedData) -> dict[str, Any]:
     seen = np.zeros(len(catalogue), dtype=bool)
     seen[data.train.values] = True
     num_targets = np.bincount(data.train.row_index, weights=data.train_targets, minlength=len(owner))
-    num_interactions = int(sum(len(getattr(data, name).values) for name in _RAGGED))
+    num_interactions = int(sum(len(getattr(data, name).values) for name in _STAGES))
     return {
         "users": len(owner),
         "public_users": int((~private).sum()),
@@ -309,7 +318,9 @@ def _save(data: PreparedData, folder: Path) -> None:
 def _load(folder: Path) -> PreparedData:
     scalars = json.loads((folder / "data.json").read_text())
     with np.load(folder / "arrays.npz", allow_pickle=False) as arrays:
-        train, valid, test = (Ragged(arrays[f"{name}_values"], arrays[f"{name}_offsets"]) for name in _RAGGED)
+        histories, train, valid, test = (
+            Ragged(arrays[f"{name}_values"], arrays[f"{name}_offsets"]) for name in _RAGGED
+        )
         train_targets, client_of_user = arrays["train_targets"], arrays["client_of_user"]
     items = pd.read_parquet(folder / "items.parquet")
     return PreparedData(
@@ -317,6 +328,7 @@ def _load(folder: Path) -> PreparedData:
         users=pd.read_parquet(folder / "users.parquet"),
         train_targets=train_targets,
         client_of_user=client_of_user,
+        histories=histories,
         train=train,
         valid=valid,
         test=test,

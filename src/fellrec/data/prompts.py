@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,12 @@ class PromptTemplate:
     before: str = "Task: name the title that this person will choose next.\nChosen so far, oldest first:\n"
     line: str = "- {title}\n"
     after: str = "Next title: "
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What runs record: the version, and a hash of the texts, which tells when one changed without the other."""
+        texts = "\x00".join((self.before, self.line, self.after))
+        return {"version": self.version, "digest": hashlib.sha256(texts.encode()).hexdigest()[:16]}
 
     def history_lines(self, titles: Sequence[str]) -> list[str]:
         """Each title as a line of the history."""

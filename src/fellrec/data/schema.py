@@ -66,12 +66,13 @@ class Catalogue:
         return len(self.item_ids)
 
     def texts(self, fields: Sequence[str] = ("title", "genre")) -> list[str]:
-        """Each item's fields joined by a space; fields that the data set does not have are left out.
+        """Each item's fields (``item_id``, ``title``, attributes) joined by a space; absent fields are left out.
 
         Raises:
             ConfigError: If the data set has none of them.
         """
-        columns = {"title": pd.Series(self.titles, dtype=object), **dict(self.attributes.items())}
+        own = {"item_id": pd.Series(self.item_ids, dtype=object), "title": pd.Series(self.titles, dtype=object)}
+        columns = {**own, **dict(self.attributes.items())}
         present = [columns[name] for name in fields if name in columns]
         if not present:
             raise ConfigError(unknown("item field", ", ".join(fields), columns))

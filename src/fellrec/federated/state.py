@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fellrec.data.guards import check_selection
 from fellrec.errors import CheckpointError
 from fellrec.models.bank import AdapterBank
 from fellrec.models.versions import Shelf, Version, check_file, open_shelf
@@ -184,7 +185,11 @@ class RunState:
 
         Returns:
             Whether the population's mean improved, and the clients who did.
+
+        Raises:
+            LeakError: If the evaluation is of another stage.
         """
+        check_selection(evaluation.stage)
         selection = self.selection
         values = evaluation.per_client[selection.metric].tolist()
         if not selection.client_values:

@@ -17,7 +17,9 @@ from fellrec.errors import BackboneError, ConfigError, unknown
 from fellrec.layout import conf_dir
 from fellrec.models.architectures import ARCHITECTURES, arch_of
 from fellrec.models.backbone import Backbone, check_tokenizer, dtype_of, load_shape
+from fellrec.models.sasrec import item_tokenizer, sasrec_config
 from fellrec.models.tiny import build_tokenizer, tiny_config
+from fellrec.pretrained import check_reads_items
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
@@ -64,6 +66,11 @@ def empty_backbone(config: DictConfig, catalogue: Catalogue) -> tuple[Backbone, 
         names = ("hidden_size", "num_layers", "num_heads", "max_position_embeddings")
         shape = tiny_config(tokenizer, **{name: settings[name] for name in names})
         return _on_meta(shape, torch.float32, tokenizer, "tiny"), True
+    if settings["name"] == "sasrec":
+        check_reads_items(as_dict(config.objective))
+        tokenizer = item_tokenizer(catalogue.item_ids)
+        sizes = {name: value for name, value in settings.items() if name not in ("name", "seed")}
+        return _on_meta(sasrec_config(tokenizer, **sizes), torch.float32, tokenizer, "sasrec"), True
     dtype = dtype_of(settings["dtype"])
     if has_weights(config):
         shape, tokenizer = load_shape(settings["path"])

@@ -34,6 +34,7 @@ class Backbone:
         arch: Where the parts of the model are.
         name: Short name for tables and tags.
         folder: Where it was loaded from; ``None`` if it was made here.
+        is_pretrained: Whether it has learned something before the first round.
     """
 
     model: Any
@@ -41,6 +42,7 @@ class Backbone:
     arch: ArchSpec
     name: str
     folder: Path | None = None
+    is_pretrained: bool = True
 
     @property
     def num_parameters(self) -> int:

@@ -9,6 +9,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from fellrec.data.guards import check_batch
 from fellrec.functional.first_items import first_items
 from fellrec.functional.ranking import target_ranks
 from fellrec.metrics.clients import ClientRankingMetrics
@@ -130,8 +131,10 @@ class FellrecModule(LightningModule):
 
         Raises:
             TrainingError: If a score is NaN.
+            LeakError: If a target is masked, or an item of a history is not.
         """
         scores, titles = scores.float(), self.title_groups.to(scores.device)
+        check_batch(batch, scores.shape[1])
         targets = batch["target_rows"], batch["target_items"]
         masked = batch["masked_rows"], batch["masked_items"]
         ranks = target_ranks(scores, *targets, *masked, titles)

@@ -1,156 +1,96 @@
-"""Rankers without a model: random, popularity, first-order Markov. Cheap, strong, and they keep everyone honest.
+"""Rankers without a language model that stand beside every learned one. Cheap, strong, and they keep everyone honest.
 
 All give ``scores(histories) -> [B, I]`` float32, higher is better, with ``histories`` ``[B, H]`` int64, oldest first,
-padded with -1 on the right. They count on the CPU and give scores on the device of the histories. None masks anything.
+padded with -1 on the right. They compute on the CPU and give scores on the histories' device. None masks anything.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from scipy import sparse
 from torch import Tensor
 
-from fellrec.data.ragged import Ragged
-from fellrec.errors import ConfigError
-
-TIE_BREAK = 0.01
-"""Transitions that the most popular item gets for its popularity in the Markov ranker."""
+from fellrec.data.ragged import IntArray, Ragged
+from fellrec.rankers.collaborative import ItemKNNRanker, PureSVDRanker
+from fellrec.rankers.counting import ClientPopularityRanker, MarkovRanker, PopularityRanker, RandomRanker
 
 REFERENCE_DECAY = 0.25
 """Reproduces the figure this project is measured against: NDCG@10 0.126 on ML-1M (0.5 would reach 0.132)."""
 
 
 class ReferenceRanker(Protocol):
-    """What all rankers here have in common."""
+    """What all reference rankers have in common."""
 
-    def scores(self, histories: Tensor) -> Tensor:
-        """``[B, I]`` float32 scores for ``[B, H]`` int64 histories padded with -1 on the right."""
+    def scores(self, histories: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Score all items.
+
+        Args:
+            histories: ``[B, H]`` int64, padded with -1 on the right.
+            batch: The evaluation batch that they come from, for rankers that look at more than the last items: the
+                users' ``clients``, and all they have seen as ``masked_rows`` and ``masked_items``.
+
+        Returns:
+            ``[B, I]`` float32.
+        """
         ...
 
 
-class RandomRanker:
-    """A random order of the items for each history.
+@dataclass(frozen=True)
+class ReferenceSettings:
+    """What of the reference rankers can be set.
 
-    The order is a hash of seed, history and item, so it does not depend on batches, processes or padding.
-
-    Args:
-        num_items: I.
-        seed: Any integer.
+    Attributes:
+        neighbours: See `ItemKNNRanker.fit`.
+        shrink: See `ItemKNNRanker.fit`.
+        factors: See `PureSVDRanker.fit`.
+        seed: Of the random ranker.
     """
 
-    def __init__(self, num_items: int, seed: int) -> None:
-        self.num_items = num_items
-        self.seed = seed
-
-    def scores(self, histories: Tensor) -> Tensor:
-        """``[B, I]`` float32, uniform in [0, 1)."""
-        # Padding becomes 0 and adds nothing to the hash.
-        items: NDArray[np.uint64] = (histories.cpu().numpy() + 1).astype(np.uint64)
-        catalogue: NDArray[np.uint64] = np.arange(self.num_items, dtype=np.uint64)
-        seed = np.array([self.seed % 2**64], dtype=np.uint64)
-        place = _scramble(np.arange(items.shape[1], dtype=np.uint64) + _scramble(seed))
-        rows = _scramble(np.sum(items * place, axis=1, dtype=np.uint64))
-        cells = _scramble(rows[:, None] + catalogue)
-        return torch.from_numpy((cells >> np.uint64(40)).astype(np.float32) / np.float32(2**24)).to(histories.device)
+    neighbours: int = 20
+    shrink: float = 10.0
+    factors: int = 64
+    seed: int = 0
 
 
-class PopularityRanker:
-    """Every user gets the items in the order of how often they occur.
+_FITS: dict[str, Callable[[Ragged, IntArray, int, ReferenceSettings], ReferenceRanker]] = {
+    "random": lambda train, clients, num_items, how: RandomRanker(num_items, how.seed),
+    "popularity": lambda train, clients, num_items, how: PopularityRanker.fit(train, num_items),
+    "client_popularity": lambda train, clients, num_items, how: ClientPopularityRanker.fit(train, clients, num_items),
+    "markov": lambda train, clients, num_items, how: MarkovRanker.fit(train, num_items),
+    "markov_decay": lambda train, clients, num_items, how: MarkovRanker.fit(train, num_items, decay=REFERENCE_DECAY),
+    "item_knn": lambda train, clients, num_items, how: ItemKNNRanker.fit(train, num_items, how.neighbours, how.shrink),
+    "mf": lambda train, clients, num_items, how: PureSVDRanker.fit(train, num_items, how.factors),
+}
+REFERENCES = tuple(_FITS)
+"""Names of all reference rankers, in the order of the table."""
 
-    Args:
-        counts: ``[I]`` occurrences of each item.
-    """
+PRETRAINED = "pretrained"
+"""The backbone before any round: no ranker of this module, but shown beside them."""
 
-    def __init__(self, counts: NDArray[np.int64]) -> None:
-        self.counts = torch.from_numpy(np.asarray(counts, dtype=np.float32))
-
-    @classmethod
-    def fit(cls, train: Ragged, num_items: int) -> PopularityRanker:
-        """Count the items in ``train``."""
-        return cls(np.bincount(train.values, minlength=num_items))
-
-    def scores(self, histories: Tensor) -> Tensor:
-        """``[B, I]`` float32 counts, the same in every row."""
-        return self.counts.to(histories.device).expand(len(histories), -1).clone()
-
-
-class MarkovRanker:
-    """Scores an item by how often it came right after the user's last items in training.
-
-    Popularity breaks ties: it adds at most `TIE_BREAK` of one transition, so that items that never came after the last
-    one, and all items for a user without history, stand in the order of their popularity.
-
-    Args:
-        transitions: ``[I, I]`` sparse, how often column came right after row.
-        counts: ``[I]`` occurrences of each item.
-        decay: Weight of the item before the last one, that of the one before it being ``decay ** 2`` and so on; at 0
-            only the last item counts.
-        max_history: How many of the last items count at most.
-
-    Raises:
-        ConfigError: If ``decay`` is not in [0, 1] or ``max_history`` is below 1.
-    """
-
-    def __init__(
-        self, transitions: sparse.csr_array, counts: NDArray[np.int64], decay: float = 0.0, max_history: int = 10
-    ) -> None:
-        if not 0 <= decay <= 1:
-            raise ConfigError(f"decay is {decay!r}; allowed are numbers from 0 to 1")
-        if max_history < 1:
-            raise ConfigError(f"max_history is {max_history!r}; allowed are integers from 1")
-        self.transitions = transitions
-        self.tie_break = TIE_BREAK * counts / max(counts.max(initial=0), 1)
-        self.decay = decay
-        self.max_history = max_history
-
-    @classmethod
-    def fit(cls, train: Ragged, num_items: int, decay: float = 0.0, max_history: int = 10) -> MarkovRanker:
-        """Count items, and transitions between consecutive items of each row, in ``train``."""
-        follows = train.positions[1:] > 0  # false where the next value starts another row
-        before, after = train.values[:-1][follows], train.values[1:][follows]
-        ones = np.ones(len(before))
-        transitions = sparse.coo_array((ones, (before, after)), shape=(num_items, num_items)).tocsr()
-        return cls(transitions, np.bincount(train.values, minlength=num_items), decay, max_history)
-
-    def scores(self, histories: Tensor) -> Tensor:
-        """``[B, I]`` float32 weighted transitions from the last items."""
-        items = histories.cpu().numpy()
-        age = (items >= 0).sum(axis=1, keepdims=True) - 1 - np.arange(items.shape[1])
-        rows, columns = np.nonzero((items >= 0) & (age < self.max_history))
-        weights = np.power(float(self.decay), age[rows, columns])  # 0 ** 0 is 1
-        shape = (len(items), self.transitions.shape[0])
-        last_items = sparse.coo_array((weights, (rows, items[rows, columns])), shape=shape).tocsr()
-        scores = (last_items @ self.transitions).toarray() + self.tie_break
-        return torch.from_numpy(scores.astype(np.float32)).to(histories.device)
+SHOWN = (*REFERENCES, PRETRAINED)
+"""What ``references.show`` can name."""
 
 
-def reference_rankers(train: Ragged, num_items: int, seed: int) -> dict[str, ReferenceRanker]:
-    """The rankers that stand beside every learned one, by name.
+def reference_rankers(
+    train: Ragged,
+    client_of_user: IntArray,
+    num_items: int,
+    settings: ReferenceSettings,
+    names: Sequence[str] = REFERENCES,
+) -> dict[str, ReferenceRanker]:
+    """Fit reference rankers, by name.
 
-    They are fitted on the training interactions alone, as the learned ones are; at test time the history they score
-    from also has the validation item. On ML-1M (leave-one-out, 6,040 users, 3,706 films, earlier films masked) their
-    NDCG@10 is 0.001, 0.0194, 0.112 and 0.126.
+    They are fitted on the training interactions alone, as the learned ones are; at test time what they score from also
+    has the validation item. On ML-1M (leave-one-out, 6,040 users, 3,706 films, earlier films masked) NDCG@10 is 0.001
+    for random, 0.0194 for popularity, 0.112 and 0.126 for the Markov rankers, 0.039 for item-kNN and 0.049 for MF.
 
     Args:
         train: Training sequences, one row per user, oldest first.
+        client_of_user: ``[U]`` int64; -1 is a public user.
         num_items: I.
-        seed: Of the random ranker.
+        settings: Numbers of neighbours and factors, the seed.
+        names: Of `REFERENCES`.
     """
-    return {
-        "random": RandomRanker(num_items, seed),
-        "popularity": PopularityRanker.fit(train, num_items),
-        "markov": MarkovRanker.fit(train, num_items),
-        "markov_decay": MarkovRanker.fit(train, num_items, decay=REFERENCE_DECAY),
-    }
-
-
-def _scramble(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): nearby integers to unrelated ones."""
-    mixed = values + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+    return {name: _FITS[name](train, client_of_user, num_items, settings) for name in names}

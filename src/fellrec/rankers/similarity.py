@@ -10,7 +10,7 @@ from fellrec.models.split import SplitModel
 
 
 class SimilarityRanker:
-    """Cosine similarity with all item vectors, which are made once per adapter.
+    """Similarity (the objective's, cosine or dot product) with all item vectors, which are made once per adapter.
 
     Args:
         objective: The objective that the model was trained with; it holds the catalogue's text.

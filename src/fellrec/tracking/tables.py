@@ -19,9 +19,13 @@ NAMES = {
     "centralized": "centralised",
     "random": "random",
     "popularity": "popularity",
+    "client_popularity": "client popularity",
     "markov": "Markov",
     "markov_decay": "Markov, decayed",
+    "item_knn": "item-kNN",
+    "mf": "MF (PureSVD)",
     "pretrained": "pretrained base",
+    "untrained": "untrained base",
 }
 """How rules and reference rankers are called in tables; others keep their own name."""
 

@@ -17,7 +17,7 @@ from fellrec.data.readers import SyntheticReader
 from fellrec.data.schema import RawData
 from fellrec.errors import DataError
 from fellrec.functional.ranking import ranking_metrics, target_ranks
-from fellrec.rankers.reference import reference_rankers
+from fellrec.rankers.reference import ReferenceSettings, reference_rankers
 
 READER = SyntheticReader(num_users=200, num_items=80, mean_length=15)
 SETTINGS = DataSettings("synthetic")
@@ -148,7 +148,7 @@ def test_one_client_per_user() -> None:
 
 
 def ndcg(data: PreparedData, name: str) -> float:
-    ranker = reference_rankers(data.train, len(data.catalogue), 0)[name]
+    ranker = reference_rankers(data.train, data.client_of_user, len(data.catalogue), ReferenceSettings(), [name])[name]
     module = FellrecDataModule(data, lambda items, is_target: {}, eval_batch_size=10_000)
     batch = next(iter(module.eval_loader("test")))
     ranks = target_ranks(

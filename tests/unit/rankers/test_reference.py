@@ -10,7 +10,8 @@ import torch
 from fellrec.data.ragged import Ragged
 from fellrec.errors import ConfigError
 from fellrec.functional.ranking import ranking_metrics, target_ranks
-from fellrec.rankers.reference import MarkovRanker, PopularityRanker, RandomRanker, reference_rankers
+from fellrec.rankers.counting import ClientPopularityRanker, MarkovRanker, PopularityRanker, RandomRanker
+from fellrec.rankers.reference import ReferenceSettings, reference_rankers
 
 ROOT = Path(os.environ.get("FELLREC_TEST_DATA", Path(__file__).parents[4] / "shared" / "data"))
 ML_1M = ROOT / "ml-1m" / "ml-1m.inter"
@@ -21,6 +22,14 @@ def test_popularity_counts_occurrences():
     scores = PopularityRanker.fit(TRAIN, 5).scores(torch.full((2, 3), -1))
     assert scores.dtype == torch.float32
     assert scores.tolist() == [[1, 3, 2, 1, 0]] * 2
+
+
+def test_popularity_by_client_counts_the_clients_own_users_only():
+    """Users 0 and 3 belong to client 1, user 2 (who has nothing) to client 0, user 1 is public."""
+    ranker = ClientPopularityRanker.fit(TRAIN, np.array([1, -1, 0, 1]), 5)
+    scores = ranker.scores(torch.full((3, 2), -1), {"clients": torch.tensor([1, 0, 1])})
+    assert scores.dtype == torch.float32
+    assert scores.tolist() == [[1, 2, 1, 1, 0], [0, 0, 0, 0, 0], [1, 2, 1, 1, 0]]
 
 
 def transitions_by_hand(rows, num_items):
@@ -100,7 +109,9 @@ def test_known_figures_on_movielens_1m():
     targets = torch.from_numpy(items[from_end == 0])
     mask = torch.from_numpy(earlier.row_index), torch.from_numpy(earlier.values)
     ndcg = {}
-    for name, ranker in reference_rankers(train, num_items, seed=0).items():
+    everybody = np.zeros(num_users, dtype=np.int64)
+    names = ("random", "popularity", "markov", "markov_decay")
+    for name, ranker in reference_rankers(train, everybody, num_items, ReferenceSettings(), names).items():
         ranks = target_ranks(ranker.scores(histories), torch.arange(num_users), targets, *mask)
         ndcg[name] = ranking_metrics(ranks, torch.arange(num_users), num_users, [10])["ndcg_at_10"].mean().item()
     assert ndcg["popularity"] == pytest.approx(0.0194, abs=5e-5)

@@ -15,6 +15,7 @@ from fellrec.errors import BackboneError, ConfigError, unknown
 from fellrec.models.split import SplitModel
 
 ITEM_ENCODERS = ("tokens", "encoded")
+SIMILARITIES = ("cosine", "dot")
 
 
 class RetrievalObjective:
@@ -27,7 +28,8 @@ class RetrievalObjective:
         tokenizer: Hugging Face tokenizer of the backbone.
         catalogue: The items.
         max_history: Longest history in items.
-        temperature: Divides the cosine similarity, METHOD §1.
+        temperature: Divides the similarity, METHOD §1.
+        similarity: ``"cosine"``, or ``"dot"``: the vectors' lengths count too.
         history_fields: Catalogue fields written into the history.
         item_fields: Catalogue fields that an item vector is made from.
         item_encoder: ``"tokens"`` (mean of the text's token embeddings) or ``"encoded"`` (mean of the model's
@@ -35,7 +37,7 @@ class RetrievalObjective:
         max_title_tokens: Longest item text in tokens.
 
     Raises:
-        ConfigError: For an unknown ``item_encoder`` or a temperature that is not positive.
+        ConfigError: For an unknown ``item_encoder`` or ``similarity``, or a temperature that is not positive.
     """
 
     one_target_per_row = False
@@ -46,6 +48,7 @@ class RetrievalObjective:
         catalogue: Catalogue,
         max_history: int = 10,
         temperature: float = 0.05,
+        similarity: str = "cosine",
         history_fields: Sequence[str] = ("title",),
         item_fields: Sequence[str] = ("title", "genre"),
         item_encoder: str = "tokens",
@@ -53,15 +56,18 @@ class RetrievalObjective:
     ) -> None:
         if item_encoder not in ITEM_ENCODERS:
             raise ConfigError(unknown("objective.item_encoder", item_encoder, ITEM_ENCODERS))
+        if similarity not in SIMILARITIES:
+            raise ConfigError(unknown("objective.similarity", similarity, SIMILARITIES))
         if not temperature > 0:
             raise ConfigError(f"objective.temperature={temperature} must be above 0")
         self.temperature = temperature
+        self.similarity = similarity
         self.item_encoder = item_encoder
         self.prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         lines = [f"{text}\n" for text in catalogue.texts(history_fields)]
         self.history_text = TokenizedTexts(tokenizer, lines, max_title_tokens)
         self.item_text = TokenizedTexts(tokenizer, catalogue.texts(item_fields), max_title_tokens)
-        self.max_tokens = int(self.history_text.lengths.max()) * max_history + 1
+        self.max_tokens = int(self.history_text.lengths.max()) * max_history + len(self.prefix)
 
     def check(self, model: SplitModel) -> None:
         """Refuse a backbone whose context is too short for the longest possible history.
@@ -118,17 +124,20 @@ class RetrievalObjective:
 
     def loss_of(self, model: SplitModel, hidden: list[Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """The loss for the final hidden states ``[B, L, D]`` of ``inputs``; only the embedding is used of the model."""
-        query_TD = F.normalize(hidden[0][batch["rows"], batch["columns"]].float(), dim=-1)
+        query_TD = self._scaled(hidden[0][batch["rows"], batch["columns"]].float())
         vectors = self._mean_embeddings(model) if self.item_encoder == "tokens" else self._mean_hidden(hidden[1])
-        logits_TI = (query_TD / self.temperature) @ F.normalize(vectors, dim=-1).T
+        logits_TI = (query_TD / self.temperature) @ self._scaled(vectors).T
         return F.cross_entropy(logits_TI, batch["targets"], reduction="sum"), len(batch["targets"])
 
     def item_vectors(self, model: SplitModel) -> Tensor:
-        """Unit vectors of all items, ``[I, D]`` float32, differentiable."""
+        """Vectors of all items, ``[I, D]`` float32, differentiable; of length 1 with the cosine similarity."""
         if self.item_encoder == "tokens":
-            return F.normalize(self._mean_embeddings(model), dim=-1)
+            return self._scaled(self._mean_embeddings(model))
         device = model.model.get_input_embeddings().weight.device
-        return F.normalize(self._mean_hidden(model(self.item_text.tokens.to(device))), dim=-1)
+        return self._scaled(self._mean_hidden(model(self.item_text.tokens.to(device))))
+
+    def _scaled(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=-1) if self.similarity == "cosine" else vectors
 
     def _mean_embeddings(self, model: SplitModel) -> Tensor:
         weight = model.model.get_input_embeddings().weight
@@ -142,7 +151,7 @@ class RetrievalObjective:
         return (hidden_ILD.float() * inside).sum(dim=1) / inside.sum(dim=1)
 
     def queries(self, model: SplitModel, histories: Tensor) -> Tensor:
-        """Unit query vectors for the next item after each history, ``[B, D]`` float32.
+        """Query vectors for the next item after each history, ``[B, D]`` float32; see ``item_vectors``.
 
         Args:
             model: The backbone with a client's adapter in it.
@@ -152,4 +161,4 @@ class RetrievalObjective:
         device = model.model.get_input_embeddings().weight.device
         hidden_BLD = model(ids.to(device))
         last = ends[:, -1].to(device)  # the end of the newest title: padding adds nothing
-        return F.normalize(hidden_BLD[torch.arange(len(last), device=device), last].float(), dim=-1)
+        return self._scaled(hidden_BLD[torch.arange(len(last), device=device), last].float())

@@ -1,0 +1,146 @@
+"""Rankers made from the binary user-item matrix of the training interactions: neighbouring items, factors.
+
+Both score from all that is known of a user. Where an evaluation batch is given that is everything the user has seen,
+however long ago; else it is the histories, which hold the last items only. How often and in which order does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import sparse
+from sklearn.decomposition import TruncatedSVD
+from torch import Tensor
+
+from fellrec.data.ragged import IntArray, Ragged
+from fellrec.errors import ConfigError
+
+_CELLS = 1 << 24
+"""Similarities that are held in memory at once."""
+
+
+class ItemKNNRanker:
+    """Adds up an item's similarities to the user's items, those among its nearest neighbours (Sarwar et al. 2001).
+
+    The similarity of two items is the cosine of their columns of the user-item matrix, with a shrinkage that damps
+    those that rest on few users: users of both / (sqrt(users of one · users of the other) + shrink).
+
+    Args:
+        similarity: ``[I, I]`` sparse; column ``i`` has the similarities of item ``i`` to its neighbours.
+    """
+
+    def __init__(self, similarity: sparse.csr_array) -> None:
+        self.similarity = similarity
+
+    @classmethod
+    def fit(cls, train: Ragged, num_items: int, neighbours: int = 20, shrink: float = 10.0) -> ItemKNNRanker:
+        """Find each item's neighbours in ``train``, a block of items at a time.
+
+        Args:
+            train: Training sequences, one row per user.
+            num_items: I.
+            neighbours: Most similar items that are kept for each.
+            shrink: Added to the cosine's denominator.
+
+        Raises:
+            ConfigError: If ``neighbours`` is below 1 or ``shrink`` below 0.
+        """
+        if neighbours < 1:
+            raise ConfigError(f"references.neighbours={neighbours} must be at least 1")
+        if not shrink >= 0:
+            raise ConfigError(f"references.shrink={shrink} must be at least 0")
+        matrix = _binary(train.row_index, train.values, (len(train), num_items)).tocsc()
+        norms = np.sqrt(matrix.sum(axis=0))
+        block = max(1, _CELLS // num_items)
+        kept = [
+            _nearest(matrix, norms, np.arange(first, min(first + block, num_items)), neighbours, shrink)
+            for first in range(0, num_items, block)
+        ]
+        return cls(sparse.csr_array(sparse.vstack(kept, format="csr").T))
+
+    def scores(self, histories: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
+        """``[B, I]`` float32 sums of similarities."""
+        known = known_items(histories, batch, self.similarity.shape[0])
+        return torch.from_numpy((known @ self.similarity).toarray().astype(np.float32)).to(histories.device)
+
+
+class PureSVDRanker:
+    """Projects the user's row of the user-item matrix on the first factors: x V Vᵀ (PureSVD, Cremonesi et al. 2010).
+
+    The factors are those of scikit-learn's ``TruncatedSVD``. A user is folded in from their items, so that users who
+    were not there when the factors were made are scored like the others.
+
+    Args:
+        factors: ``[F, I]`` orthonormal rows.
+    """
+
+    def __init__(self, factors: NDArray[np.float64]) -> None:
+        self.factors = factors
+
+    @classmethod
+    def fit(cls, train: Ragged, num_items: int, factors: int = 64) -> PureSVDRanker:
+        """Factorise ``train``.
+
+        Args:
+            train: Training sequences, one row per user.
+            num_items: I.
+            factors: F; small data give fewer.
+
+        Raises:
+            ConfigError: If ``factors`` is below 1.
+        """
+        if factors < 1:
+            raise ConfigError(f"references.factors={factors} must be at least 1")
+        matrix = _binary(train.row_index, train.values, (len(train), num_items))
+        # Exact, where the randomised algorithm would be an approximation that depends on its seed.
+        svd = TruncatedSVD(min(factors, min(matrix.shape) - 1), algorithm="arpack", random_state=0).fit(matrix)
+        return cls(svd.components_)
+
+    def scores(self, histories: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
+        """``[B, I]`` float32 entries of the users' rows as the factors give them."""
+        known = known_items(histories, batch, self.factors.shape[1])
+        return torch.from_numpy(((known @ self.factors.T) @ self.factors).astype(np.float32)).to(histories.device)
+
+
+def known_items(histories: Tensor, batch: Mapping[str, Tensor] | None, num_items: int) -> sparse.csr_array:
+    """The binary matrix ``[B, I]`` of the items that users are scored from.
+
+    Args:
+        histories: ``[B, H]`` int64, padded with -1.
+        batch: With ``masked_rows`` and ``masked_items`` ``[M]``, all that the users have seen; ``None`` if only the
+            histories are known.
+        num_items: I.
+    """
+    shape = (len(histories), num_items)
+    if batch is not None:
+        return _binary(batch["masked_rows"].cpu().numpy(), batch["masked_items"].cpu().numpy(), shape)
+    items = histories.cpu().numpy()
+    rows, columns = np.nonzero(items >= 0)
+    return _binary(rows, items[rows, columns], shape)
+
+
+def _binary(rows: IntArray, items: IntArray, shape: tuple[int, int]) -> sparse.csr_array:
+    """Ones at these places; a place that is given twice is still one."""
+    found = sparse.csr_array(sparse.coo_array((np.ones(len(rows)), (rows, items)), shape=shape))
+    found.data[:] = 1.0
+    return found
+
+
+def _nearest(
+    matrix: sparse.csc_array, norms: NDArray[np.float64], items: NDArray[np.int64], neighbours: int, shrink: float
+) -> sparse.csr_array:
+    """Similarities of some items to their nearest neighbours, ``[len(items), I]``."""
+    together = (matrix[:, items].T @ matrix).toarray()
+    denominator = np.outer(norms[items], norms) + shrink
+    similarity = np.divide(together, denominator, out=np.zeros_like(together), where=together > 0)
+    similarity[np.arange(len(items)), items] = 0.0  # no item is its own neighbour
+    count = min(neighbours, similarity.shape[1])
+    nearest = np.argpartition(-similarity, count - 1, axis=1)[:, :count]
+    rows = np.repeat(np.arange(len(items)), count)
+    values = similarity[rows, nearest.ravel()]
+    found = sparse.csr_array(sparse.coo_array((values, (rows, nearest.ravel())), shape=similarity.shape))
+    found.eliminate_zeros()
+    return found

@@ -1,0 +1,154 @@
+"""Rankers that only count: random, popularity, first-order Markov; ``fellrec.rankers.reference`` has the protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import sparse
+from torch import Tensor
+
+from fellrec.data.ragged import IntArray, Ragged
+from fellrec.errors import ConfigError
+
+TIE_BREAK = 0.01
+"""Transitions that the most popular item gets for its popularity in the Markov ranker."""
+
+
+class RandomRanker:
+    """A random order of the items for each history.
+
+    The order is a hash of seed, history and item, so it does not depend on batches, processes or padding.
+
+    Args:
+        num_items: I.
+        seed: Any integer.
+    """
+
+    def __init__(self, num_items: int, seed: int) -> None:
+        self.num_items = num_items
+        self.seed = seed
+
+    def scores(self, histories: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
+        """``[B, I]`` float32, uniform in [0, 1)."""
+        # Padding becomes 0 and adds nothing to the hash.
+        items: NDArray[np.uint64] = (histories.cpu().numpy() + 1).astype(np.uint64)
+        catalogue: NDArray[np.uint64] = np.arange(self.num_items, dtype=np.uint64)
+        seed = np.array([self.seed % 2**64], dtype=np.uint64)
+        place = _scramble(np.arange(items.shape[1], dtype=np.uint64) + _scramble(seed))
+        rows = _scramble(np.sum(items * place, axis=1, dtype=np.uint64))
+        cells = _scramble(rows[:, None] + catalogue)
+        return torch.from_numpy((cells >> np.uint64(40)).astype(np.float32) / np.float32(2**24)).to(histories.device)
+
+
+class PopularityRanker:
+    """Every user gets the items in the order of how often they occur.
+
+    Args:
+        counts: ``[I]`` occurrences of each item.
+    """
+
+    def __init__(self, counts: NDArray[np.int64]) -> None:
+        self.counts = torch.from_numpy(np.asarray(counts, dtype=np.float32))
+
+    @classmethod
+    def fit(cls, train: Ragged, num_items: int) -> PopularityRanker:
+        """Count the items in ``train``."""
+        return cls(np.bincount(train.values, minlength=num_items))
+
+    def scores(self, histories: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
+        """``[B, I]`` float32 counts, the same in every row."""
+        return self.counts.to(histories.device).expand(len(histories), -1).clone()
+
+
+class ClientPopularityRanker:
+    """Every user gets the items in the order of how often they occur among the users of their own client.
+
+    It is all that a client can count alone. Items that nobody at the client has used are tied, and stand last.
+
+    Args:
+        counts: ``[C, I]`` sparse, occurrences of each item at each client.
+    """
+
+    def __init__(self, counts: sparse.csr_array) -> None:
+        self.counts = counts
+
+    @classmethod
+    def fit(cls, train: Ragged, client_of_user: IntArray, num_items: int) -> ClientPopularityRanker:
+        """Count the items in ``train`` by client; users of client -1 are nobody's."""
+        clients = client_of_user[train.row_index]
+        owned = clients >= 0
+        shape = (int(client_of_user.max()) + 1, num_items)
+        pairs = (clients[owned], train.values[owned])
+        return cls(sparse.coo_array((np.ones(len(pairs[0])), pairs), shape=shape).tocsr())
+
+    def scores(self, histories: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
+        """``[B, I]`` float32 counts at each user's client.
+
+        Args:
+            histories: ``[B, H]`` int64; only their device is used.
+            batch: With ``clients`` ``[B]`` int64.
+        """
+        assert batch is not None, "popularity by client needs to know the clients"
+        counts = self.counts[batch["clients"].cpu().numpy()].toarray()
+        return torch.from_numpy(counts.astype(np.float32)).to(histories.device)
+
+
+class MarkovRanker:
+    """Scores an item by how often it came right after the user's last items in training.
+
+    Popularity breaks ties: it adds at most `TIE_BREAK` of one transition, so that items that never came after the last
+    one, and all items for a user without history, stand in the order of their popularity.
+
+    Args:
+        transitions: ``[I, I]`` sparse, how often column came right after row.
+        counts: ``[I]`` occurrences of each item.
+        decay: Weight of the item before the last one, that of the one before it being ``decay ** 2`` and so on; at 0
+            only the last item counts.
+        max_history: How many of the last items count at most.
+
+    Raises:
+        ConfigError: If ``decay`` is not in [0, 1] or ``max_history`` is below 1.
+    """
+
+    def __init__(
+        self, transitions: sparse.csr_array, counts: NDArray[np.int64], decay: float = 0.0, max_history: int = 10
+    ) -> None:
+        if not 0 <= decay <= 1:
+            raise ConfigError(f"decay is {decay!r}; allowed are numbers from 0 to 1")
+        if max_history < 1:
+            raise ConfigError(f"max_history is {max_history!r}; allowed are integers from 1")
+        self.transitions = transitions
+        self.tie_break = TIE_BREAK * counts / max(counts.max(initial=0), 1)
+        self.decay = decay
+        self.max_history = max_history
+
+    @classmethod
+    def fit(cls, train: Ragged, num_items: int, decay: float = 0.0, max_history: int = 10) -> MarkovRanker:
+        """Count items, and transitions between consecutive items of each row, in ``train``."""
+        follows = train.positions[1:] > 0  # false where the next value starts another row
+        before, after = train.values[:-1][follows], train.values[1:][follows]
+        ones = np.ones(len(before))
+        transitions = sparse.coo_array((ones, (before, after)), shape=(num_items, num_items)).tocsr()
+        return cls(transitions, np.bincount(train.values, minlength=num_items), decay, max_history)
+
+    def scores(self, histories: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
+        """``[B, I]`` float32 weighted transitions from the last items."""
+        items = histories.cpu().numpy()
+        age = (items >= 0).sum(axis=1, keepdims=True) - 1 - np.arange(items.shape[1])
+        rows, columns = np.nonzero((items >= 0) & (age < self.max_history))
+        weights = np.power(float(self.decay), age[rows, columns])  # 0 ** 0 is 1
+        shape = (len(items), self.transitions.shape[0])
+        last_items = sparse.coo_array((weights, (rows, items[rows, columns])), shape=shape).tocsr()
+        scores = (last_items @ self.transitions).toarray() + self.tie_break
+        return torch.from_numpy(scores.astype(np.float32)).to(histories.device)
+
+
+def _scramble(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): nearby integers to unrelated ones."""
+    mixed = values + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))

@@ -1,0 +1,264 @@
+"""Every guard refuses the leak that is planted here, names where it is, and lets honest data pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fellrec.build import Recommender, build_data, build_loop, build_recommender
+from fellrec.commands.evaluate import evaluate
+from fellrec.config import compose
+from fellrec.data.datamodule import FellrecDataModule, _Users, evaluated_users
+from fellrec.data.guards import check_batch, check_holdout, check_prompts, check_view
+from fellrec.data.holdout import TRAIN, LeaveOneOut
+from fellrec.data.partition import RandomPartition
+from fellrec.data.prepared import DataSettings, PreparedData, prepare
+from fellrec.data.prompts import PromptTemplate
+from fellrec.data.ragged import IntArray, Ragged
+from fellrec.data.readers import SyntheticReader
+from fellrec.errors import ConfigError, DataError, LeakError
+from fellrec.models.objectives.generative import GenerativeObjective
+from fellrec.runs import Run
+
+READER = SyntheticReader(num_users=60, num_items=40, mean_length=10)
+
+
+def made(holdout: Any = None) -> PreparedData:
+    return prepare(READER, DataSettings("synthetic"), holdout or LeaveOneOut(), RandomPartition(3), None)
+
+
+@pytest.fixture(scope="module")
+def data() -> PreparedData:
+    return made()
+
+
+@pytest.fixture(scope="module")
+def victim(data: PreparedData) -> int:
+    return int(np.flatnonzero((data.client_of_user >= 0) & (data.valid.lengths > 0))[7])
+
+
+def rows_of(ragged: Ragged) -> list[list[int]]:
+    return [ragged.row(row).tolist() for row in range(len(ragged))]
+
+
+def changed(ragged: Ragged, row: int, values: list[int]) -> Ragged:
+    return Ragged.from_rows([values if number == row else old for number, old in enumerate(rows_of(ragged))])
+
+
+def names(data: PreparedData, user: int, item: int) -> str:
+    return f"item {data.catalogue.item_ids[item]!r} of user {data.users['user_id'][user]!r}"
+
+
+def test_honest_data_pass(data: PreparedData) -> None:
+    check_holdout(data)
+    module = FellrecDataModule(data, lambda items, is_target: {})
+    for stage in ("val", "test"):
+        for batch in module.eval_loader(stage):
+            check_batch(batch, len(data.catalogue))
+    assert issubclass(LeakError, DataError)
+
+
+@pytest.mark.parametrize("stage", ["valid", "test"])
+@pytest.mark.parametrize("position", [0, 2, 99])
+def test_a_held_out_interaction_among_the_training_rows(
+    data: PreparedData, victim: int, stage: str, position: int
+) -> None:
+    item = int(getattr(data, stage).row(victim)[0])
+    row = data.train.row(victim).tolist()
+    row.insert(position, item)
+    leaky = dataclasses.replace(data, train=changed(data.train, victim, row))
+    with pytest.raises(LeakError) as caught:
+        check_holdout(leaky)
+    assert "1 interactions stand twice in training, validation and test, in those of 1 users; the first is" in str(
+        caught.value
+    )
+    assert names(data, victim, item) in str(caught.value)
+
+
+def test_a_training_interaction_that_was_replaced_by_a_held_out_one(data: PreparedData, victim: int) -> None:
+    item = int(data.test.row(victim)[0])
+    leaky = dataclasses.replace(data, train=changed(data.train, victim, [item, *data.train.row(victim)[1:].tolist()]))
+    with pytest.raises(LeakError, match=names(data, victim, item)):
+        check_holdout(leaky)
+
+
+def test_what_a_user_takes_again_is_no_leak(data: PreparedData, victim: int) -> None:
+    """The same item in training, validation and test, as interactions of their own: their places tell them apart."""
+    train = data.train.row(victim).tolist()
+    item = train[1]
+    again = dataclasses.replace(
+        data,
+        histories=changed(data.histories, victim, [*train, item, item]),
+        valid=changed(data.valid, victim, [item]),
+        test=changed(data.test, victim, [item]),
+    )
+    check_holdout(again)
+    with pytest.raises(LeakError, match=names(data, victim, item)):
+        check_holdout(dataclasses.replace(again, train=changed(data.train, victim, [*train, item])))
+
+
+class TrainsOnTheFuture(LeaveOneOut):
+    """Trains on each user's last interaction, and tests on one before it."""
+
+    def assign(self, histories: Ragged, times: np.ndarray) -> IntArray:
+        stage = super().assign(histories, times)
+        last = histories.offsets[1:][histories.lengths >= self.min_length] - 1
+        stage[last - 2], stage[last] = stage[last], TRAIN
+        return stage
+
+
+def test_a_holdout_that_trains_on_the_future_is_refused_before_anything_is_cached(tmp_path: Path) -> None:
+    with pytest.raises(
+        LeakError, match="interactions of training, validation and test are not where the history has them"
+    ):
+        prepare(READER, DataSettings("synthetic"), TrainsOnTheFuture(), RandomPartition(3), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interaction_that_is_lost_is_found(data: PreparedData, victim: int) -> None:
+    """It would not be masked, and so could be recommended again."""
+    item = int(data.test.row(victim)[0])
+    with pytest.raises(LeakError) as caught:
+        check_holdout(dataclasses.replace(data, test=changed(data.test, victim, [])))
+    assert f"user {data.users['user_id'][victim]!r} has lost item {data.catalogue.item_ids[item]!r}" in str(
+        caught.value
+    )
+
+
+def test_a_cached_leak_is_found_too(tmp_path: Path) -> None:
+    fresh = prepare(READER, DataSettings("synthetic"), LeaveOneOut(), RandomPartition(3), tmp_path)
+    path = tmp_path / fresh.key / "arrays.npz"
+    arrays = dict(np.load(path))
+    client = int(np.flatnonzero(fresh.client_of_user >= 0)[0])
+    arrays["train_values"][fresh.train.offsets[client]] = fresh.valid.row(client)[0]
+    np.savez(path, **arrays)
+    with pytest.raises(LeakError, match="interactions stand twice"):
+        prepare(READER, DataSettings("synthetic"), LeaveOneOut(), RandomPartition(3), tmp_path)
+
+
+def test_validation_items_inside_the_validation_input(data: PreparedData) -> None:
+    users = len(evaluated_users(data, "val"))
+    with pytest.raises(
+        LeakError, match=f"{users} interactions stand twice in input and targets of stage 'val', .* {users} users; "
+    ):
+        check_view(data, "val", [data.train, data.valid], data.valid)
+
+
+def test_the_data_module_checks_what_it_reads(data: PreparedData, victim: int) -> None:
+    """Not only ``prepare``: whoever changes prepared data is stopped when batches are to be made of them."""
+    leaky = dataclasses.replace(
+        data, train=changed(data.train, victim, [*data.train.row(victim).tolist(), int(data.valid.row(victim)[0])])
+    )
+    with pytest.raises(LeakError, match="1 interactions stand twice in input and targets of stage 'val'"):
+        FellrecDataModule(leaky, lambda items, is_target: {})
+
+
+def one_batch(data: PreparedData) -> dict[str, torch.Tensor]:
+    users = _Users(data, "test", evaluated_users(data, "test"))
+    return users.__getitems__([0, 1, 2])
+
+
+def test_a_masked_target_is_refused(data: PreparedData) -> None:
+    batch = one_batch(data)
+    target, user = int(batch["target_items"][1]), int(batch["users"][1])
+    batch["masked_rows"] = torch.cat([batch["masked_rows"], torch.tensor([1])])
+    batch["masked_items"] = torch.cat([batch["masked_items"], torch.tensor([target])])
+    with pytest.raises(LeakError, match=f"1 targets are among the items .* item {target} of user {user}"):
+        check_batch(batch, len(data.catalogue))
+
+
+def test_a_seen_item_that_is_not_masked_is_refused(data: PreparedData) -> None:
+    batch = one_batch(data)
+    item, user = int(batch["histories"][2, 0]), int(batch["users"][2])
+    kept = ~((batch["masked_rows"] == 2) & (batch["masked_items"] == item))
+    batch["masked_rows"], batch["masked_items"] = batch["masked_rows"][kept], batch["masked_items"][kept]
+    with pytest.raises(LeakError, match=f"1 items .* not masked .*: item {item} of user {user}"):
+        check_batch(batch, len(data.catalogue))
+
+
+@pytest.fixture(scope="module")
+def retrieval(tiny_overrides: list[str]) -> tuple[Any, Recommender]:
+    config = compose([*tiny_overrides, "trainer.num_rounds=1"])
+    return config, build_recommender(config, build_data(config))
+
+
+def test_every_evaluation_passes_the_guard(retrieval: tuple[Any, Recommender]) -> None:
+    """Learned and reference rankers alike hand their scores to ``add_scores``."""
+    module, data = retrieval[1].module, retrieval[1].data
+    batch = one_batch(data)
+    batch["masked_rows"], batch["masked_items"] = batch["target_rows"], batch["target_items"]
+    with pytest.raises(LeakError, match="3 targets"):
+        module.add_scores(torch.zeros(3, len(data.catalogue)), batch)
+
+
+def test_selection_does_not_see_the_test(retrieval: tuple[Any, Recommender]) -> None:
+    config, recommender = retrieval
+    loop = build_loop(config, recommender, ())
+    evaluation = loop.evaluate("test", 0, "current", loop.row_of_client)
+    before = dataclasses.replace(loop.state.selection)
+    with pytest.raises(LeakError, match="an evaluation of stage 'test' must not select adapters or stop a run"):
+        loop.state.select(evaluation, loop.row_of_client)
+    assert loop.state.selection.value == before.value
+    assert loop.state.rounds_without_gain == 0
+
+
+class OtherPromptAtInference(GenerativeObjective):
+    """Asks in other words than it was taught with."""
+
+    def prompts(self, histories: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        taught, self.after = self.after, self.after[:-1]
+        try:
+            return super().prompts(histories)
+        finally:
+            self.after = taught
+
+
+def test_prompts_that_differ_between_training_and_inference(data: PreparedData) -> None:
+    from fellrec.models.tiny import build_tokenizer
+
+    tokenizer = build_tokenizer(data.catalogue.texts(), 400)
+    check_prompts(GenerativeObjective(tokenizer, data.catalogue, data.max_history), data)
+    with pytest.raises(
+        ConfigError, match=r"differ for (\d+) of \1 users that were tried, the first is user 'user0000'"
+    ):
+        check_prompts(OtherPromptAtInference(tokenizer, data.catalogue, data.max_history), data)
+
+
+@pytest.fixture(scope="module")
+def generative_run(
+    tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Any, Recommender]:
+    folder = tmp_path_factory.mktemp("prompts")
+    overrides = [
+        *(*tiny_overrides, "objective=generative", "trainer.num_rounds=1", "trainer.max_local_steps=1"),
+        *("data.max_users=30", "data.max_history=2", "ranker=grounding", "ranker.max_new_tokens=1"),
+        *(f"run_dir={folder / 'run'}", f"tracking.uri=sqlite:///{folder / 'mlflow.db'}"),
+    ]
+    config = compose(overrides)
+    recommender = build_recommender(config, build_data(config))
+    Run(config, recommender).execute()
+    return folder / "run", config, recommender
+
+
+def test_a_run_records_its_template_and_refuses_another(
+    generative_run: tuple[Path, Any, Recommender], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, config, recommender = generative_run
+    recorded = json.loads((run_dir / "prompt.json").read_text())
+    assert recorded == PromptTemplate().facts
+    objective: Any = recommender.module.objective
+    reworded = PromptTemplate(after="The next title is: ")
+    monkeypatch.setattr(objective, "template", reworded)
+    resumed = config.copy()
+    resumed.resume = str(run_dir)
+    with pytest.raises(ConfigError, match=r"plain-1 .*now it is plain-1 .*; a changed text needs a new version"):
+        Run(resumed, recommender).execute()
+    monkeypatch.setattr("fellrec.models.objectives.generative.PromptTemplate", lambda: reworded)
+    with pytest.raises(ConfigError, match=f"{run_dir} was trained with the prompt template plain-1"):
+        evaluate(run_dir, "test")
