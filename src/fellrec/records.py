@@ -75,10 +75,17 @@ def _is_around_run(path: Path) -> bool:
     return is_lock(path) or (path.name == SLURM_FOLDER and "SLURM_JOB_ID" in os.environ)
 
 
-def write_start(run_dir: Path, config: DictConfig, data: PreparedData) -> None:
-    """Write what shaped the run: resolved configuration, versions, data statistics, partition."""
+def write_start(run_dir: Path, config: DictConfig, data: PreparedData, facts: Mapping[str, str]) -> None:
+    """Write what shaped the run: resolved configuration, versions, data statistics, partition.
+
+    Args:
+        run_dir: Of the run.
+        config: Resolved.
+        data: The prepared data set.
+        facts: Versions beside those of packages: of the objective's texts.
+    """
     write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(config, resolve=True).encode())
-    write_json(run_dir / "versions.json", versions())
+    write_json(run_dir / "versions.json", {**versions(), **facts})
     write_json(run_dir / "data.json", {"key": data.key, "name": data.name, "statistics": data.statistics})
     partition = pd.DataFrame({"user_id": data.users["user_id"], "client": data.client_of_user})
     write_atomically(run_dir / "partition.parquet", partition.to_parquet(None, index=False))

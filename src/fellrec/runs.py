@@ -78,7 +78,7 @@ class Run:
         if self._has_checkpoint:
             checkpoint.resume(loop)
         else:
-            write_start(self.run_dir, config, recommender.data)
+            write_start(self.run_dir, config, recommender.data, recommender.module.objective.facts)
         logging = self._mlflow()
         clock, meter = _Clock(), CostMeter(config.split.transport, lambda: storage_of(config, recommender))
         logging.costs = meter
@@ -128,6 +128,7 @@ class Run:
             "data": data.name,
             "backbone": self.recommender.backbone.name,
             **({"variant": self.variant} if self.variant else {}),
+            **self.recommender.module.objective.facts,
             **{name: value for name, value in versions().items() if name in ("fellrec", "git_commit")},
         }
         new = NewRun(config.tracking.uri, config.tracking.experiment, self.label, tags, self.parent_uid)
@@ -258,4 +259,4 @@ def _evaluate(recommender: Recommender, scores: Callable[[Tensor], Tensor], stag
         for batch in recommender.datamodule.eval_loader(stage):
             moved = recommender.fabric.to_device(batch)
             module.add_scores(scores(moved["histories"]), moved)
-    return module.finish_evaluation(stage, -1)
+    return module.finish_reference(stage)

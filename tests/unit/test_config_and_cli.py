@@ -26,6 +26,7 @@ NEEDS = {
     ("partition", "attribute"): ["partition.column=x"],
     ("ranker", "likelihood"): ["objective=generative"],
     ("ranker", "grounding"): ["objective=generative"],
+    ("ranker", "constrained"): ["objective=generative"],
     ("experiment", "ml_1m_small"): ["data.root=x"],
 }
 CHOICES = [(group, choice) for group, choices in group_choices().items() for choice in choices]

@@ -448,7 +448,7 @@ class Scored(AmongClients):
     Attributes:
         users: ``[U]`` int64.
         clients: ``[U]`` int64.
-        values: ``[U, M]`` float64.
+        values: ``[U, G · M + R]`` float64.
         ledger: Rows of the process's ledger since it was last asked.
     """
 

@@ -172,13 +172,10 @@ class LeadExecution(SplitExecution):
             if rank != LEAD and self._tell(loop, rank, Score(stage, round_index, bank, theirs))
         ]
         super().score(loop, stage, round_index, bank, self._by_rank(rows).get(LEAD, ()))
-        metrics = loop.module.metrics
         for rank in busy:
             answer = self._hear(loop, rank, Scored)
             if answer is not None and len(answer.users):
-                metrics.users.append(answer.users)
-                metrics.clients.append(answer.clients)
-                metrics.values.append(answer.values)
+                loop.module.metrics.add(answer.users, answer.clients, answer.values)
 
     def keep_best(self, population: bool, clients: tuple[int, ...], rows: tuple[int, ...]) -> None:
         """Tell everybody."""
@@ -338,13 +335,10 @@ class Worker:
         return Trained(updates, failures, self._ledger())
 
     def _scored(self, with_users: bool) -> Message:
-        metrics = self.loop.module.metrics
-        if not with_users or not metrics.users:
+        if not with_users:
             nothing = torch.empty(0, dtype=torch.int64)
-            return Scored(nothing, nothing, torch.empty(0, len(metrics.names), dtype=torch.float64), self._ledger())
-        users, clients, values = (torch.cat(list(part)) for part in (metrics.users, metrics.clients, metrics.values))
-        metrics.reset()
-        return Scored(users, clients, values, self._ledger())
+            return Scored(nothing, nothing, torch.empty(0, 0, dtype=torch.float64), self._ledger())
+        return Scored(*self.loop.module.metrics.take(), self._ledger())
 
     def _ledger(self) -> tuple[tuple[Any, ...], ...]:
         return tuple(tuple(row) for row in self.execution.ledger.take())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from fellrec.errors import ConfigError
 from fellrec.functional.ranking import target_ranks
 from fellrec.metrics.clients import ClientRankingMetrics
 from fellrec.models.split import SplitModel
@@ -19,6 +21,13 @@ class Objective(Protocol):
     """What a local objective provides; see ``RetrievalObjective`` for an example."""
 
     one_target_per_row: bool
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What of it is recorded with a run beside its settings."""
+
+    def lengths(self, items: Tensor, is_target: Tensor) -> Tensor | None:
+        """Tokens ``[B]`` of training rows ``[B, W + 1]``, whose batches then go by length; ``None`` if they do not."""
 
     def check(self, model: SplitModel) -> None:
         """Refuse a backbone that cannot serve this objective, before anything expensive starts."""
@@ -44,6 +53,32 @@ class Ranker(Protocol):
 
     def scores(self, model: SplitModel, histories: Tensor) -> Tensor:
         """Score all items, ``[B, I]`` float32, for histories ``[B, H]`` padded with -1 on the right."""
+
+
+@runtime_checkable
+class ReportingRanker(Ranker, Protocol):
+    """A ranker that tells of each user more than scores, or that has a setting which validation is to choose.
+
+    What it tells is gathered from all clients and processes with the users' metrics, so it need not add up anything.
+
+    Attributes:
+        reported: Names of the R values that it tells of each user.
+        choices: The G values of the open setting, which ``scores`` gives ``[G, B, I]`` for; with none, ``[B, I]``.
+    """
+
+    reported: tuple[str, ...]
+    choices: tuple[float, ...]
+
+    def take_report(self) -> Tensor:
+        """What there is to tell, ``[B, R]`` float64, of the users of the last call of ``scores``."""
+
+    def figures(self, reported: Mapping[str, Tensor], choice: int) -> dict[str, float]:
+        """Figures of one evaluation, for its summary.
+
+        Args:
+            reported: Name → ``[U]``, of all users.
+            choice: Position in ``choices`` of the setting that the metrics were made with.
+        """
 
 
 @dataclass(frozen=True)
@@ -94,6 +129,7 @@ class FellrecModule(LightningModule):
         self.metrics = metrics
         self.title_groups = title_groups
         self.optimizer_settings = optimizer
+        self._choice: int | None = None
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int = 0) -> dict[str, Any]:
         """Mean loss over the batch's targets under ``loss``, and their number under ``num_targets``."""
@@ -113,20 +149,27 @@ class FellrecModule(LightningModule):
 
         Call ``self.ranker.refresh(self.model)`` first whenever the adapter has changed.
         """
-        self.add_scores(self.ranker.scores(self.model, batch["histories"]), batch)
+        scores = self.ranker.scores(self.model, batch["histories"])
+        report = self.ranker.take_report() if isinstance(self.ranker, ReportingRanker) else None
+        self.add_scores(scores, batch, report)
 
-    def add_scores(self, scores: Tensor, batch: dict[str, Tensor]) -> None:
+    def add_scores(self, scores: Tensor, batch: dict[str, Tensor], report: Tensor | None = None) -> None:
         """Add the metrics of the batch's users to ``self.metrics``.
 
         Args:
-            scores: ``[B, I]``, from any ranker.
+            scores: ``[B, I]``, from any ranker, or ``[G, B, I]`` for each of its choices.
             batch: From ``FellrecDataModule.eval_loader``.
+            report: ``[B, R]``, what ``self.ranker`` told of these users; ``None`` from other rankers.
 
         Raises:
             TrainingError: If a score is NaN.
         """
-        scores = scores.float()
-        ranks = target_ranks(
+        of_choices = scores if scores.dim() == 3 else scores[None]
+        ranks_GT = torch.stack([self._ranks(scores_BI.float(), batch) for scores_BI in of_choices])
+        self.metrics.update(batch["users"], batch["clients"], ranks_GT, batch["target_rows"], report)
+
+    def _ranks(self, scores: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return target_ranks(
             scores,
             batch["target_rows"],
             batch["target_items"],
@@ -134,13 +177,39 @@ class FellrecModule(LightningModule):
             batch["masked_items"],
             self.title_groups.to(scores.device),
         )
-        self.metrics.update(batch["users"], batch["clients"], ranks, batch["target_rows"])
+
+    @property
+    def chooses_on_validation(self) -> bool:
+        """Whether a setting of the ranker is open: a test then needs a validation of the same adapters before it."""
+        return isinstance(self.ranker, ReportingRanker) and len(self.ranker.choices) > 1
 
     def finish_evaluation(self, stage: str, round_index: int) -> Evaluation:
-        """Close the evaluation: gather the users of all processes, summarise, reset."""
-        evaluation = self.metrics.evaluation(stage, round_index)
-        self.metrics.reset()
+        """Close the evaluation: gather the users of all processes, summarise, reset.
+
+        A validation chooses the ranker's open setting, if there is one; a test takes what the last validation chose.
+
+        Raises:
+            ConfigError: If there was none.
+        """
+        if not self.chooses_on_validation:
+            return self._close(stage, round_index, 0)
+        if stage == "test" and self._choice is None:
+            raise ConfigError("the ranker has a setting that validation chooses, and there was no validation")
+        evaluation = self._close(stage, round_index, self._choice if stage == "test" else None)
+        self._choice = evaluation.choice
         return evaluation
+
+    def finish_reference(self, stage: str) -> Evaluation:
+        """The same after ``add_scores`` from another ranker, in which nothing is to be chosen."""
+        return self._close(stage, -1, 0)
+
+    def _close(self, stage: str, round_index: int, choice: int | None) -> Evaluation:
+        evaluation = self.metrics.evaluation(stage, round_index, choice)
+        self.metrics.reset()
+        if not isinstance(self.ranker, ReportingRanker) or _is_silent(evaluation.reported):
+            return evaluation
+        figures = self.ranker.figures(evaluation.reported, evaluation.choice)
+        return replace(evaluation, summary={**evaluation.summary, **figures})
 
     def on_validation_epoch_start(self) -> None:
         """Lightning's hook."""
@@ -168,3 +237,8 @@ class FellrecModule(LightningModule):
     def _log_evaluation(self, stage: str) -> None:
         evaluation = self.finish_evaluation(stage, self.current_epoch)
         self.log_dict({f"{stage}/{name}": value for name, value in evaluation.summary.items()})
+
+
+def _is_silent(reported: Mapping[str, Tensor]) -> bool:
+    """Whether another ranker's scores were evaluated, or no user's."""
+    return any(bool(values.isnan().all()) for values in reported.values())
