@@ -58,6 +58,23 @@ def test_the_backbone_decides_the_adapter_and_the_objective_the_ranker() -> None
 
 
 @pytest.mark.parametrize(
+    ("data", "template"),
+    [
+        ("ml_1m", "movie-1"),
+        ("ml_100k", "movie-1"),
+        ("synthetic", "movie-1"),
+        ("games", "game-1"),
+        ("atomic", "product-1"),
+    ],
+)
+def test_the_data_decides_the_prompt_unless_it_is_given(data: str, template: str) -> None:
+    overrides = [f"data={data}", "data.root=x", "objective=generative"]
+    assert compose(overrides).objective.template == template
+    assert compose([*overrides, "data.domain=video"]).objective.template == "video-1"
+    assert compose([*overrides, "objective.template=product-1"]).objective.template == "product-1"
+
+
+@pytest.mark.parametrize(
     "override",
     [
         "seed=3",
