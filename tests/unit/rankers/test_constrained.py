@@ -119,9 +119,7 @@ def test_few_beams_reach_what_plain_beam_search_reaches(
         titles = scores[row].round(decimals=3).unique().flip(0)
         torch.testing.assert_close(titles[:certain], distinct[:certain], rtol=0, atol=2e-3)
         assert bool(report["is_exhaustive"][row]) == (certain == 11)
-    figures = figures_of(ranker)
-    assert figures["generation/exhaustive_rate"] < 1
-    assert num_beams < 4 or 0 < figures["generation/certain_titles"] < 11
+    assert figures_of(ranker)["generation/exhaustive_rate"] < 1
 
 
 def test_what_is_not_reached_does_not_favour_the_target(model: SplitModel, objective: GenerativeObjective) -> None:

@@ -18,6 +18,7 @@ from fellrec.models.objectives.generative import GenerativeObjective
 from fellrec.models.objectives.retrieval import RetrievalObjective
 from fellrec.models.split import SplitModel
 from fellrec.models.tiny import build_tiny
+from fellrec.rankers.constrained import ConstrainedRanker
 from fellrec.rankers.grounding import GroundingRanker
 from fellrec.rankers.likelihood import LikelihoodRanker
 from fellrec.rankers.similarity import SimilarityRanker
@@ -265,3 +266,10 @@ def test_training_on_titles_raises_their_likelihood(real_data: Path) -> None:
     assert losses[-1] < 0.7 * losses[0]
     scores = LikelihoodRanker(objective).scores(model.eval(), HISTORIES)
     assert scores.argmax(dim=1).tolist() == [3, 5, 1]
+    exact, few = LikelihoodRanker(objective, "sum").scores(model, HISTORIES), ConstrainedRanker(objective, num_beams=3)
+    order = few.scores(model, HISTORIES).argsort(dim=1, descending=True)
+    certain = few.take_report()[:, few.reported.index("num_certain")].int().tolist()
+    assert max(certain) < 7, "not all titles are reached"
+    assert min(certain) >= 1, "a trained model is sure enough for few beams to prove which title is the likeliest"
+    for row, number in enumerate(certain):
+        assert order[row, :number].tolist() == exact[row].argsort(descending=True)[:number].tolist()
