@@ -15,8 +15,10 @@ from fellrec.build import build_data, build_loop, build_recommender
 from fellrec.cli import main
 from fellrec.config import compose
 from fellrec.data.prompts import TEMPLATES
+from fellrec.federated.client import LocalSettings
 from fellrec.federated.hooks import FederatedCallback
 from fellrec.federated.loop import FederatedLoop
+from fellrec.launch.load import count_load
 from fellrec.types import Evaluation
 
 GENERATIVE = ["objective=generative", "trainer.num_rounds=1", "trainer.max_local_steps=2", "trainer.cutoffs=[5,10]"]
@@ -144,3 +146,17 @@ def test_clients_train_in_batches_of_similar_length(make: Callable[..., tuple[Fe
     (rows, tokens), (expected_rows, more_tokens) = epoch(grouped), epoch(alone)
     assert rows == expected_rows
     assert tokens < more_tokens
+
+
+def test_a_plan_sees_the_longest_batch(make: Callable[..., tuple[FederatedLoop, Evaluations]]) -> None:
+    """Also if it looks at one batch of each client; no batch of any epoch has more tokens."""
+    loop, _ = make("trainer.batch_size=8")
+    load = count_load(loop.datamodule, loop.module.objective, LocalSettings(max_local_steps=1), max_batches=3)
+    sizes = [
+        batch["input_ids"].numel()
+        for client in range(3)
+        for seed in range(3)
+        for batch in loop.datamodule.train_loader(client, seed)
+    ]
+    assert load.num_tokens_largest == load.largest_batch["input_ids"].numel() >= max(sizes)
+    assert load.num_tokens_largest > sorted(sizes)[len(sizes) // 2]

@@ -138,6 +138,18 @@ class FellrecDataModule(LightningDataModule):
         """
         return self._loader(self._rows(client), seed)
 
+    def longest_batch(self, client: int) -> dict[str, Tensor] | None:
+        """The batch of a client's longest rows; ``None`` if batches do not go by length, and are much alike.
+
+        No batch has more padded tokens, and few have as many: who only looks at some would miss it.
+        """
+        rows = self._rows(client)
+        lengths = self.lengths(rows.items, rows.is_target)
+        if lengths is None or not len(rows):
+            return None
+        longest = lengths.argsort(descending=True, stable=True)[: self.batch_size]
+        return self.collate(rows.items[longest], rows.is_target[longest])
+
     def public_loader(self, seed: int) -> DataLoader[Any]:
         """Shuffled training batches of the public users; there must be some."""
         users = np.flatnonzero(self.data.client_of_user < 0)
