@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning import LightningModule
@@ -36,6 +36,14 @@ class Objective(Protocol):
 
     def loss_of(self, model: SplitModel, hidden: list[Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """``loss``, with the final hidden states ``[B, L, D]`` of ``inputs`` at hand."""
+
+
+@runtime_checkable
+class PreparesSteps(Protocol):
+    """What an objective provides beside `Objective` if it keeps something from step to step; in one process only."""
+
+    def prepare_step(self, model: SplitModel, round_index: int, step: int) -> None:
+        """Called before every optimiser step of a client's round, both counted from 0, in the client's streams."""
 
 
 class Ranker(Protocol):
