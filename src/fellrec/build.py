@@ -46,7 +46,7 @@ from fellrec.models.architectures import decoder_layers
 from fellrec.models.backbone import Backbone, load_hf
 from fellrec.models.bank import AdapterBank
 from fellrec.models.cut import Cut, server_shell
-from fellrec.models.module import FellrecModule, Objective, OptimizerSettings
+from fellrec.models.module import FellrecModule, Objective, OptimizerSettings, Ranker, ReportingRanker
 from fellrec.models.share import read_body
 from fellrec.models.split import SplitModel
 from fellrec.pretrained import sasrec_backbone, tiny_backbone
@@ -171,18 +171,13 @@ def build_recommender(config: DictConfig, data: PreparedData) -> Recommender:
     adapter.attach(backbone.model, backbone.arch, config.seed, model.part_of)
     trainable = adapter.trainable(backbone.model)
     server = None if body is None else attach_server(config, body, fabric)
-    cold = Cold.of(data, config.trainer.cold_users_below)
+    ranker, cold = _ranker(config, objective, data), Cold.of(data, config.trainer.cold_users_below)
     module = FellrecModule(
         model=model,
         trainable=trainable,
         objective=objective,
-        ranker=_ranker(config, objective, backbone, data),
-        metrics=ClientRankingMetrics(
-            data.num_clients,
-            tuple(config.trainer.cutoffs),
-            cold.groups(data),
-            sync_on_compute=transport != "distributed" and not over_ranks(config),  # no replicas: the first collects
-        ),
+        ranker=ranker,
+        metrics=_metrics(config, data, ranker, cold.groups(data)),
         title_groups=torch.from_numpy(data.catalogue.title_groups),
         optimizer=OptimizerSettings(config.trainer.learning_rate, config.trainer.weight_decay),
     )
@@ -411,10 +406,10 @@ def _objective(config: DictConfig, backbone: Backbone, data: PreparedData) -> Ob
     objective: Objective = make(
         config.objective,
         "objective",
+        {"item_counts": _item_counts(data)},
         tokenizer=backbone.tokenizer,
         catalogue=data.catalogue,
         max_history=data.max_history,
-        **({"item_counts": _item_counts(data)} if config.objective.get("negatives") == "popularity" else {}),
     )
     return objective
 
@@ -426,8 +421,26 @@ def _item_counts(data: PreparedData) -> Tensor:
     return torch.from_numpy(np.bincount(rows.values, minlength=len(data.catalogue)))
 
 
-def _ranker(config: DictConfig, objective: Objective, backbone: Backbone, data: PreparedData) -> Any:
-    return make(config.ranker, "ranker", objective=objective)
+def _ranker(config: DictConfig, objective: Objective, data: PreparedData) -> Ranker:
+    """A ranker may take the training interactions of all clients, too; `README` says what that stands for."""
+    ranker: Ranker = make(config.ranker, "ranker", {"train": data.train}, objective=objective)
+    return ranker
+
+
+def _metrics(
+    config: DictConfig, data: PreparedData, ranker: Ranker, groups: Mapping[str, Mapping[str, Tensor]]
+) -> ClientRankingMetrics:
+    reporting = ranker if isinstance(ranker, ReportingRanker) else None
+    return ClientRankingMetrics(
+        data.num_clients,
+        tuple(config.trainer.cutoffs),
+        groups,
+        reported=reporting.reported if reporting else (),
+        num_choices=max(1, len(reporting.choices)) if reporting else 1,
+        metric=config.trainer.metric,
+        # Without replicas the first process collects what the others have.
+        sync_on_compute=config.split.transport != "distributed" and not over_ranks(config),
+    )
 
 
 def _datamodule(config: DictConfig, data: PreparedData, objective: Objective) -> FellrecDataModule:
@@ -438,6 +451,7 @@ def _datamodule(config: DictConfig, data: PreparedData, objective: Objective) ->
         batch_size=config.trainer.batch_size,
         eval_batch_size=config.trainer.eval_batch_size,
         seed=config.seed,
+        lengths=objective.lengths,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -287,12 +287,13 @@ def _check_metric(config: DictConfig) -> list[str]:
     return [] if metric in metrics else [unknown("trainer.metric", metric, metrics)]
 
 
-def make(config: DictConfig, label: str, **arguments: Any) -> Any:
+def make(config: DictConfig, label: str, offered: Mapping[str, Any] | None = None, **arguments: Any) -> Any:
     """Instantiate ``config._target_`` with the configured settings and some live objects.
 
     Args:
         config: A node with ``_target_``.
         label: The node's name for messages, such as ``objective``.
+        offered: Live objects for targets that take them.
         **arguments: Objects that do not come from the configuration.
 
     Raises:
@@ -308,4 +309,5 @@ def make(config: DictConfig, label: str, **arguments: Any) -> Any:
     for name in settings:
         if name not in accepted and not takes_any:
             raise ConfigError(unknown(f"setting of {label}", f"{label}.{name}", [f"{label}.{key}" for key in accepted]))
-    return target(**settings, **arguments)
+    taken = {name: value for name, value in (offered or {}).items() if name in accepted}
+    return target(**settings, **arguments, **taken)

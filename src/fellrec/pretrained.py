@@ -18,6 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.data.prepared import PreparedData
+from fellrec.data.prompts import TEMPLATES
 from fellrec.errors import ConfigError
 from fellrec.models.backbone import Backbone, load_hf
 from fellrec.models.module import Objective
@@ -41,7 +42,8 @@ def tiny_backbone(
 
     Args:
         cache: Folder of pre-trained backbones; each is an ordinary Hugging Face folder.
-        settings: The ``backbone`` and ``objective`` groups, plain values, under these names.
+        settings: What shapes it, as plain values: the ``backbone`` group under this name, and all that the objective
+            is made from.
         make_objective: Builds the run's objective for a backbone.
         data: Catalogue and public users.
         client_cut: Layers of head and tail, to load the client's share only; ``None`` for the whole model.
@@ -94,12 +96,15 @@ def check_reads_items(objective: Mapping[str, Any]) -> None:
 
 
 def _key(settings: Mapping[str, Any], data: PreparedData) -> str:
-    """Hash of everything that shapes the result: settings, the catalogue's text, the public users' histories."""
+    """Hash of everything that shapes the result: settings, texts of prompt and catalogue, public users' histories."""
     public = data.train.take((data.client_of_user < 0).nonzero()[0])
     digest = hashlib.sha256(json.dumps({**settings, "format": _FORMAT}, sort_keys=True).encode())
     digest.update("\n".join(data.catalogue.texts()).encode())
     digest.update(public.values.tobytes() + public.offsets.tobytes())
     digest.update(str(data.max_history).encode())
+    template = TEMPLATES.get(settings["objective"].get("template"))
+    if template is not None:
+        digest.update(template.sha256.encode())
     return digest.hexdigest()[:16]
 
 
@@ -113,7 +118,13 @@ def _make(
     objective = make_objective(backbone)
     objective.check(model)
     how = PretrainSettings(**settings["pretrain"], seed=settings["seed"])
-    batches = FellrecDataModule(data, objective.collate, objective.one_target_per_row, batch_size=how.batch_size)
+    batches = FellrecDataModule(
+        data,
+        objective.collate,
+        objective.one_target_per_row,
+        batch_size=how.batch_size,
+        lengths=objective.lengths,
+    )
     has_public_users = bool((data.client_of_user < 0).any())
     console = Console(stderr=True)
     if not console.is_terminal:

@@ -20,11 +20,12 @@ from fellrec.data.guards import check_template
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError
 from fellrec.lock import is_lock
+from fellrec.models.module import Objective
 from fellrec.types import Evaluation
 
 SLURM_FOLDER = "slurm"
 """Where ``fellrec submit`` keeps scripts and output of a run's jobs, in the run directory."""
-_PROMPT = "prompt.json"
+_VERSIONS = "versions.json"
 _PACKAGES = ("fellrec", "torch", "lightning", "transformers", "peft", "torchmetrics", "hydra-core", "mlflow")
 
 
@@ -78,31 +79,30 @@ def _is_around_run(path: Path) -> bool:
     return is_lock(path) or (path.name == SLURM_FOLDER and "SLURM_JOB_ID" in os.environ)
 
 
-def write_start(run_dir: Path, config: DictConfig, data: PreparedData) -> None:
-    """Write what shaped the run: resolved configuration, versions, data statistics, partition."""
+def write_start(run_dir: Path, config: DictConfig, data: PreparedData, facts: Mapping[str, str]) -> None:
+    """Write what shaped the run: resolved configuration, versions, data statistics, partition.
+
+    Args:
+        run_dir: Of the run.
+        config: Resolved.
+        data: The prepared data set.
+        facts: Versions beside those of packages: of the objective's texts.
+    """
     write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(config, resolve=True).encode())
-    write_json(run_dir / "versions.json", versions())
+    write_json(run_dir / _VERSIONS, {**versions(), **facts})
     write_json(run_dir / "data.json", {"key": data.key, "name": data.name, "statistics": data.statistics})
     partition = pd.DataFrame({"user_id": data.users["user_id"], "client": data.client_of_user})
     write_atomically(run_dir / "partition.parquet", partition.to_parquet(None, index=False))
 
 
-def write_prompt(run_dir: Path, objective: Any) -> None:
-    """Write ``prompt.json``, version and hash of the prompt's template; nothing for objectives without one."""
-    template = getattr(objective, "template", None)
-    if template is not None:
-        write_json(run_dir / _PROMPT, template.facts)
-
-
-def check_prompt(run_dir: Path, objective: Any) -> None:
+def check_prompt(run_dir: Path, objective: Objective) -> None:
     """Refuse to go on with, or evaluate, a run by another prompt than it was trained with.
 
     Raises:
-        ConfigError: If the template has changed.
+        ConfigError: If the objective's texts have changed.
     """
-    template, path = getattr(objective, "template", None), run_dir / _PROMPT
-    if template is not None and path.is_file():
-        check_template(json.loads(path.read_text()), template.facts, str(run_dir))
+    recorded = json.loads((run_dir / _VERSIONS).read_text()) if (run_dir / _VERSIONS).is_file() else {}
+    check_template({name: recorded.get(name) for name in objective.facts}, objective.facts, str(run_dir))
 
 
 def write_evaluation(run_dir: Path, evaluation: Evaluation, extra: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from fellrec.launch.storage import storage_of
 from fellrec.lock import hold
 from fellrec.rankers.reference import PRETRAINED, ReferenceRanker, ReferenceSettings, reference_rankers
 from fellrec.rankings import write_users
-from fellrec.records import check_prompt, new_run_dir, versions, write_evaluation, write_prompt, write_start
+from fellrec.records import check_prompt, new_run_dir, versions, write_evaluation, write_start
 from fellrec.tracking.results import Comparison, RuleResult
 from fellrec.tracking.run_log import NewRun, RunLog
 from fellrec.types import Evaluation, RoundRecord
@@ -81,8 +81,7 @@ class Run:
         if self._has_checkpoint:
             checkpoint.resume(loop)
         else:
-            write_start(self.run_dir, config, recommender.data)
-            write_prompt(self.run_dir, recommender.module.objective)
+            write_start(self.run_dir, config, recommender.data, recommender.module.objective.facts)
         logging = self._mlflow()
         clock, meter = _Clock(), CostMeter(config.split.transport, lambda: storage_of(config, recommender))
         logging.costs = meter
@@ -132,6 +131,7 @@ class Run:
             "data": data.name,
             "backbone": self.recommender.backbone.name,
             **({"variant": self.variant} if self.variant else {}),
+            **self.recommender.module.objective.facts,
             **{name: value for name, value in versions().items() if name in ("fellrec", "git_commit")},
         }
         new = NewRun(config.tracking.uri, config.tracking.experiment, self.label, tags, self.parent_uid)
@@ -274,4 +274,4 @@ def _evaluate(recommender: Recommender, ranker: ReferenceRanker, stage: str) -> 
         for batch in recommender.datamodule.eval_loader(stage):
             moved = recommender.fabric.to_device(batch)
             module.add_scores(ranker.scores(moved["histories"], moved), moved)
-    return module.finish_evaluation(stage, -1)
+    return module.finish_reference(stage)

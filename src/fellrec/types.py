@@ -106,9 +106,12 @@ class Evaluation:
         client_of_user: ``[U_eval]`` int64, the client of each evaluated user.
         per_client: Metric name → ``[C]`` float64, mean over the client's users.
         summary: Flat MLflow-safe names without the stage, such as ``ndcg_at_10/mean``, ``ndcg_at_10/pooled``,
-            ``ndcg_at_10/variance``, ``ndcg_at_10/worst``.
+            ``ndcg_at_10/variance``, ``ndcg_at_10/worst``; and what the ranker says of itself, such as
+            ``generation/in_catalogue_rate``.
         users: ``[U_eval]`` int64 index of each evaluated user, ascending.
         first_items: Their first items, as far as the largest cutoff; ``None`` where rankings are not kept.
+        reported: What the ranker told of each user, name → ``[U_eval]`` float64.
+        choice: Which of the ranker's choices these are the metrics of, from 0; see ``ReportingRanker``.
     """
 
     stage: str
@@ -119,6 +122,8 @@ class Evaluation:
     summary: Mapping[str, float]
     users: Tensor
     first_items: FirstItems | None = None
+    reported: Mapping[str, Tensor] = field(default_factory=dict)
+    choice: int = 0
 
 
 @dataclass(frozen=True)

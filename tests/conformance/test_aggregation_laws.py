@@ -74,8 +74,8 @@ def test_permuting_clients_permutes_the_result(cfg, problem, random):
         updates.losses[order],
         updates.num_samples[order],
     )
-    rule = build_aggregation(cfg)
-    expected, result = rule.aggregate(updates, round_index), rule.aggregate(permuted, round_index)
+    expected = build_aggregation(cfg).aggregate(updates, round_index)
+    result = build_aggregation(cfg).aggregate(permuted, round_index)
     for name, parameter in expected.adapters.items():
         torch.testing.assert_close(result.adapters[name], parameter[order], rtol=1e-5, atol=1e-6)
     for name, matrix in expected.matrices.items():

@@ -22,7 +22,7 @@ CUT = ["split=executed", "split.transport=distributed", "backbone.num_layers=4",
 MIXED = "adapter=lora adapter.dropout=0.2 trainer.accumulate_grad_batches=2 split.in_flight=3"
 GENERATIVE = (
     "objective=generative adapter=lora ranker=grounding ranker.num_beams=2 ranker.max_new_tokens=5 "
-    "trainer.num_rounds=1 trainer.learning_rate=0.05 aggregation=fedavg"
+    "ranker.reweight=popularity trainer.num_rounds=1 trainer.learning_rate=0.05 aggregation=fedavg"
 )
 LONG = "adapter=lora trainer.num_rounds=12 trainer.local_epochs=6"
 """Long enough that a signal after the second round finds every process at work."""

@@ -105,6 +105,7 @@ class Values(FederatedCallback):
         "objective=generative adapter=lora trainer.num_rounds=1",
         "objective=generative adapter=lora ranker=grounding ranker.num_beams=2 ranker.max_new_tokens=5 "
         "trainer.num_rounds=1 trainer.learning_rate=0.05",
+        "objective=generative adapter=lora ranker=constrained ranker.num_beams=3 trainer.num_rounds=1",
     ],
 )
 def test_a_run_through_the_cut_has_the_same_bits(run: Run, overrides: str) -> None:

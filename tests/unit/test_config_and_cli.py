@@ -26,6 +26,7 @@ NEEDS = {
     ("partition", "attribute"): ["partition.column=x"],
     ("ranker", "likelihood"): ["objective=generative"],
     ("ranker", "grounding"): ["objective=generative"],
+    ("ranker", "constrained"): ["objective=generative"],
     ("experiment", "ml_1m_small"): ["data.root=x"],
 }
 CHOICES = [(group, choice) for group, choices in group_choices().items() for choice in choices]
@@ -54,6 +55,23 @@ def test_the_backbone_decides_the_adapter_and_the_objective_the_ranker() -> None
     assert compose(["adapter=lora"]).adapter.rank == 8
     assert compose([]).ranker["_target_"].endswith("SimilarityRanker")
     assert compose(["objective=generative"]).ranker["_target_"].endswith("LikelihoodRanker")
+
+
+@pytest.mark.parametrize(
+    ("data", "template"),
+    [
+        ("ml_1m", "movie-1"),
+        ("ml_100k", "movie-1"),
+        ("synthetic", "movie-1"),
+        ("games", "game-1"),
+        ("atomic", "product-1"),
+    ],
+)
+def test_the_data_decides_the_prompt_unless_it_is_given(data: str, template: str) -> None:
+    overrides = [f"data={data}", "data.root=x", "objective=generative"]
+    assert compose(overrides).objective.template == template
+    assert compose([*overrides, "data.domain=video"]).objective.template == "video-1"
+    assert compose([*overrides, "objective.template=product-1"]).objective.template == "product-1"
 
 
 @pytest.mark.parametrize(

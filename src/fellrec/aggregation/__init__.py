@@ -6,6 +6,7 @@ from fellrec.aggregation.centralized import Centralized
 from fellrec.aggregation.fedavg import FedAvg
 from fellrec.aggregation.fellrec import FELLRec
 from fellrec.aggregation.local import Local
+from fellrec.aggregation.persistence import Persistence
 from fellrec.aggregation.uniform import Uniform
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "FELLRec",
     "FedAvg",
     "Local",
+    "Persistence",
     "Uniform",
     "build_aggregation",
 ]

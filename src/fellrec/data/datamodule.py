@@ -13,6 +13,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fellrec.data.batching import length_grouped_batches
 from fellrec.data.guards import check_view
 from fellrec.data.prepared import PreparedData
 from fellrec.data.ragged import IntArray, Ragged
@@ -23,6 +24,7 @@ _KEPT = 128
 """Clients whose training rows are kept; those of others are cut again when they are needed."""
 
 Collate = Callable[[Tensor, Tensor], dict[str, Tensor]]
+Lengths = Callable[[Tensor, Tensor], Tensor | None]
 
 
 class _Rows(Dataset[Any]):
@@ -92,6 +94,8 @@ class FellrecDataModule(LightningDataModule):
         batch_size: Training rows a batch.
         eval_batch_size: Users a batch.
         seed: Seed of the order of the rows.
+        lengths: Gives the tokens ``[B]`` of the same rows (an objective's ``lengths``), if rows of similar length are
+            to share a batch; ``None`` if they are only shuffled.
 
     Raises:
         LeakError: If evaluation would see what it is to predict, or not know what users have seen.
@@ -105,10 +109,12 @@ class FellrecDataModule(LightningDataModule):
         batch_size: int = 64,
         eval_batch_size: int = 256,
         seed: int = 0,
+        lengths: Lengths = lambda items, is_target: None,
     ) -> None:
         super().__init__()
         self.data = data
         self.collate = collate
+        self.lengths = lengths
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.seed = seed
@@ -136,6 +142,18 @@ class FellrecDataModule(LightningDataModule):
         Beside what ``collate`` makes, a batch has ``row_ids [B]``: numbers that tell the rows of all clients apart.
         """
         return self._loader(self._rows(client), seed)
+
+    def longest_batch(self, client: int) -> dict[str, Tensor] | None:
+        """The batch of a client's longest rows; ``None`` if batches do not go by length, and are much alike.
+
+        No batch has more padded tokens, and few have as many: who only looks at some would miss it.
+        """
+        rows = self._rows(client)
+        lengths = self.lengths(rows.items, rows.is_target)
+        if lengths is None or not len(rows):
+            return None
+        longest = lengths.argsort(descending=True, stable=True)[: self.batch_size]
+        return self.collate(rows.items[longest], rows.is_target[longest])
 
     def public_loader(self, seed: int) -> DataLoader[Any]:
         """Shuffled training batches of the public users; there must be some."""
@@ -187,7 +205,11 @@ class FellrecDataModule(LightningDataModule):
             items, is_target, row_ids = rows
             return {**collate(items, is_target), "row_ids": row_ids}
 
-        return DataLoader(rows, self.batch_size, shuffle=True, generator=generator, collate_fn=batch)
+        lengths = self.lengths(rows.items, rows.is_target)
+        if lengths is None:
+            return DataLoader(rows, self.batch_size, shuffle=True, generator=generator, collate_fn=batch)
+        batches = length_grouped_batches(lengths, self.batch_size, generator)
+        return DataLoader(rows, batch_sampler=batches, generator=generator, collate_fn=batch)
 
 
 def _as_is(batch: Any) -> Any:

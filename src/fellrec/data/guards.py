@@ -135,23 +135,25 @@ def check_prompts(objective: Any, data: PreparedData) -> None:
         )
 
 
-def check_template(recorded: Mapping[str, str], now: Mapping[str, str], where: str) -> None:
+def check_template(recorded: Mapping[str, str | None], now: Mapping[str, str], where: str) -> None:
     """A run must go on, and be evaluated, with the prompt that it was trained with.
 
     Args:
-        recorded: What the run has noted of its template: ``version`` and ``digest``.
-        now: The same of the template that would be used.
+        recorded: What the run has noted of its objective's texts, see ``Objective.facts``; a run of an older fellrec
+            has noted nothing.
+        now: The same of the objective that would be used.
         where: Names the run.
 
     Raises:
         ConfigError: If they differ.
     """
-    if dict(recorded) != dict(now):
-        same_version = recorded.get("version") == now.get("version")
-        hint = "; a changed text needs a new version" if same_version else ""
+    known = {name: value for name, value in recorded.items() if value is not None}
+    if known and known != dict(now):
+        version = "prompt_template"
+        hint = "; a changed text needs a new version" if known.get(version) == now.get(version) else ""
         raise ConfigError(
-            f"{where} was trained with the prompt template {recorded.get('version')} ({recorded.get('digest')}), "
-            f"now it is {now.get('version')} ({now.get('digest')}){hint}"
+            f"{where} was trained with the prompt template {known.get(version)} ({known.get('prompt_sha256')}), "
+            f"now it is {now.get(version)} ({now.get('prompt_sha256')}){hint}"
         )
 
 

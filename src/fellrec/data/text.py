@@ -18,6 +18,7 @@ class TokenizedTexts:
         tokenizer: A Hugging Face tokenizer.
         texts: One text per item.
         max_tokens: Longest text in tokens; longer ones are cut on the right.
+        ending: Tokens that a text ends with after it was cut, such as the line break that it lost.
 
     Attributes:
         tokens: ``[I, T]`` int64, padded with 0 on the right.
@@ -28,8 +29,10 @@ class TokenizedTexts:
         BackboneError: If the tokenizer turns a text into nothing.
     """
 
-    def __init__(self, tokenizer: Any, texts: Sequence[str], max_tokens: int) -> None:
-        rows = [ids[:max_tokens] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    def __init__(self, tokenizer: Any, texts: Sequence[str], max_tokens: int, ending: Sequence[int] = ()) -> None:
+        encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        kept = max_tokens - len(ending)
+        rows = [ids if len(ids) <= max_tokens else [*ids[:kept], *ending] for ids in encoded]
         self.lengths = torch.tensor([len(ids) for ids in rows])
         if int(self.lengths.min()) == 0:
             empty = int(self.lengths.argmin())

@@ -216,17 +216,23 @@ class FederatedLoop:
             row_of_client: Row of the bank that serves each client.
         """
         self.call("on_evaluate_start", stage)
-        self.module.eval()
-        self.execution.score(self, stage, round_index, bank, sorted(set(row_of_client)))
-        evaluation = self.module.finish_evaluation(stage, round_index)
+        evaluation = self._score(stage, round_index, bank, row_of_client)
         self.call("on_evaluate_end", evaluation)
         return evaluation
 
     def evaluate_start(self, stage: str) -> Evaluation:
         """Score the adapters that all clients started with; no callback hears of it."""
+        return self._score(stage, -1, "initial", self.row_of_client)
+
+    def _score(self, stage: str, round_index: int, bank: str, row_of_client: tuple[int, ...]) -> Evaluation:
+        """Score and summarise; before a test, let the same adapters' validation choose what the ranker leaves open."""
         self.module.eval()
-        self.execution.score(self, stage, -1, "initial", sorted(set(self.row_of_client)))
-        return self.module.finish_evaluation(stage, -1)
+        rows = sorted(set(row_of_client))
+        if stage == "test" and self.module.chooses_on_validation:
+            self.execution.score(self, "val", round_index, bank, rows)
+            self.module.finish_evaluation("val", round_index)
+        self.execution.score(self, stage, round_index, bank, rows)
+        return self.module.finish_evaluation(stage, round_index)
 
     def clients_served_by(self, row: int, bank: str) -> tuple[int, ...]:
         """The clients whose users are scored with a row of a bank."""

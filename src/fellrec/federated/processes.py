@@ -171,11 +171,10 @@ class LeadExecution(SplitExecution):
             if rank != LEAD and self._tell(loop, rank, Score(stage, round_index, bank, theirs))
         ]
         super().score(loop, stage, round_index, bank, self._by_rank(rows).get(LEAD, ()))
-        metrics = loop.module.metrics
         for rank in busy:
             answer = self._hear(loop, rank, Scored)
             if answer is not None and len(answer.users):
-                metrics.add(*answer.of_users)
+                loop.module.metrics.add(*answer.of_users)
 
     def keep_best(self, population: bool, clients: tuple[int, ...], rows: tuple[int, ...]) -> None:
         """Tell everybody."""

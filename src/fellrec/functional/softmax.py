@@ -32,7 +32,7 @@ def chunked_cross_entropy(query_TD: Tensor, items_ID: Tensor, targets_T: Tensor,
         >>> torch.allclose(chunked_cross_entropy(query, items, targets, chunk_items=2), full)
         True
     """
-    return _ChunkedCrossEntropy.apply(query_TD, items_ID, targets_T, chunk_items)  # type: ignore[no-any-return]
+    return _ChunkedCrossEntropy.apply(query_TD, items_ID, targets_T, chunk_items)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -28,7 +28,8 @@ class Load:
     Attributes:
         mean: Of one client, the mean over all clients.
         largest_client: The client with the most steps.
-        largest_batch: The micro-batch with the most tokens of those that were seen.
+        largest_batch: The micro-batch with the most tokens of those that were seen, or that the longest rows of a
+            client could make.
         num_tokens_largest: Its padded tokens.
         is_sampled: Whether tokens were counted on some of the batches only and scaled to all; steps never are.
     """
@@ -65,6 +66,9 @@ def count_load(
             counts.append(sum(ids.numel() for ids in objective.inputs(batch)))
             if counts[-1] > largest[0]:
                 largest = (counts[-1], batch)
+        longest = datamodule.longest_batch(client)
+        if longest is not None and (size := sum(ids.numel() for ids in objective.inputs(longest))) > largest[0]:
+            largest = (size, longest)
         tokens_seen, num_seen = tokens_seen + sum(counts), num_seen + len(counts)
         per_client.append(micro_batches[client] * sum(counts) / len(counts) if counts else 0.0)
     is_sampled = num_seen < sum(micro_batches)

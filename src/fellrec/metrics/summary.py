@@ -42,6 +42,25 @@ def user_mean(values: Tensor) -> float:
     return float(np.mean(values.cpu().double().numpy())) if len(values) else float("nan")
 
 
+def best_choice(values: Tensor, client_of_user: Tensor, num_clients: int) -> int:
+    """The setting with the best mean over clients, each of which counts once; the first of equals.
+
+    Args:
+        values: ``[U, G]`` a metric of every user with every setting, higher is better.
+        client_of_user: ``[U]`` int64.
+        num_clients: C.
+
+    Returns:
+        From 0 to G - 1; 0 if there are no users.
+
+    Example:
+        >>> best_choice(torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]), torch.tensor([0, 0, 1]), num_clients=2)
+        0
+    """
+    means = torch.stack([client_means(column, client_of_user, num_clients).nanmean() for column in values.T])
+    return int(means.nan_to_num(nan=-torch.inf).argmax())
+
+
 def summarise(
     per_user: Mapping[str, Tensor],
     client_of_user: Tensor,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -10,6 +11,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from fellrec.data.guards import check_batch
+from fellrec.errors import ConfigError
 from fellrec.functional.first_items import first_items
 from fellrec.functional.ranking import target_ranks
 from fellrec.metrics.clients import ClientRankingMetrics
@@ -21,6 +23,13 @@ class Objective(Protocol):
     """What a local objective provides; see ``RetrievalObjective`` for an example."""
 
     one_target_per_row: bool
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What of it is recorded with a run beside its settings."""
+
+    def lengths(self, items: Tensor, is_target: Tensor) -> Tensor | None:
+        """Tokens ``[B]`` of training rows ``[B, W + 1]``, whose batches then go by length; ``None`` if they do not."""
 
     def check(self, model: SplitModel) -> None:
         """Refuse a backbone that cannot serve this objective, before anything expensive starts."""
@@ -54,6 +63,32 @@ class Ranker(Protocol):
 
     def scores(self, model: SplitModel, histories: Tensor) -> Tensor:
         """Score all items, ``[B, I]`` float32, for histories ``[B, H]`` padded with -1 on the right."""
+
+
+@runtime_checkable
+class ReportingRanker(Ranker, Protocol):
+    """A ranker that tells of each user more than scores, or that has a setting which validation is to choose.
+
+    What it tells is gathered from all clients and processes with the users' metrics, so it need not add up anything.
+
+    Attributes:
+        reported: Names of the R values that it tells of each user.
+        choices: The G values of the open setting, which ``scores`` gives ``[G, B, I]`` for; with none, ``[B, I]``.
+    """
+
+    reported: tuple[str, ...]
+    choices: tuple[float, ...]
+
+    def take_report(self) -> Tensor:
+        """What there is to tell, ``[B, R]`` float64, of the users of the last call of ``scores``."""
+
+    def figures(self, reported: Mapping[str, Tensor], choice: int) -> dict[str, float]:
+        """Figures of one evaluation, for its summary.
+
+        Args:
+            reported: Name → ``[U]``, of all users.
+            choice: Position in ``choices`` of the setting that the metrics were made with.
+        """
 
 
 @dataclass(frozen=True)
@@ -104,6 +139,7 @@ class FellrecModule(LightningModule):
         self.metrics = metrics
         self.title_groups = title_groups
         self.optimizer_settings = optimizer
+        self._choice: int | None = None
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int = 0) -> dict[str, Any]:
         """Mean loss over the batch's targets under ``loss``, and their number under ``num_targets``."""
@@ -127,33 +163,69 @@ class FellrecModule(LightningModule):
             batch: From ``FellrecDataModule.eval_loader``.
             keep_rankings: Whether ``self.metrics`` keeps the users' first items too.
         """
-        self.add_scores(self.ranker.scores(self.model, batch["histories"]), batch, keep_rankings)
+        scores = self.ranker.scores(self.model, batch["histories"])
+        report = self.ranker.take_report() if isinstance(self.ranker, ReportingRanker) else None
+        self.add_scores(scores, batch, report, keep_rankings)
 
-    def add_scores(self, scores: Tensor, batch: dict[str, Tensor], keep_rankings: bool = False) -> None:
+    def add_scores(
+        self, scores: Tensor, batch: dict[str, Tensor], report: Tensor | None = None, keep_rankings: bool = False
+    ) -> None:
         """Add the metrics of the batch's users to ``self.metrics``.
 
         Args:
-            scores: ``[B, I]``, from any ranker.
+            scores: ``[B, I]``, from any ranker, or ``[G, B, I]`` for each of its choices.
             batch: From ``FellrecDataModule.eval_loader``.
+            report: ``[B, R]``, what ``self.ranker`` told of these users; ``None`` from other rankers.
             keep_rankings: As for ``score_batch``.
 
         Raises:
             TrainingError: If a score is NaN.
             LeakError: If a target is masked, or an item of a history is not.
         """
-        scores, titles = scores.float(), self.title_groups.to(scores.device)
-        check_batch(batch, scores.shape[1])
+        check_batch(batch, scores.shape[-1])
+        of_choices = [scores_BI.float() for scores_BI in (scores if scores.dim() == 3 else scores[None])]
+        titles = self.title_groups.to(scores.device)
         targets = batch["target_rows"], batch["target_items"]
         masked = batch["masked_rows"], batch["masked_items"]
-        ranks = target_ranks(scores, *targets, *masked, titles)
-        first = first_items(scores, targets, masked, titles, max(self.metrics.cutoffs)) if keep_rankings else None
-        self.metrics.update(batch["users"], batch["clients"], ranks, batch["target_rows"], first)
+        ranks_GT = torch.stack([target_ranks(scores_BI, *targets, *masked, titles) for scores_BI in of_choices])
+        first = None
+        if keep_rankings:
+            longest = max(self.metrics.cutoffs)
+            first = [first_items(scores_BI, targets, masked, titles, longest) for scores_BI in of_choices]
+        self.metrics.update(batch["users"], batch["clients"], ranks_GT, batch["target_rows"], report, first)
+
+    @property
+    def chooses_on_validation(self) -> bool:
+        """Whether a setting of the ranker is open: a test then needs a validation of the same adapters before it."""
+        return isinstance(self.ranker, ReportingRanker) and len(self.ranker.choices) > 1
 
     def finish_evaluation(self, stage: str, round_index: int) -> Evaluation:
-        """Close the evaluation: gather the users of all processes, summarise, reset."""
-        evaluation = self.metrics.evaluation(stage, round_index)
-        self.metrics.reset()
+        """Close the evaluation: gather the users of all processes, summarise, reset.
+
+        A validation chooses the ranker's open setting, if there is one; a test takes what the last validation chose.
+
+        Raises:
+            ConfigError: If there was none.
+        """
+        if not self.chooses_on_validation:
+            return self._close(stage, round_index, 0)
+        if stage == "test" and self._choice is None:
+            raise ConfigError("the ranker has a setting that validation chooses, and there was no validation")
+        evaluation = self._close(stage, round_index, self._choice if stage == "test" else None)
+        self._choice = evaluation.choice
         return evaluation
+
+    def finish_reference(self, stage: str) -> Evaluation:
+        """The same after ``add_scores`` from another ranker, in which nothing is to be chosen."""
+        return self._close(stage, -1, 0)
+
+    def _close(self, stage: str, round_index: int, choice: int | None) -> Evaluation:
+        evaluation = self.metrics.evaluation(stage, round_index, choice)
+        self.metrics.reset()
+        if not isinstance(self.ranker, ReportingRanker) or _is_silent(evaluation.reported):
+            return evaluation
+        figures = self.ranker.figures(evaluation.reported, evaluation.choice)
+        return replace(evaluation, summary={**evaluation.summary, **figures})
 
     def on_validation_epoch_start(self) -> None:
         """Lightning's hook."""
@@ -181,3 +253,8 @@ class FellrecModule(LightningModule):
     def _log_evaluation(self, stage: str) -> None:
         evaluation = self.finish_evaluation(stage, self.current_epoch)
         self.log_dict({f"{stage}/{name}": value for name, value in evaluation.summary.items()})
+
+
+def _is_silent(reported: Mapping[str, Tensor]) -> bool:
+    """Whether another ranker's scores were evaluated, or no user's."""
+    return any(bool(values.isnan().all()) for values in reported.values())

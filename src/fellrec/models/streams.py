@@ -12,7 +12,6 @@ from torch import nn
 
 from fellrec.functional.rng import derive_seed
 
-
 OF_LOSS = 1 << 20
 """The number of the loss's own stream, beyond those of all layers."""
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fellrec.data.ragged import IntArray, Ragged
 from fellrec.errors import ConfigError
+from fellrec.functional.rng import scramble
 
 TIE_BREAK = 0.01
 """Transitions that the most popular item gets for its popularity in the Markov ranker."""
@@ -37,9 +38,9 @@ class RandomRanker:
         items: NDArray[np.uint64] = (histories.cpu().numpy() + 1).astype(np.uint64)
         catalogue: NDArray[np.uint64] = np.arange(self.num_items, dtype=np.uint64)
         seed = np.array([self.seed % 2**64], dtype=np.uint64)
-        place = _scramble(np.arange(items.shape[1], dtype=np.uint64) + _scramble(seed))
-        rows = _scramble(np.sum(items * place, axis=1, dtype=np.uint64))
-        cells = _scramble(rows[:, None] + catalogue)
+        place = scramble(np.arange(items.shape[1], dtype=np.uint64) + scramble(seed))
+        rows = scramble(np.sum(items * place, axis=1, dtype=np.uint64))
+        cells = scramble(rows[:, None] + catalogue)
         return torch.from_numpy((cells >> np.uint64(40)).astype(np.float32) / np.float32(2**24)).to(histories.device)
 
 
@@ -144,11 +145,3 @@ class MarkovRanker:
         last_items = sparse.coo_array((weights, (rows, items[rows, columns])), shape=shape).tocsr()
         scores = (last_items @ self.transitions).toarray() + self.tie_break
         return torch.from_numpy(scores.astype(np.float32)).to(histories.device)
-
-
-def _scramble(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): nearby integers to unrelated ones."""
-    mixed = values + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))

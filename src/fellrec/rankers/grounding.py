@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from fellrec.data.ragged import Ragged
 from fellrec.data.text import TokenizedTexts, pad_left
+from fellrec.errors import ConfigError, unknown
+from fellrec.functional.grounding import weighed_distances
 from fellrec.models.objectives.generative import GenerativeObjective
 from fellrec.models.split import SplitModel
+from fellrec.rankers.reference import REFERENCE_DECAY, MarkovRanker, PopularityRanker, ReferenceRanker
+from fellrec.rankers.report import REPORTED, generation_figures, report_texts
+
+REWEIGHT = ("none", "popularity", "collaborative")
 
 
 class GroundingRanker:
@@ -18,33 +25,58 @@ class GroundingRanker:
     A text's embedding is the last layer's hidden state at its last token. With LoRA it is the frozen backbone's, the
     adapter switched off; with ``adapter=full`` there is no frozen backbone, and the trained model embeds both sides.
 
+    The distances can be weighed by how often items occur, or how often they followed the user's last items, in
+    training; see ``fellrec.functional.grounding.weighed_distances``.
+
     Args:
         objective: The objective that the model was trained with; it makes the prompts.
+        train: Training sequences, one row per user, oldest first; for the weights.
         max_new_tokens: Longest generated title.
         num_beams: 1 is greedy.
-        batch_size: Texts that are embedded at once.
+        batch_size: Texts that are embedded, and beams that are written, at once.
+        reweight: ``"none"``, ``"popularity"`` or ``"collaborative"``.
+        gamma: Exponent of the weight; of several, validation chooses one (the smallest of equally good ones).
 
     Attributes:
-        statistics: Counts since the last ``refresh``: ``generated``, ``empty``, ``in_catalogue``.
+        gammas: The exponents, ascending.
+        choices: The same if there are several to choose from, else nothing.
+        reported: See ``fellrec.rankers.report``.
+
+    Raises:
+        ConfigError: For an unknown ``reweight``, or a ``gamma`` that is no number of at least 0 and no list of such.
     """
 
+    reported = REPORTED
+
     def __init__(
-        self, objective: GenerativeObjective, max_new_tokens: int = 32, num_beams: int = 1, batch_size: int = 256
+        self,
+        objective: GenerativeObjective,
+        train: Ragged | None = None,
+        max_new_tokens: int = 32,
+        num_beams: int = 1,
+        batch_size: int = 256,
+        reweight: str = "none",
+        gamma: float | Sequence[float] = 1.0,
     ) -> None:
+        if reweight not in REWEIGHT:
+            raise ConfigError(unknown("ranker.reweight", reweight, REWEIGHT))
         self.objective = objective
         self.max_new_tokens = max_new_tokens
         self.num_beams = num_beams
         self.batch_size = batch_size
-        self.statistics: dict[str, int] = {}
-        self._known = set(objective.catalogue.titles)
+        self.gammas = _check_gammas(gamma)
+        self.choices = self.gammas if reweight != "none" and len(self.gammas) > 1 else ()
+        self._prior = _prior(reweight, train, len(objective.catalogue))
+        self._titles = objective.learnt_titles()
+        self._known = {*objective.catalogue.titles, *self._titles}
         self._titles_ID: Tensor | None = None
+        self._report = torch.empty(0, len(REPORTED), dtype=torch.float64)
 
     @torch.no_grad()
     def refresh(self, model: SplitModel) -> None:
         """Embed all titles; a frozen backbone's embeddings are kept."""
-        self.statistics = {"generated": 0, "empty": 0, "in_catalogue": 0}
         if self._titles_ID is None or not model.lora_layers():
-            self._titles_ID = self.embed(model, self.objective.catalogue.titles)
+            self._titles_ID = self.embed(model, self._titles)
 
     @torch.no_grad()
     def scores(self, model: SplitModel, histories: Tensor) -> Tensor:
@@ -55,21 +87,36 @@ class GroundingRanker:
             histories: ``[B, H]`` int64, oldest first, padded with -1 on the right.
 
         Returns:
-            ``[B, I]`` float32, higher is better.
+            ``[B, I]`` float32, higher is better; with several ``choices`` ``[G, B, I]``.
         """
         assert self._titles_ID is not None, "refresh comes before scores"
         texts = self.generate(model, histories)
-        self.statistics["generated"] += len(texts)
-        self.statistics["empty"] += sum(not text for text in texts)
-        self.statistics["in_catalogue"] += sum(text in self._known for text in texts)
-        return -torch.cdist(self.embed(model, texts), self._titles_ID, compute_mode="donot_use_mm_for_euclid_dist")
+        self._report = report_texts(texts, self._known)
+        vectors = self.embed(model, texts)
+        distances = torch.cdist(vectors, self._titles_ID, compute_mode="donot_use_mm_for_euclid_dist")
+        if self._prior is None:
+            return -distances
+        scores = -weighed_distances(distances, self._prior.scores(histories), self.gammas)
+        return scores if self.choices else scores[0]
+
+    def take_report(self) -> Tensor:
+        """Of the texts that ``scores`` had written last, ``[B, 3]`` float64."""
+        return self._report
+
+    def figures(self, reported: Mapping[str, Tensor], choice: int) -> dict[str, float]:
+        """Figures of the texts, see ``generation_figures``, and ``generation/gamma``, the exponent that was used."""
+        figures = generation_figures(reported)
+        return figures if self._prior is None else {**figures, "generation/gamma": self.gammas[choice]}
 
     @torch.no_grad()
     def generate(self, model: SplitModel, histories: Tensor) -> list[str]:
         """The titles that the model writes, one per history."""
+        together = max(1, self.batch_size // self.num_beams)
+        return [text for rows in histories.cpu().split(together) for text in self._generate(model, rows)]
+
+    def _generate(self, model: SplitModel, histories: Tensor) -> list[str]:
         device = model.model.get_input_embeddings().weight.device
-        ids, lengths = self.objective.prompts(histories.cpu())
-        ids, mask = pad_left(ids, lengths)
+        ids, mask = pad_left(*self.objective.prompts(histories))
         tokenizer, cache = self.objective.tokenizer, model.new_cache()
         written = model.model.generate(
             input_ids=ids.to(device),
@@ -100,6 +147,23 @@ class GroundingRanker:
                 last = tokens.lengths[rows].to(device) - 1
                 parts.append(hidden_BLD[torch.arange(len(last), device=device), last].float())
         return torch.cat(parts)
+
+
+def _check_gammas(gamma: float | Sequence[float]) -> tuple[float, ...]:
+    given = [gamma] if isinstance(gamma, int | float) else list(gamma)
+    if not given or not all(isinstance(value, int | float) and 0 <= value < float("inf") for value in given):
+        raise ConfigError(f"ranker.gamma={gamma} is not allowed: a number of at least 0, or a list of such")
+    return tuple(sorted({float(value) for value in given}))
+
+
+def _prior(reweight: str, train: Ragged | None, num_items: int) -> ReferenceRanker | None:
+    """What says how likely items are without their titles; ``None`` for nothing."""
+    if reweight == "none":
+        return None
+    assert train is not None, "the weights are counted in training"
+    if reweight == "popularity":
+        return PopularityRanker.fit(train, num_items)
+    return MarkovRanker.fit(train, num_items, decay=REFERENCE_DECAY)
 
 
 class _WithStart:

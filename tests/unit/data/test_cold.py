@@ -18,13 +18,16 @@ from fellrec.metrics import ClientRankingMetrics
 def data() -> PreparedData:
     """User 4 is public: what only they saw, item 3, is cold for the clients; nobody saw items 4 and 5."""
     train = Ragged.from_rows([[0, 1, 2], [0, 1], [2], [], [3, 3, 0]])
+    valid = Ragged.from_rows([[1], [3], [0], [2], []])
+    test = Ragged.from_rows([[4, 0], [1], [2], [3], []])
     return PreparedData(
         name="films",
         catalogue=Catalogue(tuple("abcdef"), tuple("ABCDEF"), pd.DataFrame(index=range(6))),
         users=pd.DataFrame({"user_id": list("uvwxy")}),
+        histories=train.join(valid).join(test),
         train=train,
-        valid=Ragged.from_rows([[1], [3], [0], [2], []]),
-        test=Ragged.from_rows([[4, 0], [1], [2], [3], []]),
+        valid=valid,
+        test=test,
         train_targets=np.zeros(len(train.values), dtype=bool),
         client_of_user=np.array([0, 0, 1, 1, -1]),
         num_clients=2,

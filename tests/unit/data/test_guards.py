@@ -19,7 +19,7 @@ from fellrec.data.guards import check_batch, check_holdout, check_prompts, check
 from fellrec.data.holdout import TRAIN, LeaveOneOut
 from fellrec.data.partition import RandomPartition
 from fellrec.data.prepared import DataSettings, PreparedData, prepare
-from fellrec.data.prompts import PromptTemplate
+from fellrec.data.prompts import prompt_template
 from fellrec.data.ragged import IntArray, Ragged
 from fellrec.data.readers import SyntheticReader
 from fellrec.errors import ConfigError, DataError, LeakError
@@ -250,15 +250,16 @@ def test_a_run_records_its_template_and_refuses_another(
     generative_run: tuple[Path, Any, Recommender], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir, config, recommender = generative_run
-    recorded = json.loads((run_dir / "prompt.json").read_text())
-    assert recorded == PromptTemplate().facts
+    template = prompt_template("movie-1")
+    recorded = json.loads((run_dir / "versions.json").read_text())
+    assert (recorded["prompt_template"], recorded["prompt_sha256"]) == ("movie-1", template.sha256)
     objective: Any = recommender.module.objective
-    reworded = PromptTemplate(after="The next title is: ")
+    reworded = dataclasses.replace(template, after="The next title is: ")
     monkeypatch.setattr(objective, "template", reworded)
     resumed = config.copy()
     resumed.resume = str(run_dir)
-    with pytest.raises(ConfigError, match=r"plain-1 .*now it is plain-1 .*; a changed text needs a new version"):
+    with pytest.raises(ConfigError, match=r"movie-1 .*now it is movie-1 .*; a changed text needs a new version"):
         Run(resumed, recommender).execute()
-    monkeypatch.setattr("fellrec.models.objectives.generative.PromptTemplate", lambda: reworded)
-    with pytest.raises(ConfigError, match=f"{run_dir} was trained with the prompt template plain-1"):
+    monkeypatch.setattr("fellrec.models.objectives.generative.prompt_template", lambda _: reworded)
+    with pytest.raises(ConfigError, match=f"{run_dir} was trained with the prompt template movie-1"):
         evaluate(run_dir, "test")

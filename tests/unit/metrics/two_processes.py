@@ -29,7 +29,7 @@ def filled(metric, chosen, batch_size=13):
         inside = position[rows] >= 0
         items = users[batch, None] * 10 + torch.arange(3)
         first = FirstItems(items, -items.float(), users[batch] % 2 == 0)
-        metric.update(users[batch], clients[batch], ranks[inside], position[rows][inside], first)
+        metric.update(users[batch], clients[batch], ranks[inside], position[rows][inside], first=[first])
     return metric
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fellrec.data.prompts import PromptTemplate
+from fellrec.data.prompts import PromptTemplate, prompt_template
 from fellrec.data.schema import Catalogue
 from fellrec.data.text import TokenizedTexts, compact, repeat_row
 from fellrec.errors import BackboneError, ConfigError
@@ -27,10 +27,11 @@ class GenerativeObjective:
         max_history: Longest history in items.
         max_tokens: Longest prompt with its answer in tokens; the oldest titles are dropped, never the instruction.
         max_title_tokens: Longest title in tokens.
-        template: Wording of the prompt.
+        template: Wording of the prompt, or its version.
+        group_by_length: Whether training rows of similar length come into one batch, which saves padding.
 
     Raises:
-        ConfigError: If ``max_tokens`` leaves no room for a single title of history.
+        ConfigError: If ``max_tokens`` leaves no room for a single title of history, or there is no such template.
         BackboneError: If the tokenizer has no end token.
     """
 
@@ -43,19 +44,23 @@ class GenerativeObjective:
         max_history: int = 10,
         max_tokens: int = 512,
         max_title_tokens: int = 24,
-        template: PromptTemplate | None = None,
+        template: PromptTemplate | str = "product-1",
+        group_by_length: bool = True,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise BackboneError("objective=generative needs a tokenizer with an end-of-sequence token")
         self.tokenizer = tokenizer
         self.catalogue = catalogue
-        self.template = template or PromptTemplate()
+        self.template = prompt_template(template) if isinstance(template, str) else template
+        self.group_by_length = group_by_length
         self.max_history = max_history
         self.max_tokens = max_tokens
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.before = bos + tokenizer(self.template.before, add_special_tokens=False)["input_ids"]
         self.after = tokenizer(self.template.after, add_special_tokens=False)["input_ids"]
-        self.lines = TokenizedTexts(tokenizer, self.template.history_lines(catalogue.titles), max_title_tokens + 8)
+        line_end = tokenizer(self.template.line_end, add_special_tokens=False)["input_ids"]
+        lines = self.template.history_lines(catalogue.titles)
+        self.lines = TokenizedTexts(tokenizer, lines, max_title_tokens + 8, line_end)
         self.titles = _with_end(TokenizedTexts(tokenizer, catalogue.titles, max_title_tokens), tokenizer.eos_token_id)
         self._room = max_tokens - len(self.before) - len(self.after) - int(self.titles.lengths.max())
         if self._room < int(self.lines.lengths.max()):
@@ -77,6 +82,25 @@ class GenerativeObjective:
                 f"a prompt with its answer can have {longest} tokens, the backbone's context is {context}; "
                 f"lower objective.max_tokens to {context} or less"
             )
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What of the objective is recorded with a run beside its settings."""
+        return {"prompt_template": self.template.version, "prompt_sha256": self.template.sha256}
+
+    def lengths(self, items: Tensor, is_target: Tensor) -> Tensor | None:
+        """Tokens ``[B]`` of each training row, as ``collate`` makes them; ``None`` if batches are not to go by them."""
+        if not self.group_by_length:
+            return None
+        histories = self._drop_oldest(items.masked_fill(is_target, -1))
+        in_history = torch.where(histories >= 0, self.lines.lengths[histories.clamp(min=0)], 0).sum(dim=1)
+        target = items.masked_fill(~is_target, 0).sum(dim=1)
+        return in_history + self.titles.lengths[target] + len(self.before) + len(self.after)
+
+    def learnt_titles(self) -> list[str]:
+        """The titles as the model is trained to write them, one per item: long ones are cut to ``max_title_tokens``."""
+        ids = self.titles.tokens.masked_fill(~self.titles.inside, self.tokenizer.eos_token_id)
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def prompts(self, histories: Tensor) -> tuple[Tensor, Tensor]:
         """Prompts up to where the answer begins.

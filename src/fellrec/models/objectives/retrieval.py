@@ -117,6 +117,15 @@ class RetrievalObjective:
                 "lower data.max_history or objective.max_title_tokens"
             )
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """Nothing: its texts are the catalogue's, and the rest is settings."""
+        return {}
+
+    def lengths(self, items: Tensor, is_target: Tensor) -> Tensor | None:
+        """Batches are shuffled and no more: most windows are full, and there is little padding to save."""
+        return None
+
     def collate(self, items: Tensor, is_target: Tensor) -> dict[str, Tensor]:
         """Turn training rows into a batch.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-from fellrec.data.prompts import PromptTemplate
+from fellrec.data.prompts import TEMPLATES, prompt_template
 from fellrec.data.schema import Catalogue
 from fellrec.errors import BackboneError, ConfigError
 from fellrec.models.adapters import LoraAdapter
@@ -17,6 +18,7 @@ from fellrec.models.objectives.generative import GenerativeObjective
 from fellrec.models.objectives.retrieval import RetrievalObjective
 from fellrec.models.split import SplitModel
 from fellrec.models.tiny import build_tiny
+from fellrec.rankers.constrained import ConstrainedRanker
 from fellrec.rankers.grounding import GroundingRanker
 from fellrec.rankers.likelihood import LikelihoodRanker
 from fellrec.rankers.similarity import SimilarityRanker
@@ -98,22 +100,42 @@ def test_retrieval_settings_are_checked(tiny: Backbone, model: SplitModel) -> No
         long.check(model)
 
 
-GOLDEN = """Task: name the title that this person will choose next.
-Chosen so far, oldest first:
-- Toy Story
-- The Lonely Silver Garden
-Next title: """
+GOLDEN_PROMPTS = Path(__file__).with_name("golden_prompts")
+TEMPLATE = prompt_template("product-1")
 
 
-def test_the_prompt_is_the_templates_text_in_training_and_inference(tiny: Backbone) -> None:
-    assert PromptTemplate().render(["Toy Story", "The Lonely Silver Garden"]) == GOLDEN
-    objective = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3)
+@pytest.mark.parametrize("version", TEMPLATES)
+def test_the_prompt_is_the_templates_text_in_training_and_inference(tiny: Backbone, version: str) -> None:
+    """The golden texts were written by hand; they end where the answer begins."""
+    golden = (GOLDEN_PROMPTS / f"{version}.txt").read_text()
+    assert TEMPLATES[version].render(["Toy Story", "The Lonely Silver Garden"]) == golden
+    objective = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3, template=version)
+    assert objective.facts["prompt_template"] == version
     ids, lengths = objective.prompts(HISTORIES)
     decode = tiny.tokenizer.decode
-    assert decode(ids[2, : lengths[2]]) == "<s>" + GOLDEN
+    assert decode(ids[2, : lengths[2]]) == "<s>" + golden
     batch = objective.collate(ITEMS[2:], ALL_TARGETS[2:])
-    assert decode(batch["input_ids"][0]) == "<s>" + GOLDEN + "Heat (1995)</s>"
+    assert decode(batch["input_ids"][0]) == "<s>" + golden + "Heat (1995)</s>"
     assert decode(batch["targets"]) == "Heat (1995)</s>"
+
+
+def test_every_template_has_a_golden_text_and_its_own_hash(tiny: Backbone) -> None:
+    assert {path.stem for path in GOLDEN_PROMPTS.iterdir()} == set(TEMPLATES)
+    assert len({template.sha256 for template in TEMPLATES.values()}) == len(TEMPLATES)
+    changed = dataclasses.replace(TEMPLATE, after="Next thing:\n")
+    assert changed.sha256 != TEMPLATE.sha256
+    with pytest.raises(ConfigError, match="unknown objective.template 'movies-1'; choose from: movie-1, "):
+        GenerativeObjective(tiny.tokenizer, CATALOGUE, template="movies-1")
+
+
+def test_lengths_are_those_of_the_batch(tiny: Backbone) -> None:
+    last = torch.tensor([[0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]]).bool()
+    objective = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3)
+    assert objective.lengths(ITEMS, last).tolist() == objective.collate(ITEMS, last)["lengths"].tolist()  # type: ignore[union-attr]
+    objective._room = int(objective.lines.lengths[[1, 2]].sum())
+    assert objective.lengths(ITEMS, last).tolist() == objective.collate(ITEMS, last)["lengths"].tolist()  # type: ignore[union-attr]
+    alone = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3, group_by_length=False)
+    assert alone.lengths(ITEMS, last) is None
 
 
 def test_truncation_drops_the_oldest_titles_and_nothing_else(tiny: Backbone) -> None:
@@ -121,7 +143,28 @@ def test_truncation_drops_the_oldest_titles_and_nothing_else(tiny: Backbone) -> 
     lengths = [len(ids_of(tiny, f"- {TITLES[item]}\n")) for item in (1, 2)]
     objective._room = sum(lengths)
     ids, length = objective.prompts(HISTORIES[:1])
-    assert tiny.tokenizer.decode(ids[0, : length[0]]) == "<s>" + PromptTemplate().render(["Heat (1995)", "Amélie"])
+    assert tiny.tokenizer.decode(ids[0, : length[0]]) == "<s>" + TEMPLATE.render(["Heat (1995)", "Amélie"])
+
+
+def test_a_title_longer_than_the_room_is_cut_and_keeps_its_line(tiny: Backbone) -> None:
+    """Or is refused, if the room is smaller than what it is cut to."""
+    title = "A Title Of Many Words " * 40
+    catalogue = Catalogue(("a", "b"), (title, "Up"), pd.DataFrame(index=range(2)))
+    objective = GenerativeObjective(tiny.tokenizer, catalogue, max_history=2, max_tokens=240, max_title_tokens=12)
+    assert len(ids_of(tiny, title)) > objective._room >= 20
+    ids, lengths = objective.prompts(torch.tensor([[1, 0], [0, 1]]))
+    kept = tiny.tokenizer.decode(ids_of(tiny, f"- {title}")[:19]).removeprefix("- ")
+    for row, titles in enumerate((["Up", kept], [kept, "Up"])):
+        assert tiny.tokenizer.decode(ids[row, : lengths[row]]) == "<s>" + TEMPLATE.render(titles)
+    longest = int(objective.lines.lengths.max())
+    least = 240 - objective._room + longest
+    alone = GenerativeObjective(tiny.tokenizer, catalogue, max_history=2, max_tokens=least, max_title_tokens=12)
+    ids, lengths = alone.prompts(torch.tensor([[1, 0]]))
+    assert tiny.tokenizer.decode(ids[0, : lengths[0]]) == "<s>" + TEMPLATE.render([kept])
+    with pytest.raises(
+        ConfigError, match=rf"leaves {longest - 1} tokens for the history .* one title can take {longest}"
+    ):
+        GenerativeObjective(tiny.tokenizer, catalogue, max_history=2, max_tokens=least - 1, max_title_tokens=12)
 
 
 def test_generative_loss_scores_the_target_title_only(tiny: Backbone, model: SplitModel) -> None:
@@ -138,11 +181,10 @@ def test_generative_loss_scores_the_target_title_only(tiny: Backbone, model: Spl
 
 def slow_likelihood(backbone: Backbone, history: list[int], target: int) -> tuple[torch.Tensor, int]:
     """Log-likelihood of a title and its end after the prompt, in one plain forward pass."""
-    template = PromptTemplate()
-    prompt = [backbone.tokenizer.bos_token_id, *ids_of(backbone, template.before)]
+    prompt = [backbone.tokenizer.bos_token_id, *ids_of(backbone, TEMPLATE.before)]
     for item in history:
         prompt += ids_of(backbone, f"- {TITLES[item]}\n")
-    prompt += ids_of(backbone, template.after)
+    prompt += ids_of(backbone, TEMPLATE.after)
     answer = [*ids_of(backbone, TITLES[target]), backbone.tokenizer.eos_token_id]
     logits = backbone.model(torch.tensor([prompt + answer]), use_cache=False).logits[0]
     logp = logits.log_softmax(dim=-1)
@@ -183,7 +225,10 @@ def test_grounding_ranks_the_written_title_first(stories: Backbone) -> None:
     ranker.generate = lambda model, histories: ["Heat (1995)", "", "Up"]  # type: ignore[method-assign]
     scores = ranker.scores(model, HISTORIES)
     assert scores.argmax(dim=1)[[0, 2]].tolist() == [1, 5]
-    assert ranker.statistics == {"generated": 3, "empty": 1, "in_catalogue": 2}
+    figures = ranker.figures(dict(zip(ranker.reported, ranker.take_report().T)), choice=0)
+    assert figures == pytest.approx(
+        {"generation/in_catalogue_rate": 2 / 3, "generation/empty_rate": 1 / 3, "generation/duplicate_rate": 0}
+    )
 
 
 def test_grounding_embeds_with_the_frozen_backbone(real_data: Path) -> None:
@@ -212,7 +257,7 @@ def test_training_on_titles_raises_their_likelihood(real_data: Path) -> None:
     batch = objective.collate(ITEMS, last)
     optimizer = torch.optim.AdamW(adapter.trainable(backbone.model).values(), lr=1e-2)
     losses = []
-    for _ in range(30):
+    for _ in range(120):
         total, count = objective.loss(model, batch)
         (total / count).backward()
         optimizer.step()
@@ -221,3 +266,10 @@ def test_training_on_titles_raises_their_likelihood(real_data: Path) -> None:
     assert losses[-1] < 0.7 * losses[0]
     scores = LikelihoodRanker(objective).scores(model.eval(), HISTORIES)
     assert scores.argmax(dim=1).tolist() == [3, 5, 1]
+    exact, few = LikelihoodRanker(objective, "sum").scores(model, HISTORIES), ConstrainedRanker(objective, num_beams=3)
+    order = few.scores(model, HISTORIES).argsort(dim=1, descending=True)
+    certain = few.take_report()[:, few.reported.index("num_certain")].int().tolist()
+    assert max(certain) < 7, "not all titles are reached"
+    assert min(certain) >= 1, "a trained model is sure enough for few beams to prove which title is the likeliest"
+    for row, number in enumerate(certain):
+        assert order[row, :number].tolist() == exact[row].argsort(descending=True)[:number].tolist()

@@ -1,0 +1,47 @@
+"""Count sketches of adapters: short vectors whose inner products are nearly those of the adapters."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fellrec.functional.rng import derive_seed, scramble
+from fellrec.functional.stacks import as_lazy
+from fellrec.types import AdapterStack
+
+
+@torch.no_grad()
+def sketch_updates(end: AdapterStack, start: AdapterStack, num_buckets: int = 4096) -> Tensor:
+    """A count sketch of each client's update ``end - start`` (Charikar, Chen, Farach-Colton 2002).
+
+    Every entry of an adapter is added, with a sign, to one bucket; bucket and sign are a hash of its place. The sketch
+    is linear, and the inner product of two sketches is that of the updates on average, with a standard deviation of at
+    most ``sqrt(2 / num_buckets)`` times the product of their lengths. The same everywhere, whatever the block size.
+
+    Args:
+        end: Adapters after local training, name → ``[N, *shape]``.
+        start: Adapters before it, same names and shapes.
+        num_buckets: Length of a sketch, a power of two.
+
+    Returns:
+        ``[N, num_buckets]`` float64 on the CPU.
+
+    Example:
+        >>> start, end = {"a": torch.zeros(2, 3)}, {"a": torch.tensor([[1.0, 2.0, 2.0], [2.0, 4.0, 4.0]])}
+        >>> sketch = sketch_updates(end, start)
+        >>> (sketch[1] == 2 * sketch[0]).all().item(), sketch[0].norm().item()
+        (True, 3.0)
+    """
+    stack, origin = as_lazy(end), as_lazy(start)
+    sketch = torch.zeros(stack.num_rows, num_buckets, dtype=torch.float64)
+    for name in stack:
+        first = derive_seed("sketch", name)
+        for columns, block in stack.blocks(name):
+            update = (block.double() - origin.block(name, columns).double()).cpu()
+            place = np.arange(columns.start, columns.stop, dtype=np.uint64) + np.uint64(first)
+            hashed = scramble(scramble(place))
+            sign = torch.from_numpy((hashed & np.uint64(1)).astype(np.float64)) * 2 - 1
+            bucket = torch.from_numpy(((hashed >> np.uint64(1)) % np.uint64(num_buckets)).astype(np.int64))
+            sketch.index_add_(1, bucket, update * sign)
+    return sketch

@@ -1,0 +1,160 @@
+"""Constrained decoding: beam search in which only titles of the catalogue can be written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fellrec.data.text import pad_left
+from fellrec.errors import ConfigError
+from fellrec.functional.trie import Trie, build_trie, is_among_best
+from fellrec.models.objectives.generative import GenerativeObjective
+from fellrec.models.split import SplitModel
+from fellrec.rankers.report import REPORTED, generation_figures, report_texts
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found for b users.
+
+    Attributes:
+        logp: ``[b, E]`` float32, log-likelihood of each distinct title and its end; -inf if it was not reached.
+        bound: ``[b]`` float32, at least that of every title that was not reached; -inf if all were.
+    """
+
+    logp: Tensor
+    bound: Tensor
+
+
+class ConstrainedRanker:
+    """Log-likelihood of the titles that a beam search over the trie of all titles reaches.
+
+    A title that ends is set aside, and takes no place in the beam. Titles that are not reached all have the same score,
+    below those of all that are: they are tied, which no metric counts in a target's favour. Items with one title, and
+    those whose titles are the same after they were cut to ``objective.max_title_tokens``, have the same score.
+
+    With as many beams as there are titles nothing is left out, and the result is the ranking by log-likelihood. With
+    fewer, the likelihood of a beginning bounds that of all titles that begin so: titles that are likelier than every
+    beginning that was left out stand where the full ranking has them, and are counted.
+
+    Args:
+        objective: The objective that the model was trained with; it makes the prompts.
+        num_beams: Beginnings that are followed for each user.
+        max_batch_tokens: Tokens of prompts and titles, over all beams, in one forward pass; bounds the memory.
+
+    Attributes:
+        reported: See ``fellrec.rankers.report``; whether nothing was left out; how many first titles are certain.
+
+    Raises:
+        ConfigError: If ``num_beams`` or ``max_batch_tokens`` is below 1.
+    """
+
+    reported = (*REPORTED, "is_exhaustive", "num_certain")
+    choices: tuple[float, ...] = ()
+
+    def __init__(self, objective: GenerativeObjective, num_beams: int = 20, max_batch_tokens: int = 65536) -> None:
+        for name, value in (("num_beams", num_beams), ("max_batch_tokens", max_batch_tokens)):
+            if value < 1:
+                raise ConfigError(f"ranker.{name}={value} is not allowed: a whole number of at least 1")
+        self.objective = objective
+        self.max_batch_tokens = max_batch_tokens
+        self.trie = build_trie(objective.titles.tokens, objective.titles.inside)
+        self.num_beams = min(num_beams, self.trie.num_ends)
+        self._title_of_end = dict(zip(self.trie.end_of_row.tolist(), objective.learnt_titles()))
+        self._report = torch.empty(0, len(self.reported), dtype=torch.float64)
+
+    def refresh(self, model: SplitModel) -> None:
+        """Nothing is kept between adapters."""
+
+    @torch.no_grad()
+    def scores(self, model: SplitModel, histories: Tensor) -> Tensor:
+        """Score all items for each history.
+
+        Args:
+            model: The backbone with a client's adapter in it.
+            histories: ``[B, H]`` int64, oldest first, padded with -1 on the right.
+
+        Returns:
+            ``[B, I]`` float32, higher is better.
+        """
+        device = model.model.get_input_embeddings().weight.device
+        self.trie = self.trie.to(device)
+        ids, lengths = self.objective.prompts(histories.cpu())
+        width = ids.shape[1] + self.objective.titles.tokens.shape[1]
+        users = max(1, self.max_batch_tokens // (self.num_beams * width))
+        found = []
+        for first in range(0, len(ids), users):
+            prompt, mask = pad_left(ids[first : first + users], lengths[first : first + users])
+            found.append(self._search(model, self.trie, prompt.to(device), mask.to(device)))
+        logp_BE = torch.cat([part.logp for part in found])
+        self._report = self._report_of(logp_BE, torch.cat([part.bound for part in found]))
+        is_reached = logp_BE > -torch.inf
+        below_all = logp_BE.masked_fill(~is_reached, torch.inf).amin(dim=1, keepdim=True) - 1
+        return torch.where(is_reached, logp_BE, below_all)[:, self.trie.end_of_row]
+
+    def take_report(self) -> Tensor:
+        """Of the likeliest titles and the searches of the last ``scores``, ``[B, 5]`` float64."""
+        return self._report
+
+    def figures(self, reported: Mapping[str, Tensor], choice: int) -> dict[str, float]:
+        """Figures of each user's likeliest title, and of the searches.
+
+        Returns:
+            Those of ``generation_figures``; ``generation/exhaustive_rate``, share of users for whom nothing was left
+            out; ``generation/certain_titles``, mean number of first titles that stand where the full ranking has them.
+        """
+        return {
+            **generation_figures(reported),
+            "generation/exhaustive_rate": float(reported["is_exhaustive"].mean()),
+            "generation/certain_titles": float(reported["num_certain"].mean()),
+        }
+
+    def _report_of(self, logp: Tensor, bound: Tensor) -> Tensor:
+        texts = [self._title_of_end[end] for end in logp.argmax(dim=1).tolist()]
+        is_exhaustive = bound == -torch.inf
+        num_certain = (logp > bound[:, None]).sum(dim=1)
+        searches = torch.stack([is_exhaustive.double(), num_certain.double()], dim=1)
+        return torch.cat([report_texts(texts, set(texts)), searches.cpu()], dim=1)
+
+    def _search(self, model: SplitModel, trie: Trie, ids: Tensor, mask: Tensor) -> Found:
+        """Search for left-padded prompts ``[b, L]``; the rows of all users' beams form one batch, grouped by user."""
+        logp_bE = torch.full((len(ids), trie.num_ends), -torch.inf, device=ids.device)
+        bound = torch.full((len(ids),), -torch.inf, device=ids.device)
+        user = torch.arange(len(ids), device=ids.device)
+        node, logp = torch.zeros_like(user), torch.zeros_like(bound)
+        cache, tokens = model.new_cache(), ids
+        while len(node):
+            next_logp_nV = self._next(model, cache, tokens, mask)
+            parent, child = trie.children(node)
+            extended, owner = logp[parent] + next_logp_nV[parent, trie.token[child]], user[parent]
+            ends = trie.end[child] >= 0
+            logp_bE[owner[ends], trie.end[child[ends]]] = extended[ends]
+            open_ = (trie.num_children[child] > 0).nonzero()[:, 0]
+            kept = is_among_best(extended[open_], owner[open_], self.num_beams)
+            left_out, open_ = open_[~kept], open_[kept]
+            bound = bound.scatter_reduce(0, owner[left_out], extended[left_out], "amax")
+            user, node, logp, parent = owner[open_], child[open_], extended[open_], parent[open_]
+            tokens = trie.token[node][:, None]
+            mask = torch.cat([mask[parent], torch.ones_like(tokens)], dim=1)
+            if len(node):
+                cache.reorder_cache(parent)  # type: ignore[arg-type]
+        model.drop_cache(cache)
+        return Found(logp_bE, bound)
+
+    @staticmethod
+    def _next(model: SplitModel, cache: object, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Log-probabilities ``[n, V]`` float32 of the token after these ``[n, l]``, which the cache then has."""
+        position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        output = model.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logp: Tensor = output.logits[:, -1].float().log_softmax(dim=-1)
+        return logp

@@ -1,0 +1,120 @@
+"""Persistence-weighted mixing against its equations, written out in NumPy on the adapters themselves."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fellrec.aggregation import FedAvg, Persistence
+from fellrec.errors import ConfigError
+from fellrec.functional.sketch import sketch_updates
+from fellrec.types import Updates
+
+SAMPLES = torch.tensor([3.0, 1.0, 2.0]).double()
+
+
+def updates(deltas: torch.Tensor, clients: tuple[int, ...] = (0, 1, 2)) -> Updates:
+    """Clients that start at 1 everywhere and move by ``deltas``, a row each."""
+    start = {"a": torch.ones(len(deltas), 2, 10), "b": torch.ones(len(deltas), 5)}
+    end = {"a": start["a"] + deltas[:, :20].reshape(-1, 2, 10), "b": start["b"] + deltas[:, 20:]}
+    return Updates(clients, start, end, torch.ones(len(deltas)).double(), SAMPLES[list(clients)])
+
+
+@pytest.fixture
+def two_rounds() -> tuple[torch.Tensor, torch.Tensor]:
+    """Client 0 goes on as before, client 1 turns round, client 2 does something else."""
+    generator = torch.Generator().manual_seed(1)
+    first = torch.randn(3, 25, generator=generator)
+    second = torch.stack([first[0], -first[1], torch.randn(25, generator=generator)])
+    return first, second
+
+
+def expected_weights(first: torch.Tensor, second: torch.Tensor) -> list[float]:
+    p = SAMPLES.numpy() / SAMPLES.sum().item()
+    weights = []
+    for c in range(3):
+        now, before = (x.numpy()[c] - p @ x.numpy() for x in (second, first))
+        weights.append(max(0.0, float(now @ before / np.linalg.norm(now) / np.linalg.norm(before))) ** 0.5)
+    return weights
+
+
+def test_the_first_round_is_fedavg(two_rounds: tuple[torch.Tensor, torch.Tensor]) -> None:
+    given = updates(two_rounds[0])
+    matrix = Persistence().mixing_matrix(given, 0)
+    torch.testing.assert_close(matrix, FedAvg().mixing_matrix(given, 0), rtol=0, atol=1e-15)
+
+
+def test_later_rounds_follow_the_equations(two_rounds: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """25 entries fall into 4,096 buckets, so the sketch is all but exact here: the numbers are those without it."""
+    first, second = two_rounds
+    rule = Persistence()
+    rule.aggregate(updates(first), 0)
+    result = rule.aggregate(updates(second), 1)
+    weights = expected_weights(first, second)
+    assert weights[0] > 0.5
+    assert weights[1] == 0
+    np.testing.assert_allclose(result.per_client["self_weight"], weights, atol=1e-6)
+    p = SAMPLES.numpy() / SAMPLES.sum().item()
+    mixing = [[(1 - w) * p[n] + w * (c == n) for n in range(3)] for c, w in enumerate(weights)]
+    np.testing.assert_allclose(result.matrices["mixing"], mixing, atol=1e-6)
+    end = updates(second).end["b"].double().numpy()
+    np.testing.assert_allclose(result.adapters["b"], np.array(mixing) @ end, atol=1e-5)
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_same_bits(two_rounds: tuple[torch.Tensor, torch.Tensor]) -> None:
+    first, second = two_rounds
+    whole, stopped, resumed = Persistence(), Persistence(), Persistence()
+    whole.aggregate(updates(first), 0)
+    stopped.aggregate(updates(first), 0)
+    resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+    expected, found = whole.aggregate(updates(second), 1), resumed.aggregate(updates(second), 1)
+    for name, parameter in expected.adapters.items():
+        assert torch.equal(found.adapters[name], parameter)
+
+
+def test_a_client_that_was_absent_is_compared_with_its_own_last_round(
+    two_rounds: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    first, second = two_rounds
+    rule = Persistence()
+    rule.aggregate(updates(first), 0)
+    rule.aggregate(updates(second[1:], (1, 2)), 1)
+    weights = rule.aggregate(updates(second), 2).per_client["self_weight"]
+    assert weights[0].item() == pytest.approx(expected_weights(first, second)[0], abs=1e-6)
+    newcomer = Persistence()
+    newcomer.aggregate(updates(first[1:], (1, 2)), 0)
+    assert newcomer.aggregate(updates(second), 1).per_client["self_weight"][0] == 0
+
+
+def test_noise_is_averaged_and_what_lasts_is_kept() -> None:
+    """A lasting direction as long as the noise: cos(d, d') is 1/2 on average; without it, 0."""
+    generator = torch.Generator().manual_seed(0)
+    own = torch.nn.functional.normalize(torch.randn(3, 25, generator=generator), dim=1)
+    lasting, noise = Persistence(exponent=1), Persistence(exponent=1)
+    found: dict[str, list[torch.Tensor]] = {"lasting": [], "noise": []}
+    for round_index in range(60):
+        random = torch.randn(3, 25, generator=generator) / 5
+        found["lasting"].append(lasting.aggregate(updates(own + random), round_index).per_client["self_weight"])
+        found["noise"].append(noise.aggregate(updates(random), round_index).per_client["self_weight"])
+    assert torch.stack(found["lasting"][1:]).mean() == pytest.approx(0.5, abs=0.1)
+    assert torch.stack(found["noise"][1:]).mean() < 0.15
+
+
+@pytest.mark.parametrize("exponent", [0, -1, float("nan"), "half"])
+def test_impossible_exponents_are_refused(exponent: object) -> None:
+    with pytest.raises(ConfigError, match="aggregation.exponent is"):
+        Persistence(exponent)  # type: ignore[arg-type]
+
+
+def test_sketches_keep_inner_products() -> None:
+    """Mean zero and standard deviation at most sqrt(2 / m) of the error, over 100 pairs of 5,000 entries."""
+    generator = torch.Generator().manual_seed(3)
+    end = torch.nn.functional.normalize(torch.randn(15, 5000, generator=generator), dim=1)
+    stack = {"a": end[:, :3000].reshape(15, 30, 100), "b": end[:, 3000:]}
+    sketch = sketch_updates(stack, {name: torch.zeros_like(part) for name, part in stack.items()}, 256)
+    errors = (sketch @ sketch.T - end.double() @ end.double().T)[~torch.eye(15, dtype=torch.bool)]
+    assert abs(errors.mean()) < 3 * (2 / 256) ** 0.5 / 105**0.5
+    assert 0.3 * (2 / 256) ** 0.5 < errors.std() < (2 / 256) ** 0.5
