@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import Fabric
 from lightning.fabric.plugins.environments import LightningEnvironment
@@ -405,11 +406,19 @@ def _objective(config: DictConfig, backbone: Backbone, data: PreparedData) -> Ob
     objective: Objective = make(
         config.objective,
         "objective",
+        {"item_counts": _item_counts(data)},
         tokenizer=backbone.tokenizer,
         catalogue=data.catalogue,
         max_history=data.max_history,
     )
     return objective
+
+
+def _item_counts(data: PreparedData) -> Tensor:
+    """How often each item was used by the public users; without any, in everybody's training interactions."""
+    public = np.flatnonzero(data.client_of_user < 0)
+    rows = data.train.take(public) if len(public) else data.train
+    return torch.from_numpy(np.bincount(rows.values, minlength=len(data.catalogue)))
 
 
 def _ranker(config: DictConfig, objective: Objective, data: PreparedData) -> Ranker:

@@ -17,6 +17,7 @@ Locate = Callable[[int], str]
 """Row of a frame → ``file:line``, for messages."""
 
 ON_EMPTY_TITLE = ("error", "item_id")
+TEXT_STYLES = ("plain", "key_value")
 
 
 @dataclass(frozen=True)
@@ -65,19 +66,30 @@ class Catalogue:
     def __len__(self) -> int:
         return len(self.item_ids)
 
-    def texts(self, fields: Sequence[str] = ("title", "genre")) -> list[str]:
+    def texts(self, fields: Sequence[str] = ("title", "genre"), style: str = "plain") -> list[str]:
         """Each item's fields (``item_id``, ``title``, attributes) joined by a space; absent fields are left out.
 
+        Args:
+            fields: Names of fields, in the order in which they are written.
+            style: ``"plain"`` writes values only, ``"key_value"`` writes ``title: Heat genre: Crime``, as RecFormer
+                does (Li et al. 2023, section 2.1), and leaves out the names of values that are missing.
+
         Raises:
-            ConfigError: If the data set has none of them.
+            ConfigError: If the data set has none of the fields, or the style is unknown.
         """
+        if style not in TEXT_STYLES:
+            raise ConfigError(unknown("objective.text", style, TEXT_STYLES))
         own = {"item_id": pd.Series(self.item_ids, dtype=object), "title": pd.Series(self.titles, dtype=object)}
         columns = {**own, **dict(self.attributes.items())}
-        present = [columns[name] for name in fields if name in columns]
+        present = {name: columns[name] for name in fields if name in columns}
         if not present:
             raise ConfigError(unknown("item field", ", ".join(fields), columns))
-        joined = present[0].astype(str)
-        for column in present[1:]:
+        if style == "key_value":
+            written = [_with_key(name, column) for name, column in present.items()]
+            return written[0].str.cat(written[1:]).str.strip().tolist()
+        first, *others = present.values()
+        joined = first.astype(str)
+        for column in others:
             joined = joined.str.cat(column.fillna("").astype(str), sep=" ")
         return joined.str.strip().tolist()
 
@@ -126,6 +138,12 @@ def clean(raw: RawData, on_empty_title: str = "error") -> tuple[RawData, int]:
     ordered = raw.interactions.sort_values("timestamp", kind="stable")
     kept = ordered.drop_duplicates(["user_id", "item_id"], keep="last").sort_index()
     return RawData(kept, items, raw.users, raw.where_interaction, raw.where_item), len(ordered) - len(kept)
+
+
+def _with_key(name: str, values: pd.Series) -> pd.Series:
+    """``name: value`` and a space, and nothing where there is no value."""
+    text = values.fillna("").astype(str).str.strip()
+    return (f"{name}: " + text + " ").where(text != "", "")
 
 
 def _problem(wrong: bool, what: str) -> str:

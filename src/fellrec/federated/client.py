@@ -15,7 +15,7 @@ from fellrec.data.datamodule import FellrecDataModule
 from fellrec.errors import FellrecError, SplitError, TrainingError
 from fellrec.federated.sharing import BatchSharing
 from fellrec.functional.rng import derive_seed
-from fellrec.models.module import FellrecModule
+from fellrec.models.module import FellrecModule, PreparesSteps
 from fellrec.models.streams import StreamPosition, training_seed
 from fellrec.types import ClientUpdate
 
@@ -136,6 +136,7 @@ class LocalTrainer:
         try:
             for step, batches in enumerate(self.steps(client, data_of, round_index)):
                 self._set_learning_rate(first_step + step)
+                self._prepare_step(round_index, step)
                 yield self._step(batches)
         except SplitError as error:
             raise SplitError(f"{error}, in the training of client {client} in round {round_index}") from error
@@ -147,6 +148,13 @@ class LocalTrainer:
                 f"the training of client {client} failed in round {round_index} with {type(error).__name__}: "
                 f"{first_line} (--debug shows where)"
             ) from error
+
+    def _prepare_step(self, round_index: int, step: int) -> None:
+        objective = self.module.objective
+        if isinstance(objective, PreparesSteps):
+            # A context of its own: what it has cast without gradients must not be found by the training step.
+            with self.fabric.autocast():
+                objective.prepare_step(self.module.model, round_index, step)
 
     def learning_rate(self, step: int) -> float:
         """The optimiser's step size at a client's ``step``-th step of all rounds, from 0."""

@@ -47,6 +47,14 @@ class Objective(Protocol):
         """``loss``, with the final hidden states ``[B, L, D]`` of ``inputs`` at hand."""
 
 
+@runtime_checkable
+class PreparesSteps(Protocol):
+    """What an objective provides beside `Objective` if it keeps something from step to step; in one process only."""
+
+    def prepare_step(self, model: SplitModel, round_index: int, step: int) -> None:
+        """Called before every optimiser step of a client's round, both counted from 0, in the client's streams."""
+
+
 class Ranker(Protocol):
     """What turns a model and histories into one score per item; see ``SimilarityRanker`` for an example."""
 

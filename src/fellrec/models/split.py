@@ -70,6 +70,11 @@ class SplitModel(nn.Module):
         self._parts = tuple(_part(model, self.arch, self.cut, part) for part in PARTS)
         self._num_caches = 0
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether the body is behind a link."""
+        return self._link is not None
+
     def train(self, mode: bool = True) -> SplitModel:
         """As in PyTorch; the parts follow."""
         super().train(mode)

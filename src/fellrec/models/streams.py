@@ -12,6 +12,9 @@ from torch import nn
 
 from fellrec.functional.rng import derive_seed
 
+OF_LOSS = 1 << 20
+"""The number of the loss's own stream, beyond those of all layers."""
+
 
 @dataclass
 class StreamPosition:
@@ -40,9 +43,22 @@ class LayerStreams:
         for number, layer in layers.items():
             layer.register_forward_pre_hook(self._hook(number))
 
+    @property
+    def position(self) -> StreamPosition | None:
+        """Of the client that is being trained; ``None`` outside of ``using``."""
+        return self._position
+
+    def enter(self, number: int) -> None:
+        """Seed the generators as before a layer's forward pass, for whoever draws numbers and is no layer."""
+        position = self._position
+        if position is not None:
+            call = position.calls.get(number, 0)
+            position.calls[number] = call + 1
+            _seed_generators(derive_seed(position.seed, number, call))
+
     @contextmanager
-    def using(self, position: StreamPosition) -> Iterator[None]:
-        """Draw from one client's streams; outside of it nothing is seeded."""
+    def using(self, position: StreamPosition | None) -> Iterator[None]:
+        """Draw from one client's streams; outside of it, and with ``None``, nothing is seeded or counted."""
         previous, self._position = self._position, position
         try:
             yield
@@ -51,11 +67,7 @@ class LayerStreams:
 
     def _hook(self, number: int) -> Any:
         def seed(module: nn.Module, inputs: object) -> None:
-            position = self._position
-            if position is not None:
-                call = position.calls.get(number, 0)
-                position.calls[number] = call + 1
-                _seed_generators(derive_seed(position.seed, number, call))
+            self.enter(number)
 
         return seed
 

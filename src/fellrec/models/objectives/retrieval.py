@@ -12,17 +12,24 @@ from torch.nn import functional as F
 from fellrec.data.schema import Catalogue
 from fellrec.data.text import TokenizedTexts, compact, repeat_row
 from fellrec.errors import BackboneError, ConfigError, unknown
+from fellrec.models.objectives.item_table import EVERY_STEP, ItemTable
+from fellrec.models.objectives.softmax import CatalogueSoftmax
 from fellrec.models.split import SplitModel
 
 ITEM_ENCODERS = ("tokens", "encoded")
 SIMILARITIES = ("cosine", "dot")
+ORDERS = ("oldest_first", "newest_first")
+POOLINGS = ("last", "mean")
+_CHOICES = {"item_encoder": ITEM_ENCODERS, "similarity": SIMILARITIES, "order": ORDERS, "pooling": POOLINGS}
 
 
 class RetrievalObjective:
     """Cross-entropy over the whole catalogue of similarity / temperature, at every next-item position.
 
-    The history is the text of its titles, oldest first, one title a line; the hidden state at the end of each line
-    predicts the next item. Padding is on the right, so a causal model needs no mask.
+    The history is the text of its titles, one title a line. Oldest first, the hidden state at the end of each line
+    predicts the next item, and one pass of a causal model trains all positions of a row. Newest first (RecFormer), the
+    text of a history is no beginning of the next one's: a row has one target, which is read at the end of the text.
+    Padding is on the right, so a causal model needs no mask.
 
     Args:
         tokenizer: Hugging Face tokenizer of the backbone.
@@ -35,12 +42,19 @@ class RetrievalObjective:
         item_encoder: ``"tokens"`` (mean of the text's token embeddings) or ``"encoded"`` (mean of the model's
             hidden states over the text; two towers, slower by a forward pass over the catalogue a step).
         max_title_tokens: Longest item text in tokens.
+        text: How fields are written, see ``Catalogue.texts``.
+        order: ``"oldest_first"`` or ``"newest_first"``.
+        pooling: A history's vector is the hidden state of its ``"last"`` token, or the ``"mean"`` of all up to it.
+        chunk_items: See ``CatalogueSoftmax``; item texts are encoded so many at a time too.
+        num_negatives: See ``CatalogueSoftmax``.
+        negatives: See ``CatalogueSoftmax``.
+        item_counts: See ``CatalogueSoftmax``.
+        refresh_items: With ``item_encoder="encoded"``, how often item vectors are made; see ``ItemTable``.
+        freeze_items_after: See ``ItemTable``.
 
     Raises:
-        ConfigError: For an unknown ``item_encoder`` or ``similarity``, or a temperature that is not positive.
+        ConfigError: For an unknown choice, a number out of range, or settings that exclude each other.
     """
-
-    one_target_per_row = False
 
     def __init__(
         self,
@@ -53,28 +67,49 @@ class RetrievalObjective:
         item_fields: Sequence[str] = ("title", "genre"),
         item_encoder: str = "tokens",
         max_title_tokens: int = 24,
+        text: str = "plain",
+        order: str = "oldest_first",
+        pooling: str = "last",
+        chunk_items: int | None = None,
+        num_negatives: int | None = None,
+        negatives: str = "uniform",
+        item_counts: Sequence[int] | None = None,
+        refresh_items: str | int = EVERY_STEP,
+        freeze_items_after: int | None = None,
     ) -> None:
-        if item_encoder not in ITEM_ENCODERS:
-            raise ConfigError(unknown("objective.item_encoder", item_encoder, ITEM_ENCODERS))
-        if similarity not in SIMILARITIES:
-            raise ConfigError(unknown("objective.similarity", similarity, SIMILARITIES))
+        _check_choices(item_encoder=item_encoder, similarity=similarity, order=order, pooling=pooling)
         if not temperature > 0:
             raise ConfigError(f"objective.temperature={temperature} must be above 0")
         self.temperature = temperature
         self.similarity = similarity
         self.item_encoder = item_encoder
+        self.pooling = pooling
+        self.one_target_per_row = order == "newest_first"
+        self.softmax = CatalogueSoftmax(len(catalogue), chunk_items, num_negatives, negatives, item_counts)
+        self.table = ItemTable(refresh_items, freeze_items_after)
+        if self.table.is_used and item_encoder != "encoded":
+            raise ConfigError(
+                f"objective.refresh_items={refresh_items}, objective.freeze_items_after={freeze_items_after} need "
+                f"objective.item_encoder=encoded, it is {item_encoder}"
+            )
         self.prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        lines = [f"{text}\n" for text in catalogue.texts(history_fields)]
+        lines = [f"{line}\n" for line in catalogue.texts(history_fields, text)]
         self.history_text = TokenizedTexts(tokenizer, lines, max_title_tokens)
-        self.item_text = TokenizedTexts(tokenizer, catalogue.texts(item_fields), max_title_tokens)
+        self.item_text = TokenizedTexts(tokenizer, catalogue.texts(item_fields, text), max_title_tokens)
         self.max_tokens = int(self.history_text.lengths.max()) * max_history + len(self.prefix)
 
     def check(self, model: SplitModel) -> None:
-        """Refuse a backbone whose context is too short for the longest possible history.
+        """Refuse a backbone whose context is too short for the longest possible history, or whose cut is executed.
 
         Raises:
             BackboneError: With both numbers.
+            ConfigError: If item vectors are kept, which is only possible in one process.
         """
+        if self.table.is_used and model.is_cut:
+            raise ConfigError(
+                f"objective.refresh_items={self.table.refresh}, objective.freeze_items_after={self.table.freeze_after} "
+                "need split.transport=none: item vectors that are kept are made without the server"
+            )
         context = getattr(model.model.config, "max_position_embeddings", None)
         if context is not None and self.max_tokens > context:
             raise BackboneError(
@@ -102,10 +137,13 @@ class RetrievalObjective:
             ``input_ids [B, L]`` and their ``lengths [B]``, the positions of the queries ``rows [T]`` and
             ``columns [T]``, and the items to be predicted ``targets [T]``.
         """
-        history = items[:, :-1].masked_fill(items[:, 1:] < 0, -1)
-        ids, ends = self._history_tokens(history)
         row, column = is_target[:, 1:].nonzero(as_tuple=True)
-        lengths, columns = ends[:, -1] + 1, ends[row, column]
+        history = items[:, :-1].masked_fill(items[:, 1:] < 0, -1)
+        if self.one_target_per_row:
+            assert len(row) == len(items), "newest first, a row has one target"
+            history = history.masked_fill(torch.arange(history.shape[1]) > column[:, None], -1)
+        ids, ends = self._history_tokens(history)
+        lengths, columns = ends[:, -1] + 1, ends[row, -1 if self.one_target_per_row else column]
         return {
             "input_ids": ids,
             "lengths": lengths,
@@ -115,15 +153,16 @@ class RetrievalObjective:
         }
 
     def _history_tokens(self, items: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids ``[B, L]`` of histories ``[B, H]``, and where each title ends in them ``[B, H]``."""
+        """Token ids ``[B, L]`` of histories ``[B, H]``, and where each title ends in them ``[B, H]``, as written."""
+        items = items.flip(1) if self.one_target_per_row else items  # what is no item is left out, wherever it is
         before, tokens = repeat_row(self.prefix, len(items)), self.history_text.of(items)
         ids, positions = compact(torch.cat([before[0], tokens[0]], dim=1), torch.cat([before[1], tokens[1]], dim=1))
         width = self.history_text.tokens.shape[1]
         return ids, positions[:, len(self.prefix) + width - 1 :: width]
 
-    def loss(self, model: SplitModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-        """Sum of the negative log-likelihood over the batch's targets, and their number."""
-        return self.loss_of(model, [model(ids) for ids in self.inputs(batch)], batch)
+    def prepare_step(self, model: SplitModel, round_index: int, step: int) -> None:
+        """Called before a client's optimiser step ``step`` of a round (both from 0): item vectors that are kept."""
+        self.table.prepare(model, round_index, step, self.item_vectors)
 
     def inputs(self, batch: dict[str, Tensor]) -> list[Tensor]:
         """Token ids that go through the whole model: the histories, and with two towers the items' texts."""
@@ -131,19 +170,36 @@ class RetrievalObjective:
             return [batch["input_ids"]]
         return [batch["input_ids"], self.item_text.tokens.to(batch["input_ids"].device)]
 
+    def loss(self, model: SplitModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        """Sum of the negative log-likelihood over the batch's targets, and their number."""
+        inputs = self.inputs(batch) if self.table.vectors(model) is None else [batch["input_ids"]]
+        return self.loss_of(model, [model(ids) for ids in inputs], batch)
+
     def loss_of(self, model: SplitModel, hidden: list[Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """The loss for the final hidden states ``[B, L, D]`` of ``inputs``; only the embedding is used of the model."""
-        query_TD = self._scaled(hidden[0][batch["rows"], batch["columns"]].float())
-        vectors = self._mean_embeddings(model) if self.item_encoder == "tokens" else self._mean_hidden(hidden[1])
-        logits_TI = (query_TD / self.temperature) @ self._scaled(vectors).T
-        return F.cross_entropy(logits_TI, batch["targets"], reduction="sum"), len(batch["targets"])
+        query_TD = self._scaled(self._read(hidden[0], batch["rows"], batch["columns"]))
+        items_ID = self.table.vectors(model)
+        if items_ID is None:
+            made = self._mean_embeddings(model) if self.item_encoder == "tokens" else self._mean_hidden(hidden[1])
+            items_ID = self._scaled(made)
+        total = self.softmax.loss(query_TD / self.temperature, items_ID, batch["targets"], model.streams)
+        return total, len(batch["targets"])
 
     def item_vectors(self, model: SplitModel) -> Tensor:
         """Vectors of all items, ``[I, D]`` float32, differentiable; of length 1 with the cosine similarity."""
         if self.item_encoder == "tokens":
             return self._scaled(self._mean_embeddings(model))
-        device = model.model.get_input_embeddings().weight.device
-        return self._scaled(self._mean_hidden(model(self.item_text.tokens.to(device))))
+        tokens = self.item_text.tokens.to(model.model.get_input_embeddings().weight.device)
+        inside = self.item_text.inside
+        size = self.softmax.chunk_items or len(tokens)
+        made = [_mean(model(some), which) for some, which in zip(tokens.split(size), inside.split(size), strict=True)]
+        return self._scaled(torch.cat(made))
+
+    def _read(self, hidden_BLD: Tensor, rows_T: Tensor, columns_T: Tensor) -> Tensor:
+        """The vectors ``[T, D]`` of the histories that end at these places; no token after them counts."""
+        if self.pooling == "last":
+            return hidden_BLD[rows_T, columns_T].float()
+        return hidden_BLD.float().cumsum(dim=1)[rows_T, columns_T] / (columns_T + 1)[:, None]
 
     def _scaled(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1) if self.similarity == "cosine" else vectors
@@ -156,8 +212,7 @@ class RetrievalObjective:
         return F.embedding_bag(flat, weight.float(), offsets, mode="mean")
 
     def _mean_hidden(self, hidden_ILD: Tensor) -> Tensor:
-        inside = self.item_text.inside.to(hidden_ILD.device)[:, :, None].float()
-        return (hidden_ILD.float() * inside).sum(dim=1) / inside.sum(dim=1)
+        return _mean(hidden_ILD, self.item_text.inside)
 
     def queries(self, model: SplitModel, histories: Tensor) -> Tensor:
         """Query vectors for the next item after each history, ``[B, D]`` float32; see ``item_vectors``.
@@ -169,5 +224,16 @@ class RetrievalObjective:
         ids, ends = self._history_tokens(histories.cpu())
         device = model.model.get_input_embeddings().weight.device
         hidden_BLD = model(ids.to(device))
-        last = ends[:, -1].to(device)  # the end of the newest title: padding adds nothing
-        return self._scaled(hidden_BLD[torch.arange(len(last), device=device), last].float())
+        last = ends[:, -1].to(device)  # the end of the last title: padding adds nothing
+        return self._scaled(self._read(hidden_BLD, torch.arange(len(last), device=device), last))
+
+
+def _mean(hidden_BLD: Tensor, inside_BL: Tensor) -> Tensor:
+    inside = inside_BL.to(hidden_BLD.device)[:, :, None].float()
+    return (hidden_BLD.float() * inside).sum(dim=1) / inside.sum(dim=1)
+
+
+def _check_choices(**given: str) -> None:
+    for name, value in given.items():
+        if value not in _CHOICES[name]:
+            raise ConfigError(unknown(f"objective.{name}", value, _CHOICES[name]))

@@ -1,0 +1,129 @@
+"""Cross-entropy over a large catalogue: exact without ever holding all logits, or estimated from sampled items.
+
+Shape letters: T targets, I items, D hidden size, S sampled items. All functions give the sum over targets of the
+negative log-likelihood of a softmax over the logits ``query_TD @ items_ID.T``, in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def chunked_cross_entropy(query_TD: Tensor, items_ID: Tensor, targets_T: Tensor, chunk_items: int) -> Tensor:
+    """Cross-entropy over all items, equal to the full softmax's in value and gradients but for rounding.
+
+    Forward and backward pass make the logits of ``chunk_items`` items at a time; the backward pass makes them again,
+    so that ``[T, chunk_items]`` is all that is ever held of them.
+
+    Args:
+        query_TD: ``[T, D]``, divided by the temperature.
+        items_ID: ``[I, D]``.
+        targets_T: ``[T]`` int64 in ``[0, I)``.
+        chunk_items: Items a chunk, at least 1.
+
+    Example:
+        >>> query, items, targets = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), torch.arange(2)
+        >>> full = torch.nn.functional.cross_entropy(query @ items.T, targets, reduction="sum")
+        >>> torch.allclose(chunked_cross_entropy(query, items, targets, chunk_items=2), full)
+        True
+    """
+    return _ChunkedCrossEntropy.apply(query_TD, items_ID, targets_T, chunk_items)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The maximum and the sum of exponentials are carried from chunk to chunk (Milakov, Gimelshein 2018)."""
+
+    @staticmethod
+    def forward(ctx: Any, query_TD: Tensor, items_ID: Tensor, targets_T: Tensor, chunk_items: int) -> Tensor:
+        with torch.autocast(query_TD.device.type, enabled=False):
+            query, items = query_TD.float(), items_ID.float()
+            logsumexp_T = query.new_full((len(query),), float("-inf"))
+            for chunk in items.split(chunk_items):
+                logsumexp_T = torch.logaddexp(logsumexp_T, (query @ chunk.T).logsumexp(dim=1))
+            of_target_T = (query * items[targets_T]).sum(dim=1)
+        ctx.save_for_backward(query_TD, items_ID, targets_T, logsumexp_T)
+        ctx.chunk_items = chunk_items
+        return (logsumexp_T - of_target_T).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        query_TD, items_ID, targets_T, logsumexp_T = ctx.saved_tensors
+        wants_query, wants_items, *_ = ctx.needs_input_grad
+        with torch.autocast(query_TD.device.type, enabled=False):
+            query, items = query_TD.float(), items_ID.float()
+            of_query = torch.zeros_like(query) if wants_query else None
+            of_items = torch.empty_like(items) if wants_items else None
+            for start in range(0, len(items), ctx.chunk_items):
+                chunk = items[start : start + ctx.chunk_items]
+                number = torch.arange(start, start + len(chunk), device=targets_T.device)
+                error = (query @ chunk.T).sub_(logsumexp_T[:, None]).exp_()
+                error.sub_((targets_T[:, None] == number).to(error.dtype)).mul_(gradient)
+                if of_query is not None:
+                    of_query.addmm_(error, chunk)
+                if of_items is not None:
+                    of_items[start : start + len(chunk)] = error.T @ query
+        return (
+            None if of_query is None else of_query.to(query_TD.dtype),
+            None if of_items is None else of_items.to(items_ID.dtype),
+            None,
+            None,
+        )
+
+
+def sampled_cross_entropy(
+    query_TD: Tensor, items_ID: Tensor, targets_T: Tensor, sampled_S: Tensor, expected_I: Tensor
+) -> Tensor:
+    """Cross-entropy with the softmax's denominator estimated from sampled items, with the logQ correction.
+
+    The target is in the sum with certainty and is not corrected. Every sampled item stands for as many as it is
+    unlikely to be drawn: the logarithm of the number of times that it is expected in the sample is taken off its logit
+    (Bengio, Senécal 2008; Yi et al. 2019). A sampled item that is the target itself does not count. So the estimated
+    denominator has the full one as its expectation, whatever the proposal.
+
+    Args:
+        query_TD: ``[T, D]``, divided by the temperature.
+        items_ID: ``[I, D]``.
+        targets_T: ``[T]`` int64 in ``[0, I)``.
+        sampled_S: ``[S]`` int64, drawn with replacement, the same for all targets.
+        expected_I: ``[I]`` float, above 0: how often each item is expected in the sample, S times its probability.
+
+    Example:
+        A sample with every item as often as it is expected gives the full softmax.
+
+        >>> query, items, targets = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), torch.arange(2)
+        >>> full = torch.nn.functional.cross_entropy(query @ items.T, targets, reduction="sum")
+        >>> sampled, expected = torch.tensor([1, 0, 2, 0]), torch.tensor([2.0, 1.0, 1.0])
+        >>> torch.allclose(sampled_cross_entropy(query, items, targets, sampled, expected), full)
+        True
+    """
+    with torch.autocast(query_TD.device.type, enabled=False):
+        query, items = query_TD.float(), items_ID.float()
+        # Not by indexing, whose gradients are added up in any order.
+        of_target_T1 = (query * F.embedding(targets_T, items)).sum(dim=1, keepdim=True)
+        logits_TS = query @ F.embedding(sampled_S, items).T - expected_I[sampled_S].log().float()
+        logits_TS = logits_TS.masked_fill(targets_T[:, None] == sampled_S, float("-inf"))
+        return (torch.cat([of_target_T1, logits_TS], dim=1).logsumexp(dim=1) - of_target_T1[:, 0]).sum()
+
+
+def draw_items(cumulative_I: Tensor, num_items: int) -> Tensor:
+    """Draw items with replacement from PyTorch's global CPU generator.
+
+    Args:
+        cumulative_I: ``[I]`` float64 on the CPU, cumulative probabilities up to 1.
+        num_items: How many.
+
+    Returns:
+        ``[num_items]`` int64.
+
+    Example:
+        >>> draw_items(torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64), 3).tolist()
+        [1, 1, 1]
+    """
+    uniform = torch.rand(num_items, dtype=torch.float64, device="cpu")
+    return torch.searchsorted(cumulative_I, uniform, right=True).clamp(max=len(cumulative_I) - 1)

@@ -1,0 +1,95 @@
+"""Item vectors that are made now and then, and kept in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fellrec.errors import ConfigError
+from fellrec.models.split import SplitModel
+from fellrec.models.streams import StreamPosition
+
+EVERY_STEP, ROUND = "every_step", "round"
+
+
+class ItemTable:
+    """The vectors of all items while a client is trained, without gradients, as in RecFormer's two stages.
+
+    The table belongs to one client's training in one round: it is made from the adapter that the client starts the
+    round with, and again after every so many steps. It is nothing that a resume would have to bring back.
+
+    Args:
+        refresh: ``"every_step"`` for no table (vectors are made with the step's own adapter, and gradients flow into
+            them), a number of optimiser steps, or ``"round"``.
+        freeze_after: From this round on the table is made once a round, whatever ``refresh`` says; ``None`` for never.
+
+    Raises:
+        ConfigError: For another rhythm, or a round below 0.
+    """
+
+    def __init__(self, refresh: str | int = EVERY_STEP, freeze_after: int | None = None) -> None:
+        is_number = isinstance(refresh, int) and not isinstance(refresh, bool)
+        if (is_number and int(refresh) < 1) or (not is_number and refresh not in (EVERY_STEP, ROUND)):
+            raise ConfigError(
+                f"objective.refresh_items={refresh} is not allowed: every_step, round, or a number of steps above 0"
+            )
+        if freeze_after is not None and freeze_after < 0:
+            raise ConfigError(f"objective.freeze_items_after={freeze_after} must be at least 0, or null for never")
+        if freeze_after is not None and refresh == ROUND:
+            raise ConfigError(
+                f"objective.freeze_items_after={freeze_after} changes nothing with objective.refresh_items=round"
+            )
+        self.refresh = refresh
+        self.freeze_after = freeze_after
+        self._owner: StreamPosition | None = None
+        self._vectors_ID: Tensor | None = None
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there ever is a table."""
+        return self.refresh != EVERY_STEP or self.freeze_after is not None
+
+    def is_due(self, round_index: int, step: int) -> bool:
+        """Whether the table is made before a step; both count from 0, steps within the client's round.
+
+        Example:
+            >>> [ItemTable(2).is_due(0, step) for step in range(4)]
+            [True, False, True, False]
+            >>> [ItemTable("every_step", freeze_after=1).is_due(round_index, 0) for round_index in range(3)]
+            [False, True, True]
+        """
+        if self.freeze_after is not None and round_index >= self.freeze_after:
+            return step == 0
+        if self.refresh == EVERY_STEP:
+            return False
+        return step == 0 if self.refresh == ROUND else step % int(self.refresh) == 0
+
+    @torch.no_grad()
+    def prepare(self, model: SplitModel, round_index: int, step: int, encode: Callable[[SplitModel], Tensor]) -> None:
+        """Make the table if it is due.
+
+        Dropout is off meanwhile, as in evaluation, and the client's random numbers are not used up.
+
+        Args:
+            model: With the client's adapter, under ``model.streams.using``.
+            round_index: From 0.
+            step: Optimiser step within the round, from 0.
+            encode: Makes the vectors of all items.
+        """
+        if not self.is_due(round_index, step):
+            return
+        owner, was_training = model.streams.position, model.training
+        model.eval()
+        try:
+            with model.streams.using(None):
+                vectors_ID = encode(model)
+        finally:
+            model.train(was_training)
+        self._owner, self._vectors_ID = owner, vectors_ID
+
+    def vectors(self, model: SplitModel) -> Tensor | None:
+        """The table ``[I, D]`` of the client that is in training; ``None`` if it has none."""
+        position = model.streams.position
+        return self._vectors_ID if position is not None and position is self._owner else None

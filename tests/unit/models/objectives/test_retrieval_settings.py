@@ -1,0 +1,173 @@
+"""The retrieval objective's settings: text, order, pooling, softmax over chunks and samples, item vectors that are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fellrec.build import build_data, build_loop, build_recommender
+from fellrec.config import compose
+from fellrec.data.schema import Catalogue
+from fellrec.errors import ConfigError
+from fellrec.functional.softmax import chunked_cross_entropy, draw_items, sampled_cross_entropy
+from fellrec.models.backbone import Backbone
+from fellrec.models.objectives.retrieval import RetrievalObjective
+from fellrec.models.split import SplitModel
+from fellrec.models.tiny import build_tiny
+
+TITLES = ("Alien", "Heat (1995)", "Amélie", "M")
+CATALOGUE = Catalogue(tuple("abcd"), TITLES, pd.DataFrame({"genre": ["Horror", "Crime", None, "Thriller"]}))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Backbone:
+    return build_tiny([f"{text}\n" for text in CATALOGUE.texts()], hidden_size=16, num_layers=2, vocab_size=320)
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Backbone) -> SplitModel:
+    return SplitModel(tiny.model, 1, 1).eval()
+
+
+def hidden_of(tiny: Backbone, titles: list[str]) -> torch.Tensor:
+    text = "".join(f"{title}\n" for title in titles)
+    ids = [tiny.tokenizer.bos_token_id, *tiny.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    return tiny.model.model(torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+
+
+def test_key_value_text_leaves_out_what_is_missing() -> None:
+    assert CATALOGUE.texts(("title", "genre"), "key_value") == [
+        "title: Alien genre: Horror", "title: Heat (1995) genre: Crime", "title: Amélie", "title: M genre: Thriller",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="objective.text"):
+        CATALOGUE.texts(style="json")
+
+
+def test_newest_first_reads_the_end_of_the_reversed_text(tiny: Backbone, model: SplitModel) -> None:
+    """One target a row; what follows the target is in neither the text nor the loss."""
+    objective = RetrievalObjective(tiny.tokenizer, CATALOGUE, 3, order="newest_first")
+    assert objective.one_target_per_row
+    queries = objective.queries(model, torch.tensor([[0, 1, 2], [3, -1, -1]]))
+    for row, titles in enumerate([["Amélie", "Heat (1995)", "Alien"], ["M"]]):
+        torch.testing.assert_close(queries[row], F.normalize(hidden_of(tiny, titles)[-1], dim=0), rtol=1e-4, atol=1e-5)
+    batch = objective.collate(torch.tensor([[0, 1, 2, 3]]), torch.tensor([[False, False, True, False]]))
+    loss, count = objective.loss(model, batch)
+    logits = F.normalize(hidden_of(tiny, ["Heat (1995)", "Alien"])[-1], dim=0) @ objective.item_vectors(model).T / 0.05
+    assert count == 1
+    torch.testing.assert_close(loss, F.cross_entropy(logits, torch.tensor(2)), rtol=1e-4, atol=1e-4)
+
+
+def test_mean_pooling_averages_what_is_before_the_end(tiny: Backbone, model: SplitModel) -> None:
+    objective = RetrievalObjective(tiny.tokenizer, CATALOGUE, 3, pooling="mean")
+    queries = objective.queries(model, torch.tensor([[0, 1, -1], [3, -1, -1]]))
+    for row, titles in enumerate([["Alien", "Heat (1995)"], ["M"]]):
+        expected = F.normalize(hidden_of(tiny, titles).mean(dim=0), dim=0)
+        torch.testing.assert_close(queries[row], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_items", [1, 3, 7, 50])
+def test_chunks_give_the_full_softmax_and_its_gradients(chunk_items: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, items = (torch.randn(size, 5, generator=generator, requires_grad=True) for size in (6, 10))
+    targets = torch.tensor([0, 9, 3, 3, 7, 1])
+    full = F.cross_entropy(query @ items.T, targets, reduction="sum")
+    expected = torch.autograd.grad(full, (query, items))
+    found = chunked_cross_entropy(query, items, targets, chunk_items)
+    torch.testing.assert_close(found, full)
+    for mine, theirs in zip(torch.autograd.grad(found, (query, items)), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_denominator_of_a_sample_is_right_on_average() -> None:
+    """Whatever the proposal: exp of loss + target logit is an unbiased estimate of the sum of exponentials."""
+    generator = torch.Generator().manual_seed(1)
+    query, items = torch.randn(1, 4, generator=generator), torch.randn(8, 4, generator=generator)
+    target = torch.tensor([2])
+    weights = torch.tensor([5, 1, 1, 1, 2, 9, 1, 1], dtype=torch.float64)
+    share = weights / weights.sum()
+    of_target = (query @ items[2]).double()
+    torch.manual_seed(3)
+    found = [
+        (
+            sampled_cross_entropy(query, items, target, draw_items(share.cumsum(0), 20), 20 * share).double()
+            + of_target
+        ).exp()
+        for _ in range(3000)
+    ]
+    estimates = torch.stack(found)
+    full = (query @ items.T).double().exp().sum()
+    assert abs(estimates.mean() - full) < 4 * estimates.std() / 3000**0.5
+    assert estimates.std() > 0
+
+
+def trained(overrides: list[str]) -> tuple[dict[str, Any], float]:
+    config = compose(overrides)
+    loop = build_loop(config, build_recommender(config, build_data(config)), ())
+    summary = dict(loop.run().summary)
+    return summary, sum(float(tensor.double().sum()) for tensor in loop.state.bank.tensors.values())
+
+
+@pytest.fixture
+def short(tiny_overrides: list[str]) -> list[str]:
+    return [
+        *tiny_overrides,
+        "data.max_users=40",
+        "trainer.num_rounds=2",
+        "trainer.max_local_steps=3",
+        "data.max_history=3",
+    ]
+
+
+def test_chunks_change_no_result_and_samples_depend_on_the_seed(short: list[str]) -> None:
+    whole, chunked = trained(short), trained([*short, "objective.chunk_items=7"])
+    assert chunked[1] == pytest.approx(whole[1], rel=1e-4)
+    sampled = [*short, "objective.num_negatives=20", "objective.negatives=popularity"]
+    once, again, other = trained(sampled), trained(sampled), trained([*sampled, "seed=1"])
+    assert once == again
+    assert once[1] != other[1]
+    assert once[1] != whole[1]
+
+
+def test_kept_item_vectors(short: list[str]) -> None:
+    """Made before every step without gradients is not the same as with them; a rhythm of one round is a freeze at 0."""
+    towers = [*short, "objective.item_encoder=encoded"]
+    free, each = trained(towers), trained([*towers, "objective.refresh_items=1"])
+    once, frozen = (
+        trained([*towers, "objective.refresh_items=round"]),
+        trained([*towers, "objective.freeze_items_after=0"]),
+    )
+    later = trained([*towers, "objective.freeze_items_after=1"])
+    assert once == frozen
+    assert len({free[1], each[1], once[1], later[1]}) == 4
+    assert trained([*towers, "objective.refresh_items=3"]) == once, "three steps a round"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"order": "random"}, "objective.order"),
+        ({"pooling": "max"}, "objective.pooling"),
+        ({"text": "xml"}, "objective.text"),
+        ({"chunk_items": 0}, "objective.chunk_items=0 must be at least 1"),
+        ({"num_negatives": 4}, "objective.num_negatives=4 must be at least 1 and below the 4 items"),
+        ({"num_negatives": 2, "chunk_items": 2}, "one of them must be null"),
+        ({"num_negatives": 2, "negatives": "hard"}, "objective.negatives"),
+        ({"refresh_items": "never", "item_encoder": "encoded"}, "objective.refresh_items=never is not allowed"),
+        ({"refresh_items": 2}, "need objective.item_encoder=encoded"),
+    ],
+)
+def test_what_cannot_be_is_refused(tiny: Backbone, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RetrievalObjective(tiny.tokenizer, CATALOGUE, 3, **settings)
+
+
+def test_kept_vectors_need_the_whole_model(tiny_overrides: list[str], tmp_path: Path) -> None:
+    cut = ["split=executed", "split.tail_layers=0", "objective.item_encoder=encoded", "objective.refresh_items=2"]
+    config = compose([*tiny_overrides, *cut])
+    with pytest.raises(ConfigError, match="need split.transport=none"):
+        build_recommender(config, build_data(config))
