@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import matplotlib.image
 import pandas as pd
 import pytest
+
+from fellrec.commands.compare import configurations
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,6 +59,21 @@ def test_the_sweep_over_depths_and_its_report(tmp_path: Path, tiny_overrides: li
     plans = json.loads((out / "llama_2_7b.json").read_text())
     assert plans[0]["backbone"] == "llama_2_7b"
     assert matplotlib.image.imread(out / "split_depth.png").std() > 0.02
+
+
+def test_what_the_sweep_over_rules_runs_can_be_composed(tmp_path: Path) -> None:
+    """The runs themselves take an hour; that each of their commands is one is seen without them."""
+    script = ROOT / "experiments" / "does_fellrec_help" / "sweep.sh"
+    command = ["sh", str(script), str(tmp_path / "out"), "ml-1m", "games", "trainer.batch_size=32"]
+    environment = {**os.environ, "FELLREC": "echo", "SEEDS": "0,1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert [line[:2] for line in lines] == [["compare", "data=ml_1m"], ["compare", "data=games"]]
+    for _, *overrides in lines:
+        configs = configurations(overrides)
+        assert len(configs) == 10, "five rules, two seeds"
+        assert {config.backbone.name for config in configs} == {"sasrec"}
+        assert {config.trainer.batch_size for config in configs} == {32}
 
 
 def test_the_benchmark_of_the_cut(tmp_path: Path, tiny_overrides: list[str]) -> None:

@@ -38,7 +38,7 @@ _DEFAULT_RULES = "aggregation=local,fedavg,fellrec,centralized"
 
 def run(options: argparse.Namespace) -> None:
     """Entry point of the verb."""
-    configs = _configurations(options.overrides)
+    configs = configurations(options.overrides)
     if options.show_config:
         sys.stdout.write("---\n".join(OmegaConf.to_yaml(config) for config in configs))
         return
@@ -164,7 +164,7 @@ class _Recommenders:
         return self._current[1]
 
 
-def _configurations(overrides: Sequence[str]) -> list[DictConfig]:
+def configurations(overrides: Sequence[str]) -> list[DictConfig]:
     """One configuration per combination; where nothing but seeds is compared, over the rules that are always shown.
 
     Where rules and a setting are varied together, a rule that does not have the setting is there once.
