@@ -22,6 +22,7 @@ from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.config import compose
 from fellrec.federated.hooks import FederatedCallback
 from fellrec.federated.loop import FederatedLoop
+from fellrec.rankings import write_users
 from fellrec.records import write_evaluation, write_json
 from fellrec.types import Evaluation
 
@@ -85,6 +86,7 @@ def run(recommender: Recommender, overrides: list[str], order: dict[str, Any]) -
     loop.trainer.train = lambda client, *rest: (trained.append(client), train(client, *rest))[1]  # type: ignore
     evaluation = loop.run()
     write_evaluation(run_dir, evaluation, {})
+    write_users(run_dir, evaluation, recommender.data, recommender.cold)
     banks = {name: loop.state.bank_named(name).tensors for name in ("current", "best", "best_per_client")}
     moments = {client: loop.state.optimizer_of(client) for client in sorted(loop.state.optimizers)}
     rest = {name: getattr(loop.state, name) for name in ("round_index", "local_steps", "rounds_without_gain", "extras")}

@@ -53,7 +53,10 @@ class Runs:
     def result(self, name: str) -> dict[str, Any]:
         """Everything a finished run came to."""
         run = self.folder / name
-        found = {file: (run / file).read_bytes() for file in ("results.json", "users.parquet", "state.json")}
+        found = {
+            file: (run / file).read_bytes()
+            for file in ("results.json", "users.parquet", "rankings.parquet", "state.json")
+        }
         return {**found, "tensors": torch.load(run / "tensors.pt")}
 
     def trained(self, name: str) -> list[int]:
