@@ -224,7 +224,7 @@ def test_a_multirun_checks_every_combination_first(workplace: Path, tiny_overrid
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(workplace: Path, tiny_overrides: list[str]) -> None:
-    settings = [*tiny_overrides, "trainer.num_rounds=40", "partition.num_clients=2"]
+    settings = [*tiny_overrides, "trainer.num_rounds=20", "partition.num_clients=2"]
     train = [sys.executable, "-m", "fellrec.cli", "train"]
     whole = subprocess.run(
         [*train, *settings, "run_dir=whole"], cwd=workplace, capture_output=True, text=True, check=False
@@ -253,7 +253,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(workplace: Path, tiny_overr
     assert after.info.status == "FINISHED"
     assert len(runs_of(workplace)) == 2
     steps = [p.step for p in client_of(workplace).get_metric_history(killed.info.run_id, "train/loss/mean")]
-    assert steps == list(range(40)), "no round is logged twice"
+    assert steps == list(range(20)), "no round is logged twice"
 
 
 def test_resume_needs_a_run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
