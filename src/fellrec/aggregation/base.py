@@ -79,6 +79,20 @@ class AggregationCallback(FederatedCallback):
         """
         return self.combine(updates, self.mixing_matrix(updates, round_index))
 
+    def sample_shares(self, updates: Updates) -> Tensor:
+        """Each client's share of all training targets, ``[N]`` float64: FedAvg's weights.
+
+        Raises:
+            TrainingError: If a number of samples is negative, or all are 0.
+        """
+        samples = updates.num_samples.double()
+        if (samples < 0).any() or samples.sum() <= 0:
+            raise TrainingError(
+                f"aggregation {self.name}: num_samples is {samples.tolist()} for clients {list(updates.clients)}; "
+                "needed are numbers of at least 0 that are not all 0"
+            )
+        return samples / samples.sum()
+
     def combine(
         self,
         updates: Updates,

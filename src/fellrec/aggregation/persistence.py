@@ -61,13 +61,10 @@ class Persistence(AggregationCallback):
         """Take them back."""
         self._deviations = {int(client): _unpack(text) for client, text in state.items()}
 
-    def _shares(self, updates: Updates) -> Tensor:
-        return updates.num_samples.double() / updates.num_samples.sum()
-
     def _deviations_of(self, updates: Updates) -> Tensor:
         """(P1), sketched, ``[N, buckets]``."""
         sketches = sketch_updates(updates.end, updates.start)
-        return sketches - self._shares(updates) @ sketches
+        return sketches - self.sample_shares(updates) @ sketches
 
     def _self_weights(self, updates: Updates, deviations: Tensor) -> Tensor:
         """(P2), ``[N]`` float64."""
@@ -80,7 +77,7 @@ class Persistence(AggregationCallback):
 
     def _matrix(self, updates: Updates, weights: Tensor) -> Tensor:
         """(P3)."""
-        shared = (1 - weights)[:, None] * self._shares(updates)
+        shared = (1 - weights)[:, None] * self.sample_shares(updates)
         return shared + torch.diag(weights)
 
 
