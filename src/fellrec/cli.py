@@ -44,6 +44,8 @@ _EXAMPLES = {
         "fellrec compare",
         "fellrec compare data=ml_1m data.root=ml-1m aggregation=local,fedavg,fellrec,centralized seed=0,1,2",
         "fellrec compare experiment=ml_1m_small data.root=ml-1m --format json",
+        "fellrec compare aggregation=fedavg,fellrec trainer.learning_rate=1e-3,2e-3",
+        "fellrec compare --run 'aggregation=fedavg trainer.learning_rate=2e-3' --run 'aggregation=fellrec'",
     ],
     "evaluate": ["fellrec evaluate runs/RUN", "fellrec evaluate runs/RUN --stage val --format json"],
     "export": ["fellrec export runs/RUN --format ranx", "fellrec export runs/RUN --format trec --output FOLDER"],
@@ -155,6 +157,13 @@ def _add_arguments(sub: argparse.ArgumentParser, verb: str) -> None:
     if verb in ("compare", "evaluate", "plan", "train", "prepare"):
         sub.add_argument(
             "--format", choices=("table", "json"), default="table", help="json: results only, on standard output"
+        )
+    if verb == "compare":
+        sub.add_argument(
+            "--run",
+            action="append",
+            metavar="OVERRIDES",
+            help="overrides of one rule, in quotes; give one --run for each (combined with the other overrides)",
         )
     if verb in ("train", "submit"):
         sub.add_argument("-m", "--multirun", action="store_true", help="one run per combination of values")

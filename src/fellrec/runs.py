@@ -109,6 +109,7 @@ class Run:
             total_seconds=clock.total_seconds,
             peak_memory_bytes=peak_bytes(),
             best_round=loop.state.selection.round_index,
+            validation=loop.state.selection.value,
             run_id=logging.log.run_id,
             variant=self.variant,
             cost=meter.cost,

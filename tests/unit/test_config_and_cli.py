@@ -227,7 +227,7 @@ LAYERS = [
     ("pretrained", "records", "rankings", "facts"),
     ("build",),
     ("launch",),
-    ("runs", "roles", "ranked"),
+    ("runs", "roles", "ranked", "configurations"),
     ("commands",),
     ("cli",),
     ("__main__",),

@@ -5,25 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from fellrec.aggregation.build import build_aggregation, effective_settings
+from fellrec.aggregation.build import build_aggregation
 from fellrec.atomic import write_json
 from fellrec.build import Recommender, build_data, build_loop, build_recommender, recommender_key
-from fellrec.config import as_dict, compose, expand, without_launcher
+from fellrec.configurations import Label, check_comparable, configurations, labels
 from fellrec.data.prepared import PreparedData
-from fellrec.errors import ConfigError
-from fellrec.functional.nested import flatten
 from fellrec.launch.local import other_ranks
 from fellrec.ranked import Ranks, processes_to_start, run_ranks
 from fellrec.records import check_new, new_run_dir
-from fellrec.runs import Run, collect, finish_message, reference_results, rule_name, run_name, table_cutoff
+from fellrec.runs import Run, collect, finish_message, reference_results, table_cutoff
 from fellrec.tracking.cost_tables import COSTS, cost_panels, print_cost, write_cost
 from fellrec.tracking.plots import client_dots, panels, save_png
 from fellrec.tracking.results import Comparison, RuleResult
@@ -33,12 +29,11 @@ from fellrec.tracking.store import check_reachable
 from fellrec.tracking.tables import display_name, print_comparison, results_console, write_tables
 
 _SHOWN = ("mean", "pooled", "variance", "worst")
-_DEFAULT_RULES = "aggregation=local,fedavg,fellrec,centralized"
 
 
 def run(options: argparse.Namespace) -> None:
     """Entry point of the verb."""
-    configs = configurations(options.overrides)
+    configs = configurations(options.overrides, options.run or ())
     if options.show_config:
         sys.stdout.write("---\n".join(OmegaConf.to_yaml(config) for config in configs))
         return
@@ -66,17 +61,16 @@ def compare(configs: Sequence[DictConfig], ranks: Ranks | None = None) -> tuple[
     """Run every configuration and collect the results.
 
     Args:
-        configs: One per rule, seed and cut; data, partition and backbone are the same in all.
+        configs: One per rule, setting, seed and cut; data, partition and backbone are the same in all.
         ranks: All processes, if there are several.
 
     Returns:
         The results, and the directory that holds every run.
 
     Raises:
-        ConfigError: If the configurations differ in more than rule, seed and split.
+        ConfigError: If the configurations differ in more than `check_comparable` allows.
     """
-    labels = _labels(configs)
-    _check_comparable(configs, labels)
+    check_comparable(configs)
     for config in configs:
         build_aggregation(config.aggregation)  # a rule that cannot be built must not be found out an hour later
     first = configs[0]
@@ -91,7 +85,8 @@ def compare(configs: Sequence[DictConfig], ranks: Ranks | None = None) -> tuple[
     new = NewRun(first.tracking.uri, first.tracking.experiment, run_dir.name, tags)
     with parent_run(run_dir, new) as log:
         learned = [
-            _one(config, label, recommenders, run_dir, log.uid) for config, label in zip(configs, labels, strict=True)
+            _one(config, label, recommenders, run_dir, log.uid)
+            for config, label in zip(configs, labels(configs), strict=True)
         ]
         recommender = recommenders.of(first)
         references = reference_results(first, recommender, build_loop(first, recommender, ()))
@@ -164,93 +159,7 @@ class _Recommenders:
         return self._current[1]
 
 
-def configurations(overrides: Sequence[str]) -> list[DictConfig]:
-    """One configuration per combination; where nothing but seeds is compared, over the rules that are always shown.
-
-    Where rules and a setting are varied together, a rule that does not have the setting is there once.
-    """
-    configs = [without_launcher(compose(combination)) for combination in expand(overrides)]
-    if not any(item.startswith("aggregation=") for item in overrides) and not any(_cuts(configs)):
-        configs = [without_launcher(compose(combination)) for combination in expand([*overrides, _DEFAULT_RULES])]
-    return list({_identity(config): config for config in reversed(configs)}.values())[::-1]
-
-
-def _identity(config: DictConfig) -> str:
-    """The same for configurations that give the same run."""
-    rest = {key: value for key, value in as_dict(config).items() if key != "aggregation"}
-    return repr([config.aggregation.get("_target_"), effective_settings(config.aggregation), rest])
-
-
-@dataclass(frozen=True)
-class _Label:
-    """What tells a run of a comparison from the others.
-
-    Attributes:
-        rule: With the settings that vary for it, such as ``fellrec alpha=0.3``.
-        variant: What varies of the split, such as ``head_layers=2``; empty if nothing does.
-        seed: Of the run.
-    """
-
-    rule: str
-    variant: str
-    seed: int
-
-
-def _labels(configs: Sequence[DictConfig]) -> list[_Label]:
-    return [
-        _Label(" ".join([rule_name(config), settings]).strip(), variant, config.seed)
-        for config, settings, variant in zip(configs, _settings(configs), _cuts(configs), strict=True)
-    ]
-
-
-def _settings(configs: Sequence[DictConfig]) -> list[str]:
-    """The settings of each configuration's rule that vary among those of the same rule."""
-    rules = [str(config.aggregation.get("_target_")) for config in configs]
-    settings = [effective_settings(config.aggregation) for config in configs]
-    of_rule = {rule: [own for name, own in zip(rules, settings, strict=True) if name == rule] for rule in rules}
-    return [_varying(own, of_rule[rule]) for rule, own in zip(rules, settings, strict=True)]
-
-
-def _cuts(configs: Sequence[DictConfig]) -> list[str]:
-    """What the split of each configuration has of its own."""
-    flat = [flatten(as_dict(config.split)) for config in configs]
-    return [_varying(own, flat) for own in flat]
-
-
-def _varying(own: Mapping[str, Any], everyone: Sequence[Mapping[str, Any]]) -> str:
-    keys = [key for key in own if len({repr(settings.get(key)) for settings in everyone}) > 1]
-    return " ".join(f"{key}={str(own[key]).lower()}" for key in keys)
-
-
-def _one(config: DictConfig, label: _Label, recommenders: _Recommenders, run_dir: Path, parent_uid: str) -> RuleResult:
-    own = OmegaConf.merge(config, {"run_dir": str(run_dir / run_name(label.rule, label.variant, label.seed))})
+def _one(config: DictConfig, label: Label, recommenders: _Recommenders, run_dir: Path, parent_uid: str) -> RuleResult:
+    own = OmegaConf.merge(config, {"run_dir": str(run_dir / label.name)})
     assert isinstance(own, DictConfig)
     return Run(own, recommenders.of(config), parent_uid, label.rule, label.variant).execute()
-
-
-def _check_comparable(configs: Sequence[DictConfig], labels: Sequence[_Label]) -> None:
-    """Refuse comparisons over anything but rules, their settings, seeds and the split.
-
-    Raises:
-        ConfigError: Naming the settings that differ.
-    """
-    flat = [flatten(as_dict(config)) for config in configs]
-    keys = dict.fromkeys(key for settings in flat for key in settings)
-    differing = [key for key in keys if len({repr(settings.get(key)) for settings in flat}) > 1]
-    other = [key for key in differing if key != "seed" and not key.startswith(("aggregation.", "split."))]
-    if other:
-        raise ConfigError(
-            f"compare varies aggregation, seed and split only, not {', '.join(other)}; "
-            "use fellrec train -m for other sweeps"
-        )
-    if len(set(labels)) < len(labels):
-        twice = next(label for label in labels if labels.count(label) > 1)
-        raise ConfigError(
-            f"two runs would both be called {run_name(twice.rule, twice.variant, twice.seed)}: rules are told apart by "
-            "the names of their classes"
-        )
-    if any(config.split.transport == "distributed" for config in configs):
-        raise ConfigError(
-            "compare runs in one process: split.transport=distributed is not allowed, only none or inprocess; "
-            "start distributed runs by torchrun … -m fellrec train"
-        )

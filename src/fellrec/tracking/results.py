@@ -28,6 +28,8 @@ class RuleResult:
         total_seconds: The whole run, evaluation included.
         peak_memory_bytes: Largest resident memory of the process by the end of this run.
         best_round: The round whose adapters were tested; -1 is the start.
+        validation: What selection looked at, in that round: mean over clients on the validation holdout; ``None`` for
+            reference rankers.
         run_id: Of the MLflow run.
         variant: What else varies over a comparison, such as ``"head_layers=2"``; empty if nothing does, and for
             reference rankers, which do not depend on it.
@@ -42,6 +44,7 @@ class RuleResult:
     total_seconds: float | None = None
     peak_memory_bytes: int | None = None
     best_round: int | None = None
+    validation: float | None = None
     run_id: str | None = None
     variant: str = ""
     cost: RunCost | None = None
@@ -115,7 +118,6 @@ class Comparison:
         users_per_client: Of the partition.
         num_items: Items that are ranked.
         results: In the order in which they ran.
-        baseline: The rule that gains are measured against.
         cold: Counts of cold items and users, see ``Cold.counts``; empty if they are not known.
         differences: Of the learned rules to `reference_rule`, from ``fellrec.tracking.significance``.
     """
@@ -124,7 +126,6 @@ class Comparison:
     users_per_client: Sequence[int]
     num_items: int
     results: Sequence[RuleResult]
-    baseline: str = field(default="local")
     cold: Mapping[str, int] = field(default_factory=dict)
     differences: Sequence[Difference] = ()
 
@@ -140,7 +141,42 @@ class Comparison:
     @property
     def reference_rule(self) -> str:
         """The rule that others are tested against: FedAvg where it is among them, else the baseline of gains."""
-        return "fedavg" if any(result.rule == "fedavg" for result in self.results) else self.baseline
+        return self.only_line("fedavg") or self.baseline
+
+    @property
+    def baseline(self) -> str:
+        """The rule that gains are measured against: local training."""
+        return self.only_line("local") or "local"
+
+    def only_line(self, base: str) -> str | None:
+        """The rule of that name with the settings that it has here; ``None`` if it has none, or several.
+
+        Args:
+            base: Without settings, such as ``"fedavg"``.
+        """
+        found = {result.rule for result in self.results if result.kind == "learned" and _base(result.rule) == base}
+        return found.pop() if len(found) == 1 else None
+
+    def validation(self, rule: str) -> float | None:
+        """Mean over seeds of what selection looked at; ``None`` for reference rankers."""
+        values = [value for result in self.of_rule(rule) if (value := result.validation) is not None]
+        return float(np.mean(values)) if values else None
+
+    @property
+    def chosen(self) -> dict[str, str]:
+        """Where a rule has several lines, the one that is best on the validation holdout: rule without settings → line.
+
+        That is how settings are tuned; the test holdout has no say.
+        """
+        lines: dict[str, list[str]] = {}
+        for line in self.rules("learned"):
+            if self.validation(line) is not None:
+                lines.setdefault(_base(line), []).append(line)
+        return {
+            base: max(several, key=lambda line: self.validation(line) or 0.0)
+            for base, several in lines.items()
+            if len(several) > 1
+        }
 
     def of_rule(self, rule: str) -> list[RuleResult]:
         """The results of one line, one per seed."""
@@ -201,6 +237,7 @@ class Comparison:
             "num_items": self.num_items,
             "users_per_client": list(self.users_per_client),
             "cold": dict(self.cold),
+            "chosen_on_validation": self.chosen,
             "rules": {rule: self._rule_dict(rule) for rule in rules},
             "differences": [item.to_dict() for item in self.differences],
         }
@@ -208,7 +245,7 @@ class Comparison:
     def _rule_dict(self, rule: str) -> dict[str, Any]:
         results = self.of_rule(rule)
         figures = results[0].evaluation.summary
-        metrics = results[0].evaluation.per_client
+        metrics, fedavg = results[0].evaluation.per_client, self.only_line("fedavg") or "fedavg"
         return {
             "kind": results[0].kind,
             "rule": results[0].rule,
@@ -216,10 +253,16 @@ class Comparison:
             "mean": {figure: self.mean_and_sd(rule, figure)[0] for figure in figures},
             "sd": {figure: self.mean_and_sd(rule, figure)[1] for figure in figures},
             "gain_over_local": {metric: self.gain(rule, metric) for metric in metrics},
-            "minus_fedavg_per_client": {metric: _plain(self.difference(rule, "fedavg", metric)) for metric in metrics},
+            "minus_fedavg_per_client": {metric: _plain(self.difference(rule, fedavg, metric)) for metric in metrics},
+            "validation": self.validation(rule),
             "seconds_per_round": self.seconds_per_round(rule),
             "runs": [_run_dict(result) for result in results],
         }
+
+
+def _base(rule: str) -> str:
+    """A rule's name without settings."""
+    return rule.partition(" ")[0]
 
 
 def _run_dict(result: RuleResult) -> dict[str, Any]:
@@ -229,6 +272,7 @@ def _run_dict(result: RuleResult) -> dict[str, Any]:
         "seed": result.seed,
         "run_id": result.run_id,
         "best_round": result.best_round,
+        "validation": result.validation,
         "seconds_per_round": result.seconds_per_round,
         "total_seconds": result.total_seconds,
         "peak_memory_bytes": result.peak_memory_bytes,

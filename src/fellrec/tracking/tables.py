@@ -60,6 +60,7 @@ def comparison_frame(comparison: Comparison, cutoff: int) -> pd.DataFrame:
                 {
                     "kind": kind,
                     "rule": display_name(rule),
+                    **({"val": _optional(comparison.validation(rule))} if comparison.chosen else {}),
                     f"NDCG@{cutoff}": _figure(comparison, rule, f"{ndcg}/mean"),
                     "pooled": _figure(comparison, rule, f"{ndcg}/pooled"),
                     f"Recall@{cutoff}": _figure(comparison, rule, f"{recall}/mean"),
@@ -98,6 +99,7 @@ def _table(comparison: Comparison, frame: pd.DataFrame, cutoff: int, is_stacked:
         caption=f"NDCG@{cutoff} and Recall@{cutoff}: mean over clients | pooled over users. std, variance, worst: "
         f"NDCG@{cutoff} over clients. gain: its mean difference to {display_name(comparison.baseline)}."
         + (" ±: standard deviation over seeds." if has_seeds else "")
+        + _chosen_text(comparison)
         + _cold_text(comparison),
         title_justify="left",
         box=box.SIMPLE_HEAD,
@@ -119,6 +121,14 @@ def _table(comparison: Comparison, frame: pd.DataFrame, cutoff: int, is_stacked:
         bold = [(row["rule"], name) in best for name in columns]
         table.add_row(*(f"[bold]{cell}[/bold]" if wins else cell for cell, wins in zip(cells, bold, strict=True)))
     return table
+
+
+def _chosen_text(comparison: Comparison) -> str:
+    """Which settings a tuned rule would have; empty if nothing is tuned."""
+    if not comparison.chosen:
+        return ""
+    chosen = ", ".join(display_name(line) for line in comparison.chosen.values())
+    return f" val: what selection looked at, on the validation holdout; best there: {chosen}."
 
 
 def _cold_text(comparison: Comparison) -> str:
@@ -145,6 +155,10 @@ def markdown(frame: pd.DataFrame) -> str:
     header = [f"| {' | '.join(name.strip() for name in frame.columns)} |", "|---" * len(frame.columns) + "|"]
     body = [f"| {' | '.join(row)} |" for row in frame.itertuples(index=False)]
     return "\n".join([*header, *body]) + "\n"
+
+
+def _optional(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _figure(comparison: Comparison, rule: str, figure: str) -> str:
