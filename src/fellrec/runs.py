@@ -271,7 +271,7 @@ def finish_message(run_dir: Path, config: DictConfig) -> str:
 
 def _evaluate(recommender: Recommender, ranker: ReferenceRanker, stage: str) -> Evaluation:
     module = recommender.module
-    with torch.no_grad(), recommender.fabric.autocast():
+    with torch.no_grad():  # in float32, whatever the model's precision
         for batch in recommender.datamodule.eval_loader(stage):
             moved = recommender.fabric.to_device(batch)
             module.add_scores(ranker.scores(moved["histories"], moved), moved)

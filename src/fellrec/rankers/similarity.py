@@ -37,4 +37,6 @@ class SimilarityRanker:
             ``[B, I]`` float32, higher is better.
         """
         assert self._items_ID is not None, "refresh comes before scores"
-        return self.objective.queries(model, histories) @ self._items_ID.T
+        queries_BD = self.objective.queries(model, histories)
+        with torch.autocast(queries_BD.device.type, enabled=False):  # rounded to bf16, many items would tie
+            return queries_BD.float() @ self._items_ID.float().T
