@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,8 @@ import matplotlib.image
 import pandas as pd
 import pytest
 
-from fellrec.commands.compare import configurations
+from fellrec.cli import main
+from fellrec.configurations import check_comparable, configurations
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,19 +61,64 @@ def test_the_sweep_over_depths_and_its_report(tmp_path: Path, tiny_overrides: li
     assert matplotlib.image.imread(out / "split_depth.png").std() > 0.02
 
 
-def test_what_the_sweep_over_rules_runs_can_be_composed(tmp_path: Path) -> None:
+SWEEPS = {
+    "main_table": (2, {"ml_1m_retrieval": 10, "ml_1m_generative": 10, "games_retrieval": 10, "games_generative": 10}),
+    "ablation": (2, {"games": 16, "ml_1m": 16}),
+    "alpha_beta": (1, {"games": 22}),
+    "clients": (1, {**{f"kmeans_{n}": 6 for n in (3, 5, 10, 20)}, "random_5": 6, "dirichlet_5": 6, "per_user": 6}),
+    "few_shot": (1, {"samples_1024": 8, "samples_null": 8}),
+}
+"""Of each sweep: how many folders of data it takes, and its cells with their runs for two seeds."""
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_what_a_sweep_runs_can_be_composed(name: str, tmp_path: Path) -> None:
     """The runs themselves take an hour; that each of their commands is one is seen without them."""
-    script = ROOT / "experiments" / "does_fellrec_help" / "sweep.sh"
-    command = ["sh", str(script), str(tmp_path / "out"), "ml-1m", "games", "trainer.batch_size=32"]
-    environment = {**os.environ, "FELLREC": "echo", "SEEDS": "0,1"}
+    folders, expected = SWEEPS[name]
+    script, out = ROOT / "experiments" / name / "sweep.sh", tmp_path / "out"
+    command = ["sh", str(script), str(out), *["somewhere"] * folders, "trainer.weight_decay=0.5"]
+    environment = {**os.environ, "FELLREC": "echo_words", "SEEDS": "0,1", "DATA": "ml_1m games"}
+    tool = tmp_path / "echo_words"
+    tool.write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done\nprintf "\\n"\n')
+    tool.chmod(0o755)
+    environment |= {"PATH": f"{tmp_path}:{environment['PATH']}", "PYTHON": "true"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    lines = [shlex.split(line) for line in done.stdout.splitlines()]
-    assert [line[:2] for line in lines] == [["compare", "data=ml_1m"], ["compare", "data=games"]]
-    for _, *overrides in lines:
-        configs = configurations(overrides)
-        assert len(configs) == 10, "five rules, two seeds"
-        assert {config.backbone.name for config in configs} == {"sasrec"}
-        assert {config.trainer.batch_size for config in configs} == {32}
+    found = {}
+    for text in done.stdout.strip().split("\n\n"):
+        verb, *words = text.split("\n")
+        assert verb == "compare"
+        runs = [words[place + 1] for place, word in enumerate(words) if word == "--run"]
+        overrides = [word for place, word in enumerate(words) if word != "--run" and words[place - 1] != "--run"]
+        configs = configurations(overrides, runs)
+        check_comparable(configs)
+        found[Path(configs[0].run_dir).name] = len(configs)
+        assert {config.trainer.weight_decay for config in configs} == {0.5}, "further overrides reach every run"
+        assert {config.seed for config in configs} == {0, 1}
+    assert found == expected
+
+
+def test_the_report_of_a_sweep(tmp_path: Path, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cells; its figures are those of the comparisons, and a pair's difference is that of the users' values."""
+    monkeypatch.chdir(tmp_path)
+    for cell, steps in (("few", 1), ("more", 3)):
+        sweep = ["aggregation=local,fedavg,fellrec", "seed=0,1", f"trainer.max_local_steps={steps}"]
+        main(["compare", *tiny_overrides, *sweep, "trainer.num_rounds=1", "references.show=[]", f"run_dir=out/{cell}"])
+    script = ROOT / "experiments" / "report.py"
+    command = [sys.executable, str(script), "out", "fellrec-local"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    table, pairs = pd.read_csv("out/report.csv"), cells(Path("out/pairs.md"))
+    assert table["cell"].tolist() == ["few"] * 3 + ["more"] * 3
+    assert pairs["cell"].tolist() == ["few", "more"]
+    for cell, shown in zip(("few", "more"), pairs["pooled"], strict=True):
+        lines = json.loads(Path(f"out/{cell}/comparison/comparison.json").read_text())["rules"]
+        some = table[table["cell"] == cell]
+        assert some["mean"].tolist() == [line["mean"]["ndcg_at_10/mean"] for line in lines.values()]
+        pooled = dict(zip(some["rule"], some["pooled"], strict=True))
+        assert float(shown) == pytest.approx(pooled["fellrec"] - pooled["local"], abs=6e-5)
+    assert matplotlib.image.imread("out/report.png").std() > 0.02
+    nothing = subprocess.run([*command[:2], "few"], capture_output=True, text=True, check=False)
+    assert (nothing.returncode, nothing.stderr) == (1, "few holds no finished comparison\n")
 
 
 def test_the_benchmark_of_the_cut(tmp_path: Path, tiny_overrides: list[str]) -> None:

@@ -189,10 +189,54 @@ def test_compare_varies_the_settings_of_the_rules_that_have_them(workplace: Path
     assert folders == {"fedavg-s0", "fellrec-alpha=0-s0", "fellrec-alpha=0.7-s0", "local-s0"}
 
 
+def test_compare_tunes_each_rule_by_its_own_settings_on_validation(
+    workplace: Path, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line that is chosen is the best of what selection saw, not of the test."""
+    runs = [
+        *("--run", "aggregation=local,fedavg trainer.learning_rate=1e-5,1e-2"),
+        *("--run", "aggregation=fellrec aggregation.alpha=0.5 trainer.learning_rate=1e-2"),
+    ]
+    main(["compare", *tiny_overrides, *runs, "run_dir=all", "references.show=[]"])
+    comparison = json.loads((workplace / "all" / "comparison" / "comparison.json").read_text())
+    rates = ["learning_rate=1e-05", "learning_rate=0.01"]
+    assert list(comparison["rules"]) == [
+        *(f"{rule} {rate}" for rule in ("local", "fedavg") for rate in rates),
+        "fellrec learning_rate=0.01",
+    ]
+    assert set(comparison["chosen_on_validation"]) == {"local", "fedavg"}, "FELLRec has one line only"
+    for rule, line in comparison["chosen_on_validation"].items():
+        seen = {}
+        for rate in rates:
+            evaluated = (workplace / "all" / f"{rule}-{rate}-s0").name
+            (run,) = [run for run in runs_of(workplace) if run.info.run_name.endswith(evaluated)]
+            history = client_of(workplace).get_metric_history(run.info.run_id, "val/ndcg_at_10/mean")
+            seen[f"{rule} {rate}"] = max(point.value for point in history)
+        assert seen == pytest.approx({name: comparison["rules"][name]["validation"] for name in seen})
+        assert line == max(seen, key=lambda name: seen[name])
+    assert "best there: local learning_rate=" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("run", "told"),
+    [("aggregation='fedavg", "cannot read --run"), ("", "must be overrides"), ("-m", "must be overrides")],
+)
+def test_compare_refuses_a_run_that_is_no_overrides(
+    run: str, told: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["compare", f"--run={run}"])
+    assert told in capsys.readouterr().err
+    assert not list(workplace.iterdir())
+
+
 def test_compare_refuses_other_sweeps(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["compare", "trainer.num_rounds=1,2"])
-    assert "compare varies aggregation, seed and split only, not trainer.num_rounds" in capsys.readouterr().err
+        main(["compare", "data.max_history=5,6"])
+    assert "compare varies aggregation, the training's settings under trainer, seed and split only, not " in (
+        told := capsys.readouterr().err
+    )
+    assert "data.max_history" in told
     assert not list(workplace.iterdir())
 
 

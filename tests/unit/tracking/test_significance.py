@@ -168,6 +168,17 @@ def test_a_variant_is_compared_with_the_baseline_of_the_same_variant() -> None:
     assert [item.user_difference for item in found] == pytest.approx([0.1, 0.1])
 
 
+def test_the_baseline_may_have_settings_if_it_is_there_once() -> None:
+    base = 0.4 * noise(0)
+    tuned = [
+        result("fedavg learning_rate=0.1", base),
+        result("fellrec alpha=0.2 learning_rate=0.2", base + 0.1 * noise(1)),
+    ]
+    found = compared(*tuned).differences
+    assert {(item.rule, item.baseline) for item in found} == {(tuned[1].rule, tuned[0].rule)}
+    assert not compared(*tuned, result("fedavg learning_rate=0.2", base)).differences, "which one of the two?"
+
+
 @pytest.mark.parametrize("width", [80, 140])
 def test_the_printed_table_fits(planted: Comparison, width: int) -> None:
     console = Console(width=width, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115

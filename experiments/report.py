@@ -1,0 +1,169 @@
+"""The cells of a sweep in one table: what `fellrec compare` found in each, and how sure the differences are.
+
+python experiments/report.py OUT [RULE-OTHER ...]
+
+OUT holds one comparison a folder. Writes ``report.csv``, ``report.md`` and ``report.png`` into it. A pair such as
+``persistence-fellrec`` adds the paired difference of these two rules to ``pairs.md``; that to FedAvg is always there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fellrec.functional.rng import derive_seed
+from fellrec.functional.statistics import bootstrap_intervals, holm, wilcoxon_p
+from fellrec.tracking.significance import SEED, p_text
+from fellrec.tracking.tables import display_name, markdown
+
+METRIC = "ndcg_at_10"
+
+
+def cells(out: Path) -> dict[str, dict[str, Any]]:
+    """Each cell's ``comparison.json``, by the name of its folder, in the order in which they were finished."""
+    found = sorted(out.glob("*/comparison/comparison.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise SystemExit(f"{out} holds no finished comparison")
+    return {path.parts[-3]: json.loads(path.read_text()) for path in found}
+
+
+def frame(found: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """One row per cell and rule, as numbers."""
+    rows = []
+    for cell, comparison in found.items():
+        differences = {item["rule"]: item for item in comparison["differences"] if item["metric"] == METRIC}
+        for rule, line in comparison["rules"].items():
+            mean, sd, versus = line["mean"], line["sd"], differences.get(rule, {})
+            seconds = [run["total_seconds"] for run in line["runs"] if run["total_seconds"] is not None]
+            rows.append(
+                {
+                    "cell": cell,
+                    "rule": rule,
+                    "kind": line["kind"],
+                    "seeds": len(line["runs"]),
+                    "validation": line["validation"],
+                    "mean": mean[f"{METRIC}/mean"],
+                    "sd": sd[f"{METRIC}/mean"],
+                    "cv": mean[f"{METRIC}/coefficient_of_variation"],
+                    "worst": mean[f"{METRIC}/worst"],
+                    "pooled": mean[f"{METRIC}/pooled"],
+                    "seconds": sum(seconds) / len(seconds) if seconds else None,
+                    **{f"fedavg_{name}": versus.get(name) for name in _VERSUS},
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+_VERSUS = ("client_change_percent", "user_difference", "user_low", "user_high", "holm_p")
+
+
+def text(table: pd.DataFrame) -> pd.DataFrame:
+    """The same for people."""
+    return pd.DataFrame([_row(row) for row in table.to_dict("records")])
+
+
+def _row(row: dict[str, Any]) -> dict[str, str]:
+    versus = pd.notna(row["fedavg_user_low"])
+    return {
+        "cell": row["cell"],
+        "rule": display_name(row["rule"]),
+        "NDCG@10, mean over clients": f"{row['mean']:.4f}" + (f" ±{row['sd']:.4f}" if row["seeds"] > 1 else ""),
+        "CV": f"{row['cv']:.2f}",
+        "worst": f"{row['worst']:.4f}",
+        "pooled": f"{row['pooled']:.4f}",
+        "to FedAvg": f"{row['fedavg_client_change_percent']:+.0f} %" if versus else "",
+        "pooled difference to FedAvg": (
+            f"{row['fedavg_user_difference']:+.4f} {_interval(row['fedavg_user_low'], row['fedavg_user_high'])}"
+            if versus
+            else ""
+        ),
+        "p": p_text(row["fedavg_holm_p"]).replace("<", "< ") if versus else "",
+        "s/run": "" if pd.isna(row["seconds"]) else f"{row['seconds']:.0f}",
+    }
+
+
+def _interval(low: float, high: float) -> str:
+    return f"[{low:+.4f}, {high:+.4f}]"
+
+
+def pairs(out: Path, found: dict[str, dict[str, Any]], wanted: list[tuple[str, str]]) -> pd.DataFrame:
+    """Paired over users, each averaged over the seeds first; p is adjusted for all rows (Holm)."""
+    rows, p_values = [], []
+    for cell, comparison in found.items():
+        for rule, other in wanted:
+            if not {rule, other} <= set(comparison["rules"]):
+                continue
+            columns = [_per_user(out / cell, name, comparison) for name in (rule, other)]
+            both = pd.concat(columns, axis=1, join="inner", keys=[rule, other]).sort_index()
+            difference = torch.from_numpy((both[rule] - both[other]).to_numpy(copy=True))
+            interval = bootstrap_intervals(difference[:, None], derive_seed(SEED, "bootstrap", "users"))[0].tolist()
+            p_values.append(wilcoxon_p(difference))
+            rows.append(
+                {
+                    "cell": cell,
+                    "difference": f"{display_name(rule)} − {display_name(other)}",
+                    "pooled": f"{float(difference.mean()):+.4f}",
+                    "95 % over users": _interval(*interval),
+                }
+            )
+    adjusted = holm(torch.tensor(p_values, dtype=torch.float64)).tolist()
+    return pd.DataFrame([{**row, "p (Holm)": p_text(p)} for row, p in zip(rows, adjusted, strict=True)])
+
+
+def _per_user(folder: Path, rule: str, comparison: dict[str, Any]) -> pd.Series:
+    """A rule's metric of each user, mean over its seeds."""
+    seeds = [run["seed"] for run in comparison["rules"][rule]["runs"]]
+    paths = [folder / "-".join([*rule.split(), f"s{seed}"]) / "users.parquet" for seed in seeds]
+    tables = [pd.read_parquet(path, columns=["user_id", METRIC]).set_index("user_id")[METRIC] for path in paths]
+    return pd.concat(tables, axis=1, join="inner").mean(axis=1)
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """For every cell, each learned rule's mean over clients against its spread: up and to the left is better."""
+    learned = table[table["kind"] == "learned"]
+    names = list(dict.fromkeys(learned["cell"]))
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.4 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for ax in axes[len(names) :]:
+        ax.set_axis_off()
+    for ax, name in zip(axes, names, strict=False):
+        some = learned[learned["cell"] == name]
+        for number, row in enumerate(some.to_dict("records")):
+            ax.errorbar(row["cv"], row["mean"], yerr=row["sd"], fmt="o", color=f"C{number % 10}", capsize=2)
+            ax.annotate(
+                display_name(row["rule"]), (row["cv"], row["mean"]), (4, 4), textcoords="offset points", fontsize=7
+            )
+        ax.set_title(name, fontsize=9)
+        ax.set_xlabel("coefficient of variation over clients", fontsize=8)
+        ax.set_ylabel("NDCG@10, mean over clients", fontsize=8)
+        ax.tick_params(labelsize=7)
+        ax.margins(0.2)
+    return figure
+
+
+def main(out: Path, wanted: list[str]) -> None:
+    found = cells(out)
+    table = frame(found)
+    table.to_csv(out / "report.csv", index=False)
+    shown = markdown(text(table))
+    (out / "report.md").write_text(shown)
+    draw(table).savefig(out / "report.png", dpi=90)
+    sys.stdout.write(shown)
+    chosen = pairs(out, found, [tuple(pair.split("-", 1)) for pair in wanted])  # type: ignore[misc]
+    if len(chosen):
+        (out / "pairs.md").write_text(markdown(chosen))
+        sys.stdout.write(f"\n{markdown(chosen)}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
