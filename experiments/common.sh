@@ -7,8 +7,8 @@ fellrec=${FELLREC:-fellrec} python=${PYTHON:-python}
 seeds=${SEEDS:-0,1,2}
 
 # What the small cells have in common: SASRec, with the softmax over 1,024 drawn items and the true one.
-sasrec="${BACKBONE:-backbone=sasrec objective.num_negatives=1024} trainer.batch_size=32 references.show=[]"
-small="trainer.learning_rate=3e-3 trainer.num_rounds=12 trainer.max_local_steps=30 trainer.evaluate_every=4"
+sasrec="${BACKBONE:-backbone=sasrec objective.num_negatives=1024} references.show=[]"
+small="trainer.batch_size=32 trainer.learning_rate=3e-3 trainer.num_rounds=12 trainer.max_local_steps=30 trainer.evaluate_every=4"
 
 # cell NAME OVERRIDE...: one comparison
 cell() {

@@ -1,18 +1,39 @@
 #!/bin/sh
-# Every rule on MovieLens-1M and on Amazon Games with SASRec, three seeds; figures and intervals.
+# Every rule, tuned on validation with three tries each, then run with three seeds: MovieLens-1M and Amazon Games, SASRec.
 #
-#   sh experiments/does_fellrec_help/sweep.sh OUT ../shared/data/ml-1m ../shared/data/games-5core
+#   sh experiments/does_fellrec_help/sweep.sh OUT ../shared/data/ml-1m ../shared/data/games-5core [OVERRIDE...]
 #
-# OUT is a new folder. RULES and SEEDS of the environment make it smaller; further overrides follow the folders, such as
-# backbone=tiny, or backbone=hf backbone.path=MODEL adapter=lora.
+# OUT/tuning/DATA holds what was tried (seed 0), OUT/DATA the comparison of what was chosen. DATA of the environment makes
+# it smaller.
 set -eu
 out=$1 ml_1m=$2 games=$3
 shift 3
-fellrec=${FELLREC:-fellrec}
-rules=${RULES:-local,fedavg,fellrec,persistence,centralized} seeds=${SEEDS:-0,1,2}
+. "$(dirname "$0")/../common.sh"
 
-$fellrec compare data=ml_1m "data.root=$ml_1m" data.max_history=20 backbone=sasrec trainer.num_rounds=12 \
-    trainer.max_local_steps=60 trainer.evaluate_every=3 "aggregation=$rules" "seed=$seeds" "run_dir=$out/ml_1m" "$@"
-
-$fellrec compare data=games "data.root=$games" data.max_users=8000 backbone=sasrec trainer.num_rounds=8 \
-    trainer.max_local_steps=40 trainer.evaluate_every=4 "aggregation=$rules" "seed=$seeds" "run_dir=$out/games" "$@"
+# shellcheck disable=SC2086  # several overrides
+study() {
+    name=$1
+    shift
+    common="$sasrec trainer.evaluate_every=4"
+    finals=$seeds kept=$out
+    seeds=0 out=$kept/tuning
+    cell "$name" $common "$@" --run "aggregation=local,fedavg trainer.learning_rate=1e-3,2e-3,4e-3" \
+        --run "aggregation=fellrec aggregation.alpha=0.7 trainer.learning_rate=1e-3,2e-3" \
+        --run "aggregation=fellrec aggregation.alpha=0.2 trainer.learning_rate=2e-3" \
+        --run "aggregation=persistence aggregation.exponent=0.5 trainer.learning_rate=1e-3,2e-3" \
+        --run "aggregation=persistence aggregation.exponent=1 trainer.learning_rate=2e-3"
+    seeds=$finals out=$kept
+    [ "$fellrec" = echo ] && return
+    chosen=$($python "$(dirname "$0")/../chosen.py" "$out/tuning/$name/comparison/comparison.json")
+    eval "cell \"\$name\" \$common \"\$@\" $chosen --run 'aggregation=centralized trainer.learning_rate=1e-3'"
+}
+for data in ${DATA:-ml_1m games}; do
+    case $data in
+        ml_1m) study ml_1m data=ml_1m "data.root=$ml_1m" trainer.num_rounds=20 trainer.max_local_steps=60 "$@" ;;
+        games)
+            study games data=games "data.root=$games" data.max_users=8000 trainer.num_rounds=16 \
+                trainer.max_local_steps=50 "$@"
+            ;;
+    esac
+done
+report persistence-fellrec persistence-local fellrec-local

@@ -17,10 +17,16 @@ source_of() {
         micro_lens_shaped) echo "data=micro_lens_shaped" ;;
     esac
 }
+settings_of() {
+    case $1 in
+        retrieval) echo "objective=retrieval" ;;
+        generative) echo "objective=generative ranker=constrained ranker.num_beams=10" ;;
+    esac
+}
 # shellcheck disable=SC2046  # several overrides
-for data in ${DATA:-ml_1m games micro_lens_shaped}; do
-    for family in ${FAMILIES:-retrieval generative}; do
-        cell "${data}_$family" $(source_of "$data") "objective=$family" data.max_users=1500 data.max_history=8 \
+for family in ${FAMILIES:-retrieval generative}; do
+    for data in ${DATA:-ml_1m games micro_lens_shaped}; do
+        cell "${data}_$family" $(source_of "$data") $(settings_of "$family") data.max_users=1000 data.max_history=6 \
             trainer.precision=bf16-mixed trainer.batch_size=16 trainer.num_rounds=6 trainer.max_local_steps=10 \
             trainer.evaluate_every=3 "aggregation=$rules" "$@"
     done

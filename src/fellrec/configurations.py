@@ -16,7 +16,7 @@ from fellrec.functional.nested import flatten
 from fellrec.runs import rule_name, run_name
 
 _DEFAULT_RULES = "aggregation=local,fedavg,fellrec,centralized"
-_TRAINING = (
+TRAINING = (
     "num_rounds",
     "local_epochs",
     "max_local_steps",
@@ -109,7 +109,7 @@ def _settings(configs: Sequence[DictConfig]) -> list[str]:
 
 def _training(configs: Sequence[DictConfig]) -> list[str]:
     """What the training of each configuration has of its own."""
-    flat = [{name: config.trainer[name] for name in _TRAINING} for config in configs]
+    flat = [{name: config.trainer[name] for name in TRAINING} for config in configs]
     return [_varying(own, flat) for own in flat]
 
 
@@ -133,7 +133,7 @@ def check_comparable(configs: Sequence[DictConfig]) -> None:
     flat = [flatten(as_dict(config)) for config in configs]
     keys = dict.fromkeys(key for settings in flat for key in settings)
     differing = [key for key in keys if len({repr(settings.get(key)) for settings in flat}) > 1]
-    allowed = {"seed", *(f"trainer.{name}" for name in _TRAINING)}
+    allowed = {"seed", *(f"trainer.{name}" for name in TRAINING)}
     other = [key for key in differing if key not in allowed and not key.startswith(("aggregation.", "split."))]
     if other:
         raise ConfigError(

@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib.image
 import pandas as pd
 import pytest
+from omegaconf import DictConfig
 
 from fellrec.cli import main
 from fellrec.configurations import check_comparable, configurations
@@ -71,30 +72,59 @@ SWEEPS = {
 """Of each sweep: how many folders of data it takes, and its cells with their runs for two seeds."""
 
 
+def composed(name: str, folders: int, out: Path, tools: Path) -> dict[str, list[DictConfig]]:
+    """The configurations of each cell that a sweep would run; of its Python, only what chooses settings is run."""
+    words = 'for word in "$@"; do printf "%s\\n" "$word"; done; printf "\\n"'
+    python = f'case "$1" in *chosen.py) exec "{sys.executable}" "$@" ;; esac'
+    for tool, line in (("say", words), ("choose", python)):
+        (tools / tool).write_text(f"#!/bin/sh\n{line}\n")
+        (tools / tool).chmod(0o755)
+    own = {"FELLREC": str(tools / "say"), "PYTHON": str(tools / "choose"), "SEEDS": "0,1", "DATA": "ml_1m games"}
+    script = ROOT / "experiments" / name / "sweep.sh"
+    command = ["sh", str(script), str(out), *["somewhere"] * folders, "trainer.weight_decay=0.5"]
+    done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, check=True)
+    found = {}
+    for text in done.stdout.strip().split("\n\n"):
+        verb, *rest = text.split("\n")
+        assert verb == "compare"
+        runs = [rest[place + 1] for place, word in enumerate(rest) if word == "--run"]
+        overrides = [word for place, word in enumerate(rest) if word != "--run" and rest[place - 1] != "--run"]
+        configs = configurations(overrides, runs)
+        check_comparable(configs)
+        assert {config.trainer.weight_decay for config in configs} == {0.5}, "further overrides reach every run"
+        assert {config.seed for config in configs} == {0, 1}
+        found[Path(configs[0].run_dir).name] = configs
+    return found
+
+
 @pytest.mark.parametrize("name", SWEEPS)
 def test_what_a_sweep_runs_can_be_composed(name: str, tmp_path: Path) -> None:
     """The runs themselves take an hour; that each of their commands is one is seen without them."""
     folders, expected = SWEEPS[name]
-    script, out = ROOT / "experiments" / name / "sweep.sh", tmp_path / "out"
-    command = ["sh", str(script), str(out), *["somewhere"] * folders, "trainer.weight_decay=0.5"]
-    environment = {**os.environ, "FELLREC": "echo_words", "SEEDS": "0,1", "DATA": "ml_1m games"}
-    tool = tmp_path / "echo_words"
-    tool.write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done\nprintf "\\n"\n')
-    tool.chmod(0o755)
-    environment |= {"PATH": f"{tmp_path}:{environment['PATH']}", "PYTHON": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    found = {}
-    for text in done.stdout.strip().split("\n\n"):
-        verb, *words = text.split("\n")
-        assert verb == "compare"
-        runs = [words[place + 1] for place, word in enumerate(words) if word == "--run"]
-        overrides = [word for place, word in enumerate(words) if word != "--run" and words[place - 1] != "--run"]
-        configs = configurations(overrides, runs)
-        check_comparable(configs)
-        found[Path(configs[0].run_dir).name] = len(configs)
-        assert {config.trainer.weight_decay for config in configs} == {0.5}, "further overrides reach every run"
-        assert {config.seed for config in configs} == {0, 1}
-    assert found == expected
+    found = composed(name, folders, tmp_path / "out", tmp_path)
+    assert {cell: len(configs) for cell, configs in found.items()} == expected
+
+
+def test_the_final_runs_take_what_validation_chose(tmp_path: Path) -> None:
+    """What was tried lies there, so it is not run again; then each rule has its best settings, and no reference does."""
+    tried = {
+        "local learning_rate=0.001": 0.1,
+        "local learning_rate=0.004": 0.2,
+        "fellrec alpha=0.7 learning_rate=0.001": 0.3,
+        "fellrec alpha=0.2 learning_rate=0.002": 0.25,
+    }
+    rules = {name: {"kind": "learned", "validation": value} for name, value in tried.items()}
+    for data in ("ml_1m", "games"):
+        folder = tmp_path / "out" / "tuning" / data / "comparison"
+        folder.mkdir(parents=True)
+        lines = {"rules": {**rules, "markov": {"kind": "reference", "validation": None}}}
+        (folder / "comparison.json").write_text(json.dumps(lines))
+    found = composed("does_fellrec_help", 2, tmp_path / "out", tmp_path)
+    assert list(found) == ["ml_1m", "games"]
+    for configs in found.values():
+        chosen = [(item.aggregation._target_.split(".")[-1], item.trainer.learning_rate) for item in configs[::2]]
+        assert chosen == [("Local", 0.004), ("FELLRec", 0.001), ("Centralized", 0.001)]
+        assert configs[2].aggregation.alpha == 0.7
 
 
 def test_the_report_of_a_sweep(tmp_path: Path, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
