@@ -42,20 +42,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query_TD: Tensor, items_ID: Tensor, targets_T: Tensor, chunk_items: int) -> Tensor:
-        device = query_TD.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-        with torch.autocast(device, enabled=False):
-            query = query_TD.to(dtype)
-            logsumexp_T = query_TD.new_full((len(query),), float("-inf"), dtype=torch.float32)
-            of_target_T = logsumexp_T
-            for start, chunk in _chunks(items_ID, chunk_items, dtype):
-                logits_TC = (query @ chunk.T).float()
-                logsumexp_T = torch.logaddexp(logsumexp_T, logits_TC.logsumexp(dim=1))
-                # The same product as in the sum: one that is rounded otherwise could make the loss negative.
-                place_T1 = (targets_T - start)[:, None]
-                inside_T = (place_T1 >= 0).logical_and_(place_T1 < len(chunk))[:, 0]
-                found_T = logits_TC.gather(1, place_T1.clamp(0, len(chunk) - 1))[:, 0]
-                of_target_T = torch.where(inside_T, found_T, of_target_T)
+        dtype = _product_dtype(query_TD.device.type)
+        query = query_TD.to(dtype)
+        logsumexp_T = query_TD.new_full((len(query),), float("-inf"), dtype=torch.float32)
+        of_target_T = logsumexp_T
+        for start, chunk in _chunks(items_ID, chunk_items, dtype):
+            logits_TC = (query @ chunk.T).float()
+            logsumexp_T = torch.logaddexp(logsumexp_T, logits_TC.logsumexp(dim=1))
+            # The same product as in the sum: one that is rounded otherwise could make the loss negative.
+            place_T1 = (targets_T - start)[:, None]
+            found_T1 = logits_TC.gather(1, place_T1.clamp(0, len(chunk) - 1))
+            inside_T1 = (place_T1 >= 0) & (place_T1 < len(chunk))
+            of_target_T = torch.where(inside_T1, found_T1, of_target_T[:, None])[:, 0]
         ctx.save_for_backward(query_TD, items_ID, targets_T, logsumexp_T)
         ctx.chunk_items, ctx.dtype = chunk_items, dtype
         return (logsumexp_T - of_target_T).sum()
@@ -65,19 +63,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         query_TD, items_ID, targets_T, logsumexp_T = ctx.saved_tensors
         wants_query, wants_items, *_ = ctx.needs_input_grad
-        with torch.autocast(query_TD.device.type, enabled=False):
-            query = query_TD.to(ctx.dtype)
-            of_query = torch.zeros_like(query_TD, dtype=torch.float32) if wants_query else None
-            of_items = torch.empty_like(items_ID) if wants_items else None
-            for start, chunk in _chunks(items_ID, ctx.chunk_items, ctx.dtype):
-                number = torch.arange(start, start + len(chunk), device=targets_T.device)
-                error = (query @ chunk.T).float().sub_(logsumexp_T[:, None]).exp_()
-                error = error.sub_((targets_T[:, None] == number).to(error.dtype)).mul_(gradient).to(ctx.dtype)
-                if of_query is not None:
-                    of_query += error @ chunk
-                if of_items is not None:
-                    of_items[start : start + len(chunk)] = error.T @ query
+        query = query_TD.to(ctx.dtype)
+        of_query = torch.zeros_like(query_TD, dtype=torch.float32) if wants_query else None
+        of_items = torch.empty_like(items_ID) if wants_items else None
+        for start, chunk in _chunks(items_ID, ctx.chunk_items, ctx.dtype):
+            number = torch.arange(start, start + len(chunk), device=targets_T.device)
+            error = (query @ chunk.T).float().sub_(logsumexp_T[:, None]).exp_()
+            error = error.sub_((targets_T[:, None] == number).to(error.dtype)).mul_(gradient).to(ctx.dtype)
+            if of_query is not None:
+                of_query += error @ chunk
+            if of_items is not None:
+                of_items[start : start + len(chunk)] = error.T @ query
         return None if of_query is None else of_query.to(query_TD.dtype), of_items, None, None
+
+
+def _product_dtype(device: str) -> torch.dtype:
+    """Of matrix products under autocast; float32 without, and on ``meta``, which has none."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return torch.float32
 
 
 def _chunks(items_ID: Tensor, chunk_items: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:

@@ -175,6 +175,17 @@ def test_kept_item_vectors(short: list[str]) -> None:
     assert trained([*towers, "objective.refresh_items=3"]) == once, "three steps a round"
 
 
+def test_without_a_table_a_step_encodes_the_items(tiny: Backbone, model: SplitModel) -> None:
+    """Lightning's trainer knows no rounds; only what goes through the model in every step is asked for by a plan."""
+    each, kept = (
+        RetrievalObjective(tiny.tokenizer, CATALOGUE, 3, item_encoder="encoded", **settings)
+        for settings in ({}, {"refresh_items": "round"})
+    )
+    batch = each.collate(torch.tensor([[0, 1, 2, 3]]), torch.tensor([[False, False, True, True]]))
+    assert torch.equal(kept.loss(model, batch)[0], each.loss(model, batch)[0])
+    assert [len(objective.inputs(batch)) for objective in (each, kept)] == [2, 1]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
