@@ -145,10 +145,30 @@ def test_one_two_and_three_ranks_give_the_same_bits(
         assert [processes.output(rank) for rank in range(1, num_ranks)] == [""] * (num_ranks - 1)
 
 
+def test_samples_and_kept_item_vectors_do_not_depend_on_the_number_of_ranks(
+    common: str, start: Start, tmp_path: Path
+) -> None:
+    how = (
+        "objective.item_encoder=encoded objective.refresh_items=2 objective.freeze_items_after=1 "
+        "objective.num_negatives=20 objective.negatives=popularity objective.order=newest_first "
+        "data.max_users=40 data.max_history=3 trainer.max_local_steps=3 trainer.batch_size=8"
+    )
+    alone(arguments("train", f"{common} {how}", tmp_path / "one"))
+    processes = start("train", how, 2, "two")
+    assert processes.wait() == [0, 0], processes.output(0)
+    assert_same_bits(tmp_path / "one", tmp_path / "two")
+
+
 def test_two_ranks_that_train_each_client_together_are_as_good_as_one(common: str, tmp_path: Path) -> None:
-    """Sums of gradients in another order, and batches with an odd number of rows. The ranks are started by the first."""
-    how = f"{common} aggregation=local trainer.batch_size=7"
+    """Sums of gradients in another order, and batches with an odd number of rows. The ranks are started by the first.
+
+    Both take the same sample of a batch, also after a batch of one row, which the second has nothing of.
+    """
+    how = f"{common} aggregation=local trainer.batch_size=8 trainer.local_epochs=2 objective.num_negatives=20"
     alone(arguments("train", how, tmp_path / "one"))
+    config = read_config(tmp_path / "one")
+    loaders = build_recommender(config, build_data(config)).datamodule
+    assert 1 in [len(batch["input_ids"]) for client in range(5) for batch in loaders.train_loader(client, 0)]
     together = f"{how} trainer.devices=2 trainer.devices_per_client=2"
     started_by_the_first(arguments("train", together, tmp_path / "two"), tmp_path)
     one, two = (final_state(tmp_path / name).bank for name in ("one", "two"))

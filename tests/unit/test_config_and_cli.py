@@ -22,6 +22,7 @@ NEEDS = {
     ("data", "ml_100k"): ["data.root=x"],
     ("data", "games"): ["data.root=x"],
     ("data", "atomic"): ["data.root=x"],
+    ("data", "micro_lens"): ["data.root=x"],
     ("backbone", "hf"): ["backbone.path=x"],
     ("partition", "attribute"): ["partition.column=x"],
     ("ranker", "likelihood"): ["objective=generative"],
@@ -65,6 +66,8 @@ def test_the_backbone_decides_the_adapter_and_the_objective_the_ranker() -> None
         ("synthetic", "movie-1"),
         ("games", "game-1"),
         ("atomic", "product-1"),
+        ("micro_lens", "video-1"),
+        ("micro_lens_shaped", "video-1"),
     ],
 )
 def test_the_data_decides_the_prompt_unless_it_is_given(data: str, template: str) -> None:

@@ -213,6 +213,11 @@ def _notes(rows: Sequence[Row]) -> str:
         notes.append(
             f"Activations are those of backbone.dtype; the casts of trainer.precision={precision} are left out."
         )
+    if any(plan.settings.keeps_item_vectors for plan in plans):
+        notes.append(
+            "Item vectors that are kept are made without gradients beside the steps; tokens, memory and compute for it "
+            "are left out. With objective.freeze_items_after above 0 the figures are of the rounds before it."
+        )
     if any(plan.load.is_sampled for plan in plans):
         notes.append("Tokens were counted on a sample of the batches and scaled to all.")
     if not all(plan.has_own_tokenizer for plan in plans):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -16,7 +16,7 @@ from fellrec.errors import FellrecError, SplitError, TrainingError
 from fellrec.federated.sharing import BatchSharing
 from fellrec.functional.rng import derive_seed
 from fellrec.models.module import FellrecModule, PreparesSteps
-from fellrec.models.streams import StreamPosition, training_seed
+from fellrec.models.streams import OF_LOSS, StreamPosition, training_seed
 from fellrec.types import ClientUpdate
 
 Batch = dict[str, torch.Tensor]
@@ -96,13 +96,14 @@ class LocalTrainer:
             TrainingError: If a loss or the adapter is not finite, or something else fails; names client and round.
         """
         started = time.perf_counter()
-        seed = training_seed(self.settings.seed, round_index, client)
-        seed = seed if self.sharing is None else self.sharing.seed(seed)
+        seed_of_loss = training_seed(self.settings.seed, round_index, client)
+        seed = seed_of_loss if self.sharing is None else self.sharing.seed(seed_of_loss)
+        position = StreamPosition(seed, seed_of_loss)
         self.module.train()
         self.optimizer.zero_grad(set_to_none=True)
         total, num_targets, steps = 0.0, 0, 0
         devices = [self.fabric.device] if self.fabric.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), self.module.model.streams.using(StreamPosition(seed)):
+        with torch.random.fork_rng(devices=devices), self.module.model.streams.using(position):
             torch.manual_seed(seed)
             for step_total, count in self._take_steps(client, data_of, round_index, first_step):
                 loss = step_total / count
@@ -169,7 +170,7 @@ class LocalTrainer:
         else:
             total, error = float("nan"), None
             try:
-                total = self._backward([mine for batch in batches if (mine := self.sharing.share(batch))], count)
+                total = self._backward(self._shares(batches, self.sharing), count)
             except Exception as failure:  # the others of the group must hear of it, whatever it is
                 error = failure
             total = self.sharing.combine(parameters, total, error)
@@ -179,7 +180,16 @@ class LocalTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         return total, count
 
-    def _backward(self, batches: list[Batch], count: int) -> float:
+    def _shares(self, batches: list[Batch], sharing: BatchSharing) -> Iterator[Batch]:
+        """This rank's rows of the batches, one batch after the other: each has its own random numbers of the loss."""
+        for batch in batches:
+            mine = sharing.share(batch)
+            if mine is None:
+                self.module.model.streams.skip(OF_LOSS)
+            else:
+                yield mine
+
+    def _backward(self, batches: Iterable[Batch], count: int) -> float:
         """Add the gradients of the batches' loss, divided by ``count``, and return the loss's sum over the targets."""
         total = 0.0
         for batch in batches:

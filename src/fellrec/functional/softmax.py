@@ -1,11 +1,13 @@
 """Cross-entropy over a large catalogue: exact without ever holding all logits, or estimated from sampled items.
 
 Shape letters: T targets, I items, D hidden size, S sampled items. All functions give the sum over targets of the
-negative log-likelihood of a softmax over the logits ``query_TD @ items_ID.T``, in float32.
+negative log-likelihood of a softmax over the logits ``query_TD @ items_ID.T``. Under autocast the matrix products
+are in its type, as those of the full softmax; logarithms, exponentials and sums over items are in float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,14 +42,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query_TD: Tensor, items_ID: Tensor, targets_T: Tensor, chunk_items: int) -> Tensor:
-        with torch.autocast(query_TD.device.type, enabled=False):
-            query, items = query_TD.float(), items_ID.float()
-            logsumexp_T = query.new_full((len(query),), float("-inf"))
-            for chunk in items.split(chunk_items):
-                logsumexp_T = torch.logaddexp(logsumexp_T, (query @ chunk.T).logsumexp(dim=1))
-            of_target_T = (query * items[targets_T]).sum(dim=1)
+        dtype = _product_dtype(query_TD.device.type)
+        query = query_TD.to(dtype)
+        logsumexp_T = query_TD.new_full((len(query),), float("-inf"), dtype=torch.float32)
+        of_target_T = logsumexp_T
+        for start, chunk in _chunks(items_ID, chunk_items, dtype):
+            logits_TC = (query @ chunk.T).float()
+            logsumexp_T = torch.logaddexp(logsumexp_T, logits_TC.logsumexp(dim=1))
+            # The same product as in the sum: one that is rounded otherwise could make the loss negative.
+            place_T1 = (targets_T - start)[:, None]
+            found_T1 = logits_TC.gather(1, place_T1.clamp(0, len(chunk) - 1))
+            inside_T1 = (place_T1 >= 0) & (place_T1 < len(chunk))
+            of_target_T = torch.where(inside_T1, found_T1, of_target_T[:, None])[:, 0]
         ctx.save_for_backward(query_TD, items_ID, targets_T, logsumexp_T)
-        ctx.chunk_items = chunk_items
+        ctx.chunk_items, ctx.dtype = chunk_items, dtype
         return (logsumexp_T - of_target_T).sum()
 
     @staticmethod
@@ -55,25 +63,31 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         query_TD, items_ID, targets_T, logsumexp_T = ctx.saved_tensors
         wants_query, wants_items, *_ = ctx.needs_input_grad
-        with torch.autocast(query_TD.device.type, enabled=False):
-            query, items = query_TD.float(), items_ID.float()
-            of_query = torch.zeros_like(query) if wants_query else None
-            of_items = torch.empty_like(items) if wants_items else None
-            for start in range(0, len(items), ctx.chunk_items):
-                chunk = items[start : start + ctx.chunk_items]
-                number = torch.arange(start, start + len(chunk), device=targets_T.device)
-                error = (query @ chunk.T).sub_(logsumexp_T[:, None]).exp_()
-                error.sub_((targets_T[:, None] == number).to(error.dtype)).mul_(gradient)
-                if of_query is not None:
-                    of_query.addmm_(error, chunk)
-                if of_items is not None:
-                    of_items[start : start + len(chunk)] = error.T @ query
-        return (
-            None if of_query is None else of_query.to(query_TD.dtype),
-            None if of_items is None else of_items.to(items_ID.dtype),
-            None,
-            None,
-        )
+        query = query_TD.to(ctx.dtype)
+        of_query = torch.zeros_like(query_TD, dtype=torch.float32) if wants_query else None
+        of_items = torch.empty_like(items_ID) if wants_items else None
+        for start, chunk in _chunks(items_ID, ctx.chunk_items, ctx.dtype):
+            number = torch.arange(start, start + len(chunk), device=targets_T.device)
+            error = (query @ chunk.T).float().sub_(logsumexp_T[:, None]).exp_()
+            error = error.sub_((targets_T[:, None] == number).to(error.dtype)).mul_(gradient).to(ctx.dtype)
+            if of_query is not None:
+                of_query += error @ chunk
+            if of_items is not None:
+                of_items[start : start + len(chunk)] = error.T @ query
+        return None if of_query is None else of_query.to(query_TD.dtype), of_items, None, None
+
+
+def _product_dtype(device: str) -> torch.dtype:
+    """Of matrix products under autocast; float32 without, and on ``meta``, which has none."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return torch.float32
+
+
+def _chunks(items_ID: Tensor, chunk_items: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """Where each chunk starts, and the chunk."""
+    for start in range(0, len(items_ID), chunk_items):
+        yield start, items_ID[start : start + chunk_items].to(dtype)
 
 
 def sampled_cross_entropy(
@@ -102,13 +116,12 @@ def sampled_cross_entropy(
         >>> torch.allclose(sampled_cross_entropy(query, items, targets, sampled, expected), full)
         True
     """
-    with torch.autocast(query_TD.device.type, enabled=False):
-        query, items = query_TD.float(), items_ID.float()
-        # Not by indexing, whose gradients are added up in any order.
-        of_target_T1 = (query * F.embedding(targets_T, items)).sum(dim=1, keepdim=True)
-        logits_TS = query @ F.embedding(sampled_S, items).T - expected_I[sampled_S].log().float()
-        logits_TS = logits_TS.masked_fill(targets_T[:, None] == sampled_S, float("-inf"))
-        return (torch.cat([of_target_T1, logits_TS], dim=1).logsumexp(dim=1) - of_target_T1[:, 0]).sum()
+    query, items = query_TD.float(), items_ID.float()
+    # Not by indexing, whose gradients are added up in any order.
+    of_target_T1 = (query * F.embedding(targets_T, items)).sum(dim=1, keepdim=True)
+    logits_TS = (query @ F.embedding(sampled_S, items).T).float() - expected_I[sampled_S].log().float()
+    logits_TS = logits_TS.masked_fill(targets_T[:, None] == sampled_S, float("-inf"))
+    return (torch.cat([of_target_T1, logits_TS], dim=1).logsumexp(dim=1) - of_target_T1[:, 0]).sum()
 
 
 def draw_items(cumulative_I: Tensor, num_items: int) -> Tensor:

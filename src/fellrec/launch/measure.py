@@ -18,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from fellrec.functional.cost import PartCost
 from fellrec.models.adapters import AdapterKind
 from fellrec.models.cut import PARTS
-from fellrec.models.module import Objective
+from fellrec.models.module import Objective, PreparesSteps
 from fellrec.models.split import SplitModel
+from fellrec.models.streams import StreamPosition
 
 
 def measure_parts(
@@ -100,7 +101,10 @@ def trace(model: SplitModel, objective: Objective, batch: Mapping[str, Tensor]) 
     fixed = {StorageWeakRef(tensor.untyped_storage()) for tensor in _fixed_tensors(model.model)}
     was_training = model.training
     model.train()
-    with FusedAttention() if device.type == "meta" else torch.enable_grad():
+    attention = FusedAttention() if device.type == "meta" else torch.enable_grad()
+    with attention, torch.random.fork_rng(devices=[]), model.streams.using(StreamPosition(0)):
+        if isinstance(objective, PreparesSteps):
+            objective.prepare_step(model, 0, 0)  # what it keeps is there in a step, and made without gradients
         hidden = []
         for ids in objective.inputs(on_device):
             hidden_BLD = ids

@@ -21,6 +21,7 @@ from fellrec.launch.measure import measure_parts
 from fellrec.launch.probe import seconds_per_step
 from fellrec.launch.shape import empty_backbone, has_weights
 from fellrec.models.module import Objective
+from fellrec.models.objectives.item_table import EVERY_STEP
 from fellrec.models.split import SplitModel
 
 T = TypeVar("T")
@@ -34,11 +35,13 @@ class PlanSettings:
         precision: ``trainer.precision``; the activations know nothing of its casts.
         transport: ``split.transport``; with ``none`` a run keeps all parts in one process.
         in_flight: ``split.in_flight``: clients that the server has under way at the same time.
+        keeps_item_vectors: Whether there are rounds in which the objective keeps item vectors from step to step.
     """
 
     precision: str
     transport: str
     in_flight: int
+    keeps_item_vectors: bool
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ class Planner:
             traffic=traffic(**parts, load=load.mean, wire=_wire(config, backbone.model, rule.exchanges_adapters)),
             checkpoint_bytes=checkpoint_bytes(together(parts.values()), data.num_clients, rule.pools_clients),
             micro_batch=(rows, tokens),
-            settings=PlanSettings(config.trainer.precision, config.split.transport, config.split.in_flight),
+            settings=_settings(config),
             has_own_tokenizer=is_own,
             seconds_per_round=seconds,
         )
@@ -229,6 +232,12 @@ def _check_probe(config: DictConfig, num_steps: int) -> None:
         raise ConfigError(
             f"--probe {num_steps} runs in one process; give split.transport=none or inprocess, not distributed"
         )
+
+
+def _settings(config: DictConfig) -> PlanSettings:
+    objective = config.objective
+    kept = objective.get("refresh_items", EVERY_STEP) != EVERY_STEP or objective.get("freeze_items_after") is not None
+    return PlanSettings(config.trainer.precision, config.split.transport, config.split.in_flight, kept)
 
 
 def _wire(config: DictConfig, model: Any, exchanges_adapters: bool) -> Wire:

@@ -21,11 +21,13 @@ class StreamPosition:
     """How far one client's random numbers of one round have been used up, layer by layer.
 
     Attributes:
-        seed: Of the client's round, see ``training_seed``.
+        seed: Of the client's round, see ``training_seed``; where several ranks train the client, of this rank's part.
+        seed_of_loss: The same for all of these ranks, whose losses add up to one; ``None`` is ``seed``.
         calls: Forward passes so far, by layer.
     """
 
     seed: int
+    seed_of_loss: int | None = None
     calls: dict[int, int] = field(default_factory=dict)
 
 
@@ -52,9 +54,18 @@ class LayerStreams:
         """Seed the generators as before a layer's forward pass, for whoever draws numbers and is no layer."""
         position = self._position
         if position is not None:
-            call = position.calls.get(number, 0)
-            position.calls[number] = call + 1
-            _seed_generators(derive_seed(position.seed, number, call))
+            seed = position.seed
+            if number == OF_LOSS and position.seed_of_loss is not None:
+                seed = position.seed_of_loss
+            _seed_generators(derive_seed(seed, number, self.skip(number)))
+
+    def skip(self, number: int) -> int:
+        """Count a forward pass, as of a layer that others compute; gives the number of those before it."""
+        if self._position is None:
+            return 0
+        call = self._position.calls.get(number, 0)
+        self._position.calls[number] = call + 1
+        return call
 
     @contextmanager
     def using(self, position: StreamPosition | None) -> Iterator[None]:

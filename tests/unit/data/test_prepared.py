@@ -13,7 +13,7 @@ from fellrec.data.datamodule import FellrecDataModule, evaluated_users
 from fellrec.data.holdout import LeaveOneOut
 from fellrec.data.partition import KMeansPartition, PerUserPartition, RandomPartition
 from fellrec.data.prepared import DataSettings, PreparedData, prepare
-from fellrec.data.readers import SyntheticReader
+from fellrec.data.readers import MicroLensShapedReader, SyntheticReader
 from fellrec.data.schema import RawData
 from fellrec.errors import DataError
 from fellrec.functional.ranking import ranking_metrics, target_ranks
@@ -169,9 +169,24 @@ def test_the_synthetic_set_can_be_learned() -> None:
     assert max(sizes) > 1.5 * min(sizes)
 
 
-def test_the_synthetic_groups_contradict_each_other() -> None:
-    """The most frequent successor of a film differs between groups for about half of the films."""
-    raw = SyntheticReader(num_users=1500, num_items=60, mean_length=20, num_groups=2).read()
+def test_the_micro_lens_shaped_set_can_be_learned_and_not_solved() -> None:
+    """A habit is followed in 35 % of the steps, and less than half of the others can be guessed."""
+    data = prepare(MicroLensShapedReader(), SETTINGS, LeaveOneOut(), KMeansPartition(), None)
+    assert 2 * ndcg(data, "random") < ndcg(data, "popularity") < 0.5 * ndcg(data, "markov")
+    assert 0.2 < ndcg(data, "markov") < 0.5
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [
+        SyntheticReader(num_users=1500, num_items=60, mean_length=20, num_groups=2),
+        MicroLensShapedReader(num_users=6000, num_items=60, num_groups=2),
+    ],
+    ids=["synthetic", "micro_lens_shaped"],
+)
+def test_planted_groups_contradict_each_other(reader: SyntheticReader | MicroLensShapedReader) -> None:
+    """The most frequent successor of an item differs between groups for about half of the items."""
+    raw = reader.read()
     joined = raw.interactions.merge(raw.users, on="user_id").sort_values(["user_id", "timestamp"])
     joined["next"] = joined.groupby("user_id")["item_id"].shift(-1)
     common = joined.dropna().groupby(["group", "item_id"])["next"].agg(lambda films: films.value_counts().index[0])

@@ -326,6 +326,33 @@ def test_types_on_the_way_come_from_the_configuration(tiny_overrides: list[str])
     assert packed.traffic.gradient_up_bytes == plain.gradient_up_bytes / 2
 
 
+def test_items_whose_vectors_are_kept_are_in_no_step(
+    tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Otherwise all 60 texts go through the model in every micro-batch."""
+    towers = [*tiny_overrides, "objective.item_encoder=encoded"]
+    each, kept, later, tokens = (
+        plan([*towers, *more])[0].plan
+        for more in (
+            [],
+            ["objective.refresh_items=round"],
+            ["objective.freeze_items_after=1"],
+            ["objective.item_encoder=tokens"],
+        )
+    )
+    assert kept.load.mean == tokens.load.mean
+    assert later.load.mean == each.load.mean, "the first round is as without a table"
+    data = build_data(compose(towers))
+    width = build_recommender(compose(towers), data).module.objective.item_text.tokens.shape[1]  # type: ignore[union-attr]
+    more = each.load.mean.num_tokens - kept.load.mean.num_tokens
+    assert more == pytest.approx(60 * width * each.load.mean.num_steps)
+    assert kept.client.activation_bytes < each.client.activation_bytes
+    main(["plan", *towers, "objective.refresh_items=3"])
+    assert "Item vectors that are kept are made without gradients" in capsys.readouterr().out
+    main(["plan", *towers])
+    assert "Item vectors that are kept" not in capsys.readouterr().out
+
+
 def test_a_model_folder_needs_its_configuration_only(tiny_overrides: list[str], tmp_path: Path) -> None:
     CONFIGS["llama"].save_pretrained(tmp_path)
     hf = [item for item in tiny_overrides if not item.startswith("backbone.")] + ["backbone=hf", "adapter=full"]

@@ -22,7 +22,8 @@ def peak_of(prof: profile) -> int:
 
 @pytest.mark.parametrize(
     "overrides",
-    [["adapter=lora"], ["adapter=lora", "split.transport=inprocess"], ["adapter=full"], ["adapter=lora", "adapter.layers=body+tail"]],
+    [["adapter=lora"], ["adapter=lora", "split.transport=inprocess"], ["adapter=full"], ["adapter=lora", "adapter.layers=body+tail", "objective.num_negatives=20"],
+     ["adapter=lora", "objective.item_encoder=encoded", "objective.refresh_items=round", "objective.chunk_items=20"]],
     ids=" ".join,
 )  # fmt: skip
 def test_peak_memory_is_as_planned(overrides: list[str], tiny_overrides: list[str]) -> None:

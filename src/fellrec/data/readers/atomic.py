@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from fellrec.data.readers.table import hash_files, lines_of, read_table, to_numbers
+from fellrec.data.readers.table import hash_files, lines_of, read_table, require_columns, to_numbers
 from fellrec.data.schema import RawData
 from fellrec.errors import DataError, unknown
 
@@ -38,9 +38,9 @@ class AtomicReader:
         interactions = _columns(paths[0])
         items = _columns(paths[1])
         users = _columns(paths[2]) if paths[2].exists() else interactions[["user_id"]].drop_duplicates()
-        _require(interactions, ("user_id", "item_id", "timestamp"), paths[0])
-        _require(items, ("item_id",), paths[1])
-        _require(users, ("user_id",), paths[2])
+        require_columns(interactions, ("user_id", "item_id", "timestamp"), paths[0])
+        require_columns(items, ("item_id",), paths[1])
+        require_columns(users, ("user_id",), paths[2])
         interactions["timestamp"] = to_numbers(interactions["timestamp"], paths[0], first_line=2)
         items = items.rename(columns={self._title(items, paths[1]): "title", "genres": "genre"})
         return RawData(
@@ -80,9 +80,3 @@ class AtomicReader:
 def _columns(path: Path) -> pd.DataFrame:
     table = read_table(path, "\t")
     return table.rename(columns=lambda name: str(name).partition(":")[0])
-
-
-def _require(table: pd.DataFrame, columns: tuple[str, ...], path: Path) -> None:
-    missing = [name for name in columns if name not in table.columns]
-    if missing:
-        raise DataError(f"{path}:1 lacks the column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")

@@ -8,9 +8,8 @@ from pathlib import Path
 import pandas as pd
 
 from fellrec.data.readers.atomic import AtomicReader
-from fellrec.data.readers.table import hash_files, lines_of, read_table, to_numbers
+from fellrec.data.readers.table import existing_files, hash_files, lines_of, read_table, to_numbers
 from fellrec.data.schema import RawData
-from fellrec.errors import DataError
 
 _INTERACTIONS = ("user_id", "item_id", "rating", "timestamp")
 _GENRES = (
@@ -51,7 +50,7 @@ class MovieLens100KReader:
         return hash_files(self._paths())
 
     def _paths(self) -> list[Path]:
-        return _existing(self.root, ("u.data", "u.item", "u.user"))
+        return existing_files(self.root, ("u.data", "u.item", "u.user"))
 
 
 @dataclass(frozen=True)
@@ -87,21 +86,12 @@ class MovieLens1MReader:
         return not (folder / "ratings.dat").exists() and any(folder.glob("*.inter"))
 
     def _paths(self) -> list[Path]:
-        return _existing(self.root, ("ratings.dat", "movies.dat", "users.dat"), "RecBole's *.inter, *.item, *.user")
+        return existing_files(
+            self.root, ("ratings.dat", "movies.dat", "users.dat"), "RecBole's *.inter, *.item, *.user"
+        )
 
 
 def _interactions(path: Path, separator: str) -> pd.DataFrame:
     table = read_table(path, separator, _INTERACTIONS, encoding="latin-1")
     table["timestamp"] = to_numbers(table["timestamp"], path, first_line=1)
     return table[["user_id", "item_id", "timestamp"]]
-
-
-def _existing(root: str, names: tuple[str, ...], otherwise: str | None = None) -> list[Path]:
-    folder = Path(root).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"data.root={root} is no folder")
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        also = f", or {otherwise}" if otherwise else ""
-        raise DataError(f"data.root={root} lacks {', '.join(missing)}; expected {', '.join(names)}{also}")
-    return [folder / name for name in names]

@@ -14,7 +14,11 @@ from fellrec.errors import DataError
 
 
 def read_table(
-    path: Path, separator: str, columns: Sequence[str] | None = None, encoding: str = "utf-8"
+    path: Path,
+    separator: str,
+    columns: Sequence[str] | None = None,
+    encoding: str = "utf-8",
+    last_is_free: bool = False,
 ) -> pd.DataFrame:
     """Read a file as text columns.
 
@@ -23,6 +27,7 @@ def read_table(
         separator: Between fields; quotes have no meaning.
         columns: Column names of a file without a header; ``None`` takes the first line.
         encoding: Of the file.
+        last_is_free: Whether the last of ``columns`` may hold the separator; a line then has no field too many.
 
     Returns:
         All fields as text; row ``r`` is line ``r + 1`` of the file, or ``r + 2`` if it has a header.
@@ -32,8 +37,11 @@ def read_table(
     """
     text = _decode(path, encoding)
     if separator != "\t":
-        text = text.replace("\t", " ").replace(separator, "\t")
+        text = text.replace("\t", " ")
     lines = text.replace("\r\n", "\n").split("\n")  # splitlines would also break at latin-1's 0x85
+    if separator != "\t":
+        most = len(columns) - 1 if columns is not None and last_is_free else -1
+        lines = [line.replace(separator, "\t", most) for line in lines]
     while lines and not lines[-1]:
         lines.pop()
     if not lines:
@@ -75,6 +83,38 @@ def to_numbers(column: pd.Series, path: Path, first_line: int) -> pd.Series:
         row = int(numbers.isna().to_numpy().argmax())
         raise DataError(f"{path}:{row + first_line}: {column.iloc[row]!r} is no number for {column.name}")
     return numbers.astype(float)
+
+
+def require_columns(table: pd.DataFrame, columns: Sequence[str], path: Path) -> None:
+    """Refuse a file whose header lacks columns.
+
+    Raises:
+        DataError: Naming them, and those that are there.
+    """
+    missing = [name for name in columns if name not in table.columns]
+    if missing:
+        raise DataError(f"{path}:1 lacks the column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
+
+
+def existing_files(root: str, names: Sequence[str], otherwise: str | None = None) -> list[Path]:
+    """Paths of the files of a folder.
+
+    Args:
+        root: The folder, ``data.root``.
+        names: Of the files.
+        otherwise: What could be there instead, for the message.
+
+    Raises:
+        DataError: If the folder or any file is missing; all of them are named.
+    """
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"data.root={root} is no folder")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        also = f", or {otherwise}" if otherwise else ""
+        raise DataError(f"data.root={root} lacks {', '.join(missing)}; expected {', '.join(names)}{also}")
+    return [folder / name for name in names]
 
 
 def lines_of(path: Path, first_line: int) -> Callable[[int], str]:

@@ -51,6 +51,11 @@ class ItemTable:
         """Whether there ever is a table."""
         return self.refresh != EVERY_STEP or self.freeze_after is not None
 
+    @property
+    def is_always_used(self) -> bool:
+        """Whether there is a table in every round."""
+        return self.refresh != EVERY_STEP or self.freeze_after == 0
+
     def is_due(self, round_index: int, step: int) -> bool:
         """Whether the table is made before a step; both count from 0, steps within the client's round.
 

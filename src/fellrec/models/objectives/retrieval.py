@@ -165,14 +165,24 @@ class RetrievalObjective:
         self.table.prepare(model, round_index, step, self.item_vectors)
 
     def inputs(self, batch: dict[str, Tensor]) -> list[Tensor]:
-        """Token ids that go through the whole model: the histories, and with two towers the items' texts."""
-        if self.item_encoder == "tokens":
+        """Token ids that go through the whole model: the histories, and with two towers the items' texts.
+
+        In every step, that is: not those of item vectors that are kept in all rounds.
+        """
+        if self.item_encoder == "tokens" or self.table.is_always_used:
             return [batch["input_ids"]]
-        return [batch["input_ids"], self.item_text.tokens.to(batch["input_ids"].device)]
+        return [batch["input_ids"], self._item_tokens(batch["input_ids"])]
+
+    def _item_tokens(self, like: Tensor) -> Tensor:
+        return self.item_text.tokens.to(like.device)
 
     def loss(self, model: SplitModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """Sum of the negative log-likelihood over the batch's targets, and their number."""
-        inputs = self.inputs(batch) if self.table.vectors(model) is None else [batch["input_ids"]]
+        inputs = self.inputs(batch)
+        if self.table.vectors(model) is not None:
+            inputs = inputs[:1]
+        elif self.table.is_always_used:  # outside of rounds, as Lightning's trainer is, nothing was kept
+            inputs.append(self._item_tokens(batch["input_ids"]))
         return self.loss_of(model, [model(ids) for ids in inputs], batch)
 
     def loss_of(self, model: SplitModel, hidden: list[Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, int]:

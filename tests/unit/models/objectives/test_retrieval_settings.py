@@ -83,6 +83,34 @@ def test_chunks_give_the_full_softmax_and_its_gradients(chunk_items: int) -> Non
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["chunked", "sampled"])
+def test_under_autocast_products_are_in_bfloat16_and_sums_in_float32(how: str) -> None:
+    """Against the products rounded by hand and a softmax in float32; the sample has every item as often as expected.
+
+    The full softmax under autocast is the same up to what bfloat16 resolves, in value and gradients.
+    """
+    generator = torch.Generator().manual_seed(0)
+    query, items = (3 * torch.randn(size, 16, generator=generator) for size in (12, 500))
+    targets = torch.arange(12) * 40
+    pair = (query.requires_grad_(), items.requires_grad_())
+    by_hand = F.cross_entropy((query.bfloat16() @ items.bfloat16().T).float(), targets, reduction="sum")
+    with torch.autocast("cpu", torch.bfloat16):
+        full = F.cross_entropy(query @ items.T, targets, reduction="sum")
+        if how == "chunked":
+            found = chunked_cross_entropy(query, items, targets, 64)
+        else:
+            found = sampled_cross_entropy(query, items, targets, torch.arange(500), torch.ones(500))
+    gradients = torch.autograd.grad(found, pair)
+    assert {tensor.dtype for tensor in (found, *gradients)} == {torch.float32}
+    exact = F.cross_entropy(query @ items.T, targets, reduction="sum")
+    assert abs(exact - by_hand) > 1e-4 * by_hand, "the products' rounding shows"
+    # The target's own product is not rounded in a sample.
+    torch.testing.assert_close(found, by_hand, rtol=1e-6 if how == "chunked" else 2e-3, atol=0)
+    torch.testing.assert_close(found, full, rtol=1e-6 if how == "chunked" else 2e-3, atol=0)
+    for mine, theirs in zip(gradients, torch.autograd.grad(full, pair), strict=True):
+        assert (mine - theirs).norm() < 2**-7 * theirs.norm()
+
+
 def test_the_denominator_of_a_sample_is_right_on_average() -> None:
     """Whatever the proposal: exp of loss + target logit is an unbiased estimate of the sum of exponentials."""
     generator = torch.Generator().manual_seed(1)
@@ -145,6 +173,17 @@ def test_kept_item_vectors(short: list[str]) -> None:
     assert once == frozen
     assert len({free[1], each[1], once[1], later[1]}) == 4
     assert trained([*towers, "objective.refresh_items=3"]) == once, "three steps a round"
+
+
+def test_without_a_table_a_step_encodes_the_items(tiny: Backbone, model: SplitModel) -> None:
+    """Lightning's trainer knows no rounds; only what goes through the model in every step is asked for by a plan."""
+    each, kept = (
+        RetrievalObjective(tiny.tokenizer, CATALOGUE, 3, item_encoder="encoded", **settings)
+        for settings in ({}, {"refresh_items": "round"})
+    )
+    batch = each.collate(torch.tensor([[0, 1, 2, 3]]), torch.tensor([[False, False, True, True]]))
+    assert torch.equal(kept.loss(model, batch)[0], each.loss(model, batch)[0])
+    assert [len(objective.inputs(batch)) for objective in (each, kept)] == [2, 1]
 
 
 @pytest.mark.parametrize(

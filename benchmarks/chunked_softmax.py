@@ -1,0 +1,130 @@
+"""Memory and time of one training step against the size of the catalogue: all items at once, in chunks, sampled.
+
+    python benchmarks/chunked_softmax.py [--items 5000,20000,80000] [--rows 64]
+
+A tiny backbone (2 layers, hidden size 64) trains on random histories of ten items out of a catalogue with made-up
+titles, with `objective=retrieval`: ROWS rows with ten targets each, on one thread. Every figure is of a process of its
+own, which takes one step (loss, gradients, AdamW), and then the one that counts: its seconds, and the highest resident
+memory above that before it, as Linux counts both. The backbone's part does not depend on the catalogue; the items' own
+vectors, [I, D], grow with it in all cases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import multiprocessing
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from fellrec.data.readers import MicroLensShapedReader
+from fellrec.data.schema import Catalogue
+from fellrec.models.objectives.retrieval import RetrievalObjective
+from fellrec.models.split import SplitModel
+from fellrec.models.tiny import build_tiny
+
+CASES: dict[str, dict[str, Any]] = {
+    "all items": {},
+    "chunk_items=2048": {"chunk_items": 2048},
+    "num_negatives=2048": {"num_negatives": 2048},
+}
+HISTORY = 10
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one step.
+
+    Attributes:
+        seconds: Wall time.
+        peak_bytes: Highest resident memory, above that before the step.
+    """
+
+    seconds: float
+    peak_bytes: int
+
+
+def main() -> None:
+    options = _options()
+    print("| items | " + " | ".join(f"{case}: MB | s" for case in CASES) + " |")
+    print("|---|" + "---|---|" * len(CASES))
+    for num_items in map(int, options.items.split(",")):
+        found = compare(num_items, options.rows)
+        cells = " | ".join(f"{cost.peak_bytes / 1e6:,.0f} | {cost.seconds:.2f}" for cost in found.values())
+        print(f"| {num_items:,} | {cells} |", flush=True)
+
+
+def compare(num_items: int, num_rows: int) -> dict[str, Cost]:
+    """The cost of a step of each case with a catalogue of this size."""
+    titles = MicroLensShapedReader(num_users=1000, num_items=num_items).read().items["title"].tolist()
+    catalogue = Catalogue(tuple(map(str, range(num_items))), tuple(titles), pd.DataFrame(index=range(num_items)))
+    backbone = build_tiny(titles[:2000], hidden_size=64, num_layers=2, vocab_size=500)
+    model = SplitModel(backbone.model, 1, 1)
+    items = torch.randint(num_items, (num_rows, HISTORY + 1), generator=torch.Generator().manual_seed(0))
+    is_target = torch.ones_like(items, dtype=torch.bool)
+    is_target[:, 0] = False
+    costs = {}
+    for case, settings in CASES.items():
+        objective = RetrievalObjective(backbone.tokenizer, catalogue, HISTORY, max_title_tokens=8, **settings)
+        batch = objective.collate(items, is_target)
+        costs[case] = _in_its_own_process(lambda: measure(objective, model, batch))  # noqa: B023 - called at once
+    return costs
+
+
+def measure(objective: RetrievalObjective, model: SplitModel, batch: dict[str, torch.Tensor]) -> Cost:
+    """Take a step to warm up, and one that counts; in a process that does nothing else."""
+    torch.set_num_threads(1)
+    optimizer = torch.optim.AdamW(model.model.parameters())
+
+    def step() -> None:
+        total, count = objective.loss(model, batch)
+        (total / count).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed is not resident any more
+    Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory is counted anew
+    before, started = _resident_bytes("VmRSS"), time.perf_counter()
+    step()
+    return Cost(time.perf_counter() - started, _resident_bytes("VmHWM") - before)
+
+
+def _resident_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def _in_its_own_process(work: Callable[[], Cost]) -> Cost:
+    """A fork has the model and the texts at once, and nothing of what was measured before."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+
+    def send(connection: Connection) -> None:
+        connection.send(work())
+
+    process = context.Process(target=send, args=(there,))
+    process.start()
+    there.close()
+    try:
+        return here.recv()
+    finally:
+        process.join()
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--items", default="5000,20000,80000")
+    parser.add_argument("--rows", type=int, default=64)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""MicroLens-100k as published: short videos, their English titles, and who commented on which (Ni et al. 2023)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fellrec.data.readers.table import existing_files, hash_files, lines_of, read_table, require_columns, to_numbers
+from fellrec.data.schema import RawData
+
+PAIRS, TITLES = "MicroLens-100k_pairs.csv", "MicroLens-100k_title_en.csv"
+_PUBLISHED = {"user": "user_id", "item": "item_id", "timestamp": "timestamp"}
+
+
+@dataclass(frozen=True)
+class MicroLensReader:
+    """``MicroLens-100k_pairs.csv`` and ``MicroLens-100k_title_en.csv``; every line of the first is an interaction.
+
+    The first has the header ``user,item,timestamp``, with times in milliseconds. The second is published without a
+    header, as ``1, a title``; one that starts with ``item,title`` is read too. A title may hold commas, or be empty: 72
+    of those published are, so ``data.on_empty_title`` must be ``item_id`` for them.
+
+    Attributes:
+        root: Folder of the files.
+    """
+
+    root: str
+
+    def read(self) -> RawData:
+        """Read the files.
+
+        Raises:
+            DataError: If a file or column is missing or a line is malformed.
+        """
+        pairs, titles = self._paths()
+        interactions = read_table(pairs, ",", encoding="utf-8-sig")
+        interactions.columns = interactions.columns.str.strip()
+        require_columns(interactions, tuple(_PUBLISHED), pairs)
+        interactions = interactions[list(_PUBLISHED)].rename(columns=_PUBLISHED)
+        interactions["timestamp"] = to_numbers(interactions["timestamp"], pairs, first_line=2)
+        items = read_table(titles, ",", ("item_id", "title"), encoding="utf-8-sig", last_is_free=True)
+        has_header = items.loc[0, "item_id"].strip().lower() == "item"
+        items = items.iloc[int(has_header) :].reset_index(drop=True)
+        items["title"] = items["title"].str.strip()
+        users = interactions[["user_id"]].drop_duplicates().reset_index(drop=True)
+        return RawData(interactions, items, users, lines_of(pairs, 2), lines_of(titles, 1 + has_header))
+
+    def fingerprint(self) -> str:
+        """Hash of the files' contents."""
+        return hash_files(self._paths())
+
+    def _paths(self) -> list[Path]:
+        return existing_files(self.root, (PAIRS, TITLES))
