@@ -221,3 +221,10 @@ def test_the_longest_text_fits_and_a_longer_one_does_not(name: str) -> None:
 def test_a_decoder_of_an_encoders_kind_is_refused() -> None:
     with pytest.raises(BackboneError, match="model_type bert with is_decoder=true is not supported"):
         arch_of(ENCODERS["bert"].__class__(is_decoder=True))
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_client_cannot_run_its_share_as_if_it_were_whole(name: str) -> None:
+    client, _, _ = cut_in_two(whole_model(name), 2, 1)
+    with pytest.raises(AssertionError, match="runs part by part"):
+        client.model(input_ids=torch.full((1, 8), 5))

@@ -264,7 +264,8 @@ def server_shell(model: Any, cut: Cut) -> Any:
 def keep_client_share(model: Any, cut: Cut, link: BodyLink) -> None:
     """Replace the body's layers of a model by a link to the server, in place.
 
-    A causal LM is still one: its own ``forward`` and ``generate`` cross the two cuts.
+    A causal LM is still one: its own ``forward`` and ``generate`` cross the two cuts. An encoder writes nothing, and
+    crosses them part by part only.
 
     Raises:
         BackboneError: If nothing is left for the server.
@@ -272,8 +273,14 @@ def keep_client_share(model: Any, cut: Cut, link: BodyLink) -> None:
     cut.require_body()
     arch = arch_of(model.config)
     layers, body = decoder_layers(model, arch), cut.layers("body")
+    if not arch.is_causal:
+        model.register_forward_pre_hook(_refuse_to_run_whole)
     for number in body:
         layers[number] = RemoteBody(number, link) if number == body.start else Elsewhere(number)
     remote = layers[body.start]
     assert isinstance(remote, RemoteBody)
     remote.listen(arch.inner_of(model))
+
+
+def _refuse_to_run_whole(model: nn.Module, inputs: object) -> None:
+    raise AssertionError("an encoder whose body is elsewhere runs part by part, see SplitModel")
