@@ -5,32 +5,23 @@ Padding is on the right. What an encoder computes there is never read, so only t
 
 from __future__ import annotations
 
-import copy
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cut_models import cut_in_two
 from peft import PeftModel
 from small_models import ENCODERS, LAYERS
 from torch import Tensor
 from transformers import AutoModel, AutoModelForMaskedLM
 
-from fellrec.aggregation import FedAvg
 from fellrec.errors import BackboneError
-from fellrec.federated.ledger import Ledger
 from fellrec.federated.messages import Gradient, HiddenState
-from fellrec.federated.server import BodyServer, ServerSettings
-from fellrec.federated.state import RunState, Selection
-from fellrec.federated.transport import InProcess, ServerLink
 from fellrec.functional.packing import pack
 from fellrec.models.adapters import FullAdapter, LoraAdapter
 from fellrec.models.architectures import ARCHITECTURES, arch_of, context_of
 from fellrec.models.backbone import load_hf
-from fellrec.models.bank import AdapterBank
-from fellrec.models.cut import Cut, server_shell
-from fellrec.models.module import OptimizerSettings
 from fellrec.models.share import load_share
 from fellrec.models.split import SplitModel
 from fellrec.models.tiny import build_tokenizer
@@ -194,19 +185,6 @@ def test_the_executed_cut_is_exact(name: str, lengths: str) -> None:
     found |= {key: p.grad for key, p in server._jobs[1].slot.parameters.items() if p.grad is not None}
     assert found.keys() == expected.keys()
     assert not [key for key in expected if not torch.equal(found[key], expected[key])]
-
-
-def cut_in_two(model: Any, head: int, tail: int) -> tuple[SplitModel, ServerLink, BodyServer]:
-    """A copy of the model as the client's share, and the server that has the rest; every parameter is trainable."""
-    model = copy.deepcopy(model)
-    body = SplitModel(server_shell(model, Cut(head, tail, LAYERS)), head, tail)
-    trainable = dict(sorted(body.model.named_parameters()))
-    initial = {name: parameter.detach().clone() for name, parameter in trainable.items()}
-    bank = AdapterBank.replicate(initial, 2)
-    state = RunState(bank, Selection("m", bank, bank), AdapterBank.replicate(initial, 2), local_steps=[0, 0])
-    server = BodyServer(body, trainable, state, FedAvg(), ServerSettings(0, OptimizerSettings()), nullcontext)
-    link = ServerLink(InProcess(server), Ledger())
-    return SplitModel(model, head, tail, link).eval(), link, server
 
 
 @pytest.mark.parametrize("name", ENCODERS)
