@@ -18,10 +18,11 @@ from transformers import AutoModel, AutoModelForMaskedLM
 
 from fellrec.errors import BackboneError
 from fellrec.federated.messages import Gradient, HiddenState
-from fellrec.functional.packing import pack
+from fellrec.functional.packing import PACKINGS, pack, unpack
 from fellrec.models.adapters import FullAdapter, LoraAdapter
 from fellrec.models.architectures import ARCHITECTURES, arch_of, context_of
 from fellrec.models.backbone import load_hf
+from fellrec.models.encoders import tokens_of
 from fellrec.models.share import load_share
 from fellrec.models.split import SplitModel
 from fellrec.models.tiny import build_tokenizer
@@ -199,6 +200,24 @@ def test_the_longest_text_fits_and_a_longer_one_does_not(name: str) -> None:
 def test_a_decoder_of_an_encoders_kind_is_refused() -> None:
     with pytest.raises(BackboneError, match="model_type bert with is_decoder=true is not supported"):
         arch_of(ENCODERS["bert"].__class__(is_decoder=True))
+
+
+@pytest.mark.parametrize("dtype", PACKINGS)
+def test_padding_can_be_told_however_hidden_states_travel(dtype: str) -> None:
+    (ids, inside), model = texts("padded"), SplitModel(whole_model("bert"), 2, 1)
+    arrived = unpack(pack(model.head(ids).detach(), dtype), torch.float32, torch.device("cpu"))
+    assert torch.equal(tokens_of(arrived), inside)
+
+
+def test_files_that_do_not_fill_an_encoder_are_refused(tmp_path: Path) -> None:
+    model = whole_model("bert")
+    weights = {key: tensor for key, tensor in model.state_dict().items() if "layer.3.output" not in key}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    build_tokenizer(["a"], vocab_size=259).save_pretrained(tmp_path)
+    with pytest.raises(
+        BackboneError, match=r"do not fill the model of config.json; missing 4 \(encoder.layer.3.output"
+    ):
+        load_hf(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ENCODERS)
