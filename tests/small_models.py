@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import torch
 from transformers import (
+    BertConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    LongformerConfig,
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
+    RobertaConfig,
 )
 
 LAYERS = 5
@@ -38,6 +41,21 @@ CONFIGS = {
     "gpt2": GPT2Config(**TOKENS, n_embd=32, n_layer=LAYERS, n_head=4),
     "gpt_neox": GPTNeoXConfig(
         **TOKENS, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4
+    ),
+}
+ENCODER_SHAPE = {
+    **{name: SHAPE[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")},
+    **TOKENS,
+    "max_position_embeddings": 66,
+    "type_vocab_size": 1,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+ENCODERS = {
+    "bert": BertConfig(**ENCODER_SHAPE),
+    "roberta": RobertaConfig(**{**ENCODER_SHAPE, "pad_token_id": 1, "bos_token_id": 0}),
+    "longformer": LongformerConfig(
+        **{**ENCODER_SHAPE, "pad_token_id": 1, "bos_token_id": 0}, attention_window=[4, 4, 8, 4, 4]
     ),
 }
 

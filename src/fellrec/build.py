@@ -406,7 +406,7 @@ def _objective(config: DictConfig, backbone: Backbone, data: PreparedData) -> Ob
     objective: Objective = make(
         config.objective,
         "objective",
-        {"item_counts": _item_counts(data)},
+        {"item_counts": _item_counts(data), "is_causal": backbone.arch.is_causal},
         tokenizer=backbone.tokenizer,
         catalogue=data.catalogue,
         max_history=data.max_history,

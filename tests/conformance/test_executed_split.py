@@ -5,27 +5,19 @@ The server has its own share only. What the tests compare with is transformers' 
 
 from __future__ import annotations
 
-import copy
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_models import CONFIGS, LAYERS, masks
+from cut_models import cut_in_two
+from small_models import CONFIGS, masks
 from transformers import AutoModelForCausalLM
 
-from fellrec.aggregation import FedAvg, Local
+from fellrec.aggregation import Local
 from fellrec.errors import BackboneError, SplitError
-from fellrec.federated.ledger import Ledger
 from fellrec.federated.messages import Gradient, HiddenState, Step, Upload
-from fellrec.federated.server import BodyServer, ServerSettings
-from fellrec.federated.state import RunState, Selection
-from fellrec.federated.transport import InProcess, ServerLink
 from fellrec.functional.packing import Packed, pack
-from fellrec.models.bank import AdapterBank
-from fellrec.models.cut import Cut, server_shell
-from fellrec.models.module import OptimizerSettings
 from fellrec.models.share import load_share
 from fellrec.models.split import SplitModel
 
@@ -35,20 +27,6 @@ CUTS = [(2, 1), (0, 2), (1, 0), (0, 0)]
 def whole_model(name: str) -> Any:
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
-
-
-def cut_in_two(model: Any, head: int, tail: int) -> tuple[SplitModel, ServerLink, BodyServer]:
-    """A copy of the model as the client's share, and the server that has the rest; every parameter is trainable."""
-    model = copy.deepcopy(model)
-    cut = Cut(head, tail, LAYERS)
-    body = SplitModel(server_shell(model, cut), head, tail)
-    trainable = dict(sorted(body.model.named_parameters()))
-    initial = {name: parameter.detach().clone() for name, parameter in trainable.items()}
-    bank = AdapterBank.replicate(initial, 2)
-    state = RunState(bank, Selection("m", bank, bank), AdapterBank.replicate(initial, 2), local_steps=[0, 0])
-    server = BodyServer(body, trainable, state, FedAvg(), ServerSettings(0, OptimizerSettings()), nullcontext)
-    link = ServerLink(InProcess(server), Ledger())
-    return SplitModel(model, head, tail, link).eval(), link, server
 
 
 @pytest.mark.parametrize("mask", ["none", "left", "right"])

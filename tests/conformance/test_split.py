@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from small_models import CONFIGS, LAYERS, masks
+from small_models import CONFIGS, ENCODERS, LAYERS, masks
 from transformers import AutoModelForCausalLM
 
 from fellrec.models.adapters import LoraAdapter
@@ -24,7 +24,7 @@ def gradients(model: torch.nn.Module, logits: torch.Tensor) -> dict[str, torch.T
 
 
 def test_every_architecture_is_here() -> None:
-    assert set(ARCHITECTURES) == {config.model_type for config in CONFIGS.values()}
+    assert set(ARCHITECTURES) == {config.model_type for config in (*CONFIGS.values(), *ENCODERS.values())}
 
 
 @pytest.mark.parametrize("mask", ["none", "left", "right"])

@@ -198,7 +198,7 @@ def _notes(rows: Sequence[Row]) -> str:
     shown = ", ".join(f"{num_rows} x {tokens}" for num_rows, tokens in shapes)
     in_flight = ", ".join(str(number) for number in sorted({plan.settings.in_flight for plan in plans}))
     notes = [
-        "cut: decoder layers of head + body + tail. Head and tail are on the client, with embedding, norm and LM head.",
+        "cut: layers of head + body + tail. Head and tail are on the client, with embedding, norm and LM head.",
         "hidden, gradients: hidden states and their gradients, which cross the two cuts. cuts/adapters: their traffic "
         "over that of adapters.",
         "Exact: weights, adapter, optimiser (AdamW), gradients, checkpoint, steps; bytes of every crossing. "

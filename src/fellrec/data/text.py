@@ -19,6 +19,7 @@ class TokenizedTexts:
         texts: One text per item.
         max_tokens: Longest text in tokens; longer ones are cut on the right.
         ending: Tokens that a text ends with after it was cut, such as the line break that it lost.
+        prefix: Tokens that every text begins with, beside ``max_tokens``.
 
     Attributes:
         tokens: ``[I, T]`` int64, padded with 0 on the right.
@@ -29,7 +30,14 @@ class TokenizedTexts:
         BackboneError: If the tokenizer turns a text into nothing.
     """
 
-    def __init__(self, tokenizer: Any, texts: Sequence[str], max_tokens: int, ending: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        texts: Sequence[str],
+        max_tokens: int,
+        ending: Sequence[int] = (),
+        prefix: Sequence[int] = (),
+    ) -> None:
         encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         kept = max_tokens - len(ending)
         rows = [ids if len(ids) <= max_tokens else [*ids[:kept], *ending] for ids in encoded]
@@ -37,6 +45,7 @@ class TokenizedTexts:
         if int(self.lengths.min()) == 0:
             empty = int(self.lengths.argmin())
             raise BackboneError(f"item {empty} has no tokens: the tokenizer turns {texts[empty]!r} into nothing")
+        rows, self.lengths = [[*prefix, *ids] for ids in rows], self.lengths + len(prefix)
         self.inside = torch.arange(int(self.lengths.max()))[None, :] < self.lengths[:, None]
         self.tokens = torch.zeros(self.inside.shape, dtype=torch.long)
         self.tokens[self.inside] = torch.tensor([token for ids in rows for token in ids])

@@ -160,13 +160,24 @@ class FusedAttention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is Tensor.__bool__ and args[0].device.type == "meta":
-            # Transformers asks data whether rows are packed or padded. Batches are neither: they get no mask.
+            # Transformers asks data whether rows are packed or padded. Batches are neither: they get no mask, and
+            # what little an encoder keeps for the mask of padding is left out.
             return True
         if func is F.scaled_dot_product_attention:
             query, key, value, *rest = args
             mask = rest[0] if rest else kwargs.get("attn_mask")
             return _Fused.apply(query, key, value, mask)
+        if func in _ABOUT_GLOBAL_TOKENS and len(args) == 1 and args[0].device.type == "meta":
+            return _ABOUT_GLOBAL_TOKENS[func](*args)
         return func(*args, **kwargs)
+
+
+_ABOUT_GLOBAL_TOKENS: dict[Any, Callable[..., Any]] = {
+    Tensor.item: lambda tensor: True,
+    Tensor.max: lambda tensor: 1,
+    Tensor.nonzero: lambda tensor: tensor.new_zeros(tensor.dim(), len(tensor), dtype=torch.long).unbind(),
+}
+"""A Longformer asks data whether there are global tokens, how many a row at most, and where: one a row, the first."""
 
 
 class _Fused(torch.autograd.Function):

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from omegaconf import DictConfig, OmegaConf
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from fellrec.config import as_dict
 from fellrec.data.schema import Catalogue
 from fellrec.errors import BackboneError, ConfigError, unknown
 from fellrec.layout import conf_dir
-from fellrec.models.architectures import ARCHITECTURES, arch_of
+from fellrec.models.architectures import ARCHITECTURES, arch_of, model_of
 from fellrec.models.backbone import Backbone, check_tokenizer, dtype_of, load_shape
 from fellrec.models.sasrec import item_tokenizer, sasrec_config
 from fellrec.models.tiny import build_tokenizer, tiny_config
@@ -129,7 +129,7 @@ def _configs_dir() -> Path:
 
 def _on_meta(shape: Any, dtype: torch.dtype, tokenizer: Any, name: str) -> Backbone:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+        model = model_of(shape, dtype)
     return Backbone(model, tokenizer, arch_of(shape), name)
 
 

@@ -111,7 +111,7 @@ class LoraAdapter:
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=targets,
-            task_type="CAUSAL_LM",
+            task_type="CAUSAL_LM" if arch.is_causal else "FEATURE_EXTRACTION",
             base_model_name_or_path=getattr(model.config, "_name_or_path", None),
         )
         for parameter in model.parameters():
@@ -165,7 +165,7 @@ class FullAdapter:
         )
 
     def save(self, adapter: Mapping[str, torch.Tensor], backbone: Any, frozen: Frozen, folder: Path) -> None:
-        """Write a plain transformers folder, which ``AutoModelForCausalLM`` and ``AutoTokenizer`` load."""
+        """Write a plain transformers folder, which ``AutoModelForCausalLM``, for an encoder ``AutoModel``, loads."""
         folder.mkdir(parents=True, exist_ok=True)
         backbone.model.config.save_pretrained(folder)
         backbone.tokenizer.save_pretrained(folder)

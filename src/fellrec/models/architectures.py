@@ -1,11 +1,13 @@
-"""What differs between architectures, as data: where the parts of a Hugging Face causal LM are."""
+"""What differs between architectures, as data: where the parts of a Hugging Face causal LM or encoder are."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
 
 from fellrec.errors import BackboneError, unknown
 
@@ -15,27 +17,55 @@ class ArchSpec:
     """Names of the parts of one architecture; attribute names are relative to the inner model.
 
     Attributes:
-        inner: Attribute of the causal LM that holds the decoder.
-        embedding: Token embedding.
-        layers: List of decoder layers.
-        norm: Final norm.
+        inner: Attribute of the causal LM that holds the decoder; empty for an encoder, which is its own inner model.
+        embedding: Token embedding, or the module that holds it.
+        layers: List of decoder or encoder layers, as a dotted name.
+        norm: Final norm; ``None`` if each layer ends with one.
         entry: Modules that act on the embedding before the first layer, and must not act again in body and tail.
-        position_embedding: Learned position embedding that ``forward`` adds, ``None`` for rotary ones.
+        position_embedding: Learned position embedding that ``forward`` adds, ``None`` for others.
         lora_targets: Modules that LoRA adapts by default.
         names_in_files: Parameters that checkpoint files call by an older name: the model's name, the file's.
+        prefix_in_files: What files of a model with a head put before an encoder's names.
+        is_causal: Whether a token sees those before it only; else this is a bidirectional encoder.
+        counts_from_padding: Whether positions begin after the number of the padding token.
+        has_global_token: Whether attention is local but for some tokens, of which the first is one here.
     """
 
     inner: str = "model"
     embedding: str = "embed_tokens"
     layers: str = "layers"
-    norm: str = "norm"
+    norm: str | None = "norm"
     entry: tuple[str, ...] = ()
     position_embedding: str | None = None
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
     names_in_files: tuple[tuple[str, str], ...] = ()
+    prefix_in_files: str = ""
+    is_causal: bool = True
+    counts_from_padding: bool = False
+    has_global_token: bool = False
+
+    @property
+    def names_prefix(self) -> str:
+        """What stands before the inner model's names in those of the whole model."""
+        return f"{self.inner}." if self.inner else ""
+
+    def inner_of(self, model: Any) -> Any:
+        """The inner model of a whole one."""
+        return getattr(model, self.inner) if self.inner else model
 
 
 _LLAMA = ArchSpec()
+_BERT = ArchSpec(
+    inner="",
+    embedding="embeddings",
+    layers="encoder.layer",
+    norm=None,
+    entry=("embeddings",),
+    lora_targets=("query", "value"),
+    prefix_in_files="bert.",
+    is_causal=False,
+)
+_ROBERTA = replace(_BERT, prefix_in_files="roberta.", counts_from_padding=True)
 ARCHITECTURES: dict[str, ArchSpec] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -61,6 +91,14 @@ ARCHITECTURES: dict[str, ArchSpec] = {
         lora_targets=("query_key_value",),
         names_in_files=(("lm_head.weight", "embed_out.weight"),),
     ),
+    "bert": _BERT,
+    "roberta": _ROBERTA,
+    "longformer": replace(
+        _ROBERTA,
+        prefix_in_files="longformer.",
+        lora_targets=("query", "value", "query_global", "value_global"),  # the first token is read by the latter
+        has_global_token=True,
+    ),
 }
 
 
@@ -68,16 +106,63 @@ def arch_of(config: Any) -> ArchSpec:
     """The architecture of a Hugging Face configuration.
 
     Raises:
-        BackboneError: If ``config.model_type`` is not known; names the known ones.
+        BackboneError: If ``config.model_type`` is not known, naming the known ones, or an encoder is configured to be
+            a decoder.
     """
     found = ARCHITECTURES.get(config.model_type)
     if found is None:
         raise BackboneError(unknown("architecture (model_type)", config.model_type, ARCHITECTURES))
+    if not found.is_causal and getattr(config, "is_decoder", False):
+        raise BackboneError(f"model_type {config.model_type} with is_decoder=true is not supported; only as an encoder")
     return found
 
 
 def decoder_layers(model: nn.Module, arch: ArchSpec) -> nn.ModuleList:
-    """The decoder layers of a whole causal LM."""
-    layers = getattr(getattr(model, arch.inner), arch.layers)
+    """The decoder layers of a whole causal LM, or an encoder's layers."""
+    layers = arch.inner_of(model).get_submodule(arch.layers)
     assert isinstance(layers, nn.ModuleList)
     return layers
+
+
+def auto_class(arch: ArchSpec) -> tuple[Any, dict[str, Any]]:
+    """Transformers' class that makes such models, and what it is to be told: an encoder's pooler is not used."""
+    return (AutoModelForCausalLM, {}) if arch.is_causal else (AutoModel, {"add_pooling_layer": False})
+
+
+def model_of(config: Any, dtype: torch.dtype | None = None) -> Any:
+    """A model of this configuration with random weights.
+
+    Raises:
+        BackboneError: If the architecture is not known.
+    """
+    maker, arguments = auto_class(arch_of(config))
+    return maker.from_config(config, dtype=dtype, **arguments)
+
+
+def attention_window(config: Any) -> int:
+    """The number that a text's length must be a multiple of inside the model; 1 for most.
+
+    Example:
+        >>> from transformers import BertConfig, LongformerConfig
+        >>> attention_window(LongformerConfig(attention_window=[64, 128])), attention_window(BertConfig())
+        (128, 1)
+    """
+    window = getattr(config, "attention_window", 1)
+    return int(window if isinstance(window, int) else max(window))
+
+
+def context_of(config: Any) -> int | None:
+    """The longest text that a model reads, in tokens; ``None`` if its positions have no end.
+
+    Example:
+        >>> from transformers import LongformerConfig, RobertaConfig
+        >>> context_of(RobertaConfig(max_position_embeddings=514, pad_token_id=1))
+        512
+        >>> context_of(LongformerConfig(max_position_embeddings=4098, attention_window=512, pad_token_id=1))
+        4096
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    first = config.pad_token_id + 1 if arch_of(config).counts_from_padding else 0
+    return int(positions) - first - (int(positions) - first) % attention_window(config)

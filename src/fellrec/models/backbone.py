@@ -12,11 +12,11 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from fellrec.errors import BackboneError, unknown
-from fellrec.models.architectures import ArchSpec, arch_of
+from fellrec.models.architectures import ArchSpec, arch_of, auto_class
 from fellrec.models.share import load_share
 
 transformers_logging.disable_progress_bar()  # a bar for each saved adapter would bury the run's own
@@ -26,10 +26,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Backbone:
-    """A causal LM with its tokenizer.
+    """A causal LM or an encoder with its tokenizer.
 
     Attributes:
-        model: The whole Hugging Face causal LM.
+        model: The whole Hugging Face model.
         tokenizer: Its tokenizer; has a padding token.
         arch: Where the parts of the model are.
         name: Short name for tables and tags.
@@ -52,7 +52,7 @@ class Backbone:
 
 
 def load_hf(path: str, dtype: str = "float32", client_cut: tuple[int, int] | None = None) -> Backbone:
-    """Load a causal LM and its tokenizer.
+    """Load a causal LM or an encoder, as its configuration says, and its tokenizer.
 
     Args:
         path: A local folder (``~`` is the home folder), or a name on the hub.
@@ -78,13 +78,15 @@ def load_hf(path: str, dtype: str = "float32", client_cut: tuple[int, int] | Non
             share = load_share(folder, "client", *client_cut, torch_dtype)
             check_tokenizer(f"backbone.path={path}", tokenizer, share)
             return Backbone(share, tokenizer, arch, os.path.basename(os.path.abspath(folder)), folder)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        kind, arguments = auto_class(arch)
+        loaded: Any = kind.from_pretrained(
             source,
             dtype=torch_dtype,
             trust_remote_code=False,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
+            **arguments,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise BackboneError(f"backbone.path={path} cannot be loaded: {(str(error).splitlines() or [''])[0]}") from error
@@ -133,7 +135,7 @@ def check_tokenizer(given: str, tokenizer: Any, model: Any) -> None:
     Args:
         given: The setting that named it, for messages: ``backbone.path=…``.
         tokenizer: Changed in place.
-        model: The causal LM.
+        model: Knows how many tokens have an embedding.
 
     Raises:
         BackboneError: If there is nothing to pad with, or a special token has no embedding.
@@ -144,7 +146,7 @@ def check_tokenizer(given: str, tokenizer: Any, model: Any) -> None:
         raise BackboneError(f"{given}: the tokenizer has no padding, end or unknown token to pad with")
     # Not the tokenizer's length: some have tokens for images that a text model never meets.
     num_embeddings = model.get_input_embeddings().num_embeddings
-    for token in ("pad_token", "bos_token", "eos_token"):
+    for token in ("pad_token", "bos_token", "eos_token", "cls_token"):
         token_id = getattr(tokenizer, f"{token}_id")
         if token_id is not None and token_id >= num_embeddings:
             raise BackboneError(

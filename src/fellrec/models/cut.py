@@ -1,4 +1,4 @@
-"""Where a causal LM is cut, and what stands for the layers that run elsewhere."""
+"""Where a model is cut, and what stands for the layers that run elsewhere."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PARTS = ("head", "body", "tail")
 
 @dataclass(frozen=True)
 class Cut:
-    """Two cuts through a stack of decoder layers.
+    """Two cuts through a stack of layers.
 
     Attributes:
         head_layers: Layers on the client after the embedding.
         tail_layers: Layers on the client before the final norm and the LM head.
-        num_layers: All decoder layers.
+        num_layers: All layers.
 
     Raises:
         BackboneError: If the cuts do not fit into the layers.
@@ -39,7 +39,7 @@ class Cut:
         if head < 0 or tail < 0 or head + tail > self.num_layers:
             raise BackboneError(
                 f"split.head_layers={head} and split.tail_layers={tail} do not fit: both must be at "
-                f"least 0 and together at most {self.num_layers}, the backbone's decoder layers"
+                f"least 0 and together at most {self.num_layers}, the backbone's layers"
             )
 
     def layers(self, part: str) -> range:
@@ -57,16 +57,16 @@ class Cut:
         if not self.layers("body"):
             raise BackboneError(
                 f"split.head_layers={self.head_layers} and split.tail_layers={self.tail_layers} leave the server "
-                f"nothing of the backbone's {self.num_layers} decoder layers; lower one of them or give split=default"
+                f"nothing of the backbone's {self.num_layers} layers; lower one of them or give split=default"
             )
 
     def part_of(self, name: str, arch: ArchSpec) -> str:
         """The part that a parameter or module of the whole model belongs to, by its dotted name."""
-        prefix = f"{arch.inner}.{arch.layers}."
+        prefix = f"{arch.names_prefix}{arch.layers}."
         if name.startswith(prefix):
             layer = int(name.removeprefix(prefix).split(".")[0])
             return next(part for part in PARTS if layer in self.layers(part))
-        first = name.removeprefix(f"{arch.inner}.").split(".")[0]
+        first = name.removeprefix(arch.names_prefix).split(".")[0]
         return "head" if first in (arch.embedding, arch.position_embedding, *arch.entry) else "tail"
 
 
@@ -219,11 +219,25 @@ def remember_length(cache: Cache, layer: int, hidden: Tensor) -> None:
     cache.update(nothing, nothing, layer)
 
 
+def with_layers(inner: nn.Module, arch: ArchSpec, layers: nn.Module) -> nn.Module:
+    """An inner model with other layers, whose modules are shared, not copied."""
+    twin = level = copy.copy(inner)
+    twin._modules = dict(inner._modules)
+    *holders, last = arch.layers.split(".")
+    for name in holders:
+        found = copy.copy(level._modules[name])
+        assert found is not None
+        found._modules = dict(found._modules)
+        level._modules[name] = level = found
+    level._modules[last] = layers
+    return twin
+
+
 def server_shell(model: Any, cut: Cut) -> Any:
-    """The server's share of a causal LM: the body's layers under their own names, nothing else.
+    """The server's share of a model: the body's layers under their own names, nothing else.
 
     Args:
-        model: The whole causal LM, or one without weights; not changed, and its layers are shared.
+        model: The whole model, or one without weights; not changed, and its layers are shared.
         cut: Where it is cut.
 
     Raises:
@@ -231,25 +245,27 @@ def server_shell(model: Any, cut: Cut) -> Any:
     """
     cut.require_body()
     arch = arch_of(model.config)
-    shell, inner = copy.copy(model), copy.copy(getattr(model, arch.inner))
-    shell._modules = dict.fromkeys(model._modules, nn.Identity())
-    shell._modules[arch.inner] = inner
-    inner._modules = dict(inner._modules)
+    layers, body = decoder_layers(model, arch), cut.layers("body")
+    kept = (layer if number in body else Elsewhere(number) for number, layer in enumerate(layers))
+    inner = with_layers(arch.inner_of(model), arch, nn.ModuleList(kept))
     for name in (arch.embedding, arch.norm, *arch.entry):
-        inner._modules[name] = nn.Identity()
+        if name is not None:
+            inner._modules[name] = nn.Identity()
     if arch.position_embedding:
         inner._modules[arch.position_embedding] = NoPositions()
-    layers, body = decoder_layers(model, arch), cut.layers("body")
-    inner._modules[arch.layers] = nn.ModuleList(
-        layer if number in body else Elsewhere(number) for number, layer in enumerate(layers)
-    )
+    if not arch.inner:
+        return inner
+    shell = copy.copy(model)
+    shell._modules = dict.fromkeys(model._modules, nn.Identity())
+    shell._modules[arch.inner] = inner
     return shell
 
 
 def keep_client_share(model: Any, cut: Cut, link: BodyLink) -> None:
-    """Replace the body's layers of a causal LM by a link to the server, in place.
+    """Replace the body's layers of a model by a link to the server, in place.
 
-    The result is still a causal LM: its own ``forward`` and ``generate`` cross the two cuts.
+    A causal LM is still one: its own ``forward`` and ``generate`` cross the two cuts. An encoder writes nothing, and
+    crosses them part by part only.
 
     Raises:
         BackboneError: If nothing is left for the server.
@@ -257,8 +273,14 @@ def keep_client_share(model: Any, cut: Cut, link: BodyLink) -> None:
     cut.require_body()
     arch = arch_of(model.config)
     layers, body = decoder_layers(model, arch), cut.layers("body")
+    if not arch.is_causal:
+        model.register_forward_pre_hook(_refuse_to_run_whole)
     for number in body:
         layers[number] = RemoteBody(number, link) if number == body.start else Elsewhere(number)
     remote = layers[body.start]
     assert isinstance(remote, RemoteBody)
-    remote.listen(getattr(model, arch.inner))
+    remote.listen(arch.inner_of(model))
+
+
+def _refuse_to_run_whole(model: nn.Module, inputs: object) -> None:
+    raise AssertionError("an encoder whose body is elsewhere runs part by part, see SplitModel")

@@ -41,7 +41,10 @@ class Objective(Protocol):
         """Sum of the negative log-likelihood over the batch's targets, and their number."""
 
     def inputs(self, batch: dict[str, Tensor]) -> list[Tensor]:
-        """What of a batch goes through the model: token ids ``[B, L]``, one tensor per forward pass."""
+        """What of a batch goes through the model: token ids ``[B, L]``, one tensor per forward pass.
+
+        An encoder's padding is negative, see ``SplitModel.head``.
+        """
 
     def loss_of(self, model: SplitModel, hidden: list[Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """``loss``, with the final hidden states ``[B, L, D]`` of ``inputs`` at hand."""

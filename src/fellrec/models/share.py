@@ -11,10 +11,10 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from fellrec.errors import BackboneError
-from fellrec.models.architectures import ArchSpec, arch_of, decoder_layers
+from fellrec.models.architectures import ArchSpec, arch_of, decoder_layers, model_of
 from fellrec.models.cut import Cut, Elsewhere, server_shell
 
 SIDES = ("client", "server")
@@ -22,7 +22,7 @@ _INDEX = "model.safetensors.index.json"
 
 
 def load_share(folder: Path, side: str, head_layers: int, tail_layers: int, dtype: torch.dtype) -> Any:
-    """Load the client's or the server's share of a causal LM; the other's tensors are not read.
+    """Load the client's or the server's share of a model; the other's tensors are not read.
 
     Args:
         folder: A Hugging Face folder with ``config.json`` and safetensors files, one or several.
@@ -32,7 +32,7 @@ def load_share(folder: Path, side: str, head_layers: int, tail_layers: int, dtyp
         dtype: Of the weights.
 
     Returns:
-        The causal LM with stand-ins for the layers of the other side, under the whole model's names.
+        The model with stand-ins for the layers of the other side, under the whole model's names.
 
     Raises:
         BackboneError: If the cuts do not fit, or the files do not fill the share.
@@ -40,7 +40,7 @@ def load_share(folder: Path, side: str, head_layers: int, tail_layers: int, dtyp
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     arch = arch_of(config)
     with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = model_of(config, dtype)
     layers = decoder_layers(model, arch)
     cut = Cut(head_layers, tail_layers, len(layers))
     if side == "server":
@@ -53,11 +53,11 @@ def load_share(folder: Path, side: str, head_layers: int, tail_layers: int, dtyp
 
 
 def read_tensors(folder: Path, names: Iterable[str], arch: ArchSpec) -> dict[str, Tensor]:
-    """Tensors of a causal LM by its own names; those that the files do not have are left out.
+    """Tensors of a model by its own names; those that the files do not have are left out.
 
     Args:
         folder: With safetensors files.
-        names: Parameter names of the causal LM.
+        names: Parameter names of the model.
         arch: Knows the names that files use.
 
     Raises:
@@ -65,8 +65,10 @@ def read_tensors(folder: Path, names: Iterable[str], arch: ArchSpec) -> dict[str
     """
     files, found, older = _files(folder), {}, dict(arch.names_in_files)
     for name in names:
-        # Some files are those of the inner model alone, and leave its name out.
-        candidates = (name, older.get(name, name), name.removeprefix(f"{arch.inner}."))
+        # Some files are those of the inner model alone, and leave its name out; others have an encoder and a head.
+        candidates = (
+            name, older.get(name, name), name.removeprefix(arch.names_prefix), f"{arch.prefix_in_files}{name}"
+        )  # fmt: skip
         key = next((candidate for candidate in candidates if candidate in files), None)
         if key is not None:
             try:
@@ -79,16 +81,16 @@ def read_tensors(folder: Path, names: Iterable[str], arch: ArchSpec) -> dict[str
 
 
 def read_body(folder: Path, head_layers: int, tail_layers: int) -> dict[str, Tensor]:
-    """The body's tensors of a causal LM, by its own names."""
+    """The body's tensors of a model, by its own names."""
     shell = empty_body(folder, head_layers, tail_layers)
     return read_tensors(folder, [name for name, _ in shell.named_parameters()], arch_of(shell.config))
 
 
 def empty_body(folder: Path, head_layers: int, tail_layers: int, dtype: torch.dtype | None = None) -> Any:
-    """The server's share of a causal LM on PyTorch's ``meta`` device: names, shapes and types, without memory."""
+    """The server's share of a model on PyTorch's ``meta`` device: names, shapes and types, without memory."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with init_empty_weights():
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = model_of(config, dtype)
     return server_shell(model, Cut(head_layers, tail_layers, len(decoder_layers(model, arch_of(config)))))
 
 

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-from fellrec.models.architectures import ArchSpec, arch_of, decoder_layers
+from fellrec.models.architectures import ArchSpec, arch_of, context_of, decoder_layers
 from fellrec.models.cut import (
     PARTS,
     BodyLink,
@@ -29,24 +29,26 @@ from fellrec.models.cut import (
     keep_client_share,
     masked_positions,
     remember_length,
+    with_layers,
 )
+from fellrec.models.encoders import AlreadyEmbedded, run_encoder, tokens_of
 from fellrec.models.streams import LayerStreams
 
 
 class SplitModel(nn.Module):
-    """A causal LM cut in three: head and tail for the client, body for the server (METHOD §4).
+    """A causal LM or an encoder cut in three: head and tail for the client, body for the server (METHOD §4).
 
     Without a link all parts run here and share the parameters of ``model``. With one, this is the client's share: the
     body's layers leave ``model``, and whatever it computes crosses the two cuts.
 
     Args:
-        model: A Hugging Face causal LM of a known architecture, or the server's share of one.
+        model: A Hugging Face causal LM or encoder of a known architecture, or the server's share of one.
         head_layers: Decoder layers in the head, beside the embedding.
         tail_layers: Decoder layers in the tail, beside the final norm and the LM head.
         link: To the server that runs the body; ``None`` if the body runs here.
 
     Attributes:
-        model: The causal LM; its parameter names are those of the unsplit one, and so are its ``forward`` and
+        model: The model; its parameter names are those of the unsplit one, and so are its ``forward`` and
             ``generate``.
         cut: Where it is cut.
         streams: Random numbers of its layers.
@@ -63,7 +65,7 @@ class SplitModel(nn.Module):
         self._link = link
         if link is not None:
             keep_client_share(model, self.cut, link)
-        inner = getattr(model, self.arch.inner)
+        inner = self.arch.inner_of(model)
         entry = {-1 - number: inner._modules[name] for number, name in enumerate(self.arch.entry)}
         self.streams = LayerStreams({**entry, **dict(enumerate(decoder_layers(model, self.arch)))})
         # A tuple keeps the parts out of nn.Module's registry: a shared parameter is listed once.
@@ -75,6 +77,11 @@ class SplitModel(nn.Module):
         """Whether the body is behind a link."""
         return self._link is not None
 
+    @property
+    def context(self) -> int | None:
+        """The longest text that the model reads, in tokens; ``None`` without end."""
+        return context_of(self.model.config)
+
     def train(self, mode: bool = True) -> SplitModel:
         """As in PyTorch; the parts follow."""
         super().train(mode)
@@ -83,20 +90,22 @@ class SplitModel(nn.Module):
         return self
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Token embeddings ``[..., D]``, without positions."""
-        return self.model.get_input_embeddings()(input_ids)
+        """Token embeddings ``[..., D]``, without positions; those of padding, which is negative, have no meaning."""
+        return self.model.get_input_embeddings()(input_ids if self.arch.is_causal else input_ids.clamp(min=0))
 
     def head(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Client: embedding and first layers.
 
         Args:
-            input_ids: ``[B, L]`` int64.
+            input_ids: ``[B, L]`` int64; an encoder's padding is negative.
             attention_mask: ``[B, L]``, 1 for tokens and 0 for padding; ``None`` if padding, if any, is on the right
-                and its outputs are not used.
+                and its outputs are not used, and for encoders, which see padding by the ids.
 
         Returns:
             Hidden state ``[B, L, D]``.
         """
+        if attention_mask is None and not self.arch.is_causal:
+            attention_mask = input_ids >= 0
         return self._run(0, self.embed(input_ids), attention_mask)
 
     def body(self, hidden_BLD: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -125,6 +134,8 @@ class SplitModel(nn.Module):
             positions: ``"absolute"``, or ``"masked"`` to count the mask's tokens only.
             cache: From ``new_cache``, or ``None``.
         """
+        if not self.arch.is_causal:
+            return self._run(1, hidden_BLD, mask)
         length, layer = hidden_BLD.shape[1], self.cut.layers("body").start
         seen = 0 if cache is None else cache.get_seq_length(layer)
         if positions == "masked":
@@ -192,13 +203,14 @@ class SplitModel(nn.Module):
 
     def has_dropout(self, part: str) -> bool:
         """Whether a part draws random numbers in training."""
-        inner = getattr(self.model, self.arch.inner)
+        inner = self.arch.inner_of(self.model)
         layers = [layer for number, layer in enumerate(decoder_layers(self.model, self.arch))
                   if number in self.cut.layers(part)]  # fmt: skip
         entry = [inner._modules[name] for name in self.arch.entry] if part == "head" else []
         modules = [module for top in (*layers, *entry) for module in top.modules()]
         return any(
-            (isinstance(module, nn.Dropout) and module.p > 0) or getattr(module, "attention_dropout", 0.0) > 0
+            (isinstance(module, nn.Dropout) and module.p > 0)
+            or any(_is_rate(getattr(module, name, 0.0)) for name in ("attention_dropout", "dropout"))
             for module in modules
         )
 
@@ -208,25 +220,32 @@ class SplitModel(nn.Module):
 
     def _run(self, part: int, inputs_embeds: Tensor, attention_mask: Tensor | None) -> Tensor:
         inner = self._parts[part]
+        if not self.arch.is_causal:
+            mask = tokens_of(inputs_embeds) if attention_mask is None else attention_mask
+            return run_encoder(inner, self.arch, inputs_embeds, mask)
         return inner(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 
 def _part(model: nn.Module, arch: ArchSpec, cut: Cut, name: str) -> nn.Module:
     """The inner model's class with some of its layers; the modules are shared, not copied."""
-    inner, layers = getattr(model, arch.inner), cut.layers(name)
-    part = copy.copy(inner)
+    inner: Any = arch.inner_of(model)
+    layers = cut.layers(name)
+    part: Any = with_layers(inner, arch, decoder_layers(model, arch)[layers.start : layers.stop])
     part._forward_pre_hooks = type(inner._forward_pre_hooks)()  # those of the whole model
     part._forward_pre_hooks_with_kwargs = type(inner._forward_pre_hooks_with_kwargs)()
-    part._modules = dict(inner._modules)
-    part._modules[arch.layers] = getattr(inner, arch.layers)[layers.start : layers.stop]
     part.config = copy.copy(inner.config)
     if getattr(inner.config, "layer_types", None):  # looked up by position in the list of layers
         part.config.layer_types = inner.config.layer_types[layers.start : layers.stop] or inner.config.layer_types[:1]
-    if name != "tail":
+    if name != "tail" and arch.norm is not None:
         part._modules[arch.norm] = nn.Identity()
     if name != "head":
         for entry in arch.entry:
-            part._modules[entry] = nn.Identity()
+            part._modules[entry] = AlreadyEmbedded()
         if arch.position_embedding:
             part._modules[arch.position_embedding] = NoPositions()
     return part
+
+
+def _is_rate(value: object) -> bool:
+    """Whether this is a rate of dropout above 0, and not the module that drops."""
+    return isinstance(value, float) and value > 0

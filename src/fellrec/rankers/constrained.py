@@ -11,7 +11,7 @@ from torch import Tensor
 from fellrec.data.text import pad_left
 from fellrec.errors import ConfigError
 from fellrec.functional.trie import Trie, build_trie, is_among_best
-from fellrec.models.objectives.generative import GenerativeObjective
+from fellrec.models.objectives.generative import GenerativeObjective, check_writes
 from fellrec.models.split import SplitModel
 from fellrec.rankers.report import REPORTED, generation_figures, report_texts
 
@@ -56,6 +56,7 @@ class ConstrainedRanker:
     choices: tuple[float, ...] = ()
 
     def __init__(self, objective: GenerativeObjective, num_beams: int = 20, max_batch_tokens: int = 65536) -> None:
+        check_writes(objective, "constrained")
         for name, value in (("num_beams", num_beams), ("max_batch_tokens", max_batch_tokens)):
             if value < 1:
                 raise ConfigError(f"ranker.{name}={value} is not allowed: a whole number of at least 1")

@@ -11,7 +11,7 @@ from fellrec.data.ragged import Ragged
 from fellrec.data.text import TokenizedTexts, pad_left
 from fellrec.errors import ConfigError, unknown
 from fellrec.functional.grounding import weighed_distances
-from fellrec.models.objectives.generative import GenerativeObjective
+from fellrec.models.objectives.generative import GenerativeObjective, check_writes
 from fellrec.models.split import SplitModel
 from fellrec.rankers.reference import REFERENCE_DECAY, MarkovRanker, PopularityRanker, ReferenceRanker
 from fellrec.rankers.report import REPORTED, generation_figures, report_texts
@@ -58,6 +58,7 @@ class GroundingRanker:
         reweight: str = "none",
         gamma: float | Sequence[float] = 1.0,
     ) -> None:
+        check_writes(objective, "grounding")
         if reweight not in REWEIGHT:
             raise ConfigError(unknown("ranker.reweight", reweight, REWEIGHT))
         self.objective = objective

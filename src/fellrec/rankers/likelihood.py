@@ -8,7 +8,7 @@ from transformers import Cache
 
 from fellrec.data.text import pad_left
 from fellrec.errors import ConfigError, unknown
-from fellrec.models.objectives.generative import GenerativeObjective
+from fellrec.models.objectives.generative import GenerativeObjective, check_writes
 from fellrec.models.split import SplitModel
 
 NORMALISE = ("mean", "sum")
@@ -29,6 +29,7 @@ class LikelihoodRanker:
     """
 
     def __init__(self, objective: GenerativeObjective, normalise: str = "mean", max_batch_tokens: int = 65536) -> None:
+        check_writes(objective, "likelihood")
         if normalise not in NORMALISE:
             raise ConfigError(unknown("ranker.normalise", normalise, NORMALISE))
         self.objective = objective

@@ -29,9 +29,11 @@ class GenerativeObjective:
         max_title_tokens: Longest title in tokens.
         template: Wording of the prompt, or its version.
         group_by_length: Whether training rows of similar length come into one batch, which saves padding.
+        is_causal: Whether the backbone is; else it is a bidirectional encoder, and cannot write.
 
     Raises:
-        ConfigError: If ``max_tokens`` leaves no room for a single title of history, or there is no such template.
+        ConfigError: If the backbone is an encoder, ``max_tokens`` leaves no room for a single title of history, or
+            there is no such template.
         BackboneError: If the tokenizer has no end token.
     """
 
@@ -46,7 +48,13 @@ class GenerativeObjective:
         max_title_tokens: int = 24,
         template: PromptTemplate | str = "product-1",
         group_by_length: bool = True,
+        is_causal: bool = True,
     ) -> None:
+        if not is_causal:
+            raise ConfigError(
+                "objective=generative needs a causal backbone, which writes text, and this one is an encoder; "
+                "give objective=retrieval, or a causal LM as backbone.path"
+            )
         if tokenizer.eos_token_id is None:
             raise BackboneError("objective=generative needs a tokenizer with an end-of-sequence token")
         self.tokenizer = tokenizer
@@ -75,7 +83,7 @@ class GenerativeObjective:
         Raises:
             BackboneError: With both numbers.
         """
-        context = getattr(model.model.config, "max_position_embeddings", None)
+        context = model.context
         longest = self.max_tokens - self._room + min(self._room, self.max_history * int(self.lines.lengths.max()))
         if context is not None and longest > context:
             raise BackboneError(
@@ -169,3 +177,20 @@ def _with_end(texts: TokenizedTexts, end: int) -> TokenizedTexts:
     texts.lengths = texts.lengths + 1
     texts.inside = torch.arange(texts.tokens.shape[1])[None, :] < texts.lengths[:, None]
     return texts
+
+
+def check_writes(objective: object, ranker: str) -> None:
+    """Refuse an objective that makes no prompts, for a ranker that needs them.
+
+    Args:
+        objective: The run's.
+        ranker: The ranker's name in the configuration.
+
+    Raises:
+        ConfigError: If it makes none.
+    """
+    if not hasattr(objective, "prompts"):
+        raise ConfigError(
+            f"ranker={ranker} needs objective=generative, whose prompts it goes on with; with objective=retrieval "
+            "choose from: similarity"
+        )

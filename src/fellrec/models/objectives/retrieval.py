@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fellrec.data.schema import Catalogue
 from fellrec.data.text import TokenizedTexts, compact, repeat_row
 from fellrec.errors import BackboneError, ConfigError, unknown
+from fellrec.models.objectives.direction import reading
 from fellrec.models.objectives.item_table import EVERY_STEP, ItemTable
 from fellrec.models.objectives.softmax import CatalogueSoftmax
 from fellrec.models.split import SplitModel
@@ -19,7 +20,7 @@ from fellrec.models.split import SplitModel
 ITEM_ENCODERS = ("tokens", "encoded")
 SIMILARITIES = ("cosine", "dot")
 ORDERS = ("oldest_first", "newest_first")
-POOLINGS = ("last", "mean")
+POOLINGS = ("last", "first", "mean")
 _CHOICES = {"item_encoder": ITEM_ENCODERS, "similarity": SIMILARITIES, "order": ORDERS, "pooling": POOLINGS}
 
 
@@ -29,7 +30,10 @@ class RetrievalObjective:
     The history is the text of its titles, one title a line. Oldest first, the hidden state at the end of each line
     predicts the next item, and one pass of a causal model trains all positions of a row. Newest first (RecFormer), the
     text of a history is no beginning of the next one's: a row has one target, which is read at the end of the text.
-    Padding is on the right, so a causal model needs no mask.
+    Padding is on the right, so a causal model needs no mask; for an encoder its token ids are negative.
+
+    An encoder sees both directions, so newest first is the only order that hides the target from it. Its texts begin
+    with its first token ([CLS] or ``<s>``), and with two towers an item's text is read as a history's is.
 
     Args:
         tokenizer: Hugging Face tokenizer of the backbone.
@@ -40,20 +44,24 @@ class RetrievalObjective:
         history_fields: Catalogue fields written into the history.
         item_fields: Catalogue fields that an item vector is made from.
         item_encoder: ``"tokens"`` (mean of the text's token embeddings) or ``"encoded"`` (mean of the model's
-            hidden states over the text; two towers, slower by a forward pass over the catalogue a step).
+            hidden states over the text, an encoder's by ``pooling``; two towers, slower by a forward pass over the
+            catalogue a step).
         max_title_tokens: Longest item text in tokens.
         text: How fields are written, see ``Catalogue.texts``.
-        order: ``"oldest_first"`` or ``"newest_first"``.
-        pooling: A history's vector is the hidden state of its ``"last"`` token, or the ``"mean"`` of all up to it.
+        order: ``"oldest_first"`` or ``"newest_first"``; ``None`` for the backbone's, see ``reading``.
+        pooling: A history's vector is the hidden state of its ``"last"`` token, of its ``"first"``, or the ``"mean"``
+            of all; ``None`` for the backbone's, see ``reading``.
         chunk_items: See ``CatalogueSoftmax``; item texts are encoded so many at a time too.
         num_negatives: See ``CatalogueSoftmax``.
         negatives: See ``CatalogueSoftmax``.
         item_counts: See ``CatalogueSoftmax``.
         refresh_items: With ``item_encoder="encoded"``, how often item vectors are made; see ``ItemTable``.
         freeze_items_after: See ``ItemTable``.
+        is_causal: Whether the backbone is; else it is a bidirectional encoder.
 
     Raises:
-        ConfigError: For an unknown choice, a number out of range, or settings that exclude each other.
+        ConfigError: For an unknown choice, a number out of range, or settings that exclude each other or the backbone.
+        BackboneError: If an encoder's first token is to be read, and its tokenizer has none.
     """
 
     def __init__(
@@ -68,15 +76,17 @@ class RetrievalObjective:
         item_encoder: str = "tokens",
         max_title_tokens: int = 24,
         text: str = "plain",
-        order: str = "oldest_first",
-        pooling: str = "last",
+        order: str | None = None,
+        pooling: str | None = None,
         chunk_items: int | None = None,
         num_negatives: int | None = None,
         negatives: str = "uniform",
         item_counts: Sequence[int] | None = None,
         refresh_items: str | int = EVERY_STEP,
         freeze_items_after: int | None = None,
+        is_causal: bool = True,
     ) -> None:
+        order, pooling = reading(is_causal, order, pooling)
         _check_choices(item_encoder=item_encoder, similarity=similarity, order=order, pooling=pooling)
         if not temperature > 0:
             raise ConfigError(f"objective.temperature={temperature} must be above 0")
@@ -84,6 +94,7 @@ class RetrievalObjective:
         self.similarity = similarity
         self.item_encoder = item_encoder
         self.pooling = pooling
+        self.is_causal = is_causal
         self.one_target_per_row = order == "newest_first"
         self.softmax = CatalogueSoftmax(len(catalogue), chunk_items, num_negatives, negatives, item_counts)
         self.table = ItemTable(refresh_items, freeze_items_after)
@@ -92,10 +103,14 @@ class RetrievalObjective:
                 f"objective.refresh_items={refresh_items}, objective.freeze_items_after={freeze_items_after} need "
                 f"objective.item_encoder=encoded, it is {item_encoder}"
             )
-        self.prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        first = tokenizer.bos_token_id if is_causal or tokenizer.cls_token_id is None else tokenizer.cls_token_id
+        if first is None and pooling == "first":
+            raise BackboneError("objective.pooling=first needs a tokenizer with a [CLS] or beginning token; give mean")
+        self.prefix = [] if first is None else [first]
         lines = [f"{line}\n" for line in catalogue.texts(history_fields, text)]
         self.history_text = TokenizedTexts(tokenizer, lines, max_title_tokens)
-        self.item_text = TokenizedTexts(tokenizer, catalogue.texts(item_fields, text), max_title_tokens)
+        items, before = catalogue.texts(item_fields, text), self.prefix if self._pools_items else []
+        self.item_text = TokenizedTexts(tokenizer, items, max_title_tokens, prefix=before)
         self.max_tokens = int(self.history_text.lengths.max()) * max_history + len(self.prefix)
 
     def check(self, model: SplitModel) -> None:
@@ -110,12 +125,17 @@ class RetrievalObjective:
                 f"objective.refresh_items={self.table.refresh}, objective.freeze_items_after={self.table.freeze_after} "
                 "need split.transport=none: item vectors that are kept are made without the server"
             )
-        context = getattr(model.model.config, "max_position_embeddings", None)
+        context = model.context
         if context is not None and self.max_tokens > context:
             raise BackboneError(
                 f"a history can have {self.max_tokens} tokens, the backbone's context is {context}; "
                 "lower data.max_history or objective.max_title_tokens"
             )
+
+    @property
+    def _pools_items(self) -> bool:
+        """Whether items' texts are read as histories are."""
+        return self.item_encoder == "encoded" and not self.is_causal
 
     @property
     def facts(self) -> dict[str, str]:
@@ -134,8 +154,8 @@ class RetrievalObjective:
             is_target: ``[B, W + 1]`` bool.
 
         Returns:
-            ``input_ids [B, L]`` and their ``lengths [B]``, the positions of the queries ``rows [T]`` and
-            ``columns [T]``, and the items to be predicted ``targets [T]``.
+            ``input_ids [B, L]``, padded as ``SplitModel.head`` says, and their ``lengths [B]``, the positions of the
+            queries ``rows [T]`` and ``columns [T]``, and the items to be predicted ``targets [T]``.
         """
         row, column = is_target[:, 1:].nonzero(as_tuple=True)
         history = items[:, :-1].masked_fill(items[:, 1:] < 0, -1)
@@ -158,7 +178,12 @@ class RetrievalObjective:
         before, tokens = repeat_row(self.prefix, len(items)), self.history_text.of(items)
         ids, positions = compact(torch.cat([before[0], tokens[0]], dim=1), torch.cat([before[1], tokens[1]], dim=1))
         width = self.history_text.tokens.shape[1]
+        ids = self._marked(ids, torch.arange(ids.shape[1]) <= positions[:, -1:])
         return ids, positions[:, len(self.prefix) + width - 1 :: width]
+
+    def _marked(self, ids: Tensor, inside: Tensor) -> Tensor:
+        """Token ids that an encoder knows padding by."""
+        return ids if self.is_causal else ids.masked_fill(~inside, -1)
 
     def prepare_step(self, model: SplitModel, round_index: int, step: int) -> None:
         """Called before a client's optimiser step ``step`` of a round (both from 0): item vectors that are kept."""
@@ -174,7 +199,7 @@ class RetrievalObjective:
         return [batch["input_ids"], self._item_tokens(batch["input_ids"])]
 
     def _item_tokens(self, like: Tensor) -> Tensor:
-        return self.item_text.tokens.to(like.device)
+        return self._item_ids.to(like.device)
 
     def loss(self, model: SplitModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """Sum of the negative log-likelihood over the batch's targets, and their number."""
@@ -190,7 +215,11 @@ class RetrievalObjective:
         query_TD = self._scaled(self._read(hidden[0], batch["rows"], batch["columns"]))
         items_ID = self.table.vectors(model)
         if items_ID is None:
-            made = self._mean_embeddings(model) if self.item_encoder == "tokens" else self._mean_hidden(hidden[1])
+            made = (
+                self._mean_embeddings(model)
+                if self.item_encoder == "tokens"
+                else self._item_vectors(hidden[1], self.item_text.inside)
+            )
             items_ID = self._scaled(made)
         total = self.softmax.loss(query_TD / self.temperature, items_ID, batch["targets"], model.streams)
         return total, len(batch["targets"])
@@ -199,16 +228,20 @@ class RetrievalObjective:
         """Vectors of all items, ``[I, D]`` float32, differentiable; of length 1 with the cosine similarity."""
         if self.item_encoder == "tokens":
             return self._scaled(self._mean_embeddings(model))
-        tokens = self.item_text.tokens.to(model.model.get_input_embeddings().weight.device)
+        tokens = self._item_ids.to(model.model.get_input_embeddings().weight.device)
         inside = self.item_text.inside
         size = self.softmax.chunk_items or len(tokens)
-        made = [_mean(model(some), which) for some, which in zip(tokens.split(size), inside.split(size), strict=True)]
-        return self._scaled(torch.cat(made))
+        chunks = zip(tokens.split(size), inside.split(size), strict=True)
+        return self._scaled(torch.cat([self._item_vectors(model(some), which) for some, which in chunks]))
+
+    @property
+    def _item_ids(self) -> Tensor:
+        return self._marked(self.item_text.tokens, self.item_text.inside)
 
     def _read(self, hidden_BLD: Tensor, rows_T: Tensor, columns_T: Tensor) -> Tensor:
         """The vectors ``[T, D]`` of the histories that end at these places; no token after them counts."""
-        if self.pooling == "last":
-            return hidden_BLD[rows_T, columns_T].float()
+        if self.pooling != "mean":
+            return hidden_BLD[rows_T, columns_T if self.pooling == "last" else 0].float()
         return hidden_BLD.float().cumsum(dim=1)[rows_T, columns_T] / (columns_T + 1)[:, None]
 
     def _scaled(self, vectors: Tensor) -> Tensor:
@@ -221,8 +254,9 @@ class RetrievalObjective:
         offsets = (text.lengths.cumsum(0) - text.lengths).to(weight.device)
         return F.embedding_bag(flat, weight.float(), offsets, mode="mean")
 
-    def _mean_hidden(self, hidden_ILD: Tensor) -> Tensor:
-        return _mean(hidden_ILD, self.item_text.inside)
+    def _item_vectors(self, hidden_ILD: Tensor, inside_IL: Tensor) -> Tensor:
+        is_first = self._pools_items and self.pooling == "first"
+        return hidden_ILD[:, 0].float() if is_first else _mean(hidden_ILD, inside_IL)
 
     def queries(self, model: SplitModel, histories: Tensor) -> Tensor:
         """Query vectors for the next item after each history, ``[B, D]`` float32; see ``item_vectors``.

@@ -1,0 +1,227 @@
+"""Encoders: head, body and tail equal transformers' own model to the last bit, executed cut, adapters and files too.
+
+Padding is on the right. What an encoder computes there is never read, so only the places of tokens are compared.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cut_models import cut_in_two
+from peft import PeftModel
+from small_models import ENCODERS, LAYERS
+from torch import Tensor
+from transformers import AutoModel, AutoModelForMaskedLM
+
+from fellrec.errors import BackboneError
+from fellrec.federated.messages import Gradient, HiddenState
+from fellrec.functional.packing import PACKINGS, pack, unpack
+from fellrec.models.adapters import FullAdapter, LoraAdapter
+from fellrec.models.architectures import ARCHITECTURES, arch_of, context_of
+from fellrec.models.backbone import load_hf
+from fellrec.models.encoders import tokens_of
+from fellrec.models.share import load_share
+from fellrec.models.split import SplitModel
+from fellrec.models.tiny import build_tokenizer
+
+LENGTHS = {"full": [9, 9, 9], "padded": [9, 3, 6]}
+
+
+def whole_model(name: str, **changed: Any) -> Any:
+    torch.manual_seed(0)
+    config = ENCODERS[name].__class__(**{**ENCODERS[name].to_dict(), **changed})
+    return AutoModel.from_config(config, add_pooling_layer=False).eval()
+
+
+def texts(lengths: str) -> tuple[Tensor, Tensor]:
+    """Token ids whose padding is negative, and which places hold tokens."""
+    inside = torch.arange(9)[None, :] < torch.tensor(LENGTHS[lengths])[:, None]
+    ids = torch.randint(3, 97, (3, 9), generator=torch.Generator().manual_seed(1))
+    return ids.masked_fill(~inside, -1), inside
+
+
+def own_forward(model: Any, ids: Tensor, inside: Tensor) -> Tensor:
+    """Transformers' own, as its documentation has it: padding token, mask, and for a Longformer a global first token."""
+    more = {}
+    if model.config.model_type == "longformer":
+        more["global_attention_mask"] = torch.zeros_like(ids).index_fill_(1, torch.tensor([0]), 1)
+    padded = ids.masked_fill(~inside, model.config.pad_token_id)
+    return model(input_ids=padded, attention_mask=inside.long(), **more).last_hidden_state
+
+
+def gradients(model: torch.nn.Module, hidden: Tensor, inside: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    (hidden[inside] * torch.linspace(-1, 1, 32)).square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("name", ENCODERS)
+def test_forward_and_every_gradient_are_exact(name: str, lengths: str) -> None:
+    model, (ids, inside) = whole_model(name), texts(lengths)
+    whole = own_forward(model, ids, inside)
+    expected = gradients(model, whole, inside)
+    assert len(expected) > LAYERS
+    for head, tail in [(0, 0), (1, 1), (2, 3), (LAYERS, 0), (0, LAYERS), (3, 1)]:
+        hidden = SplitModel(model, head, tail)(ids)
+        assert torch.equal(hidden[inside], whole[inside]), (head, tail)
+        found = gradients(model, hidden, inside)
+        assert found.keys() == expected.keys()
+        different = [key for key in expected if not torch.equal(found[key], expected[key])]
+        assert not different, (head, tail)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_dropout_draws_the_same_numbers(name: str) -> None:
+    """As many as transformers' own forward draws: padding to a window must not pass the embeddings twice."""
+    model = whole_model(name, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2).train()
+    split, (ids, inside) = SplitModel(model, 2, 1).train(), texts("full")
+    if name == "longformer":
+        ids, inside = ids[:, :8], inside[:, :8]  # a whole window: else padding draws too, and from another tensor
+    torch.manual_seed(1)
+    whole = own_forward(model, ids, inside)
+    torch.manual_seed(1)
+    assert torch.equal(split(ids), whole)
+    torch.manual_seed(2)
+    assert not torch.equal(split(ids), whole), "dropout is on"
+    assert all(split.has_dropout(part) for part in ("head", "body", "tail"))
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_dropout_inside_attention_alone_is_dropout(name: str) -> None:
+    """A Longformer keeps its rate as a number, not as a module."""
+    split = SplitModel(whole_model(name, attention_probs_dropout_prob=0.1), 2, 1)
+    assert [split.has_dropout(part) for part in ("head", "body", "tail")] == [True] * 3
+    assert not SplitModel(whole_model(name), 2, 1).has_dropout("body")
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_parts_own_all_parameters_under_their_own_names(name: str) -> None:
+    model = whole_model(name)
+    split = SplitModel(model, 2, 1)
+    parts = split.part_of_parameter()
+    assert list(parts) == [key for key, _ in model.named_parameters()]
+    assert not any("pooler" in key for key in parts), "nothing is trained or sent that is not used"
+    for layer, part in enumerate(["head", "head", "body", "body", "tail"]):
+        assert {parts[key] for key in parts if key.startswith(f"encoder.layer.{layer}.")} == {part}
+    assert {parts[key] for key in parts if key.startswith("embeddings.")} == {"head"}
+    assert len(list(split.parameters())) == len(list(model.parameters())), "nothing is listed twice"
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_lora_is_exact_through_the_cuts_and_through_peft(name: str, tmp_path: Path) -> None:
+    model, fresh, (ids, inside) = whole_model(name), whole_model(name), texts("padded")
+    base = own_forward(model.requires_grad_(False), ids, inside)  # the order of summation depends on what is frozen
+    adapter, split = LoraAdapter(dropout=0.0), SplitModel(model, 2, 1)
+    adapter.attach(model, split.arch, 0, split.part_of)
+    assert torch.equal(own_forward(model, ids, inside), base), "B starts at zero"
+    adapted = {key.split(".lora_")[0].rpartition(".")[2] for key in adapter.trainable(model)}
+    globally = {"query_global", "value_global"} if name == "longformer" else set()
+    assert adapted == {"query", "value"} | globally
+    with torch.no_grad():
+        for parameter in adapter.trainable(model).values():
+            parameter.normal_(std=0.1)
+    adapter.save(adapter.trainable(model), None, dict, tmp_path)
+    whole = own_forward(model, ids, inside)
+    assert not torch.equal(whole[inside], base[inside])
+    assert torch.equal(split.eval()(ids)[inside], whole[inside])
+    loaded = PeftModel.from_pretrained(fresh, tmp_path).eval()
+    assert torch.equal(own_forward(loaded, ids, inside), whole)
+
+
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForMaskedLM])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_encoder_loads_from_its_folder(name: str, kind: Any, tmp_path: Path) -> None:
+    """Files with and without a head, whole and in shares; a full adapter is such a folder again."""
+    torch.manual_seed(0)
+    saved, (ids, inside) = kind.from_config(ENCODERS[name]).eval(), texts("padded")
+    saved.requires_grad_(False)  # as shares are: the order of summation depends on it
+    saved.save_pretrained(tmp_path, max_shard_size="20KB")
+    build_tokenizer(["a"], vocab_size=259).save_pretrained(tmp_path)
+    backbone = load_hf(str(tmp_path))
+    assert backbone.arch == ARCHITECTURES[name]
+    assert not backbone.arch.is_causal
+    expected = own_forward(saved.base_model, ids, inside)
+    assert torch.equal(own_forward(backbone.model.requires_grad_(False), ids, inside), expected)
+    client_lm, server_lm = (load_share(tmp_path, side, 2, 1, torch.float32) for side in ("client", "server"))
+    owned = [{key for key, _ in share.named_parameters()} for share in (client_lm, server_lm)]
+    assert not owned[0] & owned[1]
+    assert owned[0] | owned[1] == {key for key, _ in backbone.model.named_parameters()}
+    server = SplitModel(server_lm, 2, 1)
+
+    class Body:
+        def run_body(self, hidden: Tensor, mask: Tensor | None, positions: str, cache: Any) -> Tensor:
+            assert mask is None, "padding needs no mask of its own"
+            return server.serve_body(hidden, mask, positions, cache)
+
+    client = SplitModel(client_lm, 2, 1, Body())  # type: ignore[arg-type]
+    assert torch.equal(client(ids)[inside], expected[inside])
+    trained = dict(backbone.model.named_parameters())
+    FullAdapter().save(trained, backbone, dict, tmp_path / "full")
+    again = AutoModel.from_pretrained(tmp_path / "full", add_pooling_layer=False).eval().requires_grad_(False)
+    assert torch.equal(own_forward(again, ids, inside), expected)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_executed_cut_is_exact(name: str, lengths: str) -> None:
+    """Forward in evaluation, and every gradient in training; nothing but hidden states and gradients crosses."""
+    whole, (ids, inside) = whole_model(name), texts(lengths)
+    expected = gradients(whole, own_forward(whole, ids, inside), inside)
+    client, link, server = cut_in_two(whole, 2, 1)
+    with torch.no_grad(), link.on_behalf_of(0, 0, "val", "current"):
+        assert torch.equal(client(ids)[inside], own_forward(whole, ids, inside)[inside])
+    assert link.ledger.total(direction="up") == link.ledger.total(direction="down") == 3 * 9 * 32 * 4
+    head = client.head(ids)
+    link.send(HiddenState(1, 0, "train", 1, (pack(head, "float32"),)))
+    body = link.receive().hidden[0].codes.detach().requires_grad_()  # type: ignore[attr-defined]
+    found = gradients(client.model, client.tail(body), inside)
+    assert body.grad is not None
+    link.send(Gradient(1, 0, "train", 1, (pack(body.grad, "float32"),)))
+    torch.autograd.backward(head, link.receive().gradient[0].codes)  # type: ignore[attr-defined]
+    found = {key: p.grad for key, p in client.model.named_parameters() if p.grad is not None}
+    found |= {key: p.grad for key, p in server._jobs[1].slot.parameters.items() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    assert not [key for key in expected if not torch.equal(found[key], expected[key])]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_longest_text_fits_and_a_longer_one_does_not(name: str) -> None:
+    split = SplitModel(whole_model(name), 2, 1)
+    assert split.context == context_of(ENCODERS[name]) == {"bert": 66, "roberta": 64, "longformer": 64}[name]
+    split(torch.full((1, split.context), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        split(torch.full((1, split.context + 1), 5))
+
+
+def test_a_decoder_of_an_encoders_kind_is_refused() -> None:
+    with pytest.raises(BackboneError, match="model_type bert with is_decoder=true is not supported"):
+        arch_of(ENCODERS["bert"].__class__(is_decoder=True))
+
+
+@pytest.mark.parametrize("dtype", PACKINGS)
+def test_padding_can_be_told_however_hidden_states_travel(dtype: str) -> None:
+    (ids, inside), model = texts("padded"), SplitModel(whole_model("bert"), 2, 1)
+    arrived = unpack(pack(model.head(ids).detach(), dtype), torch.float32, torch.device("cpu"))
+    assert torch.equal(tokens_of(arrived), inside)
+
+
+def test_files_that_do_not_fill_an_encoder_are_refused(tmp_path: Path) -> None:
+    model = whole_model("bert")
+    weights = {key: tensor for key, tensor in model.state_dict().items() if "layer.3.output" not in key}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    build_tokenizer(["a"], vocab_size=259).save_pretrained(tmp_path)
+    with pytest.raises(
+        BackboneError, match=r"do not fill the model of config.json; missing 4 \(encoder.layer.3.output"
+    ):
+        load_hf(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_client_cannot_run_its_share_as_if_it_were_whole(name: str) -> None:
+    client, _, _ = cut_in_two(whole_model(name), 2, 1)
+    with pytest.raises(AssertionError, match="runs part by part"):
+        client.model(input_ids=torch.full((1, 8), 5))
