@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,47 +12,52 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fellrec.aggregation.base import AggregationCallback
-from fellrec.aggregation.checks import check_number
+from fellrec.aggregation.checks import check_choice, check_number
+from fellrec.functional import mixing
 from fellrec.functional.sketch import sketch_updates
 from fellrec.types import Aggregated, Updates
 
+OTHERS = ("similar", "equal", "samples")
+
 
 class Persistence(AggregationCallback):
-    """FedAvg for what is noise, each client's own adapter for what is lasting.
+    """An average for what is noise, each client's own adapter for what is lasting.
 
-    A client's deviation is its update minus the weighted mean of all updates. Where it points the same way as the
-    client's deviation of its round before, it is no noise of mini-batches: it comes from the client's data. With
-    ``p[n]`` FedAvg's weights:
+    A client's deviation is its update minus the average that it would get. Where it points the same way as the client's
+    deviation of its round before, it is no noise of mini-batches: it comes from the client's data. With ``q[c, n]``
+    the average's weights, whose rows sum to 1:
 
-    - (P1) ``d[c] = update[c] - sum over n of p[n] update[n]``
+    - (P1) ``d[c] = update[c] - sum over n of q[c, n] update[n]``
     - (P2) ``w[c] = max(0, cos(d[c], d[c] of c's last round)) ** exponent``, and 0 in a client's first round
-    - (P3) ``W[c, n] = (1 - w[c]) p[n]`` for ``n != c``, and ``W[c, c] = (1 - w[c]) p[c] + w[c]``
+    - (P3) ``W[c, n] = (1 - w[c]) q[c, n]`` for ``n != c``, and ``W[c, c] = (1 - w[c]) q[c, c] + w[c]``
 
-    Deviations are kept as count sketches, 16 kB a client, so (P2) is exact to about 0.02.
+    Updates are kept and compared as count sketches, 16 kB a client, so cosines are exact to about 0.02.
     """
 
-    def __init__(self, exponent: float = 0.5) -> None:
-        """Set the hyper-parameter.
+    def __init__(self, exponent: float = 1.0, others: str = "similar") -> None:
+        """Set the hyper-parameters.
 
         Args:
             exponent: Of (P2), positive; the smaller, the more a client keeps.
+            others: The average: ``"similar"`` (METHOD (1), of round updates, rows divided by their sums), ``"equal"``
+                (``1 / N``), or ``"samples"`` (FedAvg's weights).
 
         Raises:
-            ConfigError: If the value is not allowed.
+            ConfigError: If a value is not allowed.
         """
         self.exponent = check_number("exponent", exponent, above=0)
+        self.others = check_choice("others", others, OTHERS)
         self._deviations: dict[int, Tensor] = {}
 
     def mixing_matrix(self, updates: Updates, round_index: int) -> Tensor:
         """(P3), ``[N, N]`` float64; nothing is remembered."""
-        return self._matrix(updates, self._self_weights(updates, self._deviations_of(updates)))
+        return self._terms(updates)[0]
 
     def aggregate(self, updates: Updates, round_index: int) -> Aggregated:
         """Mix, report ``mixing`` and ``self_weight``, and remember the deviations."""
-        deviations = self._deviations_of(updates)
-        weights = self._self_weights(updates, deviations)
+        matrix, weights, deviations = self._terms(updates)
         self._deviations |= dict(zip(updates.clients, deviations.float(), strict=True))
-        return self.combine(updates, self._matrix(updates, weights), per_client={"self_weight": weights})
+        return self.combine(updates, matrix, per_client={"self_weight": weights})
 
     def state_dict(self) -> dict[str, Any]:
         """The sketches of the clients' last deviations."""
@@ -61,24 +67,31 @@ class Persistence(AggregationCallback):
         """Take them back."""
         self._deviations = {int(client): _unpack(text) for client, text in state.items()}
 
-    def _deviations_of(self, updates: Updates) -> Tensor:
-        """(P1), sketched, ``[N, buckets]``."""
+    def _terms(self, updates: Updates) -> tuple[Tensor, Tensor, Tensor]:
+        """(P3) ``[N, N]``, (P2) ``[N]`` and (P1), sketched, ``[N, buckets]``, all float64."""
         sketches = sketch_updates(updates.end, updates.start)
-        return sketches - self.sample_shares(updates) @ sketches
+        average = self._average(updates, sketches)
+        deviations = sketches - average @ sketches
+        weights = self._self_weights(updates.clients, deviations)
+        return (1 - weights)[:, None] * average + torch.diag(weights), weights, deviations
 
-    def _self_weights(self, updates: Updates, deviations: Tensor) -> Tensor:
-        """(P2), ``[N]`` float64."""
+    def _average(self, updates: Updates, sketches: Tensor) -> Tensor:
+        """q, ``[N, N]``."""
+        count = len(updates.clients)
+        if self.others == "samples":
+            return self.sample_shares(updates).expand(count, -1)
+        if self.others == "equal":
+            return torch.full((count, count), 1 / count, dtype=torch.float64)
+        return mixing.mixing_matrix(mixing.similarity(sketches @ sketches.T), torch.ones(count, dtype=torch.float64))
+
+    def _self_weights(self, clients: Sequence[int], deviations: Tensor) -> Tensor:
+        """(P2), ``[N]``."""
         unknown = torch.zeros(deviations.shape[1])
-        before = torch.stack([self._deviations.get(client, unknown) for client in updates.clients]).double()
+        before = torch.stack([self._deviations.get(client, unknown) for client in clients]).double()
         # A deviation that is rounding alone has no direction.
         noise = 1e-9 * deviations.norm(dim=1).max()
         cosine = F.cosine_similarity(deviations, before, dim=1) * (deviations.norm(dim=1) > noise)
         return cosine.clamp(0, 1) ** self.exponent
-
-    def _matrix(self, updates: Updates, weights: Tensor) -> Tensor:
-        """(P3)."""
-        shared = (1 - weights)[:, None] * self.sample_shares(updates)
-        return shared + torch.diag(weights)
 
 
 def _pack(sketch: Tensor) -> str:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fellrec.aggregation import FedAvg, Persistence
+from fellrec.aggregation import FedAvg, FELLRec, Persistence, Uniform
+from fellrec.aggregation.base import AggregationCallback
 from fellrec.errors import ConfigError
 from fellrec.functional.sketch import sketch_updates
 from fellrec.types import Updates
@@ -32,33 +33,52 @@ def two_rounds() -> tuple[torch.Tensor, torch.Tensor]:
     return first, second
 
 
-def expected_weights(first: torch.Tensor, second: torch.Tensor) -> list[float]:
-    p = SAMPLES.numpy() / SAMPLES.sum().item()
+def average_of(others: str, moves: torch.Tensor) -> np.ndarray:
+    """q, row by row."""
+    samples, values = SAMPLES.numpy(), moves.double().numpy()
+    if others == "similar":
+        lengths = np.linalg.norm(values, axis=1)
+        similarity = (1 + values @ values.T / np.outer(lengths, lengths)) / 2
+        return similarity / similarity.sum(axis=1, keepdims=True)
+    return np.tile(samples / samples.sum() if others == "samples" else np.full(3, 1 / 3), (3, 1))
+
+
+def expected_weights(first: torch.Tensor, second: torch.Tensor, others: str, exponent: float) -> list[float]:
     weights = []
     for c in range(3):
-        now, before = (x.numpy()[c] - p @ x.numpy() for x in (second, first))
-        weights.append(max(0.0, float(now @ before / np.linalg.norm(now) / np.linalg.norm(before))) ** 0.5)
+        now, before = (x.double().numpy()[c] - average_of(others, x)[c] @ x.double().numpy() for x in (second, first))
+        cosine = float(now @ before / np.linalg.norm(now) / np.linalg.norm(before))
+        weights.append(max(0.0, cosine) ** exponent)
     return weights
 
 
-def test_the_first_round_is_fedavg(two_rounds: tuple[torch.Tensor, torch.Tensor]) -> None:
+@pytest.mark.parametrize(
+    ("others", "rule"),
+    [("samples", FedAvg()), ("equal", Uniform()), ("similar", FELLRec(attention=True, heating=False))],
+)
+def test_the_first_round_is_the_average(
+    others: str, rule: AggregationCallback, two_rounds: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     given = updates(two_rounds[0])
-    matrix = Persistence().mixing_matrix(given, 0)
-    torch.testing.assert_close(matrix, FedAvg().mixing_matrix(given, 0), rtol=0, atol=1e-15)
+    matrix = Persistence(others=others).mixing_matrix(given, 0)
+    torch.testing.assert_close(matrix, rule.mixing_matrix(given, 0), rtol=0, atol=1e-6)
 
 
-def test_later_rounds_follow_the_equations(two_rounds: tuple[torch.Tensor, torch.Tensor]) -> None:
+@pytest.mark.parametrize(("others", "exponent"), [("samples", 0.5), ("equal", 1.0), ("similar", 1.0), ("similar", 3.0)])
+def test_later_rounds_follow_the_equations(
+    others: str, exponent: float, two_rounds: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     """25 entries fall into 4,096 buckets, so the sketch is all but exact here: the numbers are those without it."""
     first, second = two_rounds
-    rule = Persistence()
+    rule = Persistence(exponent, others)
     rule.aggregate(updates(first), 0)
     result = rule.aggregate(updates(second), 1)
-    weights = expected_weights(first, second)
-    assert weights[0] > 0.5
+    weights = expected_weights(first, second, others, exponent)
+    assert weights[0] > 0.03
     assert weights[1] == 0
     np.testing.assert_allclose(result.per_client["self_weight"], weights, atol=1e-6)
-    p = SAMPLES.numpy() / SAMPLES.sum().item()
-    mixing = [[(1 - w) * p[n] + w * (c == n) for n in range(3)] for c, w in enumerate(weights)]
+    q = average_of(others, second)
+    mixing = [[(1 - w) * q[c, n] + w * (c == n) for n in range(3)] for c, w in enumerate(weights)]
     np.testing.assert_allclose(result.matrices["mixing"], mixing, atol=1e-6)
     end = updates(second).end["b"].double().numpy()
     np.testing.assert_allclose(result.adapters["b"], np.array(mixing) @ end, atol=1e-5)
@@ -79,11 +99,11 @@ def test_a_client_that_was_absent_is_compared_with_its_own_last_round(
     two_rounds: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     first, second = two_rounds
-    rule = Persistence()
+    rule = Persistence(others="samples")
     rule.aggregate(updates(first), 0)
     rule.aggregate(updates(second[1:], (1, 2)), 1)
     weights = rule.aggregate(updates(second), 2).per_client["self_weight"]
-    assert weights[0].item() == pytest.approx(expected_weights(first, second)[0], abs=1e-6)
+    assert weights[0].item() == pytest.approx(expected_weights(first, second, "samples", 1.0)[0], abs=1e-6)
     newcomer = Persistence()
     newcomer.aggregate(updates(first[1:], (1, 2)), 0)
     assert newcomer.aggregate(updates(second), 1).per_client["self_weight"][0] == 0
@@ -107,6 +127,11 @@ def test_noise_is_averaged_and_what_lasts_is_kept() -> None:
 def test_impossible_exponents_are_refused(exponent: object) -> None:
     with pytest.raises(ConfigError, match="aggregation.exponent is"):
         Persistence(exponent)  # type: ignore[arg-type]
+
+
+def test_an_unknown_average_is_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown aggregation.others 'all'"):
+        Persistence(others="all")
 
 
 def test_sketches_keep_inner_products() -> None:
