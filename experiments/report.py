@@ -97,24 +97,31 @@ def pairs(out: Path, found: dict[str, dict[str, Any]], wanted: list[tuple[str, s
     """Paired over users, each averaged over the seeds first; p is adjusted for all rows (Holm)."""
     rows, p_values = [], []
     for cell, comparison in found.items():
-        for rule, other in wanted:
-            if not {rule, other} <= set(comparison["rules"]):
+        for names in wanted:
+            lines = [line for name in names if (line := _only_line(name, comparison))]
+            if len(lines) < len(names):
                 continue
-            columns = [_per_user(out / cell, name, comparison) for name in (rule, other)]
-            both = pd.concat(columns, axis=1, join="inner", keys=[rule, other]).sort_index()
-            difference = torch.from_numpy((both[rule] - both[other]).to_numpy(copy=True))
+            columns = [_per_user(out / cell, line, comparison) for line in lines]
+            both = pd.concat(columns, axis=1, join="inner", keys=[0, 1]).sort_index()
+            difference = torch.from_numpy((both[0] - both[1]).to_numpy(copy=True))
             interval = bootstrap_intervals(difference[:, None], derive_seed(SEED, "bootstrap", "users"))[0].tolist()
             p_values.append(wilcoxon_p(difference))
             rows.append(
                 {
                     "cell": cell,
-                    "difference": f"{display_name(rule)} − {display_name(other)}",
+                    "difference": " − ".join(display_name(name) for name in names),
                     "pooled": f"{float(difference.mean()):+.4f}",
                     "95 % over users": _interval(*interval),
                 }
             )
     adjusted = holm(torch.tensor(p_values, dtype=torch.float64)).tolist()
     return pd.DataFrame([{**row, "p (Holm)": p_text(p)} for row, p in zip(rows, adjusted, strict=True)])
+
+
+def _only_line(rule: str, comparison: dict[str, Any]) -> str | None:
+    """The line of a rule with whatever settings it has; ``None`` if there is none, or several."""
+    lines = [name for name in comparison["rules"] if name.partition(" ")[0] == rule]
+    return lines[0] if len(lines) == 1 else None
 
 
 def _per_user(folder: Path, rule: str, comparison: dict[str, Any]) -> pd.Series:

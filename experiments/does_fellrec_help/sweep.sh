@@ -20,12 +20,13 @@ study() {
     cell "$name" $common "$@" --run "aggregation=local,fedavg trainer.learning_rate=1e-3,2e-3,4e-3" \
         --run "aggregation=fellrec aggregation.alpha=0.7 trainer.learning_rate=1e-3,2e-3" \
         --run "aggregation=fellrec aggregation.alpha=0.2 trainer.learning_rate=2e-3" \
-        --run "aggregation=persistence aggregation.exponent=0.5 trainer.learning_rate=1e-3,2e-3" \
-        --run "aggregation=persistence aggregation.exponent=1 trainer.learning_rate=2e-3"
+        --run "aggregation=persistence aggregation.exponent=1 trainer.learning_rate=1e-3,2e-3" \
+        --run "aggregation=persistence aggregation.exponent=3 trainer.learning_rate=2e-3"
     seeds=$finals out=$kept
     [ "$fellrec" = echo ] && return
     chosen=$($python "$(dirname "$0")/../chosen.py" "$out/tuning/$name/comparison/comparison.json")
-    eval "cell \"\$name\" \$common \"\$@\" $chosen --run 'aggregation=centralized trainer.learning_rate=1e-3'"
+    others="--run 'aggregation=uniform trainer.learning_rate=2e-3' --run 'aggregation=centralized trainer.learning_rate=1e-3'"
+    eval "cell \"\$name\" \$common \"\$@\" $chosen $others"
 }
 for data in ${DATA:-ml_1m games}; do
     case $data in
@@ -36,4 +37,4 @@ for data in ${DATA:-ml_1m games}; do
             ;;
     esac
 done
-report persistence-fellrec persistence-local fellrec-local
+report fellrec-local fellrec-uniform persistence-local persistence-uniform persistence-fellrec
