@@ -84,7 +84,7 @@ def _row(row: dict[str, Any]) -> dict[str, str]:
             if versus
             else ""
         ),
-        "p": p_text(row["fedavg_holm_p"]).replace("<", "< ") if versus else "",
+        "p": p_text(row["fedavg_holm_p"]) if versus else "",
         "s/run": "" if pd.isna(row["seconds"]) else f"{row['seconds']:.0f}",
     }
 
@@ -138,7 +138,7 @@ def draw(table: pd.DataFrame) -> Figure:
     names = list(dict.fromkeys(learned["cell"]))
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.4 * rows), layout="constrained")
+    figure = Figure(figsize=(4.2 * columns, 5 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for ax in axes[len(names) :]:
@@ -146,15 +146,14 @@ def draw(table: pd.DataFrame) -> Figure:
     for ax, name in zip(axes, names, strict=False):
         some = learned[learned["cell"] == name]
         for number, row in enumerate(some.to_dict("records")):
-            ax.errorbar(row["cv"], row["mean"], yerr=row["sd"], fmt="o", color=f"C{number % 10}", capsize=2)
-            ax.annotate(
-                display_name(row["rule"]), (row["cv"], row["mean"]), (4, 4), textcoords="offset points", fontsize=7
-            )
+            style = {"fmt": "os^"[number // 10 % 3], "color": f"C{number % 10}", "capsize": 2}
+            ax.errorbar(row["cv"], row["mean"], yerr=row["sd"], label=display_name(row["rule"]), **style)
         ax.set_title(name, fontsize=9)
         ax.set_xlabel("coefficient of variation over clients", fontsize=8)
         ax.set_ylabel("NDCG@10, mean over clients", fontsize=8)
         ax.tick_params(labelsize=7)
         ax.margins(0.2)
+        ax.legend(fontsize=6, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     return figure
 
 
