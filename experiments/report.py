@@ -143,9 +143,15 @@ def draw(table: pd.DataFrame) -> Figure:
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for ax in axes[len(names) :]:
         ax.set_axis_off()
+    # A rule has its colour in all cells, whatever settings it has there; where it has several lines, each has one.
+    base = learned["rule"].str.partition(" ")[0]
+    is_only = ~learned.assign(base=base).duplicated(["cell", "base"], keep=False)
+    keys = base.where(is_only, learned["rule"])
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     for ax, name in zip(axes, names, strict=False):
         some = learned[learned["cell"] == name]
-        for number, row in enumerate(some.to_dict("records")):
+        for key, row in zip(keys[some.index], some.to_dict("records"), strict=True):
+            number = numbers[key]
             style = {"fmt": "os^"[number // 10 % 3], "color": f"C{number % 10}", "capsize": 2}
             ax.errorbar(row["cv"], row["mean"], yerr=row["sd"], label=display_name(row["rule"]), **style)
         ax.set_title(name, fontsize=9)
