@@ -19,6 +19,5 @@ for number in 3 5 10 20; do
     clients "kmeans_$number" $((100 / number)) partition.num_clients=$number "$@"
 done
 clients random_5 20 partition=random "$@"
-clients dirichlet_5 20 partition=dirichlet "$@"
 clients per_user 1 partition=per_user data.max_users=130 "$@"
 report

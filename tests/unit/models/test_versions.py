@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -86,9 +87,10 @@ def test_reading_a_file_again_and_again_takes_no_memory(tmp_path: Path) -> None:
     write_tensors(path, {f"layer.{number}": torch.ones(4) for number in range(50)})
     for _ in range(20):
         map_tensors(path)
+    gc.collect()  # what other tests have left open and nobody holds may be closed at any time
     before, open_files = anonymous_bytes(), len(os.listdir("/proc/self/fd"))
     kept = [map_tensors(path) for _ in range(50)]
-    assert len(os.listdir("/proc/self/fd")) == open_files, "a cohort may have more files than a process can have open"
+    assert len(os.listdir("/proc/self/fd")) <= open_files, "a cohort may have more files than a process can have open"
     del kept
     for _ in range(2000):
         map_tensors(path)
