@@ -86,15 +86,15 @@ def test_reading_a_file_again_and_again_takes_no_memory(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     write_tensors(path, {f"layer.{number}": torch.ones(4) for number in range(50)})
     gc.collect()  # what other tests have left open and nobody holds may be closed at any time
-    for _ in range(2000):  # until the allocator has what it needs
+    for _ in range(20):
         map_tensors(path)
     before, open_files = anonymous_bytes(), len(os.listdir("/proc/self/fd"))
     kept = [map_tensors(path) for _ in range(50)]
     assert len(os.listdir("/proc/self/fd")) <= open_files, "a cohort may have more files than a process can have open"
     del kept
-    for _ in range(2000):
+    for _ in range(8000):  # so many that a huge page more or less, 2 MB, does not matter
         map_tensors(path)
-    assert anonymous_bytes() - before < 2000 * 50 * 16, "a quarter of what safetensors' reader keeps"
+    assert anonymous_bytes() - before < 8000 * 50 * 16, "a quarter of what safetensors' reader keeps"
 
 
 def stack(num_clients: int) -> dict[str, torch.Tensor]:
