@@ -18,12 +18,7 @@ from fellrec.configurations import TRAINING
 
 def options(comparison: dict[str, Any]) -> list[str]:
     """For each learned rule, ``--run`` and its overrides: those of its best line on the validation holdout."""
-    best: dict[str, tuple[float, str]] = {}
-    for name, line in comparison["rules"].items():
-        if line["kind"] == "learned":
-            rule = name.partition(" ")[0]
-            best[rule] = max(best.get(rule, (-1.0, "")), (line["validation"], name))
-    return [word for _, name in best.values() for word in ("--run", overrides(name))]
+    return [word for line in comparison["chosen_on_validation"].values() for word in ("--run", overrides(line))]
 
 
 def overrides(line: str) -> str:

@@ -164,19 +164,21 @@ class Comparison:
 
     @property
     def chosen(self) -> dict[str, str]:
-        """Where a rule has several lines, the one that is best on the validation holdout: rule without settings → line.
+        """Of each learned rule the line that is best on the validation holdout: rule without settings → line.
 
         That is how settings are tuned; the test holdout has no say.
         """
-        lines: dict[str, list[str]] = {}
+        best: dict[str, tuple[float, str]] = {}
         for line in self.rules("learned"):
-            if self.validation(line) is not None:
-                lines.setdefault(_base(line), []).append(line)
-        return {
-            base: max(several, key=lambda line: self.validation(line) or 0.0)
-            for base, several in lines.items()
-            if len(several) > 1
-        }
+            value = self.validation(line)
+            if value is not None and value > best.get(_base(line), (-math.inf, ""))[0]:
+                best[_base(line)] = (value, line)
+        return {base: line for base, (_, line) in best.items()}
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether there is something to choose: a rule with several lines."""
+        return bool(self.chosen) and any(self.only_line(base) is None for base in self.chosen)
 
     def of_rule(self, rule: str) -> list[RuleResult]:
         """The results of one line, one per seed."""

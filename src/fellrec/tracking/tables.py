@@ -60,7 +60,7 @@ def comparison_frame(comparison: Comparison, cutoff: int) -> pd.DataFrame:
                 {
                     "kind": kind,
                     "rule": display_name(rule),
-                    **({"val": _optional(comparison.validation(rule))} if comparison.chosen else {}),
+                    **({"val": _optional(comparison.validation(rule))} if comparison.is_tuned else {}),
                     f"NDCG@{cutoff}": _figure(comparison, rule, f"{ndcg}/mean"),
                     "pooled": _figure(comparison, rule, f"{ndcg}/pooled"),
                     f"Recall@{cutoff}": _figure(comparison, rule, f"{recall}/mean"),
@@ -125,7 +125,7 @@ def _table(comparison: Comparison, frame: pd.DataFrame, cutoff: int, is_stacked:
 
 def _chosen_text(comparison: Comparison) -> str:
     """Which settings a tuned rule would have; empty if nothing is tuned."""
-    if not comparison.chosen:
+    if not comparison.is_tuned:
         return ""
     chosen = ", ".join(display_name(line) for line in comparison.chosen.values())
     return f" val: what selection looked at, on the validation holdout; best there: {chosen}."
