@@ -6,7 +6,7 @@ A tiny backbone (2 layers, hidden size 64) trains on random histories of ten ite
 titles, with `objective=retrieval`: ROWS rows with ten targets each, on one thread. Every figure is of a process of its
 own, which takes one step (loss, gradients, AdamW), and then the one that counts: its seconds, and the highest resident
 memory above that before it, as Linux counts both. The backbone's part does not depend on the catalogue; the items' own
-vectors, [I, D], grow with it in all cases.
+vectors, [I, D], grow with it where all items are taken, at once or in chunks; of a sample, only its items have any.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "all items": {},
     "chunk_items=2048": {"chunk_items": 2048},
     "num_negatives=2048": {"num_negatives": 2048},
+    "num_negatives=2048, two towers": {"num_negatives": 2048, "item_encoder": "encoded"},
 }
 HISTORY = 10
 

@@ -35,6 +35,7 @@ from fellrec.federated.memory import peak_bytes
 from fellrec.functional.cost import human_bytes, training_flops
 from fellrec.launch.plan import Planner
 from fellrec.launch.shape import find_config, read_config
+from fellrec.models.module import drawn
 from fellrec.models.tiny import build_tokenizer
 
 SHAPE = "llama_2_7b"
@@ -172,7 +173,7 @@ def _tokens(loop: FederatedLoop, round_index: int) -> int:
         for client in loop.cohort(round_index)
         for batches in loop.trainer.steps(client, loop.data_of(client), round_index)
         for batch in batches
-        for ids in objective.inputs(batch)
+        for ids in objective.inputs(drawn(objective, batch, loop.module.model.streams))
     )
 
 

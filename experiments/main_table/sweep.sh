@@ -8,7 +8,7 @@ set -eu
 out=$1 ml_1m=$2 games=$3
 shift 3
 . "$(dirname "$0")/../common.sh"
-rules=${RULES:-local,fedavg,uniform,fellrec,centralized}
+rules=${RULES:-local,fedavg,uniform,fellrec,persistence,centralized}
 tiny="backbone.num_layers=2 backbone.pretrain.steps=150"
 
 source_of() {
@@ -20,15 +20,15 @@ source_of() {
 }
 settings_of() {
     case $1 in
-        retrieval) echo "objective=retrieval trainer.batch_size=32 trainer.max_local_steps=30" ;;
-        generative) echo "objective=generative ranker=constrained ranker.num_beams=10 data.max_users=1000 trainer.max_local_steps=20" ;;
+        retrieval) echo "objective=retrieval objective.num_negatives=1024 trainer.batch_size=32 trainer.max_local_steps=30" ;;
+        generative) echo "objective=generative ranker=constrained ranker.num_beams=10 data.max_users=1000 trainer.batch_size=32 trainer.max_local_steps=20" ;;
     esac
 }
 # shellcheck disable=SC2046,SC2086  # several overrides
 for family in ${FAMILIES:-retrieval generative}; do
     for data in ${DATA:-ml_1m games micro_lens_shaped}; do
         cell "${data}_$family" ${BACKBONE:-$tiny} $(source_of "$data") $(settings_of "$family") data.max_history=5 \
-            trainer.precision=bf16-mixed trainer.num_rounds=6 trainer.evaluate_every=3 "aggregation=$rules" "$@"
+            trainer.num_rounds=6 trainer.evaluate_every=3 "aggregation=$rules" "$@"
     done
 done
-report fellrec-local fellrec-uniform
+report fellrec-local fellrec-uniform persistence-fellrec

@@ -28,7 +28,7 @@ from fellrec.federated.slot import AdapterSlot, clip_factor
 from fellrec.federated.state import RunState
 from fellrec.federated.transport import ServerLink
 from fellrec.functional.packing import Packed, pack, unpack
-from fellrec.models.module import FellrecModule
+from fellrec.models.module import FellrecModule, drawn
 from fellrec.models.streams import StreamPosition, training_seed
 from fellrec.models.swap import ParameterSwap
 from fellrec.types import ClientUpdate
@@ -209,6 +209,8 @@ class PipelinedTrainer:
             Sum of the loss over the micro-batch's targets, and the norms of the body's gradients if ``is_last``.
         """
         client, round_index, ticket = where
+        with self.module.model.streams.using(slot.streams):
+            batch = drawn(self.module.objective, batch, self.module.model.streams)
         heads = self._heads(slot, batch)
         packed = tuple(pack(head, self.settings.hidden_dtype) for head in heads)
         needs_gradient = self._trains_head

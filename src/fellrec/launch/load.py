@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+import torch
 from torch import Tensor
 
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.federated.client import LocalSettings
 from fellrec.functional.cost import RoundLoad
 from fellrec.functional.rng import derive_seed
-from fellrec.models.module import Objective
+from fellrec.models.module import Objective, drawn
+from fellrec.models.streams import LayerStreams, StreamPosition
 
 Batch = dict[str, Tensor]
 
@@ -63,11 +65,11 @@ def count_load(
     for client in looked_at:
         counts = []
         for batch in islice(_batches(datamodule, local, client), min(limit, micro_batches[client])):
-            counts.append(sum(ids.numel() for ids in objective.inputs(batch)))
+            counts.append(_num_tokens(objective, batch))
             if counts[-1] > largest[0]:
                 largest = (counts[-1], batch)
         longest = datamodule.longest_batch(client)
-        if longest is not None and (size := sum(ids.numel() for ids in objective.inputs(longest))) > largest[0]:
+        if longest is not None and (size := _num_tokens(objective, longest)) > largest[0]:
             largest = (size, longest)
         tokens_seen, num_seen = tokens_seen + sum(counts), num_seen + len(counts)
         per_client.append(micro_batches[client] * sum(counts) / len(counts) if counts else 0.0)
@@ -103,6 +105,13 @@ def count_work(num_batches: int, local: LocalSettings) -> tuple[int, int]:
         steps = min(steps, local.max_local_steps)
     epochs, left = divmod(steps, in_epoch) if in_epoch else (0, 0)
     return steps, epochs * num_batches + left * together
+
+
+def _num_tokens(objective: Objective, batch: Batch) -> int:
+    """Padded tokens that go through the model, with a sample of items like those of the training."""
+    streams = LayerStreams({})
+    with torch.random.fork_rng(devices=[]), streams.using(StreamPosition(0)):
+        return sum(ids.numel() for ids in objective.inputs(drawn(objective, batch, streams)))
 
 
 def _batches(datamodule: FellrecDataModule, local: LocalSettings, client: int) -> Iterator[Batch]:

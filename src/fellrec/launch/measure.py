@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fellrec.functional.cost import PartCost
 from fellrec.models.adapters import AdapterKind
 from fellrec.models.cut import PARTS
-from fellrec.models.module import Objective, PreparesSteps
+from fellrec.models.module import Objective, PreparesSteps, drawn
 from fellrec.models.split import SplitModel
 from fellrec.models.streams import StreamPosition
 
@@ -96,6 +96,8 @@ def trace(model: SplitModel, objective: Objective, batch: Mapping[str, Tensor]) 
         batch: One micro-batch.
     """
     device = next(model.model.parameters()).device
+    with torch.random.fork_rng(devices=[]), model.streams.using(StreamPosition(0)):
+        batch = drawn(objective, dict(batch), model.streams)  # numbers, which a model without weights has none of
     on_device = {name: tensor.to(device) for name, tensor in batch.items()}
     traces: dict[str, Trace] = defaultdict(Trace)
     fixed = {StorageWeakRef(tensor.untyped_storage()) for tensor in _fixed_tensors(model.model)}

@@ -16,6 +16,7 @@ from fellrec.functional.first_items import first_items
 from fellrec.functional.ranking import target_ranks
 from fellrec.metrics.clients import ClientRankingMetrics
 from fellrec.models.split import SplitModel
+from fellrec.models.streams import LayerStreams
 from fellrec.types import Evaluation
 
 
@@ -56,6 +57,19 @@ class PreparesSteps(Protocol):
 
     def prepare_step(self, model: SplitModel, round_index: int, step: int) -> None:
         """Called before every optimiser step of a client's round, both counted from 0, in the client's streams."""
+
+
+@runtime_checkable
+class DrawsForBatches(Protocol):
+    """What an objective provides beside `Objective` if a loss depends on more random numbers than dropout's."""
+
+    def draw(self, batch: dict[str, Tensor], streams: LayerStreams) -> dict[str, Tensor]:
+        """The batch with what was drawn for it, such as a sample of items; ``loss`` does it by itself."""
+
+
+def drawn(objective: Objective, batch: dict[str, Tensor], streams: LayerStreams) -> dict[str, Tensor]:
+    """The batch as ``inputs`` and ``loss_of`` want it; to be called once, in the client's streams."""
+    return objective.draw(batch, streams) if isinstance(objective, DrawsForBatches) else batch
 
 
 class Ranker(Protocol):

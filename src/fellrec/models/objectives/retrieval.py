@@ -16,6 +16,7 @@ from fellrec.models.objectives.direction import reading
 from fellrec.models.objectives.item_table import EVERY_STEP, ItemTable
 from fellrec.models.objectives.softmax import CatalogueSoftmax
 from fellrec.models.split import SplitModel
+from fellrec.models.streams import LayerStreams
 
 ITEM_ENCODERS = ("tokens", "encoded")
 SIMILARITIES = ("cosine", "dot")
@@ -111,6 +112,7 @@ class RetrievalObjective:
         self.history_text = TokenizedTexts(tokenizer, lines, max_title_tokens)
         items, before = catalogue.texts(item_fields, text), self.prefix if self._pools_items else []
         self.item_text = TokenizedTexts(tokenizer, items, max_title_tokens, prefix=before)
+        self._all_texts = self._texts(torch.arange(len(catalogue)))
         self.max_tokens = int(self.history_text.lengths.max()) * max_history + len(self.prefix)
 
     def check(self, model: SplitModel) -> None:
@@ -189,6 +191,32 @@ class RetrievalObjective:
         """Called before a client's optimiser step ``step`` of a round (both from 0): item vectors that are kept."""
         self.table.prepare(model, round_index, step, self.item_vectors)
 
+    def draw(self, batch: dict[str, Tensor], streams: LayerStreams) -> dict[str, Tensor]:
+        """The batch with its sample of items, see ``CatalogueSoftmax.draw``, and these items' texts."""
+        sample = self.softmax.draw(batch["targets"], streams)
+        return {**batch, **sample, **self._texts(sample["items"])} if sample else batch
+
+    def _texts(self, items_N: Tensor) -> dict[str, Tensor]:
+        """What the items' vectors are made from, on the items' device.
+
+        Returns:
+            ``item_tokens``, one text after the other, and where each begins, ``item_offsets [N]``; with two towers
+            ``item_ids [N, L]`` as the model takes them, and ``item_inside [N, L]``, true for tokens.
+        """
+        text, places = self.item_text, items_N.cpu()
+        tokens, inside, lengths = text.tokens[places], text.inside[places], text.lengths[places]
+        if self.item_encoder == "tokens":
+            made = {"item_tokens": tokens[inside], "item_offsets": lengths.cumsum(0) - lengths}
+        else:
+            made = {"item_ids": self._marked(tokens, inside), "item_inside": inside}
+        return {name: tensor.to(items_N.device) for name, tensor in made.items()}
+
+    def _texts_for(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The texts of the items that were drawn for a batch; of all, if none were."""
+        if "items" in batch:
+            return batch
+        return {name: tensor.to(batch["input_ids"].device) for name, tensor in self._all_texts.items()}
+
     def inputs(self, batch: dict[str, Tensor]) -> list[Tensor]:
         """Token ids that go through the whole model: the histories, and with two towers the items' texts.
 
@@ -196,47 +224,40 @@ class RetrievalObjective:
         """
         if self.item_encoder == "tokens" or self.table.is_always_used:
             return [batch["input_ids"]]
-        return [batch["input_ids"], self._item_tokens(batch["input_ids"])]
-
-    def _item_tokens(self, like: Tensor) -> Tensor:
-        return self._item_ids.to(like.device)
+        return [batch["input_ids"], self._texts_for(batch)["item_ids"]]
 
     def loss(self, model: SplitModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """Sum of the negative log-likelihood over the batch's targets, and their number."""
+        batch = self.draw(batch, model.streams)
         inputs = self.inputs(batch)
         if self.table.vectors(model) is not None:
             inputs = inputs[:1]
         elif self.table.is_always_used:  # outside of rounds, as Lightning's trainer is, nothing was kept
-            inputs.append(self._item_tokens(batch["input_ids"]))
+            inputs.append(self._texts_for(batch)["item_ids"])
         return self.loss_of(model, [model(ids) for ids in inputs], batch)
 
     def loss_of(self, model: SplitModel, hidden: list[Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """The loss for the final hidden states ``[B, L, D]`` of ``inputs``; only the embedding is used of the model."""
         query_TD = self._scaled(self._read(hidden[0], batch["rows"], batch["columns"]))
-        items_ID = self.table.vectors(model)
-        if items_ID is None:
-            made = (
-                self._mean_embeddings(model)
-                if self.item_encoder == "tokens"
-                else self._item_vectors(hidden[1], self.item_text.inside)
-            )
-            items_ID = self._scaled(made)
-        total = self.softmax.loss(query_TD / self.temperature, items_ID, batch["targets"], model.streams)
+        kept_ID = self.table.vectors(model)
+        if kept_ID is not None:
+            items_ND = kept_ID[batch["items"]] if "items" in batch else kept_ID
+        elif self.item_encoder == "tokens":
+            items_ND = self._scaled(_mean_embeddings(model, self._texts_for(batch)))
+        else:
+            items_ND = self._scaled(self._item_vectors(hidden[1], self._texts_for(batch)["item_inside"]))
+        total = self.softmax.loss(query_TD / self.temperature, items_ND, batch["targets"], batch)
         return total, len(batch["targets"])
 
     def item_vectors(self, model: SplitModel) -> Tensor:
         """Vectors of all items, ``[I, D]`` float32, differentiable; of length 1 with the cosine similarity."""
+        device = model.model.get_input_embeddings().weight.device
+        texts = {name: tensor.to(device) for name, tensor in self._all_texts.items()}
         if self.item_encoder == "tokens":
-            return self._scaled(self._mean_embeddings(model))
-        tokens = self._item_ids.to(model.model.get_input_embeddings().weight.device)
-        inside = self.item_text.inside
-        size = self.softmax.chunk_items or len(tokens)
-        chunks = zip(tokens.split(size), inside.split(size), strict=True)
+            return self._scaled(_mean_embeddings(model, texts))
+        size = self.softmax.chunk_items or len(self.item_text.lengths)
+        chunks = zip(texts["item_ids"].split(size), texts["item_inside"].split(size), strict=True)
         return self._scaled(torch.cat([self._item_vectors(model(some), which) for some, which in chunks]))
-
-    @property
-    def _item_ids(self) -> Tensor:
-        return self._marked(self.item_text.tokens, self.item_text.inside)
 
     def _read(self, hidden_BLD: Tensor, rows_T: Tensor, columns_T: Tensor) -> Tensor:
         """The vectors ``[T, D]`` of the histories that end at these places; no token after them counts."""
@@ -246,13 +267,6 @@ class RetrievalObjective:
 
     def _scaled(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1) if self.similarity == "cosine" else vectors
-
-    def _mean_embeddings(self, model: SplitModel) -> Tensor:
-        weight = model.model.get_input_embeddings().weight
-        text = self.item_text
-        flat = text.tokens[text.inside].to(weight.device)
-        offsets = (text.lengths.cumsum(0) - text.lengths).to(weight.device)
-        return F.embedding_bag(flat, weight.float(), offsets, mode="mean")
 
     def _item_vectors(self, hidden_ILD: Tensor, inside_IL: Tensor) -> Tensor:
         is_first = self._pools_items and self.pooling == "first"
@@ -270,6 +284,11 @@ class RetrievalObjective:
         hidden_BLD = model(ids.to(device))
         last = ends[:, -1].to(device)  # the end of the last title: padding adds nothing
         return self._scaled(self._read(hidden_BLD, torch.arange(len(last), device=device), last))
+
+
+def _mean_embeddings(model: SplitModel, texts: dict[str, Tensor]) -> Tensor:
+    weight = model.model.get_input_embeddings().weight
+    return F.embedding_bag(texts["item_tokens"], weight.float(), texts["item_offsets"], mode="mean")
 
 
 def _mean(hidden_BLD: Tensor, inside_BL: Tensor) -> Tensor:

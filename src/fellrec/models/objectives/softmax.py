@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -63,21 +63,38 @@ class CatalogueSoftmax:
         self._cumulative_I = (weights_I / weights_I.sum()).cumsum(0)
         self._expected_I = num_negatives * weights_I / weights_I.sum()
 
-    def loss(self, query_TD: Tensor, items_ID: Tensor, targets_T: Tensor, streams: LayerStreams) -> Tensor:
+    def draw(self, targets_T: Tensor, streams: LayerStreams) -> dict[str, Tensor]:
+        """Draw the sample for one loss; nothing, if all items are taken.
+
+        Args:
+            targets_T: ``[T]`` int64.
+            streams: Random numbers of the client that is being trained; a sample depends on the seed, the client, the
+                round and the number of the batch in it.
+
+        Returns:
+            The distinct items that the loss is about, ``items [N]``, N at most T + S, and where targets and sample are
+            among them, ``target_places [T]`` and ``sample_places [S]``; all int64.
+        """
+        if self.num_negatives is None:
+            return {}
+        streams.enter(OF_LOSS)
+        sampled_S = draw_items(self._cumulative_I, self.num_negatives).to(targets_T.device)
+        items_N, places = torch.cat([targets_T, sampled_S]).unique(return_inverse=True)
+        target_places, sample_places = places.split([len(targets_T), len(sampled_S)])
+        return {"items": items_N, "target_places": target_places, "sample_places": sample_places}
+
+    def loss(self, query_TD: Tensor, items_ND: Tensor, targets_T: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
         """Sum over the targets of the negative log-likelihood.
 
         Args:
             query_TD: ``[T, D]``, divided by the temperature.
-            items_ID: ``[I, D]``.
+            items_ND: ``[N, D]``, of the items that were drawn, or of all.
             targets_T: ``[T]`` int64.
-            streams: Random numbers of the client that is being trained; a sample depends on the seed, the client, the
-                round and the number of the batch in it.
+            drawn: From `draw`.
         """
         if self.num_negatives is not None:
-            streams.enter(OF_LOSS)
-            sampled_S = draw_items(self._cumulative_I, self.num_negatives).to(targets_T.device)
-            expected_I = self._expected_I.to(targets_T.device)
-            return sampled_cross_entropy(query_TD, items_ID, targets_T, sampled_S, expected_I)
+            expected_N = self._expected_I.to(targets_T.device)[drawn["items"]]
+            return sampled_cross_entropy(query_TD, items_ND, drawn["target_places"], drawn["sample_places"], expected_N)
         if self.chunk_items is not None:
-            return chunked_cross_entropy(query_TD, items_ID, targets_T, self.chunk_items)
-        return F.cross_entropy(query_TD @ items_ID.T, targets_T, reduction="sum")
+            return chunked_cross_entropy(query_TD, items_ND, targets_T, self.chunk_items)
+        return F.cross_entropy(query_TD @ items_ND.T, targets_T, reduction="sum")

@@ -18,6 +18,7 @@ from fellrec.functional.softmax import chunked_cross_entropy, draw_items, sample
 from fellrec.models.backbone import Backbone
 from fellrec.models.objectives.retrieval import RetrievalObjective
 from fellrec.models.split import SplitModel
+from fellrec.models.streams import StreamPosition
 from fellrec.models.tiny import build_tiny
 
 TITLES = ("Alien", "Heat (1995)", "Amélie", "M")
@@ -131,6 +132,31 @@ def test_the_denominator_of_a_sample_is_right_on_average() -> None:
     full = (query @ items.T).double().exp().sum()
     assert abs(estimates.mean() - full) < 4 * estimates.std() / 3000**0.5
     assert estimates.std() > 0
+
+
+@pytest.mark.parametrize("item_encoder", ["tokens", "encoded"])
+def test_vectors_are_made_of_the_drawn_items_alone(tiny: Backbone, model: SplitModel, item_encoder: str) -> None:
+    """Value and gradients are those of the sample's loss with the vectors of all items; two of four are encoded."""
+    settings = {"item_encoder": item_encoder, "num_negatives": 1}
+    objective = RetrievalObjective(tiny.tokenizer, CATALOGUE, 3, **settings)
+    batch = objective.collate(torch.tensor([[0, 1, 2, 3]]), torch.tensor([[False, False, False, True]]))
+    with model.streams.using(StreamPosition(5)):
+        drawn = objective.draw(batch, model.streams)
+    (sampled,) = drawn["items"][drawn["sample_places"]].tolist()
+    assert sampled != 3, "else the loss is 0"
+    assert drawn["items"].tolist() == [sampled, 3]
+    assert [len(ids) for ids in objective.inputs(drawn)] == ([1] if item_encoder == "tokens" else [1, 2])
+    query = objective.queries(model, torch.tensor([[0, 1, 2]])) / 0.05
+    every = objective.item_vectors(model)
+    expected = sampled_cross_entropy(query, every, batch["targets"], torch.tensor([sampled]), torch.full((4,), 0.25))
+    with model.streams.using(StreamPosition(5)):
+        found, count = objective.loss(model, batch)
+    assert count == 1
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    parameters = list(tiny.model.model.parameters())
+    both = (torch.autograd.grad(loss, parameters) for loss in (found, expected))
+    for mine, theirs in zip(*both, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 def trained(overrides: list[str]) -> tuple[dict[str, Any], float]:
