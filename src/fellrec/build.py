@@ -298,6 +298,8 @@ def build_loop(
             gradient_clip=trainer.gradient_clip,
             reset_optimizer=trainer.reset_optimizer,
             warmup_steps=trainer.warmup_steps,
+            learning_rate_decay=trainer.learning_rate_decay,
+            num_rounds=trainer.num_rounds,
             seed=config.seed,
         ),
     )

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fellrec.errors import ConfigError, nearest_first, unknown
 from fellrec.functional.nested import flatten
 from fellrec.functional.packing import PACKINGS
+from fellrec.functional.schedules import DECAYS
 from fellrec.layout import conf_dir, group_choices
 from fellrec.rankers.reference import SHOWN
 
@@ -177,6 +178,7 @@ _RULES = (
     _Rule("trainer.learning_rate", _number(0, open_low=True), "a number above 0"),
     _Rule("trainer.weight_decay", _number(0), "a number of at least 0"),
     _Rule("trainer.warmup_steps", _integer(0), _AT_LEAST_0),
+    _Rule("trainer.learning_rate_decay", _one_of(*DECAYS), ", ".join(DECAYS)),
     _Rule("trainer.gradient_clip", _optional(_number(0, open_low=True)), "a number above 0, or null"),
     _Rule("trainer.reset_optimizer", _one_of(True, False), "true or false"),
     _Rule("trainer.evaluate_every", _integer(1), _AT_LEAST_1),

@@ -25,6 +25,7 @@ TRAINING = (
     "learning_rate",
     "weight_decay",
     "warmup_steps",
+    "learning_rate_decay",
     "gradient_clip",
     "reset_optimizer",
     "patience",

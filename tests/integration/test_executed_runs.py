@@ -95,7 +95,8 @@ class Values(FederatedCallback):
         "",
         "adapter=lora adapter.dropout=0.2",
         "adapter=lora aggregation=fedavg trainer.accumulate_grad_batches=3",
-        "aggregation=local trainer.select=client trainer.warmup_steps=3 trainer.gradient_clip=null",
+        "aggregation=local trainer.select=client trainer.warmup_steps=3 trainer.gradient_clip=null "
+        "trainer.learning_rate_decay=linear",
         "aggregation=centralized adapter=lora",
         "objective.item_encoder=encoded adapter=lora trainer.gradient_clip=0.01",
         "split.head_layers=0 split.tail_layers=2 participation.rate=0.5 trainer.reset_optimizer=true",

@@ -18,7 +18,13 @@ from hypothesis import strategies as st
 
 from fellrec.federated.hooks import HOOKS
 
-RUN = ["trainer.num_rounds=3", "participation.rate=0.6", "trainer.warmup_steps=4", "trainer.batch_size=64"]
+RUN = [
+    "trainer.num_rounds=3",
+    "participation.rate=0.6",
+    "trainer.warmup_steps=4",
+    "trainer.learning_rate_decay=cosine",
+    "trainer.batch_size=64",
+]
 
 
 class Runs:

@@ -15,6 +15,7 @@ from fellrec.data.datamodule import FellrecDataModule
 from fellrec.errors import FellrecError, SplitError, TrainingError
 from fellrec.federated.sharing import BatchSharing
 from fellrec.functional.rng import derive_seed
+from fellrec.functional.schedules import DECAYS
 from fellrec.models.module import FellrecModule, PreparesSteps
 from fellrec.models.streams import OF_LOSS, StreamPosition, training_seed
 from fellrec.types import ClientUpdate
@@ -33,6 +34,9 @@ class LocalSettings:
         gradient_clip: Largest gradient norm, ``None`` for no clipping.
         reset_optimizer: Forget the client's optimiser state at the start of a round.
         warmup_steps: The learning rate rises linearly over the client's first steps, counted over all rounds.
+        learning_rate_decay: How the learning rate falls to 0 over the run's rounds: ``"linear"``, ``"cosine"``, or
+            ``"none"``.
+        num_rounds: Rounds of the run.
         seed: Seed of the run; batch order and dropout depend on (seed, round, client) only.
     """
 
@@ -42,6 +46,8 @@ class LocalSettings:
     gradient_clip: float | None = 1.0
     reset_optimizer: bool = False
     warmup_steps: int = 0
+    learning_rate_decay: str = "none"
+    num_rounds: int = 1
     seed: int = 0
 
 
@@ -136,7 +142,7 @@ class LocalTrainer:
         """Take one round's local steps; gives each one's loss, summed over its targets, and their number."""
         try:
             for step, batches in enumerate(self.steps(client, data_of, round_index)):
-                self._set_learning_rate(first_step + step)
+                self._set_learning_rate(first_step + step, self.progress(round_index, step, data_of))
                 self._prepare_step(round_index, step)
                 yield self._step(batches)
         except SplitError as error:
@@ -157,10 +163,20 @@ class LocalTrainer:
             with self.fabric.autocast():
                 objective.prepare_step(self.module.model, round_index, step)
 
-    def learning_rate(self, step: int) -> float:
-        """The optimiser's step size at a client's ``step``-th step of all rounds, from 0."""
+    def progress(self, round_index: int, step: int, data_of: int | None) -> float:
+        """The share of the run that is over before a step of a round, both from 0; in [0, 1)."""
+        return (round_index + step / self.num_steps(data_of)) / max(self.settings.num_rounds, round_index + 1)
+
+    def learning_rate(self, step: int, progress: float) -> float:
+        """The optimiser's step size.
+
+        Args:
+            step: Of the client in all rounds, from 0.
+            progress: See ``progress``.
+        """
         warmup, full = self.settings.warmup_steps, self.module.optimizer_settings.learning_rate
-        return full * min(1.0, (step + 1) / warmup) if warmup else full
+        risen = min(1.0, (step + 1) / warmup) if warmup else 1.0
+        return full * risen * DECAYS[self.settings.learning_rate_decay](progress)
 
     def _step(self, batches: list[Batch]) -> tuple[float, int]:
         count = sum(len(batch["targets"]) for batch in batches)
@@ -208,9 +224,9 @@ class LocalTrainer:
                     "lower trainer.learning_rate"
                 )
 
-    def _set_learning_rate(self, step: int) -> None:
+    def _set_learning_rate(self, step: int, progress: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
+            group["lr"] = self.learning_rate(step, progress)
 
 
 def diverged(client: int, round_index: int, step: int, loss: float) -> str:

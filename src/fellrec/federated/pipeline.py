@@ -180,7 +180,8 @@ class PipelinedTrainer:
             mean = step_total / count
             if not math.isfinite(mean):
                 raise TrainingError(diverged(client, round_index, steps, mean))
-            learning_rate = self.trainer.learning_rate(state.local_steps[client] + steps)
+            progress = self.trainer.progress(round_index, steps, job.data_of)
+            learning_rate = self.trainer.learning_rate(state.local_steps[client] + steps, progress)
             factor = self._clip_factor(slot, norms)
             slot.step(factor, learning_rate)
             self.link.send(Step(client, round_index, "train", factor, learning_rate))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from lightning import Trainer
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, PolynomialLR
 
 from fellrec.build import Recommender, build_data, build_loop, build_recommender
 from fellrec.callbacks.checkpoint import Checkpoint
@@ -386,9 +388,34 @@ def test_warm_up_raises_the_learning_rate_over_the_clients_own_steps(make: Make)
     loop = make("trainer.warmup_steps=4", "trainer.learning_rate=1e-3")
     rates = []
     for step in (0, 1, 3, 9):
-        loop.trainer._set_learning_rate(step)
+        loop.trainer._set_learning_rate(step, 0.5)
         rates.append(loop.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.25e-3, 0.5e-3, 1e-3, 1e-3])
+
+
+@pytest.mark.parametrize(
+    ("decay", "scheduler"),
+    [
+        ("none", partial(ConstantLR, factor=1)),
+        ("linear", partial(PolynomialLR, total_iters=6)),
+        ("cosine", partial(CosineAnnealingLR, T_max=6)),
+    ],
+)
+def test_the_learning_rate_decays_over_the_rounds(
+    make: Make, decay: str, scheduler: Callable[..., LRScheduler]
+) -> None:
+    """As PyTorch's own schedulers have it, over three rounds of two steps."""
+    loop = make(f"trainer.learning_rate_decay={decay}", "trainer.num_rounds=3", "trainer.max_local_steps=2")
+    schedule = scheduler(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=loop.optimizer.param_groups[0]["lr"]))
+    expected, rates = [], []
+    for _ in range(6):
+        expected += schedule.get_last_lr()
+        schedule.optimizer.step()
+        schedule.step()
+    loop.optimizer.register_step_post_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    for round_index in range(3):
+        loop.train((0,), round_index)
+    assert rates == pytest.approx(expected, rel=1e-6)
 
 
 def test_too_many_adapters_for_the_memory_are_refused(make_anew: Make, monkeypatch: pytest.MonkeyPatch) -> None:
