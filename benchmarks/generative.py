@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fellrec.build import build_data, build_recommender
+from fellrec.assembly import build_data, build_recommender
 from fellrec.config import compose
 from fellrec.data.text import pad_left
 from fellrec.models.split import SplitModel

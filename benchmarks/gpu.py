@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from fellrec.build import build_data, build_loop, build_recommender
+from fellrec.assembly import build_data, build_loop, build_recommender
 from fellrec.config import compose
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.memory import peak_bytes

@@ -67,7 +67,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run one population and say what it took."""
     import torch
 
-    from fellrec.build import build_data, build_loop, build_recommender
+    from fellrec.assembly import build_data, build_loop, build_recommender
     from fellrec.callbacks.checkpoint import Checkpoint
     from fellrec.config import compose
     from fellrec.federated.hooks import FederatedCallback

@@ -21,7 +21,7 @@ from statistics import median
 
 import pandas as pd
 
-from fellrec.build import build_data, build_loop, build_recommender
+from fellrec.assembly import build_data, build_loop, build_recommender
 from fellrec.config import compose
 from fellrec.federated.hooks import FederatedCallback
 from fellrec.federated.loop import FederatedLoop

@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from fellrec.build import Recommender, build_data, build_fabric, build_loop, build_recommender, recommender_key
+from fellrec.assembly import Recommender, build_data, build_fabric, build_loop, build_recommender, recommender_key
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError, FellrecError, SplitError
 from fellrec.facts import differences, facts

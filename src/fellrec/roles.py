@@ -16,7 +16,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElastic
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
-from fellrec.build import (
+from fellrec.assembly import (
     Recommender,
     attach_server,
     build_data,

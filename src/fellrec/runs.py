@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from fellrec.assembly import Recommender, build_loop, frozen_parameters
 from fellrec.atomic import explaining_full_disks
-from fellrec.build import Recommender, build_loop, frozen_parameters
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.callbacks.costs import CostMeter
 from fellrec.callbacks.mlflow_logging import DatasetInput, MLflowLogging

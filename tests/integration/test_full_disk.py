@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fellrec.build import Recommender, build_data, build_loop, build_recommender
+from fellrec.assembly import Recommender, build_data, build_loop, build_recommender
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.config import compose
 from fellrec.errors import StorageError

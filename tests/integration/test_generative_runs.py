@@ -11,7 +11,7 @@ import torch
 from mlflow.tracking import MlflowClient
 
 from fellrec import pretrained
-from fellrec.build import build_data, build_loop, build_recommender
+from fellrec.assembly import build_data, build_loop, build_recommender
 from fellrec.cli import main
 from fellrec.config import compose
 from fellrec.data.prompts import TEMPLATES

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fellrec.build import build_data, build_loop, build_recommender
+from fellrec.assembly import build_data, build_loop, build_recommender
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.config import compose
 from fellrec.federated.execution import SplitExecution

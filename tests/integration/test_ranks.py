@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from fellrec.build import build_data, build_loop, build_recommender
+from fellrec.assembly import build_data, build_loop, build_recommender
 from fellrec.cli import main
 from fellrec.config import read_config
 from fellrec.federated.state import RunState

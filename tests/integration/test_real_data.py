@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fellrec.build import build_data
+from fellrec.assembly import build_data
 from fellrec.commands.prepare import verify
 from fellrec.config import compose
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fellrec.build import over_ranks
+from fellrec.assembly import over_ranks
 from fellrec.config import compose
 from fellrec.errors import ConfigError
 from fellrec.ranked import check_world, num_processes, processes_to_start

@@ -12,8 +12,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from fellrec.aggregation.build import build_aggregation
+from fellrec.assembly import Recommender, build_data, build_loop, build_recommender, recommender_key
 from fellrec.atomic import write_json
-from fellrec.build import Recommender, build_data, build_loop, build_recommender, recommender_key
 from fellrec.configurations import Label, check_comparable, configurations, labels
 from fellrec.data.prepared import PreparedData
 from fellrec.launch.local import other_ranks

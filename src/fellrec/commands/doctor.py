@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from fellrec.build import cache_dir
+from fellrec.assembly import cache_dir
 from fellrec.config import compose
 from fellrec.errors import FellrecError
 from fellrec.launch.reach import check_all_reduce

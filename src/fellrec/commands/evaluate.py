@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from fellrec.build import build_data, build_loop, build_recommender
+from fellrec.assembly import build_data, build_loop, build_recommender
 from fellrec.config import read_config
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError

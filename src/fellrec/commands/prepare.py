@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from fellrec.build import build_data, cache_dir
+from fellrec.assembly import build_data, cache_dir
 from fellrec.config import as_dict, compose
 
 

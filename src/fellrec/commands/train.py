@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from fellrec.aggregation.build import build_aggregation
-from fellrec.build import build_data, build_recommender, over_ranks
+from fellrec.assembly import build_data, build_recommender, over_ranks
 from fellrec.callbacks.preemption import StopSignals
 from fellrec.config import check, compose, expand, read_config, without_launcher
 from fellrec.errors import ConfigError

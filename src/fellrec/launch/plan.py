@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig
 
 from fellrec.aggregation.build import build_aggregation
-from fellrec.build import build_batches, build_data
+from fellrec.assembly import build_batches, build_data
 from fellrec.config import as_dict, make
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.errors import ConfigError

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from fellrec.build import build_loop, build_recommender
+from fellrec.assembly import build_loop, build_recommender
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import TrainingError
 from fellrec.federated.hooks import FederatedCallback

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from fellrec.build import Recommender
+from fellrec.assembly import Recommender
 from fellrec.config import make
 from fellrec.launch.measure import bytes_of_parts
 from fellrec.models.backbone import DTYPES

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fellrec.build import Recommender, build_data, build_loop, build_recommender
+from fellrec.assembly import Recommender, build_data, build_loop, build_recommender
 from fellrec.commands.evaluate import evaluate
 from fellrec.config import compose
 from fellrec.data.datamodule import FellrecDataModule, _Users, evaluated_users

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fellrec.assembly import Recommender, build_data, build_loop, build_recommender
 from fellrec.atomic import read_checked, write_checked
-from fellrec.build import Recommender, build_data, build_loop, build_recommender
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.config import compose
 from fellrec.errors import CheckpointError, TrainingError

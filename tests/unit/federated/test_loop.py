@@ -12,7 +12,7 @@ import torch
 from lightning import Trainer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, PolynomialLR
 
-from fellrec.build import Recommender, build_data, build_loop, build_recommender
+from fellrec.assembly import Recommender, build_data, build_loop, build_recommender
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.config import compose
 from fellrec.errors import ConfigError, TrainingError

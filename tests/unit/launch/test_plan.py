@@ -24,7 +24,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from fellrec.build import build_data, build_loop, build_recommender
+from fellrec.assembly import build_data, build_loop, build_recommender
 from fellrec.cli import main
 from fellrec.commands.plan import plan, print_plans
 from fellrec.config import compose

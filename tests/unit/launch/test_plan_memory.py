@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch.profiler import ProfilerActivity, profile
 
-from fellrec.build import build_data, build_loop, build_recommender
+from fellrec.assembly import build_data, build_loop, build_recommender
 from fellrec.config import compose
 from fellrec.launch.plan import Planner
 

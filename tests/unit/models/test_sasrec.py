@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fellrec.build import Recommender, build_data, build_loop, build_recommender
+from fellrec.assembly import Recommender, build_data, build_loop, build_recommender
 from fellrec.config import compose
 from fellrec.data.schema import Catalogue
 from fellrec.errors import ConfigError, DataError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fellrec.build import build_data, build_recommender
+from fellrec.assembly import build_data, build_recommender
 from fellrec.config import compose
 from fellrec.rankers.similarity import SimilarityRanker
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fellrec.build import build_data
+from fellrec.assembly import build_data
 from fellrec.commands.prepare import verify
 from fellrec.config import compose
 from fellrec.data.readers import MicroLensReader, MicroLensShapedReader

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch.nn import functional as F
 from transformers import AutoModel, BertConfig, LongformerConfig, PreTrainedTokenizerFast, RobertaConfig
 
-from fellrec.build import build_data, build_loop, build_recommender
+from fellrec.assembly import build_data, build_loop, build_recommender
 from fellrec.cli import main
 from fellrec.config import compose
 from fellrec.data.schema import Catalogue

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fellrec.build import build_data, build_loop, build_recommender
+from fellrec.assembly import build_data, build_loop, build_recommender
 from fellrec.config import compose
 from fellrec.data.schema import Catalogue
 from fellrec.errors import ConfigError
