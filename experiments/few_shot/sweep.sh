@@ -10,8 +10,8 @@ tiny="backbone.num_layers=2 backbone.pretrain.steps=150"
 
 # shellcheck disable=SC2086  # several overrides
 for samples in 1024 null; do
-    cell "samples_$samples" ${BACKBONE:-$tiny} data=games "data.root=$games" data.max_users=6000 data.max_history=5 objective.num_negatives=1024 \
-        data.max_train_samples=$samples trainer.batch_size=32 trainer.num_rounds=6 \
+    cell "samples_$samples" ${BACKBONE:-$tiny} data=games "data.root=$games" data.max_users=6000 data.max_history=5 \
+        objective.num_negatives=1024 data.max_train_samples=$samples trainer.batch_size=32 trainer.num_rounds=6 \
         trainer.max_local_steps=30 trainer.evaluate_every=3 references.show=[markov_decay,item_knn,pretrained] \
         "aggregation=${RULES:-local,fedavg,fellrec,centralized}" "$@"
 done

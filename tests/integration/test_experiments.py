@@ -62,8 +62,9 @@ def test_the_sweep_over_depths_and_its_report(tmp_path: Path, tiny_overrides: li
     assert matplotlib.image.imread(out / "split_depth.png").std() > 0.02
 
 
+DATA = ("ml_1m", "games", "micro_lens_shaped")
 SWEEPS = {
-    "main_table": (2, {"ml_1m_retrieval": 5, "ml_1m_generative": 5, "games_retrieval": 5, "games_generative": 5}),
+    "main_table": (2, {f"{data}_{family}": 6 for data in DATA for family in ("retrieval", "generative")}),
     "ablation": (2, {"games": 8, "ml_1m": 8}),
     "alpha_beta": (1, {"games": 11}),
     "clients": (1, {**{f"kmeans_{n}": 3 for n in (3, 5, 10, 20)}, "random_5": 3, "per_user": 3}),
@@ -79,7 +80,7 @@ def composed(name: str, folders: int, out: Path, tools: Path) -> dict[str, list[
     for tool, line in (("say", words), ("choose", python)):
         (tools / tool).write_text(f"#!/bin/sh\n{line}\n")
         (tools / tool).chmod(0o755)
-    own = {"FELLREC": str(tools / "say"), "PYTHON": str(tools / "choose"), "SEEDS": "7", "DATA": "ml_1m games"}
+    own = {"FELLREC": str(tools / "say"), "PYTHON": str(tools / "choose"), "SEEDS": "7", "DATA": " ".join(DATA)}
     script = ROOT / "experiments" / name / "sweep.sh"
     command = ["sh", str(script), str(out), *["somewhere"] * folders, "trainer.weight_decay=0.5"]
     done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, check=True)
