@@ -187,6 +187,7 @@ _RULES = (
     _Rule("trainer.patience", _optional(_integer(1)), f"{_AT_LEAST_1}, or null"),
     _Rule("trainer.select", _one_of("population", "client"), "population or client"),
     _Rule("trainer.cutoffs", _cutoffs, "a list of whole numbers of at least 1, such as [5,10]"),
+    _Rule("trainer.sampled_candidates", _optional(_integer(1)), f"{_AT_LEAST_1}, or null"),
     _Rule("trainer.cold_users_below", _integer(1), _AT_LEAST_1),
     _Rule("trainer.devices", lambda value: value == "auto" or _integer(1)(value), f"{_AT_LEAST_1}, or auto"),
     _Rule("trainer.num_nodes", _integer(1), _AT_LEAST_1),

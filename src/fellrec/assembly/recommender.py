@@ -25,6 +25,7 @@ from fellrec.federated.ledger import Ledger
 from fellrec.federated.sharing import BatchSharing
 from fellrec.federated.transport import Nowhere, ServerLink
 from fellrec.federated.wire import Wire
+from fellrec.functional.candidates import SampledCandidates
 from fellrec.functional.ranking import check_cutoffs
 from fellrec.metrics.clients import ClientRankingMetrics
 from fellrec.models.architectures import decoder_layers
@@ -160,6 +161,7 @@ def build_recommender(config: DictConfig, data: PreparedData) -> Recommender:
         metrics=_metrics(config, data, ranker, cold.groups(data)),
         title_groups=torch.from_numpy(data.catalogue.title_groups),
         optimizer=OptimizerSettings(config.trainer.learning_rate, config.trainer.weight_decay),
+        candidates=_candidates(config),
     )
     initial = copy_adapter(trainable)
     datamodule = _datamodule(config, data, objective)
@@ -271,6 +273,11 @@ def _ranker(config: DictConfig, objective: Objective, data: PreparedData) -> Ran
     return ranker
 
 
+def _candidates(config: DictConfig) -> SampledCandidates | None:
+    num = config.trainer.sampled_candidates
+    return None if num is None else SampledCandidates(num, config.seed)
+
+
 def _metrics(
     config: DictConfig, data: PreparedData, ranker: Ranker, groups: Mapping[str, Mapping[str, Tensor]]
 ) -> ClientRankingMetrics:
@@ -282,6 +289,7 @@ def _metrics(
         reported=reporting.reported if reporting else (),
         num_choices=max(1, len(reporting.choices)) if reporting else 1,
         metric=config.trainer.metric,
+        num_candidates=config.trainer.sampled_candidates,
         # Without replicas the first process collects what the others have.
         sync_on_compute=config.split.transport != "distributed" and not over_ranks(config),
     )

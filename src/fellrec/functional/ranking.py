@@ -54,6 +54,7 @@ def target_ranks(
     masked_rows: Tensor,
     masked_items: Tensor,
     title_groups: Tensor | None = None,
+    candidates: Tensor | None = None,
 ) -> Tensor:
     """Rank of every target among all items that are not masked (METHOD section 5).
 
@@ -72,6 +73,7 @@ def target_ranks(
         masked_rows: ``[M]`` int64 row of each pair to leave out, such as the user's earlier items.
         masked_items: ``[M]`` int64 item of each pair to leave out.
         title_groups: ``[I]`` int64, items with one title share a number; ``None``: all titles differ.
+        candidates: ``[B, I]`` bool, the items beside the targets that are ranked; ``None``: all that are not masked.
 
     Returns:
         ``[T]`` int64 ranks from 0.
@@ -89,7 +91,7 @@ def target_ranks(
         tensor([1])
     """
     _check_scores_and_targets(scores, target_rows, target_items)
-    allowed = torch.ones_like(scores, dtype=torch.bool)
+    allowed = torch.ones_like(scores, dtype=torch.bool) if candidates is None else candidates.clone()
     allowed[masked_rows, masked_items] = False
     allowed[target_rows, target_items] = True
     if title_groups is None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
+from fellrec.functional.candidates import sampled_name
 from fellrec.functional.first_items import FirstItems
 from fellrec.functional.ranking import METRICS, ranking_metrics
 from fellrec.metrics.summary import best_choice, client_means, group_figures, summarise, user_mean
@@ -54,6 +55,7 @@ class ClientRankingMetrics(Metric):
         reported: Names of what a ranker tells of each user beside the ranks; see ``ReportingRanker``.
         num_choices: G, settings that every user is ranked with.
         metric: What a choice is made by; ``None`` is the first of the metrics.
+        num_candidates: N, if targets are ranked among a sample of N items too; ``None`` if not.
         **kwargs: As for ``torchmetrics.Metric``.
     """
 
@@ -76,13 +78,16 @@ class ClientRankingMetrics(Metric):
         reported: Sequence[str] = (),
         num_choices: int = 1,
         metric: str | None = None,
+        num_candidates: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.groups = dict(groups or {})
         self.num_clients = num_clients
         self.cutoffs = tuple(cutoffs)
-        self.names = tuple(f"{name}_at_{cutoff}" for cutoff in self.cutoffs for name in METRICS)
+        full = tuple(f"{name}_at_{cutoff}" for cutoff in self.cutoffs for name in METRICS)
+        sampled = () if num_candidates is None else tuple(sampled_name(name, num_candidates) for name in full)
+        self.names = full + sampled
         self.reported = tuple(reported)
         self.num_choices = num_choices
         self.metric = metric or self.names[0]
@@ -98,6 +103,7 @@ class ClientRankingMetrics(Metric):
         rows: Tensor,
         reported: Tensor | None = None,
         first: Sequence[FirstItems] | None = None,
+        sampled_ranks: Tensor | None = None,
     ) -> None:
         """Add a batch of users.
 
@@ -110,10 +116,11 @@ class ClientRankingMetrics(Metric):
                 left out and not counted.
             reported: ``[B, R]`` float64; ``None`` if the ranks are not those of the ranker that reports.
             first: Their first items by each choice, to be kept; for all batches of an evaluation, or for none.
+            sampled_ranks: As ``ranks``, among the sample; if and only if there is one.
         """
-        of_choices = [ranking_metrics(ranks_T, rows, len(users), self.cutoffs) for ranks_T in torch.atleast_2d(ranks)]
-        of_choices = of_choices if len(of_choices) == self.num_choices else of_choices * self.num_choices
-        values = torch.stack([metrics[name] for metrics in of_choices for name in self.names], dim=1)
+        rankings = [ranks] if sampled_ranks is None else [ranks, sampled_ranks]
+        by_choice = torch.cat([self._of_users(each, rows, len(users)) for each in rankings], dim=2)
+        values = by_choice.expand(-1, self.num_choices, -1).flatten(1)
         evaluated = ~values.isnan().any(dim=1)
         if reported is None:
             reported = values.new_full((len(users), len(self.reported)), torch.nan)
@@ -124,6 +131,11 @@ class ClientRankingMetrics(Metric):
             of_fields = [torch.stack(field, dim=1) for field in zip(*first, strict=True)]
             kept = [field.cpu()[evaluated].flatten() for field in of_fields]
         self.add(*parts, *kept)
+
+    def _of_users(self, ranks: Tensor, rows: Tensor, num_users: int) -> Tensor:
+        """``[B, G, M]`` float64, all metrics by ``ranks``."""
+        of_choices = [ranking_metrics(ranks_T, rows, num_users, self.cutoffs) for ranks_T in torch.atleast_2d(ranks)]
+        return torch.stack([torch.stack(list(metrics.values()), dim=1) for metrics in of_choices], dim=1)
 
     def add(self, *taken: Tensor) -> None:
         """Add what another process's `take` gave."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fellrec.data.guards import check_batch
 from fellrec.errors import ConfigError
+from fellrec.functional.candidates import SampledCandidates
 from fellrec.functional.first_items import first_items
 from fellrec.functional.ranking import target_ranks
 from fellrec.metrics.clients import ClientRankingMetrics
@@ -136,6 +137,7 @@ class FellrecModule(LightningModule):
         metrics: Accumulates every evaluated user's metrics.
         title_groups: ``[I]`` int64; items with the same title share a number.
         optimizer: AdamW's settings.
+        candidates: Draws what targets are ranked among, beside full ranking; ``None`` for full ranking alone.
     """
 
     def __init__(
@@ -147,6 +149,7 @@ class FellrecModule(LightningModule):
         metrics: ClientRankingMetrics,
         title_groups: Tensor,
         optimizer: OptimizerSettings,
+        candidates: SampledCandidates | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -156,6 +159,7 @@ class FellrecModule(LightningModule):
         self.metrics = metrics
         self.title_groups = title_groups
         self.optimizer_settings = optimizer
+        self.candidates = candidates
         self._choice: int | None = None
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int = 0) -> dict[str, Any]:
@@ -209,7 +213,15 @@ class FellrecModule(LightningModule):
         if keep_rankings:
             longest = max(self.metrics.cutoffs)
             first = [first_items(scores_BI, targets, masked, titles, longest) for scores_BI in of_choices]
-        self.metrics.update(batch["users"], batch["clients"], ranks_GT, batch["target_rows"], report, first)
+        sampled_GT = None
+        if self.candidates is not None:
+            allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+            for rows, items in (masked, targets):
+                allowed[rows, items] = False
+            drawn_BI = self.candidates.draw(batch["users"], allowed)
+            sampled = [target_ranks(scores_BI, *targets, *masked, titles, drawn_BI) for scores_BI in of_choices]
+            sampled_GT = torch.stack(sampled)
+        self.metrics.update(batch["users"], batch["clients"], ranks_GT, batch["target_rows"], report, first, sampled_GT)
 
     @property
     def chooses_on_validation(self) -> bool:

@@ -418,6 +418,20 @@ def test_the_learning_rate_decays_over_the_rounds(
     assert rates == pytest.approx(expected, rel=1e-6)
 
 
+def test_sampled_candidates_have_metrics_of_their_own(make: Make, make_anew: Make) -> None:
+    """Among all items they are the full ranking's, among five better; nothing else of an evaluation changes."""
+    full = make().validate(-1).summary
+    for num, compare in ((10_000, torch.equal), (5, lambda sampled, value: bool((sampled > value).all()))):
+        found = make_anew(f"trainer.sampled_candidates={num}").validate(-1)
+        prefix = f"sampled_{num}_"
+        assert {name: value for name, value in found.summary.items() if not name.startswith(prefix)} == full
+        names = [name for name in found.per_client if not name.startswith(prefix)]
+        assert {f"{prefix}{name}" for name in names} | set(names) == set(found.per_client)
+        assert compare(found.per_client[f"{prefix}ndcg_at_10"], found.per_client["ndcg_at_10"])
+    with pytest.raises(ConfigError, match="trainer.metric"):
+        compose(["trainer.sampled_candidates=5", "trainer.metric=sampled_5_ndcg_at_10"])
+
+
 def test_too_many_adapters_for_the_memory_are_refused(make_anew: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sysconf", lambda name: 1)
     with pytest.raises(ConfigError, match=r"3 clients with an adapter of .* MB each need about .* GB of memory"):
