@@ -68,6 +68,7 @@ SWEEPS = {
     "ablation": (2, {"games": 8, "ml_1m": 8}),
     "alpha_beta": (1, {"games": 11}),
     "clients": (1, {**{f"kmeans_{n}": 3 for n in (3, 5, 10, 20)}, "random_5": 3, "per_user": 3}),
+    "markov_bar": (1, {"ml_1m": 1}),
     "few_shot": (1, {"samples_1024": 4, "samples_null": 4}),
 }
 """Of each sweep: how many folders of data it takes, and its cells with their runs for one seed."""

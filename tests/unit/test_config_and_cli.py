@@ -210,6 +210,17 @@ def test_bad_input_gets_one_message_and_leaves_nothing(
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def test_a_cut_that_does_not_fit_is_refused_before_a_backbone_is_pretrained(
+    tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", *tiny_overrides, "split.head_layers=9", f"cache_dir={tmp_path}", f"run_dir={tmp_path / 'run'}"])
+    shown = capsys.readouterr().err
+    assert "do not fit" in shown
+    assert "pre-training" not in shown
+    assert not (tmp_path / "backbones").exists()
+
+
 def test_a_missing_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main(["prepare", "data=ml_1m", "data.root=nowhere", f"cache_dir={tmp_path}"])

@@ -201,6 +201,7 @@ def build_backbone(config: DictConfig, data: PreparedData) -> Backbone:
     settings = as_dict(config.backbone)
     if settings["name"] == "hf":
         return load_hf(settings["path"], dtype=settings["dtype"], client_cut=cut)
+    Cut(split.head_layers, split.tail_layers, settings["num_layers"])  # refused before anything is pre-trained
     shaping = {"backbone": settings, "objective": as_dict(config.objective)}
     cache = cache_dir(config) / "backbones"
     if settings["name"] == "sasrec":
