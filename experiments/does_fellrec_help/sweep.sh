@@ -17,7 +17,7 @@ study() {
     common="$sasrec trainer.evaluate_every=4"
     finals=$seeds kept=$out
     seeds=0 out=$kept/tuning
-    cell "$name" $common "$@" --run "aggregation=local,fedavg trainer.learning_rate=1e-3,2e-3,4e-3" \
+    cell "$name" $common "$@" --run "aggregation=local,fedavg,uniform,centralized trainer.learning_rate=1e-3,2e-3,4e-3" \
         --run "aggregation=fellrec aggregation.alpha=0.7 trainer.learning_rate=1e-3,2e-3" \
         --run "aggregation=fellrec aggregation.alpha=0.2 trainer.learning_rate=2e-3" \
         --run "aggregation=persistence aggregation.exponent=1 trainer.learning_rate=1e-3,2e-3" \
@@ -25,8 +25,7 @@ study() {
     seeds=$finals out=$kept
     [ "$fellrec" = echo ] && return
     chosen=$($python "$(dirname "$0")/../chosen.py" "$out/tuning/$name/comparison/comparison.json")
-    others="--run 'aggregation=uniform trainer.learning_rate=2e-3' --run 'aggregation=centralized trainer.learning_rate=1e-3'"
-    eval "cell \"\$name\" \$common \"\$@\" $chosen $others"
+    eval "cell \"\$name\" \$common \"\$@\" $chosen"
 }
 for data in ${DATA:-ml_1m games}; do
     case $data in

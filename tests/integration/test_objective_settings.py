@@ -25,6 +25,8 @@ SHORT = "data.max_users=40 data.max_history=3 trainer.batch_size=8 trainer.max_l
 SETTINGS = {
     "sampled, newest first": "objective.num_negatives=20 objective.negatives=popularity objective.order=newest_first "
     "adapter=lora adapter.dropout=0.2",
+    "sampled, two towers": "objective.num_negatives=20 objective.item_encoder=encoded adapter=lora adapter.dropout=0.2 "
+    "trainer.accumulate_grad_batches=2 trainer.batch_size=4",
     "chunked": "objective.chunk_items=7 objective.item_encoder=encoded adapter=lora adapter.dropout=0.2",
     "kept": "objective.item_encoder=encoded objective.refresh_items=2 objective.num_negatives=20",
     "frozen": "objective.item_encoder=encoded objective.freeze_items_after=1 objective.chunk_items=7",
