@@ -20,7 +20,6 @@ source_of() {
 }
 settings_of() {
     case $1_$2 in
-        retrieval_ml_1m) echo "objective=retrieval data.max_history=10 trainer.max_local_steps=30" ;;
         retrieval_micro_lens_shaped) echo "objective=retrieval trainer.max_local_steps=30" ;; # it has 600 items
         retrieval_*) echo "objective=retrieval objective.num_negatives=1024 trainer.max_local_steps=30" ;;
         generative_*) echo "objective=generative ranker=constrained ranker.num_beams=10 data.max_users=1000 trainer.max_local_steps=20" ;;
@@ -29,7 +28,7 @@ settings_of() {
 # shellcheck disable=SC2046,SC2086  # several overrides
 for family in ${FAMILIES:-retrieval generative}; do
     for data in ${DATA:-ml_1m games micro_lens_shaped}; do
-        cell "${data}_$family" ${BACKBONE:-$tiny} data.max_history=5 $(source_of "$data") $(settings_of "$family" "$data") \
+        cell "${data}_$family" ${BACKBONE:-$tiny} $(source_of "$data") $(settings_of "$family" "$data") data.max_history=5 \
             trainer.batch_size=32 trainer.num_rounds=6 trainer.evaluate_every=3 "aggregation=$rules" "$@"
     done
 done

@@ -239,7 +239,7 @@ LAYERS = [
     ("aggregation", "callbacks", "tracking"),
     ("config",),
     ("pretrained", "records", "rankings", "facts"),
-    ("build",),
+    ("assembly",),
     ("launch",),
     ("runs", "roles", "ranked", "configurations"),
     ("commands",),
