@@ -78,7 +78,9 @@ def _row(row: dict[str, Any]) -> dict[str, str]:
         "CV": f"{row['cv']:.2f}",
         "worst": f"{row['worst']:.4f}",
         "pooled": f"{row['pooled']:.4f}",
-        "to FedAvg": f"{row['fedavg_client_change_percent']:+.0f} %" if versus else "",
+        "to FedAvg": f"{row['fedavg_client_change_percent']:+.0f} %"
+        if pd.notna(row["fedavg_client_change_percent"])
+        else "",
         "pooled difference to FedAvg": (
             f"{row['fedavg_user_difference']:+.4f} {_interval(row['fedavg_user_low'], row['fedavg_user_high'])}"
             if versus
