@@ -139,3 +139,19 @@ def test_a_directory_in_use_is_refused(whole: Path, capsys: pytest.CaptureFixtur
     assert [name for name in sorted(path.name for path in whole.iterdir()) if ".lock" not in name] == [
         name for name in before if ".lock" not in name
     ]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_that_a_finaliser_drops_counts_at_the_next_safe_point() -> None:
+    class Finalised:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    with StopSignals() as signals:
+        signals.stop_at("before")
+        Finalised()
+        with pytest.raises(KeyboardInterrupt):
+            signals.stop_at("after round 3")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(KeyboardInterrupt), StopSignals():
+        signal.raise_signal(signal.SIGINT)

@@ -30,6 +30,9 @@ class StopSignals:
     run ends wherever it is, as after Ctrl-C, and the newest checkpoint counts. SIGUSR1 is SLURM's warning before a time
     limit or pre-emption and allows ``FELLREC_GRACE_SECONDS``; SIGTERM comes shortly before SIGKILL.
 
+    Ctrl-C ends the run wherever it is. Where it strikes in a finaliser, Python drops the exception; then it is raised
+    again at the next safe point.
+
     Attributes:
         received: The first signal; ``None`` before.
     """
@@ -37,6 +40,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._before: dict[int, Any] = {}
+        self._is_interrupted = False
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
@@ -46,6 +50,8 @@ class StopSignals:
                 (signal.SIGALRM, self._on_timer),
             ):
                 self._before[number] = signal.signal(number, handler)
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_interrupt)
         return self
 
     def __exit__(
@@ -65,6 +71,8 @@ class StopSignals:
         Raises:
             Preempted: See above.
         """
+        if self._is_interrupted:
+            raise KeyboardInterrupt
         if self.received is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
             raise self._preempted(where)
@@ -81,6 +89,10 @@ class StopSignals:
         seconds = _grace() if self.received is signal.SIGUSR1 else _TERM_SECONDS
         if seconds is not None:
             signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._is_interrupted = True
+        raise KeyboardInterrupt
 
     def _on_timer(self, number: int, frame: FrameType | None) -> None:
         raise self._preempted("before its next safe point")
