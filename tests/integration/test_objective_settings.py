@@ -32,6 +32,8 @@ SETTINGS = {
     "frozen": "objective.item_encoder=encoded objective.freeze_items_after=1 objective.chunk_items=7",
     "generative": "objective=generative adapter=lora adapter.dropout=0.2 trainer.cutoffs=[5,10] ranker=grounding "
     "ranker.num_beams=2 ranker.max_new_tokens=5 ranker.reweight=popularity",
+    "every title, among the catalogue's": "objective=generative objective.one_target_per_row=false "
+    "objective.softmax=catalogue adapter=lora adapter.dropout=0.2 ranker=constrained ranker.num_beams=5",
 }
 KEPT = ("kept", "frozen")
 """They need the whole model; that the cut refuses them is tested with the objective."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fellrec.errors import SplitError, TrainingError
 from fellrec.functional.rng import derive_seed
 
-_OF_TARGETS = ("rows", "columns", "targets")
+_OF_TARGETS = ("rows", "columns", "targets", "nodes")
 """Entries of a batch with one element per target; all others have one row per training row."""
 
 
@@ -95,7 +95,8 @@ def take_rows(batch: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
     """Some rows of a batch, with the targets in them.
 
     Args:
-        batch: What an objective's ``collate`` makes: ``rows``, ``columns`` and ``targets [T]``, all else ``[B, …]``.
+        batch: What an objective's ``collate`` makes: ``rows``, ``columns``, ``targets`` and ``nodes [T]``, all
+            else ``[B, …]``.
         rows: ``[b]`` int64, ascending.
 
     Example:

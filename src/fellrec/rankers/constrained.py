@@ -128,9 +128,9 @@ class ConstrainedRanker:
         node, logp = torch.zeros_like(user), torch.zeros_like(bound)
         cache, tokens = model.new_cache(), ids
         while len(node):
-            next_logp_nV = self._next(model, cache, tokens, mask)
+            next_nV = self._next(model, cache, tokens, mask)
             parent, child = trie.children(node)
-            extended, owner = logp[parent] + next_logp_nV[parent, trie.token[child]], user[parent]
+            extended, owner = logp[parent] + self.objective.continuations(trie, node, next_nV), user[parent]
             ends = trie.end[child] >= 0
             logp_bE[owner[ends], trie.end[child[ends]]] = extended[ends]
             open_ = (trie.num_children[child] > 0).nonzero()[:, 0]
@@ -147,7 +147,7 @@ class ConstrainedRanker:
 
     @staticmethod
     def _next(model: SplitModel, cache: object, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Log-probabilities ``[n, V]`` float32 of the token after these ``[n, l]``, which the cache then has."""
+        """Logits ``[n, V]`` float32 of the token after these ``[n, l]``, which the cache then has."""
         position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         output = model.model(
             input_ids=tokens,
@@ -157,5 +157,5 @@ class ConstrainedRanker:
             use_cache=True,
             logits_to_keep=1,
         )
-        logp: Tensor = output.logits[:, -1].float().log_softmax(dim=-1)
-        return logp
+        logits: Tensor = output.logits[:, -1].float()
+        return logits

@@ -168,6 +168,30 @@ def test_a_trie_has_a_node_for_every_beginning() -> None:
         assert trie.end[node].item() == end
 
 
+def test_a_trie_knows_the_way_of_each_row_from_its_root() -> None:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, 4, (40, 5), generator=generator)
+    inside = torch.arange(5) < torch.randint(1, 6, (40,), generator=generator)[:, None]
+    roots = torch.arange(40) % 2
+    trie = build_trie(tokens, inside, roots)
+    rows = [(root, *t[i].tolist()) for root, t, i in zip(roots.tolist(), tokens, inside)]
+    assert len(trie.token) == len({row[:n] for row in rows for n in range(1, len(row) + 1)})
+    values = torch.rand(7, generator=generator).expand(1, 7)
+    for row, (path, places) in enumerate(zip(trie.path, trie.place)):
+        assert path[0] == roots[row]
+        for n, token in enumerate(rows[row][1:]):
+            _, children = trie.children(path[n : n + 1])
+            assert trie.token[children[places[n]]] == token
+            of_children, is_child = trie.of_children(values, path[n : n + 1])
+            assert is_child.all()
+            assert torch.equal(of_children[0], values[0, trie.token[children]])
+        assert trie.end[children[places[n]]] == trie.end_of_row[row]
+    of_children, is_child = trie.of_children(values.expand(len(trie.token), 7), torch.arange(len(trie.token)))
+    assert torch.equal(is_child.sum(dim=1), trie.num_children)
+    _, children = trie.children(torch.arange(len(trie.token)))
+    assert torch.equal(of_children[is_child], values[0, trie.token[children]])
+
+
 def test_the_best_of_each_group_are_those_that_sorting_finds() -> None:
     generator = torch.Generator().manual_seed(0)
     values, groups = torch.rand(200, generator=generator), torch.randint(0, 7, (200,), generator=generator)

@@ -11,8 +11,11 @@ from torch.nn import functional as F
 from fellrec.data.prompts import PromptTemplate, prompt_template
 from fellrec.data.schema import Catalogue
 from fellrec.data.text import TokenizedTexts, compact, repeat_row
-from fellrec.errors import BackboneError, ConfigError
+from fellrec.errors import BackboneError, ConfigError, unknown
+from fellrec.functional.trie import Trie, build_trie
 from fellrec.models.split import SplitModel
+
+SOFTMAX = ("vocabulary", "catalogue")
 
 
 class GenerativeObjective:
@@ -29,15 +32,18 @@ class GenerativeObjective:
         max_title_tokens: Longest title in tokens.
         template: Wording of the prompt, or its version.
         group_by_length: Whether training rows of similar length come into one batch, which saves padding.
+        one_target_per_row: Whether a row is one history with one target (BIGRec); else each title of the history is a
+            target, too, as it stands in its line after those before it: many targets for one forward pass.
+        softmax: Over what a token competes: ``"vocabulary"`` (BIGRec), or ``"catalogue"``, the tokens that go on with
+            some title. Then the likelihoods of all titles sum to 1, a token that no other title has in its place is
+            no target, and the model need not learn to spell; only constrained decoding can read it.
         is_causal: Whether the backbone is; else it is a bidirectional encoder, and cannot write.
 
     Raises:
-        ConfigError: If the backbone is an encoder, ``max_tokens`` leaves no room for a single title of history, or
-            there is no such template.
+        ConfigError: If the backbone is an encoder, ``max_tokens`` leaves no room for a single title of history, there
+            is no such template or ``softmax``, or all titles are one.
         BackboneError: If the tokenizer has no end token.
     """
-
-    one_target_per_row = True
 
     def __init__(
         self,
@@ -48,6 +54,8 @@ class GenerativeObjective:
         max_title_tokens: int = 24,
         template: PromptTemplate | str = "product-1",
         group_by_length: bool = True,
+        one_target_per_row: bool = True,
+        softmax: str = "vocabulary",
         is_causal: bool = True,
     ) -> None:
         if not is_causal:
@@ -57,10 +65,14 @@ class GenerativeObjective:
             )
         if tokenizer.eos_token_id is None:
             raise BackboneError("objective=generative needs a tokenizer with an end-of-sequence token")
+        if softmax not in SOFTMAX:
+            raise ConfigError(unknown("objective.softmax", softmax, SOFTMAX))
         self.tokenizer = tokenizer
         self.catalogue = catalogue
         self.template = prompt_template(template) if isinstance(template, str) else template
         self.group_by_length = group_by_length
+        self.one_target_per_row = one_target_per_row
+        self.softmax = softmax
         self.max_history = max_history
         self.max_tokens = max_tokens
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -76,6 +88,7 @@ class GenerativeObjective:
                 f"objective.max_tokens={max_tokens} leaves {self._room} tokens for the history beside instruction and "
                 f"answer; one title can take {int(self.lines.lengths.max())}"
             )
+        self._choices = _Choices(self.titles, self.lines) if softmax == "catalogue" else None
 
     def check(self, model: SplitModel) -> None:
         """Refuse a backbone whose context is too short for the longest possible prompt.
@@ -100,10 +113,10 @@ class GenerativeObjective:
         """Tokens ``[B]`` of each training row, as ``collate`` makes them; ``None`` if batches are not to go by them."""
         if not self.group_by_length:
             return None
-        histories = self._drop_oldest(items.masked_fill(is_target, -1))
+        answer, histories = _last_target(items, is_target)
+        histories = self._drop_oldest(histories)
         in_history = torch.where(histories >= 0, self.lines.lengths[histories.clamp(min=0)], 0).sum(dim=1)
-        target = items.masked_fill(~is_target, 0).sum(dim=1)
-        return in_history + self.titles.lengths[target] + len(self.before) + len(self.after)
+        return in_history + self.titles.lengths[answer] + len(self.before) + len(self.after)
 
     def learnt_titles(self) -> list[str]:
         """The titles as the model is trained to write them, one per item: long ones are cut to ``max_title_tokens``."""
@@ -119,8 +132,8 @@ class GenerativeObjective:
         Returns:
             Token ids ``[B, L]``, right-padded with 0, and lengths ``[B]``.
         """
-        tokens, inside = self._prompt_pieces(histories)
-        ids, positions = compact(tokens, inside)
+        pieces = self._prompt_pieces(self._drop_oldest(histories))
+        ids, positions = compact(*(torch.cat(parts, dim=1) for parts in zip(*pieces)))
         return ids, positions[:, -1] + 1
 
     def collate(self, items: Tensor, is_target: Tensor) -> dict[str, Tensor]:
@@ -132,17 +145,30 @@ class GenerativeObjective:
 
         Returns:
             ``input_ids [B, L]`` and their ``lengths [B]``; the positions ``rows [T]``, ``columns [T]`` whose next token
-            is one of the target title, and these tokens ``targets [T]``.
+            is to be predicted, and these tokens ``targets [T]``. With ``softmax="catalogue"`` the place of each token
+            among those that can stand there, and ``nodes [T]``, which say what these are.
         """
-        row = torch.arange(len(items))
-        last = is_target.long().argmax(dim=1)
-        answer, answer_inside = self.titles.of(items[row, last][:, None])
-        tokens, inside = self._prompt_pieces(items.masked_fill(is_target, -1))
-        ids, positions = compact(torch.cat([tokens, answer], dim=1), torch.cat([inside, answer_inside], dim=1))
-        rows, column = answer_inside.nonzero(as_tuple=True)
-        columns = positions[rows, tokens.shape[1] + column]
-        lengths, targets = positions[:, -1] + 1, answer[rows, column]
-        return {"input_ids": ids, "lengths": lengths, "rows": rows, "columns": columns - 1, "targets": targets}
+        answer, histories = _last_target(items, is_target)
+        histories = self._drop_oldest(histories)
+        (before, lines, after), end = self._prompt_pieces(histories), self.titles.of(answer[:, None])
+        in_target = is_target[:, :, None].expand(*is_target.shape, self.lines.tokens.shape[1]).flatten(1)
+        tokens, inside = (torch.cat(parts, dim=1) for parts in zip(before, lines, after, end))
+        nowhere, not_after = torch.zeros_like(before[1]), torch.zeros_like(after[1])
+        predicted = torch.cat([nowhere, lines[1] & in_target, not_after, end[1]], dim=1)
+        nodes, targets = None, tokens
+        if self._choices is not None:
+            nodes, targets = self._choices.of(histories, answer, len(self.before), len(self.after))
+            predicted &= self._choices.is_asked(nodes)
+        ids, positions = compact(tokens, inside)
+        rows, column = predicted.nonzero(as_tuple=True)
+        batch = {
+            "input_ids": ids,
+            "lengths": positions[:, -1] + 1,
+            "rows": rows,
+            "columns": positions[rows, column] - 1,
+            "targets": targets[rows, column],
+        }
+        return batch if nodes is None else {**batch, "nodes": nodes[rows, column]}
 
     def loss(self, model: SplitModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """Sum of the negative log-likelihood of the target titles' tokens, and their number."""
@@ -154,20 +180,88 @@ class GenerativeObjective:
 
     def loss_of(self, model: SplitModel, hidden: list[Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """The loss for the final hidden states ``[B, L, D]`` of ``inputs``; only the LM head is used of the model."""
-        logits_TV = model.lm_head(hidden[0][batch["rows"], batch["columns"]]).float()
-        return F.cross_entropy(logits_TV, batch["targets"], reduction="sum"), len(batch["targets"])
+        logits = model.lm_head(hidden[0][batch["rows"], batch["columns"]]).float()
+        if self._choices is not None:
+            logits = self._choices.logits(logits, batch["nodes"])
+        return F.cross_entropy(logits, batch["targets"], reduction="sum"), len(batch["targets"])
 
-    def _prompt_pieces(self, histories: Tensor) -> tuple[Tensor, Tensor]:
-        histories = self._drop_oldest(histories)
-        pieces = [repeat_row(self.before, len(histories)), self.lines.of(histories)]
-        pieces.append(repeat_row(self.after, len(histories)))
-        return torch.cat([tokens for tokens, _ in pieces], dim=1), torch.cat([inside for _, inside in pieces], dim=1)
+    def continuations(self, trie: Trie, nodes: Tensor, logits: Tensor) -> Tensor:
+        """Log-probabilities of the tokens with which beginnings of titles can go on.
+
+        Args:
+            trie: Of the titles.
+            nodes: ``[n]`` int64, the beginnings.
+            logits: ``[n, V]`` float32, of the token after each.
+
+        Returns:
+            ``[c]`` float32, one for each of ``trie.children(nodes)``.
+        """
+        if self.softmax == "vocabulary":
+            logits = logits.log_softmax(dim=-1)
+        of_children, is_child = trie.of_children(logits, nodes)
+        if self.softmax == "catalogue":
+            of_children = of_children.masked_fill(~is_child, -torch.inf).log_softmax(dim=-1)
+        return of_children[is_child]
+
+    def _prompt_pieces(self, histories: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Tokens and whether there is one: of the instruction, the history's lines, and the answer's beginning."""
+        lines = self.lines.of(histories)
+        return [repeat_row(self.before, len(histories)), lines, repeat_row(self.after, len(histories))]
 
     def _drop_oldest(self, histories: Tensor) -> Tensor:
         """Forget the oldest titles that do not fit."""
         lengths = torch.where(histories >= 0, self.lines.lengths[histories.clamp(min=0)], 0)
         from_newest = lengths.flip(1).cumsum(dim=1).flip(1)
         return histories.masked_fill(from_newest > self._room, -1)
+
+
+class _Choices:
+    """Which tokens can stand where in a prompt with its answer, if only titles can be written.
+
+    The nodes are those of one trie with two roots: titles as answers, and as lines of the history.
+    """
+
+    def __init__(self, titles: TokenizedTexts, lines: TokenizedTexts) -> None:
+        width = max(titles.tokens.shape[1], lines.tokens.shape[1])
+        texts = [F.pad(text.tokens, (0, width - text.tokens.shape[1])) for text in (titles, lines)]
+        inside = [F.pad(text.inside, (0, width - text.inside.shape[1])) for text in (titles, lines)]
+        roots = torch.arange(2).repeat_interleave(len(titles.tokens))
+        trie = build_trie(torch.cat(texts), torch.cat(inside), roots)
+        if int(trie.num_children.max()) < 2:
+            raise ConfigError("objective.softmax=catalogue needs at least two different titles")
+        self._trie = trie
+        of_titles, of_lines = slice(0, len(titles.tokens)), slice(len(titles.tokens), None)
+        ends = titles.tokens.shape[1], lines.tokens.shape[1]
+        self._of_titles = trie.path[of_titles, : ends[0]], trie.place[of_titles, : ends[0]]
+        self._of_lines = trie.path[of_lines, : ends[1]], trie.place[of_lines, : ends[1]]
+        self._num_children = trie.num_children
+
+    def of(self, histories: Tensor, answers: Tensor, before: int, after: int) -> tuple[Tensor, Tensor]:
+        """Nodes and places ``[B, N]`` of every token of a prompt with its answer; 0 outside of titles."""
+        known = histories.clamp(min=0)
+        nodes, places = (
+            torch.cat([F.pad(line[known].flatten(1), (before, after)), title[answers]], dim=1)
+            for line, title in zip(self._of_lines, self._of_titles)
+        )
+        return nodes, places
+
+    def is_asked(self, nodes: Tensor) -> Tensor:
+        """Whether several tokens can follow a node; and where an answer begins, which guards look for, always."""
+        return (self._num_children[nodes] > 1) | (nodes == 0)
+
+    def logits(self, logits: Tensor, nodes: Tensor) -> Tensor:
+        """Of the tokens that can follow ``[n, C]``, from those of all tokens ``[n, V]``; -inf where there are fewer."""
+        if self._trie.token.device != logits.device:
+            self._trie = self._trie.to(logits.device)
+        of_children, is_child = self._trie.of_children(logits, nodes)
+        return of_children.masked_fill(~is_child, -torch.inf)
+
+
+def _last_target(items: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
+    """The last target ``[B]`` of each row, and the items before it ``[B, W + 1]``, padded with -1."""
+    column = torch.arange(items.shape[1])
+    last = torch.where(is_target, column, -1).amax(dim=1)
+    return items[torch.arange(len(items)), last], items.masked_fill(column >= last[:, None], -1)
 
 
 def _with_end(texts: TokenizedTexts, end: int) -> TokenizedTexts:
@@ -180,17 +274,22 @@ def _with_end(texts: TokenizedTexts, end: int) -> TokenizedTexts:
 
 
 def check_writes(objective: object, ranker: str) -> None:
-    """Refuse an objective that makes no prompts, for a ranker that needs them.
+    """Refuse an objective that a ranker cannot go on with: it makes no prompts, or was not taught what is needed.
 
     Args:
         objective: The run's.
         ranker: The ranker's name in the configuration.
 
     Raises:
-        ConfigError: If it makes none.
+        ConfigError: Naming what can be chosen.
     """
     if not hasattr(objective, "prompts"):
         raise ConfigError(
             f"ranker={ranker} needs objective=generative, whose prompts it goes on with; with objective=retrieval "
             "choose from: similarity"
+        )
+    if ranker != "constrained" and getattr(objective, "softmax", None) == "catalogue":
+        raise ConfigError(
+            f"ranker={ranker} lets the model write any token, and objective.softmax=catalogue trains it on those that "
+            "go on with a title; choose ranker=constrained"
         )
