@@ -61,7 +61,16 @@ def frame(found: dict[str, dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-_VERSUS = ("client_change_percent", "user_difference", "user_low", "user_high", "holm_p")
+_VERSUS = (
+    "client_change_percent",
+    "user_difference",
+    "user_low",
+    "user_high",
+    "holm_p",
+    "cv_difference",
+    "cv_low",
+    "cv_high",
+)
 
 
 def text(table: pd.DataFrame) -> pd.DataFrame:
@@ -87,12 +96,17 @@ def _row(row: dict[str, Any]) -> dict[str, str]:
             else ""
         ),
         "p": p_text(row["fedavg_holm_p"]) if versus else "",
+        "CV's difference": (
+            f"{row['fedavg_cv_difference']:+.2f} {_interval(row['fedavg_cv_low'], row['fedavg_cv_high'], digits=2)}"
+            if pd.notna(row["fedavg_cv_low"])
+            else ""
+        ),
         "s/run": "" if pd.isna(row["seconds"]) else f"{row['seconds']:.0f}",
     }
 
 
-def _interval(low: float, high: float) -> str:
-    return f"[{low:+.4f}, {high:+.4f}]"
+def _interval(low: float, high: float, digits: int = 4) -> str:
+    return f"[{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def pairs(out: Path, found: dict[str, dict[str, Any]], wanted: list[tuple[str, str]]) -> pd.DataFrame:

@@ -23,14 +23,14 @@ settings_of() {
         retrieval_micro_lens_shaped) echo "objective=retrieval data.max_history=5" ;; # it has 600 items
         retrieval_*) echo "objective=retrieval objective.num_negatives=1024 data.max_history=5" ;;
         generative_ml_1m) echo "$writing data.max_history=10 data.max_users=3000" ;;
-        generative_*) echo "$writing data.max_history=10" ;;
+        generative_*) echo "$writing data.max_history=10 trainer.local_epochs=2" ;; # an epoch has fewer than 30 steps
     esac
 }
 tiny="backbone.num_layers=2"
 pretraining_of() {
     case $1_$2 in
         retrieval_*) echo "backbone.pretrain.steps=150" ;;
-        generative_games) echo "backbone.pretrain.steps=600 backbone.pretrain.batch_size=32" ;; # short histories
+        generative_games | generative_micro_lens_shaped) echo "backbone.pretrain.steps=300 backbone.pretrain.batch_size=32" ;; # short histories
         generative_*) echo "backbone.pretrain.steps=1500 backbone.pretrain.batch_size=32" ;;
     esac
 }

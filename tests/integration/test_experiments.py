@@ -70,6 +70,7 @@ SWEEPS = {
     "clients": (1, {**{f"kmeans_{n}": 3 for n in (3, 5, 10, 20)}, "random_5": 3, "per_user": 3}),
     "markov_bar": (1, {"ml_1m": 1}),
     "few_shot": (1, {"samples_1024": 4, "samples_null": 4}),
+    "generative_targets": (1, {f"{s}_{t}": 1 for s in ("vocabulary", "catalogue") for t in ("one", "every")}),
 }
 """Of each sweep: how many folders of data it takes, and its cells with their runs for one seed."""
 

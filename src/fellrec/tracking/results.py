@@ -76,6 +76,8 @@ class Difference:
         client_difference: Mean over clients of their users' means.
         client_interval: Its 95 % interval by a paired bootstrap over clients; ``None`` if there are too few.
         client_change_percent: Change of the mean over clients; ``None`` if the baseline's is 0.
+        cv_difference: Coefficient of variation over clients of their users' means, minus the baseline's.
+        cv_interval: Its 95 % interval by a paired bootstrap over the users of each client; ``None`` if one has too few.
         wilcoxon_p: Of the signed-rank test over users.
         holm_p: The same, adjusted for all comparisons.
     """
@@ -92,6 +94,8 @@ class Difference:
     client_difference: float
     client_interval: tuple[float, float] | None
     client_change_percent: float | None
+    cv_difference: float
+    cv_interval: tuple[float, float] | None
     wilcoxon_p: float
     holm_p: float
 

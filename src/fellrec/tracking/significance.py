@@ -6,15 +6,25 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from fellrec.functional.balance import coefficient_of_variation
 from fellrec.functional.rng import derive_seed
-from fellrec.functional.statistics import MIN_UNITS, bootstrap_intervals, holm, relative_change, wilcoxon_p
+from fellrec.functional.statistics import (
+    MIN_UNITS,
+    bootstrap_intervals,
+    holm,
+    relative_change,
+    spread_interval,
+    wilcoxon_p,
+)
 from fellrec.tracking.results import Comparison, Difference, RuleResult
 from fellrec.tracking.tables import display_name, markdown
 
@@ -50,7 +60,8 @@ def with_significance(comparison: Comparison, cutoff: int) -> Comparison:
 def _difference(line: str, metric: str, pairs: list[tuple[RuleResult, RuleResult]]) -> Difference:
     users, base_users = (_mean_over_seeds([pair[side] for pair in pairs], metric) for side in (0, 1))
     users, base_users = users.align(base_users, join="inner")
-    clients, base_clients = (_clients(users_of, pairs) for users_of in (users, base_users))
+    owner = _owner(users, pairs)
+    clients, base_clients = (of_users.groupby(owner).mean() for of_users in (users, base_users))
     per_user = torch.from_numpy((users - base_users).to_numpy(copy=True))
     per_client = torch.from_numpy((clients - base_clients).to_numpy(copy=True))
     return Difference(
@@ -66,6 +77,8 @@ def _difference(line: str, metric: str, pairs: list[tuple[RuleResult, RuleResult
         client_difference=float(per_client.mean()),
         client_interval=_interval(per_client, "clients"),
         client_change_percent=_finite(relative_change(float(clients.mean()), float(base_clients.mean()))),
+        cv_difference=_spread(clients) - _spread(base_clients),
+        cv_interval=_spread_interval(users, base_users, owner),
         wilcoxon_p=wilcoxon_p(per_user),
         holm_p=math.nan,
     )
@@ -80,15 +93,25 @@ def _mean_over_seeds(results: list[RuleResult], metric: str) -> pd.Series:
     return pd.concat(columns, axis=1, join="inner").sort_index().mean(axis=1)
 
 
-def _clients(users: pd.Series, pairs: list[tuple[RuleResult, RuleResult]]) -> pd.Series:
-    """Mean of each client's users, for clients that have some."""
+def _owner(users: pd.Series, pairs: list[tuple[RuleResult, RuleResult]]) -> NDArray[np.int64]:
+    """The client of each user."""
     evaluation = pairs[0][0].evaluation
     owner = pd.Series(evaluation.client_of_user.numpy(), index=evaluation.users.numpy())
-    return users.groupby(owner.loc[users.index].to_numpy()).mean()
+    return owner.loc[users.index].to_numpy(copy=True)
+
+
+def _spread(clients: pd.Series) -> float:
+    return coefficient_of_variation(torch.from_numpy(clients.to_numpy(copy=True)))
 
 
 def _interval(differences: Tensor, unit: str) -> tuple[float, float] | None:
     low, high = bootstrap_intervals(differences[:, None], derive_seed(SEED, "bootstrap", unit))[0].tolist()
+    return None if math.isnan(low) else (low, high)
+
+
+def _spread_interval(users: pd.Series, base_users: pd.Series, owner: NDArray[np.int64]) -> tuple[float, float] | None:
+    values = torch.from_numpy(np.stack([users.to_numpy(), base_users.to_numpy()], axis=1))
+    low, high = spread_interval(values, torch.from_numpy(owner), derive_seed(SEED, "bootstrap", "spread"))
     return None if math.isnan(low) else (low, high)
 
 
@@ -113,6 +136,8 @@ def significance_text(comparison: Comparison) -> pd.DataFrame:
             "Δ clients": f"{item.client_difference:+.4f}",
             "95 % clients": _interval_text(item.client_interval, item.num_clients),
             "% clients": _percent(item.client_change_percent),
+            "Δ CV": f"{item.cv_difference:+.2f}",
+            "95 % CV": "n/a" if item.cv_interval is None else "[{:+.2f}, {:+.2f}]".format(*item.cv_interval),
             "p": p_text(item.wilcoxon_p),
             "p Holm": p_text(item.holm_p),
         }
@@ -151,7 +176,9 @@ def significance_caption(comparison: Comparison) -> str:
     few = f" n/a: an interval needs {MIN_UNITS}." if any(_has_gap(item) for item in comparison.differences) else ""
     return (
         f"users: pooled, each user counts once; clients: mean over clients. 95 %: paired percentile bootstrap over "
-        f"{first.num_users} users and {first.num_clients} clients{seeds}.{few} p Holm: Wilcoxon signed-rank over "
+        f"{first.num_users} users and {first.num_clients} clients{seeds}.{few} CV: coefficient of variation over "
+        "clients; basic bootstrap over the users of each, n/a if one has fewer than "
+        f"{MIN_UNITS}. p Holm: Wilcoxon signed-rank over "
         f"users, two-sided, adjusted for {len(comparison.differences)} comparisons (NDCG and Recall)."
     )
 
@@ -167,7 +194,7 @@ def p_text(p: float) -> str:
 
 
 def _table(frame: pd.DataFrame, comparison: Comparison, cutoff: int, caption: str, is_narrow: bool) -> Table:
-    """The table; narrow: an interval below its difference, and one space between columns."""
+    """The table; narrow: an interval and a change in per cent below their difference, and one space between columns."""
     baseline = display_name(comparison.differences[0].baseline)
     table = Table(
         title=f"NDCG@{cutoff} minus {'its ' if comparison.variants else ''}{baseline.split(' ')[0]}'s",
@@ -178,13 +205,14 @@ def _table(frame: pd.DataFrame, comparison: Comparison, cutoff: int, caption: st
         show_edge=False,
         padding=0 if is_narrow else (0, 1, 0, 0),
     )
-    intervals = [name for name in frame.columns if name.startswith("95 %")]
-    columns = [name for name in frame.columns if not (is_narrow and name in intervals)]
-    for name in columns:
+    below = [name for name in frame.columns if is_narrow and name.startswith(("95 %", "%"))]
+    for name in frame.columns.drop(below):
         table.add_column(name, justify="left" if name == "rule" else "right", no_wrap=True)
     for _, row in frame.iterrows():
-        below = {f"Δ{name.removeprefix('95 %')}": f"\n{row[name]}" for name in intervals} if is_narrow else {}
-        table.add_row(*(f"{row[name]}{below.get(name, '')}".replace("[", r"\[") for name in columns))
+        lines = {name: [str(row[name])] for name in frame.columns.drop(below)}
+        for name in below:
+            lines[f"Δ {name.split(' ')[-1]}"].append(row[name])
+        table.add_row(*("\n".join(cell).replace("[", r"\[") for cell in lines.values()))
     return table
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fellrec.errors import ConfigError
-from fellrec.functional.statistics import MIN_UNITS, bootstrap_intervals, holm, wilcoxon_p
+from fellrec.functional.statistics import MIN_UNITS, bootstrap_intervals, holm, spread_interval, wilcoxon_p
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -109,3 +109,48 @@ def test_holm_is_the_closed_test_of_bonferroni(p_values: list[float]) -> None:
 
 def test_no_test_needs_no_correction() -> None:
     assert holm(torch.empty(0)).tolist() == []
+
+
+def spread_of(values: np.ndarray, clients: np.ndarray) -> float:
+    means = np.array([values[clients == client].mean() for client in np.unique(clients)])
+    return float(means.std() / means.mean())
+
+
+def test_an_interval_of_spreads_is_the_basic_one_of_the_same_resamples() -> None:
+    """Of resamples that are drawn here, client by client; tolerances as above, of 2,000 and 4,000 resamples."""
+    clients = np.repeat([4, 1, 9], [40, 25, 60])
+    values = np.stack([noise(125).exp().numpy() + clients / 4, noise(125, seed=1).exp().numpy() + 1], axis=1)
+    draws = np.random.default_rng(0)
+    found = []
+    for _ in range(4_000):
+        drawn = np.concatenate([draws.choice(np.flatnonzero(clients == c), (clients == c).sum()) for c in (1, 4, 9)])
+        found.append(spread_of(values[drawn, 0], clients[drawn]) - spread_of(values[drawn, 1], clients[drawn]))
+    here = spread_of(values[:, 0], clients) - spread_of(values[:, 1], clients)
+    low, high = np.quantile(found, [0.025, 0.975])
+    interval = spread_interval(torch.from_numpy(values), torch.from_numpy(clients), seed=0)
+    assert interval == pytest.approx([2 * here - high, 2 * here - low], abs=0.3 * float(np.std(found)))
+
+
+def test_an_interval_of_spreads_covers_the_true_difference_as_often_as_it_says() -> None:
+    """Means of five clients are planted: spreads 0.471 and 0.236. Of 400 data sets 95 % have a deviation of 1.1 %."""
+    means = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [2.0, 1.5], [2.5, 1.5]], dtype=torch.float64)
+    truth = float((means.std(dim=0, correction=0) / means.mean(dim=0)).diff())
+    clients = torch.arange(5).repeat_interleave(60)
+    covered = [
+        low < -truth < high
+        for seed in range(400)
+        for low, high in [spread_interval(means[clients] + noise(300, 2, seed=seed), clients, seed, num_resamples=400)]
+    ]
+    assert 0.9 < sum(covered) / 400 < 0.99
+
+
+def test_one_client_or_few_users_have_no_interval_of_spreads() -> None:
+    values = noise(40, 2).exp()
+    assert all(math.isnan(end) for end in spread_interval(values, torch.zeros(40), seed=0))
+    few = torch.arange(40) // 8
+    assert not any(math.isnan(end) for end in spread_interval(values, few, seed=0))
+    few[:3] = 1  # client 0 has five users
+    assert all(math.isnan(end) for end in spread_interval(values, few, seed=0))
+    assert spread_interval(torch.zeros(40, 2), torch.arange(40) // 8, seed=0) == (0, 0), "nothing was found"
+    with pytest.raises(ConfigError, match="level is 1"):
+        spread_interval(values, few, seed=0, level=1)

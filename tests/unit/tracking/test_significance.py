@@ -68,6 +68,11 @@ def test_figures_are_those_of_pandas_and_scipy(planted: Comparison) -> None:
     means = pd.DataFrame({"client": CLIENTS, "better": better, "base": base}).groupby("client").mean().mean()
     assert found.client_difference == pytest.approx(means["better"] - means["base"])
     assert found.client_change_percent == pytest.approx(100 * (means["better"] - means["base"]) / means["base"])
+    per_client = pd.DataFrame({"client": CLIENTS, "better": better, "base": base}).groupby("client").mean()
+    spread = per_client.std(ddof=0) / per_client.mean()
+    assert found.cv_difference == pytest.approx(spread["better"] - spread["base"])
+    assert found.cv_interval is not None
+    assert found.cv_interval[0] < found.cv_difference < found.cv_interval[1]
     assert found.wilcoxon_p == pytest.approx(stats.wilcoxon(better.numpy(), base.numpy()).pvalue)
     smallest = min(planted.differences, key=lambda item: item.wilcoxon_p)
     assert smallest.holm_p == pytest.approx(4 * smallest.wilcoxon_p)
