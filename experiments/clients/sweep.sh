@@ -19,5 +19,8 @@ for number in 3 5 10 20; do
     clients "kmeans_$number" $((100 / number)) partition.num_clients=$number "$@"
 done
 clients random_5 20 partition=random "$@"
-clients per_user 1 partition=per_user data.max_users=130 "$@"
+# One user's few interactions teach nothing from nothing: here the small language model that has read 1,350 public users.
+cell per_user ${BACKBONE:-backbone.num_layers=2 backbone.pretrain.steps=600} adapter=lora objective.num_negatives=1024 \
+    references.show=[] data=games "data.root=$games" data.max_users=1500 data.public_user_rate=0.9 partition=per_user $small \
+    trainer.local_epochs=3 "aggregation=$rules" "$@"
 report

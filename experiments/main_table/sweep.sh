@@ -23,7 +23,9 @@ settings_of() {
         retrieval_micro_lens_shaped) echo "objective=retrieval data.max_history=5" ;; # it has 600 items
         retrieval_*) echo "objective=retrieval objective.num_negatives=1024 data.max_history=5" ;;
         generative_ml_1m) echo "$writing data.max_history=10 data.max_users=3000" ;;
-        generative_*) echo "$writing data.max_history=10 trainer.local_epochs=2" ;; # an epoch has fewer than 30 steps
+        # An epoch has fewer than 30 steps.
+        generative_games) echo "$writing data.max_history=10 data.max_users=4000 trainer.local_epochs=2" ;;
+        generative_*) echo "$writing data.max_history=10 trainer.local_epochs=2 trainer.learning_rate=2e-3" ;;
     esac
 }
 tiny="backbone.num_layers=2"

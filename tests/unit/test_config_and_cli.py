@@ -210,13 +210,21 @@ def test_bad_input_gets_one_message_and_leaves_nothing(
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_cut_that_does_not_fit_is_refused_before_a_backbone_is_pretrained(
-    tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["split.head_layers=9"], "do not fit"),
+        (["objective=generative", "objective.softmax=catalogue"], "choose ranker=constrained"),
+        (["objective=generative", "ranker=constrained", "ranker.num_beams=0"], "ranker.num_beams=0 is not allowed"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_a_backbone_is_pretrained(
+    overrides: list[str], message: str, tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        main(["train", *tiny_overrides, "split.head_layers=9", f"cache_dir={tmp_path}", f"run_dir={tmp_path / 'run'}"])
+        main(["train", *tiny_overrides, *overrides, f"cache_dir={tmp_path}", f"run_dir={tmp_path / 'run'}"])
     shown = capsys.readouterr().err
-    assert "do not fit" in shown
+    assert message in shown
     assert "pre-training" not in shown
     assert not (tmp_path / "backbones").exists()
 

@@ -206,7 +206,7 @@ def build_backbone(config: DictConfig, data: PreparedData) -> Backbone:
     cache = cache_dir(config) / "backbones"
     if settings["name"] == "sasrec":
         return sasrec_backbone(cache, shaping, data, cut)
-    return tiny_backbone(cache, shaping, lambda backbone: _objective(config, backbone, data), data, cut)
+    return tiny_backbone(cache, shaping, lambda backbone: _checked_objective(config, backbone, data), data, cut)
 
 
 def attach_server(config: DictConfig, model: SplitModel, fabric: Fabric) -> ServerShare:
@@ -266,6 +266,13 @@ def _item_counts(data: PreparedData) -> Tensor:
     public = np.flatnonzero(data.client_of_user < 0)
     rows = data.train.take(public) if len(public) else data.train
     return torch.from_numpy(np.bincount(rows.values, minlength=len(data.catalogue)))
+
+
+def _checked_objective(config: DictConfig, backbone: Backbone, data: PreparedData) -> Objective:
+    """The objective to pre-train with; a ranker that cannot be is refused before that."""
+    objective = _objective(config, backbone, data)
+    _ranker(config, objective, data)
+    return objective
 
 
 def _ranker(config: DictConfig, objective: Objective, data: PreparedData) -> Ranker:
