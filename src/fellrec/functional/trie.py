@@ -19,6 +19,8 @@ class Trie:
         first_child: ``[N]`` int64; anything where there are no children.
         num_children: ``[N]`` int64.
         end: ``[N]`` int64, number of the row that the node is the end of, in [0, E); -1 if a row ends elsewhere.
+        only_end: ``[N]`` int64, the number of the only row that goes through the node; -1 for roots and where there are
+            several.
         end_of_row: ``[I]`` int64, the number of each given row; equal rows share it.
         path: ``[I, T]`` int64, the node before each token of the given rows; anything outside of them.
         place: ``[I, T]`` int64, which child of that node the token is, from 0; anything outside of them.
@@ -28,6 +30,7 @@ class Trie:
     first_child: Tensor
     num_children: Tensor
     end: Tensor
+    only_end: Tensor
     end_of_row: Tensor
     path: Tensor
     place: Tensor
@@ -106,11 +109,17 @@ def build_trie(tokens: Tensor, inside: Tensor, roots: Tensor | None = None) -> T
     end = torch.full((num_nodes,), -1)
     end[ends] = torch.arange(len(ends))
     before, after = torch.stack(path[:-1], dim=1), torch.stack(path[1:], dim=1)
+    passed, rows_ends = after[inside], end_of_row[:, None].expand_as(after)[inside]
+    least, most = (
+        torch.full_like(end, -1).scatter_reduce(0, passed, rows_ends, how, include_self=False)
+        for how in ("amin", "amax")
+    )
     return Trie(
         token=torch.cat(labels),
         first_child=first_child,
         num_children=torch.bincount(parent, minlength=num_nodes),
         end=end,
+        only_end=torch.where(least == most, least, -1),
         end_of_row=end_of_row,
         path=before,
         place=after - first_child[before],

@@ -32,9 +32,10 @@ class Found:
 class ConstrainedRanker:
     """Log-likelihood of the titles that a beam search over the trie of all titles reaches.
 
-    A title that ends is set aside, and takes no place in the beam. Titles that are not reached all have the same score,
-    below those of all that are: they are tied, which no metric counts in a target's favour. Items with one title, and
-    those whose titles are the same after they were cut to ``objective.max_title_tokens``, have the same score.
+    A title that ends is set aside, and takes no place in the beam. With ``objective.softmax=catalogue`` it is set aside
+    as soon as no other can follow: the rest is certain then. Titles that are not reached all have the same score, below
+    those of all that are: they are tied, which no metric counts in a target's favour. Items with one title, and those
+    whose titles are the same after they were cut to ``objective.max_title_tokens``, have the same score.
 
     With as many beams as there are titles nothing is left out, and the result is the ranking by log-likelihood. With
     fewer, the likelihood of a beginning bounds that of all titles that begin so: titles that are likelier than every
@@ -127,13 +128,15 @@ class ConstrainedRanker:
         user = torch.arange(len(ids), device=ids.device)
         node, logp = torch.zeros_like(user), torch.zeros_like(bound)
         cache, tokens = model.new_cache(), ids
+        title_of_node = self.objective.titles_of_nodes(trie)
         while len(node):
             next_nV = self._next(model, cache, tokens, mask)
             parent, child = trie.children(node)
             extended, owner = logp[parent] + self.objective.continuations(trie, node, next_nV), user[parent]
-            ends = trie.end[child] >= 0
-            logp_bE[owner[ends], trie.end[child[ends]]] = extended[ends]
-            open_ = (trie.num_children[child] > 0).nonzero()[:, 0]
+            ends = title_of_node[child]
+            is_end = ends >= 0
+            logp_bE[owner[is_end], ends[is_end]] = extended[is_end]
+            open_ = is_end.logical_not().nonzero()[:, 0]
             kept = is_among_best(extended[open_], owner[open_], self.num_beams)
             left_out, open_ = open_[~kept], open_[kept]
             bound = bound.scatter_reduce(0, owner[left_out], extended[left_out], "amax")

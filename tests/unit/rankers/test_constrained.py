@@ -166,6 +166,12 @@ def test_a_trie_has_a_node_for_every_beginning() -> None:
             assert set(trie.token[children].tolist()) == {r[n] for r in rows if len(r) > n and r[:n] == row[:n]}
             node = children[trie.token[children] == token]
         assert trie.end[node].item() == end
+    for node, only in enumerate(trie.only_end.tolist()):
+        through = {
+            end for row, path, end in zip(rows, trie.path, trie.end_of_row.tolist()) if node in path[1 : len(row)]
+        }
+        through |= {end for end in [trie.end[node].item()] if end >= 0}
+        assert only == (through.pop() if len(through) == 1 else -1)
 
 
 def test_a_trie_knows_the_way_of_each_row_from_its_root() -> None:

@@ -203,6 +203,10 @@ class GenerativeObjective:
             of_children = of_children.masked_fill(~is_child, -torch.inf).log_softmax(dim=-1)
         return of_children[is_child]
 
+    def titles_of_nodes(self, trie: Trie) -> Tensor:
+        """Number of the title whose likelihood is known at each node of a trie of titles, ``[N]``; -1 for none."""
+        return trie.end if self.softmax == "vocabulary" else trie.only_end
+
     def _prompt_pieces(self, histories: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Tokens and whether there is one: of the instruction, the history's lines, and the answer's beginning."""
         lines = self.lines.of(histories)

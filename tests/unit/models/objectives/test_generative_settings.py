@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import pandas as pd
 import pytest
 import torch
@@ -25,6 +27,7 @@ ITEMS = torch.tensor([[0, 1, 2, 3], [4, 5, -1, -1], [6, 3, 1, 8]])
 IS_TARGET = torch.tensor([[0, 1, 1, 1], [0, 1, 0, 0], [0, 1, 1, 0]]).bool()
 ROWS = (([0, 1, 2, 3], {1, 2, 3}), ([4, 5], {1}), ([6, 3, 1], {1, 2}))
 """The same as lists: items up to the last target, and the places of targets."""
+DISTINCT = [0, 1, 2, 3, 4, 5, 6, 8]
 TEMPLATE = prompt_template("product-1")
 
 
@@ -121,18 +124,49 @@ def test_the_likelihoods_of_all_titles_sum_to_one_and_are_those_that_were_traine
 ) -> None:
     """Of the vocabulary's softmax, other texts have the rest."""
     histories = torch.tensor([[0, 1, 2], [4, -1, -1], [6, 3, -1]])
-    distinct = [0, 1, 2, 3, 4, 5, 6, 8]
     sums = {}
     for softmax in ("catalogue", "vocabulary"):
         objective = objective_of(tiny, softmax)
         scores = ConstrainedRanker(objective, num_beams=20).scores(model, histories)
-        sums[softmax] = scores[:, distinct].exp().sum(dim=1)
+        sums[softmax] = scores[:, DISTINCT].exp().sum(dim=1)
         assert torch.equal(scores[:, 3], scores[:, 7]), "two items with one title"
         for row, (history, target) in enumerate((([0, 1, 2], 3), ([4], 5), ([6, 3], 1))):
             expected, _ = slow_loss(tiny, softmax, (([*history, target], {len(history)}),))
             assert float(scores[row, target]) == pytest.approx(-expected, rel=1e-4)
     torch.testing.assert_close(sums["catalogue"], torch.ones(3))
     assert sums["vocabulary"].max() < 0.9
+
+
+@pytest.mark.parametrize("num_beams", [1, 2, 3])
+def test_a_title_is_found_as_soon_as_nothing_else_can_follow(tiny: Backbone, model: SplitModel, num_beams: int) -> None:
+    """So few beams find more titles, at the same likelihoods, in fewer steps; what is certain stands in its place."""
+    histories = torch.tensor([[0, 1, 2], [4, -1, -1], [6, 3, -1]])
+    objective = objective_of(tiny, "catalogue")
+    exact = ConstrainedRanker(objective, num_beams=20).scores(model, histories)
+    ranker = ConstrainedRanker(objective, num_beams)
+    steps: list[int] = []
+    forward = model.model.forward
+
+    def watched(*args: object, **kwargs: object) -> object:
+        steps.append(1)
+        return forward(*args, **kwargs)
+
+    model.model.forward = watched  # type: ignore[method-assign, assignment]
+    try:
+        scores = ranker.scores(model, histories)
+    finally:
+        model.model.forward = forward  # type: ignore[method-assign]
+    answers = {tuple(pieces_of(tiny, [0, item])[-1][1]) for item in range(len(TITLES))}
+    shared = [n for one, other in permutations(answers, 2) for n in range(len(one)) if one[:n] == other[:n]]
+    assert len(steps) <= max(shared) + 1 < max(map(len, answers))
+    certain = ranker.take_report()[:, ranker.reported.index("num_certain")]
+    for row in range(3):
+        found = scores[row] > scores[row].min()
+        torch.testing.assert_close(scores[row, found], exact[row, found], rtol=1e-4, atol=1e-4)
+        best, first = (
+            values[row, DISTINCT].sort(descending=True).values[: int(certain[row])] for values in (exact, scores)
+        )
+        torch.testing.assert_close(first, best, rtol=1e-4, atol=1e-4)
 
 
 def test_the_gradient_asks_for_no_token_that_is_not_in_question(tiny: Backbone, model: SplitModel) -> None:
