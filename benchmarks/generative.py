@@ -33,6 +33,11 @@ RANKERS = {
     "grounding, greedy": ("ranker=grounding",),
     "grounding, 4 beams": ("ranker=grounding", "ranker.num_beams=4"),
     "constrained, 10 beams": ("ranker=constrained", "ranker.num_beams=10"),
+    "constrained, 20 beams, catalogue's softmax": (
+        "ranker=constrained",
+        "ranker.num_beams=20",
+        "objective.softmax=catalogue",
+    ),
     "constrained, 20 beams": ("ranker=constrained", "ranker.num_beams=20"),
 }
 
