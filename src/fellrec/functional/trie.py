@@ -66,13 +66,13 @@ class Trie:
             nodes: ``[n]`` int64.
 
         Returns:
-            For each node's children, in their order, ``[n, C]``; and whether there is one, ``[n, C]`` bool.
+            For each node's children, in their order, ``[n, C]``, -inf where there is none; and whether there is one.
         """
         counts = self.num_children[nodes][:, None]
         place = torch.arange(int(counts.max()), device=nodes.device)
         is_child = place < counts
         children = torch.where(is_child, self.first_child[nodes][:, None] + place, 0)
-        return values.gather(1, self.token[children].clamp(min=0)), is_child
+        return values.gather(1, self.token[children].clamp(min=0)).masked_fill(~is_child, -torch.inf), is_child
 
 
 def build_trie(tokens: Tensor, inside: Tensor, roots: Tensor | None = None) -> Trie:

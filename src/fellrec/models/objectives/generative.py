@@ -200,7 +200,7 @@ class GenerativeObjective:
             logits = logits.log_softmax(dim=-1)
         of_children, is_child = trie.of_children(logits, nodes)
         if self.softmax == "catalogue":
-            of_children = of_children.masked_fill(~is_child, -torch.inf).log_softmax(dim=-1)
+            of_children = of_children.log_softmax(dim=-1)
         return of_children[is_child]
 
     def titles_of_nodes(self, trie: Trie) -> Tensor:
@@ -257,8 +257,7 @@ class _Choices:
         """Of the tokens that can follow ``[n, C]``, from those of all tokens ``[n, V]``; -inf where there are fewer."""
         if self._trie.token.device != logits.device:
             self._trie = self._trie.to(logits.device)
-        of_children, is_child = self._trie.of_children(logits, nodes)
-        return of_children.masked_fill(~is_child, -torch.inf)
+        return self._trie.of_children(logits, nodes)[0]
 
 
 def _last_target(items: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
