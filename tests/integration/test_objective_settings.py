@@ -1,4 +1,4 @@
-"""The local objectives' settings in whole runs: stopped and resumed, or through the cut, the bits are the same."""
+"""Settings of the local objectives, and a rule that needs every start, in whole runs: stopped and resumed, or through the cut, the bits are the same."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ SETTINGS = {
     "ranker.num_beams=2 ranker.max_new_tokens=5 ranker.reweight=popularity",
     "every title, among the catalogue's": "objective=generative objective.one_target_per_row=false "
     "objective.softmax=catalogue adapter=lora adapter.dropout=0.2 ranker=constrained ranker.num_beams=5",
+    "updates mixed": "aggregation=updatemixing aggregation.server_learning_rate=1.5 adapter=lora",
 }
 KEPT = ("kept", "frozen")
 """They need the whole model; that the cut refuses them is tested with the objective."""

@@ -24,8 +24,8 @@ from .processes import LONGEST_SECONDS, Processes, environment
 
 CLIENTS = ["partition.num_clients=5", "trainer.timeout_seconds=100"]
 MIXED = (
-    "aggregation=fellrec,fedavg,centralized adapter=lora adapter.dropout=0.2 trainer.accumulate_grad_batches=2 "
-    "participation.rate=0.7 participation.on_failure=skip objective._target_=fragile.Fragile"
+    "aggregation=fellrec,updatemixing,fedavg,centralized adapter=lora adapter.dropout=0.2 "
+    "trainer.accumulate_grad_batches=2 participation.rate=0.7 participation.on_failure=skip objective._target_=fragile.Fragile"
 )
 FRAGILE = """
 from fellrec.models.objectives.retrieval import RetrievalObjective
@@ -130,7 +130,7 @@ def long_run(common: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_two_and_three_ranks_give_the_same_bits(
     common: str, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three rules, dropout, accumulated gradients, absent clients, one that fails; rank 0 alone says or writes anything."""
+    """Four rules, dropout, accumulated gradients, absent clients, one that fails; rank 0 alone says or writes anything."""
     (tmp_path / "fragile.py").write_text(FRAGILE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.syspath_prepend(tmp_path)
@@ -138,7 +138,7 @@ def test_one_two_and_three_ranks_give_the_same_bits(
     for num_ranks in (2, 3):
         processes = start("compare", MIXED, num_ranks, str(num_ranks))
         assert processes.wait() == [0] * num_ranks, processes.output(0)
-        for rule in ("fellrec", "fedavg", "centralized"):
+        for rule in ("fellrec", "updatemixing", "fedavg", "centralized"):
             assert_same_bits(tmp_path / "one" / f"{rule}-s0", tmp_path / str(num_ranks) / f"{rule}-s0")
         assert results(tmp_path / str(num_ranks) / "fellrec-s0")["dropped_clients"] == {"0": [3], "1": [3]}
         assert "FedAvg" in processes.output(0)

@@ -8,6 +8,7 @@ from fellrec.aggregation.fellrec import FELLRec
 from fellrec.aggregation.local import Local
 from fellrec.aggregation.persistence import Persistence
 from fellrec.aggregation.uniform import Uniform
+from fellrec.aggregation.updatemixing import UpdateMixing
 
 __all__ = [
     "AggregationCallback",
@@ -17,5 +18,6 @@ __all__ = [
     "Local",
     "Persistence",
     "Uniform",
+    "UpdateMixing",
     "build_aggregation",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 from fellrec.errors import TrainingError
 from fellrec.federated.hooks import FederatedCallback
 from fellrec.functional.mixing import Mixture
-from fellrec.types import Aggregated, Updates
+from fellrec.types import AdapterStack, Aggregated, Updates
 
 
 class AggregationCallback(FederatedCallback):
@@ -99,14 +99,23 @@ class AggregationCallback(FederatedCallback):
         matrix: Tensor,
         matrices: Mapping[str, Tensor] | None = None,
         per_client: Mapping[str, Tensor] | None = None,
+        adapters: AdapterStack | None = None,
     ) -> Aggregated:
         """Check ``matrix``, mix with it, and record it as ``mixing`` beside ``matrices`` and ``per_client``.
+
+        Args:
+            updates: All updates of the round.
+            matrix: ``[N, N]``, see `mixing_matrix`.
+            matrices: Other matrices worth looking at.
+            per_client: Vectors worth logging.
+            adapters: The next adapters, of a rule that does something else with its matrix than METHOD (4).
 
         Raises:
             TrainingError: If the matrix cannot be used; the message names the rule.
         """
         self._check(matrix, len(updates.clients))
-        return Aggregated(Mixture(matrix, updates.end), {"mixing": matrix, **(matrices or {})}, dict(per_client or {}))
+        mixed = Mixture(matrix, updates.end) if adapters is None else adapters
+        return Aggregated(mixed, {"mixing": matrix, **(matrices or {})}, dict(per_client or {}))
 
     def _check(self, matrix: Tensor, num_clients: int) -> None:
         problem = None

@@ -8,8 +8,15 @@ from collections.abc import Sequence
 from fellrec.errors import ConfigError, unknown
 
 
-def check_number(name: str, value: object, *, minimum: float | None = None, above: float | None = None) -> float:
-    """A finite number of at least ``minimum``, or greater than ``above``.
+def check_number(
+    name: str,
+    value: object,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+) -> float:
+    """A finite number of at least ``minimum``, or greater than ``above``, and at most ``maximum``.
 
     Raises:
         ConfigError: If it is not.
@@ -19,10 +26,12 @@ def check_number(name: str, value: object, *, minimum: float | None = None, abov
         0.7
     """
     allowed = f"of at least {minimum}" if minimum is not None else f"greater than {above}"
+    allowed += f" and at most {maximum}" if maximum is not None else ""
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if is_number:
         number = float(value)  # type: ignore[arg-type]
-        if (minimum is None or number >= minimum) and (above is None or number > above):
+        is_low_enough = maximum is None or number <= maximum
+        if (minimum is None or number >= minimum) and (above is None or number > above) and is_low_enough:
             return number
     raise ConfigError(f"aggregation.{name} is {value!r}; allowed is a finite number {allowed}")
 

@@ -207,6 +207,38 @@ class Mixture(LazyStack):
         return (_widen(self._matrix.to(block.device)) @ _widen(block)).to(block.dtype)
 
 
+class MovedAdapters(LazyStack):
+    """``adapter[c] = start[c] + sum over n of matrix[c, n] * (end[n] - start[n])``: updates are mixed, not adapters.
+
+    Made when it is read, in float64, like a `Mixture`.
+
+    Args:
+        matrix: ``[N, N]``, receiver by sender.
+        start: Adapters that the clients started the round with, name → ``[N, *shape]``.
+        end: Adapters after local training, same names and shapes. Neither is changed, nor to be changed before what is
+            made of them was read.
+
+    Example:
+        >>> start, end = {"a": torch.tensor([[0.0], [10.0]])}, {"a": torch.tensor([[2.0], [14.0]])}
+        >>> MovedAdapters(torch.full((2, 2), 0.5), start, end)["a"]
+        tensor([[ 3.],
+                [13.]])
+    """
+
+    def __init__(self, matrix: Tensor, start: AdapterStack, end: AdapterStack) -> None:
+        self._start, self._end = as_lazy(start), as_lazy(end)
+        super().__init__(self._end.shapes, self._end.num_rows)
+        self._matrix = matrix
+
+    @torch.no_grad()
+    def block(self, name: str, columns: slice) -> Tensor:
+        """``[N, columns]`` in the type and on the device of the senders' tensors."""
+        end = self._end.block(name, columns)
+        start = _widen(self._start.block(name, columns).to(end.device))
+        moved = start + _widen(self._matrix.to(end.device)) @ (_widen(end) - start)
+        return moved.to(end.dtype)
+
+
 @torch.no_grad()
 def mix(matrix: Tensor, stack: AdapterStack) -> dict[str, Tensor]:
     """All of a `Mixture` at once.

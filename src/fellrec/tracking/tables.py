@@ -16,6 +16,7 @@ NAMES = {
     "fedavg": "FedAvg",
     "uniform": "uniform",
     "fellrec": "FELLRec",
+    "updatemixing": "update mixing",
     "centralized": "centralised",
     "random": "random",
     "popularity": "popularity",
