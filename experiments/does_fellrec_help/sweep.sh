@@ -21,7 +21,9 @@ study() {
         --run "aggregation=fellrec aggregation.alpha=0.7 trainer.learning_rate=1e-3,2e-3" \
         --run "aggregation=fellrec aggregation.alpha=0.2 trainer.learning_rate=2e-3" \
         --run "aggregation=persistence aggregation.exponent=1 trainer.learning_rate=1e-3,2e-3" \
-        --run "aggregation=persistence aggregation.exponent=3 trainer.learning_rate=2e-3"
+        --run "aggregation=persistence aggregation.exponent=3 trainer.learning_rate=2e-3" \
+        --run "aggregation=updatemixing aggregation.own_share=0,0.2 aggregation.server_learning_rate=1 trainer.learning_rate=2e-3" \
+        --run "aggregation=updatemixing aggregation.own_share=0.2 aggregation.server_learning_rate=1.5 trainer.learning_rate=2e-3"
     seeds=$finals out=$kept
     [ "$fellrec" = echo ] && return
     chosen=$($python "$(dirname "$0")/../chosen.py" "$out/tuning/$name/comparison/comparison.json")
@@ -36,4 +38,5 @@ for data in ${DATA:-ml_1m games}; do
             ;;
     esac
 done
-report fellrec-local fellrec-uniform persistence-local persistence-uniform persistence-fellrec
+report fellrec-local fellrec-uniform persistence-fellrec updatemixing-local updatemixing-uniform updatemixing-fellrec \
+    updatemixing-persistence

@@ -8,7 +8,7 @@ set -eu
 out=$1 ml_1m=$2 games=$3
 shift 3
 . "$(dirname "$0")/../common.sh"
-rules=${RULES:-local,fedavg,uniform,fellrec,persistence,centralized}
+rules=${RULES:-local,fedavg,uniform,fellrec,persistence,updatemixing,centralized}
 source_of() {
     case $1 in
         ml_1m) echo "data=ml_1m data.root=$ml_1m" ;;
@@ -44,4 +44,4 @@ for family in ${FAMILIES:-retrieval generative}; do
             trainer.evaluate_every=3 "aggregation=$rules" "$@"
     done
 done
-report fellrec-local fellrec-uniform persistence-fellrec
+report fellrec-local fellrec-uniform persistence-fellrec updatemixing-fellrec

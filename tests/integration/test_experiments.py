@@ -64,7 +64,7 @@ def test_the_sweep_over_depths_and_its_report(tmp_path: Path, tiny_overrides: li
 
 DATA = ("ml_1m", "games", "micro_lens_shaped")
 SWEEPS = {
-    "main_table": (2, {f"{data}_{family}": 6 for data in DATA for family in ("retrieval", "generative")}),
+    "main_table": (2, {f"{data}_{family}": 7 for data in DATA for family in ("retrieval", "generative")}),
     "ablation": (2, {"games": 8, "ml_1m": 8}),
     "alpha_beta": (1, {"games": 11}),
     "clients": (1, {**{f"kmeans_{n}": 3 for n in (3, 5, 10, 20)}, "random_5": 3, "per_user": 3}),
