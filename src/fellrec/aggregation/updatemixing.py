@@ -24,7 +24,7 @@ class UpdateMixing(AggregationCallback):
     Rules that mix adapters draw clients together in every round; here what sets a client apart from the others stays.
     """
 
-    def __init__(self, own_share: float = 0.2, server_learning_rate: float = 1.0, *, attention: bool = True) -> None:
+    def __init__(self, own_share: float = 0.0, server_learning_rate: float = 1.0, *, attention: bool = True) -> None:
         """Set the hyper-parameters.
 
         Args:
