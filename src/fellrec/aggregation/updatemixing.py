@@ -22,6 +22,7 @@ class UpdateMixing(AggregationCallback):
     - (U3) ``adapter[c] = start[c] + η (sum over n of W[c, n] update[n])``
 
     Rules that mix adapters draw clients together in every round; here what sets a client apart from the others stays.
+    What others learn in a round in which a client is absent never reaches it.
     """
 
     def __init__(self, own_share: float = 0.0, server_learning_rate: float = 1.0, *, attention: bool = True) -> None:
