@@ -57,6 +57,7 @@ class UpdateMixing(AggregationCallback):
         return mixing.similarity(mixing.gram_matrix(updates.end, updates.start))
 
     def _matrix(self, similarity: Tensor) -> Tensor:
-        average = similarity if self.attention else torch.ones_like(similarity)
-        average = average / average.sum(dim=1, keepdim=True)
-        return (1 - self.own_share) * average + self.own_share * torch.eye(len(average), dtype=average.dtype)
+        """(U2), ``[N, N]`` float64."""
+        everybody = torch.ones(len(similarity), dtype=torch.float64)
+        average = mixing.mixing_matrix(similarity if self.attention else torch.ones_like(similarity), everybody)
+        return (1 - self.own_share) * average + self.own_share * torch.diag(everybody)
