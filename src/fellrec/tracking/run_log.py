@@ -113,6 +113,9 @@ class RunLog:
     def close(self, status: str = "FINISHED") -> None:
         """End the run, and say how to send what the server did not take.
 
+        A comparison that is finished sends what its runs have left, too: one may have ended before the server knew the
+        comparison, or while it was away.
+
         Args:
             status: ``"FINISHED"``, ``"FAILED"`` or ``"KILLED"``.
         """
@@ -121,6 +124,9 @@ class RunLog:
         finally:
             self._sender.finish(None if status == "FINISHED" else _SECONDS_AFTER_FAILURE)
             self._outbox.close()
+        if status == "FINISHED" and self._sender.error is None:
+            for folder in filter(num_left, outboxes(self.run_dir)[1:]):
+                Sender(Delivery(folder)).finish()
         left = sum(map(num_left, outboxes(self.run_dir)))
         if left and self._fields["parent_uid"] is None:  # a comparison speaks for its runs
             why = f"{self._sender.error}\n" if self._sender.error else ""

@@ -13,7 +13,7 @@ import pytest
 
 from fellrec.errors import ConfigError, TrainingError
 from fellrec.tracking.delivery import Delivery, DeliveryError
-from fellrec.tracking.outbox import Outbox, num_left, operations, read_sent, write_sent
+from fellrec.tracking.outbox import Outbox, num_left, operations, read_sent, sending, write_sent
 from fellrec.tracking.run_log import NewRun, RunLog, outboxes
 
 
@@ -170,3 +170,23 @@ def test_the_note_of_what_was_sent_is_replaced_as_a_whole(tmp_path: Path) -> Non
 def test_only_a_run_has_an_outbox(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no outbox; give the directory of a run"):
         outboxes(tmp_path)
+
+
+def test_a_comparison_sends_what_a_run_left_that_ended_before_the_server_knew_it(tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    both = tmp_path / "both"
+    for folder in (both / "outbox", both / "one"):
+        folder.mkdir(parents=True)
+    with sending(both / "outbox"):  # what the comparison has to say waits
+        parent = RunLog(both, NewRun(uri, "fellrec", "both", {}))
+        child = RunLog(both / "one", NewRun(uri, "fellrec", "one", {}, parent.uid))
+        child.log_params({"seed": 0})
+        child.close()
+        assert num_left(both / "one" / "outbox") == 3
+    parent.close()
+    assert [num_left(folder) for folder in outboxes(both)] == [0, 0]
+    found = MlflowClient(uri).get_run(child.run_id)
+    assert found.data.tags["mlflow.parentRunId"] == parent.run_id
+    assert (found.data.params, found.info.status) == ({"seed": "0"}, "FINISHED")
