@@ -1,4 +1,4 @@
-"""Settings of the local objectives, and a rule that needs every start, in whole runs: stopped and resumed, or through the cut, the bits are the same."""
+"""Settings of the local objectives, and a rule that needs every start: stopped and resumed, or cut, the same bits."""
 
 from __future__ import annotations
 

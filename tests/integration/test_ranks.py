@@ -25,7 +25,8 @@ from .processes import LONGEST_SECONDS, Processes, environment
 CLIENTS = ["partition.num_clients=5", "trainer.timeout_seconds=100"]
 MIXED = (
     "aggregation=fellrec,updatemixing,fedavg,centralized adapter=lora adapter.dropout=0.2 "
-    "trainer.accumulate_grad_batches=2 participation.rate=0.7 participation.on_failure=skip objective._target_=fragile.Fragile"
+    "trainer.accumulate_grad_batches=2 participation.rate=0.7 participation.on_failure=skip "
+    "objective._target_=fragile.Fragile"
 )
 FRAGILE = """
 from fellrec.models.objectives.retrieval import RetrievalObjective
@@ -130,7 +131,7 @@ def long_run(common: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_two_and_three_ranks_give_the_same_bits(
     common: str, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four rules, dropout, accumulated gradients, absent clients, one that fails; rank 0 alone says or writes anything."""
+    """Dropout, accumulated gradients, absent clients, one that fails; rank 0 alone says or writes anything."""
     (tmp_path / "fragile.py").write_text(FRAGILE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.syspath_prepend(tmp_path)
