@@ -34,6 +34,10 @@ class DeliveryError(FellrecError):
     """The tracking server does not answer, or refuses an operation; the outbox keeps it and all that follow."""
 
 
+class EarlyError(DeliveryError):
+    """The comparison that a run belongs to is still on its way to the server: no reason to warn anybody."""
+
+
 class Delivery:
     """Sends one outbox.
 
@@ -120,15 +124,19 @@ class Sender:
             self._wake.wait(None if self.error is None else pause)
             self._wake.clear()
             is_last = self._closing.is_set()
-            was_away = self.error is not None
+            has_failed, was_away = self.error is not None, self._is_away
             try:
                 self._delivery.send()
                 self.error, pause = None, _FIRST_PAUSE_SECONDS
             except (FellrecError, OSError) as error:
-                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS) if was_away else _FIRST_PAUSE_SECONDS
+                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS) if has_failed else _FIRST_PAUSE_SECONDS
                 self.error = error if isinstance(error, DeliveryError) else DeliveryError(str(error))
-            if was_away != (self.error is not None) and not is_last:
+            if was_away != self._is_away and not is_last:
                 self._tell()
+
+    @property
+    def _is_away(self) -> bool:
+        return self.error is not None and not isinstance(self.error, EarlyError)
 
     def _tell(self) -> None:
         if self.error is None:
@@ -156,7 +164,7 @@ def _create(client: MlflowClient, uri: str, operation: Operation) -> str:
     if parent_uid is not None:
         parent = _find(client, experiment_id, parent_uid)
         if parent is None:
-            raise DeliveryError(f"{uri} does not hold the comparison that the run belongs to yet; send that first")
+            raise EarlyError(f"{uri} does not hold the comparison that the run belongs to yet; send that first")
         tags[PARENT_TAG] = parent
     run = client.create_run(experiment_id, start_time=operation.time, tags=tags, run_name=fields["run_name"])
     return str(run.info.run_id)
