@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fellrec.assembly import build_data, build_recommender
-from fellrec.config import compose
+from fellrec.config.compose import compose
 from fellrec.data.text import pad_left
+from fellrec.experiment import build_data, build_recommender
 from fellrec.models.split import SplitModel
 from fellrec.rankers.constrained import ConstrainedRanker
 from fellrec.rankers.grounding import GroundingRanker

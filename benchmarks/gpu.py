@@ -28,15 +28,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from fellrec.assembly import build_data, build_loop, build_recommender
-from fellrec.config import compose
+from fellrec.config.compose import compose
+from fellrec.distributed.memory import peak_bytes
+from fellrec.experiment import build_data, build_loop, build_recommender
 from fellrec.federated.loop import FederatedLoop
-from fellrec.federated.memory import peak_bytes
 from fellrec.functional.cost import human_bytes, training_flops
-from fellrec.launch.plan import Planner
-from fellrec.launch.shape import find_config, read_config
 from fellrec.models.module import drawn
 from fellrec.models.tiny import build_tokenizer
+from fellrec.planning.plan import Planner
+from fellrec.planning.shape import find_config, read_config
 
 SHAPE = "llama_2_7b"
 SMALL = ("experiment=ml_1m_small",)

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from fellrec.federated.memory import anonymous_bytes
+from fellrec.distributed.memory import anonymous_bytes
 
 MB = 1e6
 
@@ -67,10 +67,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run one population and say what it took."""
     import torch
 
-    from fellrec.assembly import build_data, build_loop, build_recommender
     from fellrec.callbacks.checkpoint import Checkpoint
-    from fellrec.config import compose
-    from fellrec.federated.hooks import FederatedCallback
+    from fellrec.config.compose import compose
+    from fellrec.experiment import build_data, build_loop, build_recommender
+    from fellrec.federated.callback import FederatedCallback
 
     torch.set_num_threads(options.threads)
     config = compose(overrides_of(options))

@@ -21,12 +21,12 @@ from statistics import median
 
 import pandas as pd
 
-from fellrec.assembly import build_data, build_loop, build_recommender
-from fellrec.config import compose
-from fellrec.federated.hooks import FederatedCallback
+from fellrec.config.compose import compose
+from fellrec.experiment import build_data, build_loop, build_recommender
+from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.loop import FederatedLoop
-from fellrec.tracking.costs import Rounds
-from fellrec.tracking.tables import markdown
+from fellrec.report.costs import Rounds
+from fellrec.report.tables import markdown
 from fellrec.types import RoundRecord
 
 IN_FLIGHT = (1, 2, 4)

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fellrec.configurations import TRAINING
+from fellrec.experiment.variants import TRAINING
 
 
 def options(comparison: dict[str, Any]) -> list[str]:

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 
 from fellrec.functional.rng import derive_seed
 from fellrec.functional.statistics import bootstrap_intervals, holm, wilcoxon_p
-from fellrec.tracking.significance import SEED, p_text
-from fellrec.tracking.tables import display_name, markdown
+from fellrec.report.significance import SEED, p_text
+from fellrec.report.tables import display_name, markdown
 
 METRIC = "ndcg_at_10"
 

@@ -9,14 +9,14 @@ from typing import Any
 from small_models import LAYERS
 
 from fellrec.aggregation import FedAvg
+from fellrec.cut.link import InProcess, ServerLink
+from fellrec.cut.server import BodyServer, ServerSettings
 from fellrec.federated.ledger import Ledger
-from fellrec.federated.server import BodyServer, ServerSettings
 from fellrec.federated.state import RunState, Selection
-from fellrec.federated.transport import InProcess, ServerLink
-from fellrec.models.bank import AdapterBank
-from fellrec.models.cut import Cut, server_shell
 from fellrec.models.module import OptimizerSettings
+from fellrec.models.remote import Cut, server_shell
 from fellrec.models.split import SplitModel
+from fellrec.state.bank import AdapterBank
 
 
 def cut_in_two(model: Any, head: int, tail: int) -> tuple[SplitModel, ServerLink, BodyServer]:

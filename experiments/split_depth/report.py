@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fellrec.tracking.tables import markdown
+from fellrec.report.tables import markdown
 
 CLAIMS = {"storage saved, %": 28, "compute saved, %": 48}
 """What the paper's summary says is saved on the client: storage and training time."""

@@ -10,10 +10,10 @@ class FellrecError(Exception):
     """Base of every error whose message is written for the user.
 
     Attributes:
-        is_told: Whether another process of the run shows the message.
+        already_reported: Whether another process of the run shows the message.
     """
 
-    is_told = False
+    already_reported = False
 
 
 class ConfigError(FellrecError):

@@ -14,13 +14,10 @@ from torch import Tensor
 
 from fellrec.errors import TrainingError
 from fellrec.functional.first_items import FirstItems
-from fellrec.functional.stacks import as_lazy
+from fellrec.functional.stacks import AdapterStack, as_lazy
 
 Adapter = Mapping[str, Tensor]
 """One client's adapter: parameter name → tensor of the parameter's own shape."""
-
-AdapterStack = Mapping[str, Tensor]
-"""Several clients' adapters: parameter name → ``[clients, *shape]``; see ``fellrec.functional.stacks``."""
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ from small_models import ENCODERS, LAYERS
 from torch import Tensor
 from transformers import AutoModel, AutoModelForMaskedLM
 
+from fellrec.cut.messages import Gradient, HiddenState
 from fellrec.errors import BackboneError
-from fellrec.federated.messages import Gradient, HiddenState
 from fellrec.functional.packing import PACKINGS, pack, unpack
 from fellrec.models.adapters import FullAdapter, LoraAdapter
 from fellrec.models.architectures import ARCHITECTURES, arch_of, context_of
 from fellrec.models.backbone import load_hf
 from fellrec.models.encoders import tokens_of
-from fellrec.models.share import load_share
+from fellrec.models.partial import load_share
 from fellrec.models.split import SplitModel
 from fellrec.models.tiny import build_tokenizer
 

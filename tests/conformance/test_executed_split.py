@@ -15,10 +15,10 @@ from small_models import CONFIGS, masks
 from transformers import AutoModelForCausalLM
 
 from fellrec.aggregation import Local
+from fellrec.cut.messages import Gradient, HiddenState, Step, Upload
 from fellrec.errors import BackboneError, SplitError
-from fellrec.federated.messages import Gradient, HiddenState, Step, Upload
 from fellrec.functional.packing import Packed, pack
-from fellrec.models.share import load_share
+from fellrec.models.partial import load_share
 from fellrec.models.split import SplitModel
 
 CUTS = [(2, 1), (0, 2), (1, 0), (0, 0)]

@@ -10,10 +10,10 @@ import torch
 from many_clients import Peak
 
 from fellrec.aggregation import FELLRec
-from fellrec.federated.memory import anonymous_bytes
+from fellrec.distributed.memory import anonymous_bytes
 from fellrec.functional import stacks
-from fellrec.models.bank import AdapterBank
-from fellrec.models.versions import open_shelf
+from fellrec.state.bank import AdapterBank
+from fellrec.state.tensor_store import open_store
 from fellrec.types import Updates
 
 
@@ -24,7 +24,7 @@ def main(folder: Path, num_clients: int, block_bytes: int) -> None:
     generator = torch.Generator().manual_seed(0)
     start = {"a": torch.randn(100, 450, generator=generator), "b": torch.randn(5000, generator=generator)}
     bank = AdapterBank.replicate(start, num_clients)
-    bank.shelf = open_shelf(folder)
+    bank.tensor_store = open_store(folder)
     clients = tuple(range(num_clients))
     before = bank.stack(clients)
     for client in clients:

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from fellrec.assembly import Recommender, build_data, build_loop, build_recommender
 from fellrec.callbacks.checkpoint import Checkpoint
-from fellrec.config import compose
-from fellrec.federated.hooks import FederatedCallback
+from fellrec.config.compose import compose
+from fellrec.experiment import Recommender, build_data, build_loop, build_recommender
+from fellrec.experiment.run_dir import write_evaluation, write_json
+from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.loop import FederatedLoop
-from fellrec.rankings import write_users
-from fellrec.records import write_evaluation, write_json
+from fellrec.report.export import write_users
 from fellrec.types import Evaluation
 
 

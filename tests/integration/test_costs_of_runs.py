@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 from mlflow.tracking import MlflowClient
 
-from fellrec.cli import main
-from fellrec.config import compose
-from fellrec.launch.plan import Planner
+from fellrec.cli.main import main
+from fellrec.config.compose import compose
+from fellrec.planning.plan import Planner
 
 FOUR_LAYERS = ["backbone.num_layers=4"]
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fellrec.assembly import build_data, build_loop, build_recommender
 from fellrec.callbacks.checkpoint import Checkpoint
-from fellrec.config import compose
+from fellrec.config.compose import compose
+from fellrec.cut.link import InProcess
+from fellrec.cut.messages import Download, HiddenState, Message, SelectRows, Upload
+from fellrec.cut.server import BodyServer
 from fellrec.errors import TrainingError
-from fellrec.federated.execution import SplitExecution
-from fellrec.federated.hooks import FederatedCallback
+from fellrec.experiment import build_data, build_loop, build_recommender
+from fellrec.federated.callback import FederatedCallback
+from fellrec.federated.executor import SplitExecution
 from fellrec.federated.loop import FederatedLoop
-from fellrec.federated.messages import Download, HiddenState, Message, SelectRows, Upload
-from fellrec.federated.server import BodyServer
-from fellrec.federated.transport import InProcess
 from fellrec.functional.packing import Packed
 from fellrec.types import Evaluation
 

@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 from omegaconf import DictConfig
 
-from fellrec.cli import main
-from fellrec.configurations import check_comparable, configurations
+from fellrec.cli.main import main
+from fellrec.experiment.variants import check_comparable, configurations
 
 ROOT = Path(__file__).resolve().parents[2]
 

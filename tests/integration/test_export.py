@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fellrec.cli import main
+from fellrec.cli.main import main
 from fellrec.errors import DataError
-from fellrec.rankings import export, strictly_descending
+from fellrec.report.export import export, strictly_descending
 
 NAMES = {"ndcg_at_10": "ndcg@10", "recall_at_10": "recall@10", "mrr_at_10": "mrr@10", "hr_at_10": "hit_rate@10"}
 

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from fellrec.assembly import Recommender, build_data, build_loop, build_recommender
 from fellrec.callbacks.checkpoint import Checkpoint
-from fellrec.config import compose
+from fellrec.config.compose import compose
 from fellrec.errors import StorageError
+from fellrec.experiment import Recommender, build_data, build_loop, build_recommender
+from fellrec.experiment.run_dir import write_evaluation
+from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.checkpoint import rounds_on_disk
-from fellrec.federated.hooks import FederatedCallback
 from fellrec.federated.loop import FederatedLoop
-from fellrec.models.versions import check_file
-from fellrec.records import write_evaluation
+from fellrec.state.tensor_store import check_file
 
 SIZE = 24 << 20
 

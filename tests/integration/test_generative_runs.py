@@ -10,15 +10,15 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 
-from fellrec import pretrained
-from fellrec.assembly import build_data, build_loop, build_recommender
-from fellrec.cli import main
-from fellrec.config import compose
+from fellrec.cli.main import main
+from fellrec.config.compose import compose
 from fellrec.data.prompts import TEMPLATES
-from fellrec.federated.client import LocalSettings
-from fellrec.federated.hooks import FederatedCallback
+from fellrec.experiment import backbones as pretrained
+from fellrec.experiment import build_data, build_loop, build_recommender
+from fellrec.federated.callback import FederatedCallback
+from fellrec.federated.local import LocalSettings
 from fellrec.federated.loop import FederatedLoop
-from fellrec.launch.load import count_load
+from fellrec.planning.load import count_load
 from fellrec.types import Evaluation
 
 GENERATIVE = ["objective=generative", "trainer.num_rounds=1", "trainer.max_local_steps=2", "trainer.cutoffs=[5,10]"]

@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fellrec.federated.hooks import HOOKS
+from fellrec.federated.callback import HOOKS
 
 RUN = [
     "trainer.num_rounds=3",

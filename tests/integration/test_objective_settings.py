@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fellrec.assembly import build_data, build_loop, build_recommender
 from fellrec.callbacks.checkpoint import Checkpoint
-from fellrec.config import compose
-from fellrec.federated.execution import SplitExecution
-from fellrec.federated.hooks import FederatedCallback
+from fellrec.config.compose import compose
+from fellrec.cut.link import InProcess
+from fellrec.experiment import build_data, build_loop, build_recommender
+from fellrec.federated.callback import FederatedCallback
+from fellrec.federated.executor import SplitExecution
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.state import RunState
-from fellrec.federated.transport import InProcess
 from fellrec.types import ClientUpdate, Evaluation
 
 SHORT = "data.max_users=40 data.max_history=3 trainer.batch_size=8 trainer.max_local_steps=3"

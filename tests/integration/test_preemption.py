@@ -15,10 +15,10 @@ import pytest
 from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
 
-from fellrec.callbacks.preemption import GRACE_VARIABLE, StopSignals
-from fellrec.cli import main
+from fellrec.cli.main import main
 from fellrec.errors import Preempted
-from fellrec.lock import hold
+from fellrec.launch.preemption import GRACE_VARIABLE, StopSignals
+from fellrec.state.lock import hold
 
 ROUNDS = "trainer.num_rounds=6"
 

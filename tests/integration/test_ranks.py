@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from fellrec.assembly import build_data, build_loop, build_recommender
-from fellrec.cli import main
-from fellrec.config import read_config
+from fellrec.cli.main import main
+from fellrec.config.compose import read_config
+from fellrec.experiment import build_data, build_loop, build_recommender
 from fellrec.federated.state import RunState
 
 from .processes import LONGEST_SECONDS, Processes, environment

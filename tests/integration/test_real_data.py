@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fellrec.assembly import build_data
-from fellrec.commands.prepare import verify
-from fellrec.config import compose
+from fellrec.cli.prepare import verify
+from fellrec.config.compose import compose
+from fellrec.experiment import build_data
 
 
 def checks(overrides: list[str], cache: Path) -> list[str]:

@@ -16,9 +16,9 @@ import pytest
 from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
 
-from fellrec.cli import main
-from fellrec.commands.evaluate import read_config
-from fellrec.commands.train import resumed
+from fellrec.cli.evaluate import read_config
+from fellrec.cli.main import main
+from fellrec.cli.train import resumed
 from fellrec.models.backbone import load_hf
 
 
@@ -43,7 +43,7 @@ def runs_of(folder: Path) -> list[Any]:
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_overrides: list[str]) -> tuple[Path, str]:
     """One FELLRec run and what it printed."""
     folder = tmp_path_factory.mktemp("finished")
-    command = [sys.executable, "-m", "fellrec.cli", "train", *tiny_overrides, "run_dir=run"]
+    command = [sys.executable, "-m", "fellrec.cli.main", "train", *tiny_overrides, "run_dir=run"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
@@ -253,7 +253,7 @@ def test_compare_checks_every_rule_before_the_first_one_trains(
 
 
 def test_a_multirun_covers_every_combination(workplace: Path, tiny_overrides: list[str]) -> None:
-    command = [sys.executable, "-m", "fellrec.cli", "train", "-m", *tiny_overrides, "trainer.num_rounds=1"]
+    command = [sys.executable, "-m", "fellrec.cli.main", "train", "-m", *tiny_overrides, "trainer.num_rounds=1"]
     command += ["aggregation=fedavg,fellrec", "aggregation.alpha=0.3,0.7"]
     done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -262,7 +262,7 @@ def test_a_multirun_covers_every_combination(workplace: Path, tiny_overrides: li
 
 
 def test_a_multirun_checks_every_combination_first(workplace: Path, tiny_overrides: list[str]) -> None:
-    command = [sys.executable, "-m", "fellrec.cli", "train", "-m", *tiny_overrides, "trainer.num_rounds=1,0"]
+    command = [sys.executable, "-m", "fellrec.cli.main", "train", "-m", *tiny_overrides, "trainer.num_rounds=1,0"]
     done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.strip() == "fellrec train: trainer.num_rounds=0 is not allowed: a whole number of at least 1"
@@ -271,7 +271,7 @@ def test_a_multirun_checks_every_combination_first(workplace: Path, tiny_overrid
 
 def test_an_interrupted_run_goes_on_where_it_stopped(workplace: Path, tiny_overrides: list[str]) -> None:
     settings = [*tiny_overrides, "trainer.num_rounds=20", "partition.num_clients=2"]
-    train = [sys.executable, "-m", "fellrec.cli", "train"]
+    train = [sys.executable, "-m", "fellrec.cli.main", "train"]
     whole = subprocess.run(
         [*train, *settings, "run_dir=whole"], cwd=workplace, capture_output=True, text=True, check=False
     )

@@ -19,7 +19,7 @@ CONFIG = LlamaConfig(
 MEASURE = """
 import json, re, sys, torch
 from pathlib import Path
-from fellrec.models.share import load_share
+from fellrec.models.partial import load_share
 
 def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1))

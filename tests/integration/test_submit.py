@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from fellrec.cli import main
+from fellrec.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 READY = ROOT / "experiments" / "slurm"

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from fellrec.cut.messages import HiddenState, Report
+from fellrec.distributed import channel as wires
 from fellrec.errors import SplitError
-from fellrec.federated import wire as wires
-from fellrec.federated.messages import HiddenState, Report
 from fellrec.functional.packing import Packed
 
 HIDDEN = HiddenState(3, 2, "train", 1, (Packed(torch.zeros(2, 3, 4)),))

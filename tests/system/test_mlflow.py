@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from fellrec.cli import main
+from fellrec.cli.main import main
 from fellrec.tracking.store import ui_command
 
 CHROMIUM = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
@@ -134,7 +134,7 @@ def test_an_installed_wheel_brings_its_configuration(tmp_path: Path) -> None:
     unpacked = tmp_path / "site"
     shutil.unpack_archive(wheel, unpacked, "zip")
     done = subprocess.run(
-        [sys.executable, "-m", "fellrec.cli", "train", "--show-config", "aggregation=fedavg"],
+        [sys.executable, "-m", "fellrec.cli.main", "train", "--show-config", "aggregation=fedavg"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(unpacked)},
         capture_output=True,
@@ -143,7 +143,7 @@ def test_an_installed_wheel_brings_its_configuration(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "fellrec.aggregation.FedAvg" in done.stdout
-    code = "import fellrec.layout as layout; print(layout.conf_dir())"
+    code = "import fellrec.config.paths as layout; print(layout.conf_dir())"
     shown = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(unpacked)},

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from tracking_servers import Content, Relay, Server, content, logged_points, postgresql, wait_for
 
-from fellrec.cli import main
-from fellrec.federated.processes import LEAD
-from fellrec.tracking.delivery import Delivery
+from fellrec.cli.main import main
+from fellrec.cut.processes import LEAD
+from fellrec.tracking.delivery import OutboxClient
 from fellrec.tracking.outbox import Outbox, Sent, first_operation, num_left, operations, read_sent, write_sent
 from fellrec.tracking.run_log import NewRun, RunLog
 
@@ -117,7 +117,7 @@ def resend(server: Server, run_dir: Path, arrived: Content) -> None:
     notes = [Sent(), *(Sent(known[n].number + 1, known[n].end, run_id) for n in (len(known) // 2, len(known) - 2))]
     for note in notes:
         write_sent(outbox, note)
-        assert Delivery(outbox).send() == len(known) - note.number
+        assert OutboxClient(outbox).send() == len(known) - note.number
         assert on(server, run_dir) == arrived
 
 
@@ -138,7 +138,7 @@ def test_half_a_batch_that_arrived_before_the_crash(server: Server, tmp_path: Pa
     client = MlflowClient(server.uri)
     client.log_batch(str(run_id), metrics=points[:1000])
     client.log_batch(str(run_id), metrics=points[1500:2301])
-    Delivery(outbox).send()
+    OutboxClient(outbox).send()
     arrived = on(server, tmp_path)
     assert [point[:3] for point in arrived.points] == sorted((key, 3, half.time) for key in metrics)
     assert {key: value for key, _, _, value in arrived.points if key != "nan"} == {
@@ -157,7 +157,7 @@ def test_a_process_killed_at_any_moment_logs_each_point_once(server: Server, tmp
         process.wait()
     process, log = start(tmp_path, str(ENDLESS), str(run_dir), server.uri, str(steps))
     while process.poll() is None:  # as `fellrec sync` does while the run goes on
-        Delivery(run_dir / "outbox").send()
+        OutboxClient(run_dir / "outbox").send()
         time.sleep(0.05)
     assert process.returncode == 0, log.read_text()
     arrived = on(server, run_dir)

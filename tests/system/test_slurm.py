@@ -17,7 +17,7 @@ from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from fellrec.cli import main
+from fellrec.cli.main import main
 
 from .cluster import Cluster, install, running_cluster
 

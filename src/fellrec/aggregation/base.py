@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fellrec.errors import TrainingError
-from fellrec.federated.hooks import FederatedCallback
+from fellrec.federated.callback import FederatedCallback
 from fellrec.functional.mixing import Mixture
-from fellrec.types import AdapterStack, Aggregated, Updates
+from fellrec.functional.stacks import AdapterStack
+from fellrec.types import Aggregated, Updates
 
 
 class AggregationCallback(FederatedCallback):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fellrec.federated.execution import CHECKPOINTS
-from fellrec.federated.hooks import FederatedCallback
+from fellrec.federated.callback import FederatedCallback
+from fellrec.federated.executor import CHECKPOINTS
 from fellrec.types import RoundRecord
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from fellrec.federated.hooks import FederatedCallback
-from fellrec.tracking.costs import Rounds, RunCost, Storage
+from fellrec.federated.callback import FederatedCallback
+from fellrec.report.costs import Rounds, RunCost, Storage
 from fellrec.types import Aggregated, RoundRecord
 
 if TYPE_CHECKING:

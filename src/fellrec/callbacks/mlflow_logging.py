@@ -13,7 +13,7 @@ import pandas as pd
 
 from fellrec.callbacks.costs import CostMeter
 from fellrec.errors import FellrecError
-from fellrec.federated.hooks import FederatedCallback
+from fellrec.federated.callback import FederatedCallback
 from fellrec.functional.nested import flatten
 from fellrec.tracking.run_log import RunLog
 from fellrec.types import Aggregated, Evaluation, RoundRecord
@@ -136,7 +136,7 @@ class MLflowLogging(FederatedCallback):
         return loop.num_clients <= self.max_clients
 
     def _log_matrices(self, record: RoundRecord) -> None:
-        from fellrec.tracking.plots import heat_map, save_png
+        from fellrec.report.plots import heat_map, save_png
 
         clients = [update.client for update in record.updates]
         folder = self.run_dir / "matrices" / f"round_{record.round_index:03d}"

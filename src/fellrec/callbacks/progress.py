@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fellrec.federated.hooks import FederatedCallback
+from fellrec.federated.callback import FederatedCallback
 from fellrec.types import Evaluation, RoundRecord
 
 if TYPE_CHECKING:

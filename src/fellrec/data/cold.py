@@ -1,4 +1,4 @@
-"""Cold items and cold users: what a recommender has seen nothing, or hardly anything, of in training."""
+"""ColdStart items and cold users: what a recommender has seen nothing, or hardly anything, of in training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fellrec.data.ragged import Ragged
 
 
 @dataclass(frozen=True)
-class Cold:
+class ColdStart:
     """Who and what is cold.
 
     Attributes:
@@ -28,7 +28,7 @@ class Cold:
     users_below: int
 
     @classmethod
-    def of(cls, data: PreparedData, users_below: int) -> Cold:
+    def of(cls, data: PreparedData, users_below: int) -> ColdStart:
         """Count the training interactions of the clients' users."""
         is_private = data.client_of_user >= 0
         trained_on = data.train.values[is_private[data.train.row_index]]

@@ -7,18 +7,16 @@ may find it in training and in the test. They are linear in what they look at.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fellrec.data.prepared import PreparedData
 from fellrec.data.ragged import Ragged
 from fellrec.errors import ConfigError, LeakError
-
-if TYPE_CHECKING:
-    from fellrec.data.prepared import PreparedData
 
 _SAMPLE = 64
 """Users whose prompts are compared."""

@@ -16,11 +16,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fellrec.atomic import make_folder, read_checked, sync_folder, write_checked, writing
 from fellrec.errors import CheckpointError, TrainingError
 from fellrec.federated.state import RunState
-from fellrec.models.bank import AdapterBank
-from fellrec.models.versions import SUFFIX, Version, check_file, map_tensors, write_tensors
+from fellrec.state.bank import AdapterBank
+from fellrec.state.files import make_folder, read_checked, sync_folder, write_checked, writing
+from fellrec.state.tensor_store import SUFFIX, StoredTensors, check_file, map_tensors, write_tensors
 
 CLIENTS = "clients"
 """Folder of the versions, below that of the manifests."""
@@ -48,8 +48,8 @@ def save_state(folder: Path, state: RunState, more: Mapping[str, Tensor] | None 
     """
     make_folder(folder / CLIENTS)
     for version, stem in _unwritten(state):
-        state.shelf.number += 1
-        version.persist(folder / CLIENTS / f"{stem}.{state.shelf.number:08d}{SUFFIX}")
+        state.tensor_store.number += 1
+        version.persist(folder / CLIENTS / f"{stem}.{state.tensor_store.number:08d}{SUFFIX}")
     manifest = _manifest(state)
     if more:
         path = folder / CLIENTS / f"{_MORE}.{state.round_index:05d}{SUFFIX}"
@@ -109,9 +109,9 @@ def _banks(state: RunState) -> dict[str, AdapterBank]:
     return {name: state.bank_named(name) for name in ("current", "best", "best_per_client")}
 
 
-def _unwritten(state: RunState) -> list[tuple[Version, str]]:
+def _unwritten(state: RunState) -> list[tuple[StoredTensors, str]]:
     """Versions that are in memory only, each once, and what their files' names begin with."""
-    found: dict[int, tuple[Version, str]] = {}
+    found: dict[int, tuple[StoredTensors, str]] = {}
     for bank in _banks(state).values():
         counts: dict[int, int] = {}
         for version in bank.versions:
@@ -132,7 +132,7 @@ def _manifest(state: RunState) -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "round_index": state.round_index,
-        "number": state.shelf.number,
+        "number": state.tensor_store.number,
         "local_steps": state.local_steps,
         "rounds_without_gain": state.rounds_without_gain,
         "extras": state.extras,
@@ -147,7 +147,7 @@ def _manifest(state: RunState) -> dict[str, Any]:
     }
 
 
-def _name(version: Version) -> str:
+def _name(version: StoredTensors) -> str:
     assert version.path is not None
     return version.path.name
 
@@ -175,26 +175,26 @@ def _read_or_warn(folder: Path, number: int, checked: dict[str, str]) -> dict[st
         return None
 
 
-def _versions(folder: Path, checked: Mapping[str, str]) -> Callable[[str], Version]:
+def _versions(folder: Path, checked: Mapping[str, str]) -> Callable[[str], StoredTensors]:
     """Gives the version in a file, the same one whenever it is asked."""
-    known: dict[str, Version] = {}
+    known: dict[str, StoredTensors] = {}
 
-    def version(name: str) -> Version:
+    def version(name: str) -> StoredTensors:
         if name not in known:
-            known[name] = Version(path=folder / CLIENTS / name, checksum=checked[name])
+            known[name] = StoredTensors(path=folder / CLIENTS / name, checksum=checked[name])
         return known[name]
 
     return version
 
 
-def _restore(state: RunState, manifest: Mapping[str, Any], version: Callable[[str], Version]) -> None:
+def _restore(state: RunState, manifest: Mapping[str, Any], version: Callable[[str], StoredTensors]) -> None:
     for key, bank in _banks(state).items():
         names = manifest["banks"][key]
         if len(names) != len(bank):
             raise TrainingError(f"the checkpoint has {len(names)} clients, this run has {len(bank)}")
         bank.versions = [version(name) for name in names]
     state.optimizers = {int(client): version(name) for client, name in manifest["optimizers"].items()}
-    state.shelf.number = manifest["number"]
+    state.tensor_store.number = manifest["number"]
     for name in ("round_index", "local_steps", "rounds_without_gain", "extras"):
         setattr(state, name, manifest[name])
     for name, value in manifest["selection"].items():

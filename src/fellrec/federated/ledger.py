@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from fellrec.atomic import make_folder, read_checked, write_checked
-from fellrec.federated.messages import ClientMessage, Message
+from fellrec.cut.messages import ClientMessage, Message
+from fellrec.state.files import make_folder, read_checked, write_checked
 
 KINDS = ("adapter", "hidden_state", "gradient", "scalar")
 _PART = "ledger_"

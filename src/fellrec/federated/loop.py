@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING
 import torch
 from lightning import Fabric
 
+from fellrec.cut.pipeline import Outcome
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.errors import TrainingError
-from fellrec.federated.client import LocalSettings, LocalTrainer
-from fellrec.federated.execution import Execution, WholeExecution
-from fellrec.federated.hooks import FederatedCallback
-from fellrec.federated.pipeline import Outcome
+from fellrec.federated.callback import FederatedCallback
+from fellrec.federated.executor import Execution, WholeExecution
+from fellrec.federated.local import LocalSettings, LocalTrainer
 from fellrec.federated.state import RunState
 from fellrec.functional.participation import cohort
+from fellrec.functional.stacks import AdapterStack
 from fellrec.models.module import FellrecModule
-from fellrec.types import AdapterStack, Aggregated, ClientUpdate, Evaluation, RoundRecord, Updates
+from fellrec.types import Aggregated, ClientUpdate, Evaluation, RoundRecord, Updates
 
 if TYPE_CHECKING:
     from fellrec.aggregation.base import AggregationCallback

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fellrec.data.guards import check_selection
 from fellrec.errors import CheckpointError
-from fellrec.models.bank import AdapterBank
-from fellrec.models.versions import Shelf, Version, check_file, open_shelf
+from fellrec.state.bank import AdapterBank
+from fellrec.state.tensor_store import StoredTensors, TensorStore, check_file, open_store
 from fellrec.types import ClientUpdate, Evaluation
 
 OptimizerState = dict[str, dict[str, Any]]
@@ -65,15 +65,15 @@ class RunState:
     selection: Selection
     initial: AdapterBank
     round_index: int = 0
-    optimizers: dict[int, Version] = field(default_factory=dict)
+    optimizers: dict[int, StoredTensors] = field(default_factory=dict)
     local_steps: list[int] = field(default_factory=list)
     rounds_without_gain: int = 0
     extras: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def shelf(self) -> Shelf:
+    def tensor_store(self) -> TensorStore:
         """Where new versions of adapters and optimiser states go."""
-        return self.bank.shelf
+        return self.bank.tensor_store
 
     def keep_on_disk(self, folder: Path) -> None:
         """Let every new version be a file in ``folder`` rather than stay in memory.
@@ -81,9 +81,9 @@ class RunState:
         Raises:
             StorageError: If the folder cannot be written.
         """
-        shelf = open_shelf(folder, self.shelf.number)
+        tensor_store = open_store(folder, self.tensor_store.number)
         for bank in (self.bank, self.selection.bank, self.selection.client_bank):
-            bank.shelf = shelf
+            bank.tensor_store = tensor_store
 
     def optimizer_of(self, client: int) -> OptimizerState:
         """A copy of what a client's optimiser remembers; empty if it has not trained."""
@@ -105,7 +105,7 @@ class RunState:
             StorageError: If its file cannot be written.
         """
         tensors = {f"{parameter}|{key}": value for parameter, of in state.items() for key, value in of.items()}
-        self.optimizers[client] = self.shelf.put(client, tensors, name)
+        self.optimizers[client] = self.tensor_store.put(client, tensors, name)
 
     def finish(self, update: ClientUpdate, adapter: Mapping[str, Tensor], optimizer: OptimizerState) -> None:
         """A client has trained: keep its adapter and its optimiser state.
@@ -114,10 +114,10 @@ class RunState:
         made from and holds the update, see ``recover``. The optimiser's comes first, so that it is there.
         """
         client, names, about = update.client, (f"optimizer-{self.round_index:05d}", self._trained_name()), {}
-        if self.shelf.folder is not None:
+        if self.tensor_store.folder is not None:
             about = {"update": json.dumps(asdict(update)), "made_from": self._made_from(client)}
         self.keep_optimizer(client, optimizer, names[0])
-        if self.shelf.folder is not None:
+        if self.tensor_store.folder is not None:
             about["optimizer"] = self.optimizers[client].checksum
         self.bank.store(client, adapter, names[1], about)
         self.local_steps[client] += update.num_steps
@@ -129,10 +129,10 @@ class RunState:
             The client's update, with adapter and optimiser state in place as if it had just trained; ``None`` if it
             has to train: nothing is there, it was made from another adapter, or it is damaged.
         """
-        folder = self.shelf.folder
-        if folder is None or not (path := self.shelf.path_of(client, self._trained_name())).is_file():
+        folder = self.tensor_store.folder
+        if folder is None or not (path := self.tensor_store.path_of(client, self._trained_name())).is_file():
             return None
-        optimizer = self.shelf.path_of(client, f"optimizer-{self.round_index:05d}")
+        optimizer = self.tensor_store.path_of(client, f"optimizer-{self.round_index:05d}")
         try:
             about, other = check_file(path), check_file(optimizer)
         except CheckpointError as error:
@@ -141,8 +141,8 @@ class RunState:
         if about.get("made_from") != self._made_from(client) or about.get("optimizer") != other["checksum"]:
             return None
         update = ClientUpdate(**json.loads(about["update"]))
-        self.optimizers[client] = Version(path=optimizer, checksum=other["checksum"])
-        self.bank.versions[client] = Version(path=path, checksum=about["checksum"])
+        self.optimizers[client] = StoredTensors(path=optimizer, checksum=other["checksum"])
+        self.bank.versions[client] = StoredTensors(path=path, checksum=about["checksum"])
         self.local_steps[client] += update.num_steps
         return update
 

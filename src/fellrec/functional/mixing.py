@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fellrec.functional.stacks import LazyStack, as_lazy
-from fellrec.types import AdapterStack
+from fellrec.functional.stacks import AdapterStack, LazyStack, as_lazy
 
 
 @torch.no_grad()

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from fellrec.functional.rng import derive_seed, scramble
-from fellrec.functional.stacks import as_lazy
-from fellrec.types import AdapterStack
+from fellrec.functional.stacks import AdapterStack, as_lazy
 
 
 @torch.no_grad()

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+AdapterStack = Mapping[str, Tensor]
+"""Several clients' adapters: parameter name → ``[clients, *shape]``."""
+
 BLOCK_BYTES = 32 << 20
 """What a block of columns of all clients may take in float64: the more clients, the fewer columns."""
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fellrec.callbacks.preemption import GRACE_VARIABLE, REQUEUE_CODE
 from fellrec.errors import ConfigError
+from fellrec.launch.preemption import GRACE_VARIABLE, REQUEUE_CODE
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 _FIRST_PORT, _NUM_PORTS = 20000, 12000
@@ -121,7 +121,7 @@ def seconds_of(time: str) -> int | None:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class JobEnvironment:
     """Where a job runs, and as what.
 
     Attributes:
@@ -139,7 +139,7 @@ class Surroundings:
     processes: Sequence[str] = ()
 
 
-def batch_script(launcher: Launcher, jobs: Sequence[Job], around: Surroundings) -> str:
+def batch_script(launcher: Launcher, jobs: Sequence[Job], around: JobEnvironment) -> str:
     """The batch script of one run, or of a job array with one task per run.
 
     Args:
@@ -178,7 +178,7 @@ def hydra_value(text: str) -> str:
     return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
 
 
-def _directives(launcher: Launcher, num_jobs: int, around: Surroundings) -> list[str]:
+def _directives(launcher: Launcher, num_jobs: int, around: JobEnvironment) -> list[str]:
     options: dict[str, Any] = {
         "job-name": launcher.job_name or around.name,
         "chdir": around.folder,
@@ -245,7 +245,7 @@ if [ -e "$run_dir/config.yaml" ]; then overrides=("resume=$run_dir"); fi
 """
 
 
-def _train(launcher: Launcher, around: Surroundings) -> list[str]:
+def _train(launcher: Launcher, around: JobEnvironment) -> list[str]:
     step = ["srun", "--kill-on-bad-exit=1"]
     if launcher.cpus_per_task:
         step.append(f"--cpus-per-task={launcher.cpus_per_task}")  # srun does not take it from sbatch

@@ -17,11 +17,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from fellrec.atomic import write_atomically
 from fellrec.errors import BackboneError, ConfigError, nearest_first, unknown
 from fellrec.functional.rng import derive_seed
 from fellrec.models.architectures import ArchSpec
-from fellrec.models.cut import PARTS
+from fellrec.models.remote import PARTS
+from fellrec.state.files import write_atomically
 
 _NAME = "default"
 

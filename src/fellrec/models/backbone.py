@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from fellrec.errors import BackboneError, unknown
 from fellrec.models.architectures import ArchSpec, arch_of, auto_class
-from fellrec.models.share import load_share
+from fellrec.models.partial import load_share
 
 transformers_logging.disable_progress_bar()  # a bar for each saved adapter would bury the run's own
 

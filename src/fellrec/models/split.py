@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from fellrec.models.architectures import ArchSpec, arch_of, context_of, decoder_layers
-from fellrec.models.cut import (
+from fellrec.models.encoders import AlreadyEmbedded, run_encoder, tokens_of
+from fellrec.models.remote import (
     PARTS,
     BodyLink,
     Cut,
@@ -31,7 +32,6 @@ from fellrec.models.cut import (
     remember_length,
     with_layers,
 )
-from fellrec.models.encoders import AlreadyEmbedded, run_encoder, tokens_of
 from fellrec.models.streams import LayerStreams
 
 

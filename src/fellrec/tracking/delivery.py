@@ -30,15 +30,15 @@ _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 30.0
 _log = logging.getLogger(__name__)
 
 
-class DeliveryError(FellrecError):
+class OutboxError(FellrecError):
     """The tracking server does not answer, or refuses an operation; the outbox keeps it and all that follow."""
 
 
-class EarlyError(DeliveryError):
+class EarlyError(OutboxError):
     """The comparison that a run belongs to is still on its way to the server: no reason to warn anybody."""
 
 
-class Delivery:
+class OutboxClient:
     """Sends one outbox.
 
     Args:
@@ -58,7 +58,7 @@ class Delivery:
             Operations sent.
 
         Raises:
-            DeliveryError: When the server does not take one of them.
+            OutboxError: When the server does not take one of them.
         """
         number = 0
         with sending(self.folder):
@@ -77,12 +77,12 @@ class Delivery:
             else:
                 assert sent.run_id is not None
                 _SENDERS[operation.kind](client, sent.run_id, self.folder.parent, operation)
-        except DeliveryError:
+        except OutboxError:
             raise
         except Exception as error:  # MLflow, SQLAlchemy and requests each raise their own
             first_line = next(iter(str(error).splitlines()), type(error).__name__)
             what = f"{self.uri} did not take operation {operation.number} ({operation.kind})"
-            raise DeliveryError(f"{what}: {first_line}") from error
+            raise OutboxError(f"{what}: {first_line}") from error
         return replace(sent, number=operation.number + 1, end=operation.end)
 
 
@@ -95,8 +95,8 @@ class Sender:
         delivery: Of the outbox.
     """
 
-    def __init__(self, delivery: Delivery) -> None:
-        self.error: DeliveryError | None = None
+    def __init__(self, delivery: OutboxClient) -> None:
+        self.error: OutboxError | None = None
         self._delivery = delivery
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
@@ -130,7 +130,7 @@ class Sender:
                 self.error, pause = None, _FIRST_PAUSE_SECONDS
             except (FellrecError, OSError) as error:
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS) if has_failed else _FIRST_PAUSE_SECONDS
-                self.error = error if isinstance(error, DeliveryError) else DeliveryError(str(error))
+                self.error = error if isinstance(error, OutboxError) else OutboxError(str(error))
             if was_away != self._is_away and not is_last:
                 self._tell()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fellrec.errors import ConfigError
-from fellrec.tracking.delivery import Delivery, Sender
+from fellrec.tracking.delivery import OutboxClient, Sender
 from fellrec.tracking.outbox import Outbox, first_operation, num_left, read_sent
 from fellrec.tracking.store import absolute
 
@@ -62,7 +62,7 @@ class RunLog:
         first = first_operation(self._outbox.folder)
         assert first is not None
         self._fields = first.fields
-        self._sender = Sender(Delivery(self._outbox.folder))
+        self._sender = Sender(OutboxClient(self._outbox.folder))
         self._sender.wake()
 
     @property
@@ -126,7 +126,7 @@ class RunLog:
             self._outbox.close()
         if status == "FINISHED" and self._sender.error is None:
             for folder in filter(num_left, outboxes(self.run_dir)[1:]):
-                Sender(Delivery(folder)).finish()
+                Sender(OutboxClient(folder)).finish()
         left = sum(map(num_left, outboxes(self.run_dir)))
         if left and self._fields["parent_uid"] is None:  # a comparison speaks for its runs
             why = f"{self._sender.error}\n" if self._sender.error else ""

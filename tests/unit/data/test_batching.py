@@ -9,7 +9,7 @@ from fellrec.data.batching import length_grouped_batches
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.data.holdout import LeaveOneOut
 from fellrec.data.partition import RandomPartition
-from fellrec.data.prepared import DataSettings, prepare
+from fellrec.data.prepare import DataSettings, prepare
 from fellrec.data.readers import SyntheticReader
 
 LENGTHS = torch.randint(20, 200, (1003,), generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""Cold items and users of a data set of six items and five users, counted by hand."""
+"""ColdStart items and users of a data set of six items and five users, counted by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from fellrec.data.cold import Cold
+from fellrec.data.cold import ColdStart
 from fellrec.data.prepared import PreparedData
 from fellrec.data.ragged import Ragged
 from fellrec.data.schema import Catalogue
@@ -37,22 +37,22 @@ def data() -> PreparedData:
 
 
 def test_cold_items_and_users(data: PreparedData) -> None:
-    cold = Cold.of(data, 2)
+    cold = ColdStart.of(data, 2)
     assert cold.items.tolist() == [False, False, False, True, True, True]
     assert cold.users.tolist() == [False, False, True, True, False]
     assert cold.counts() == {"items": 3, "users": 2, "users_below": 2}
-    assert Cold.of(data, 4).users.tolist() == [True, True, True, True, False], "public users are no clients'"
+    assert ColdStart.of(data, 4).users.tolist() == [True, True, True, True, False], "public users are no clients'"
 
 
 def test_users_with_a_cold_target(data: PreparedData) -> None:
-    groups = Cold.of(data, 2).groups(data)
+    groups = ColdStart.of(data, 2).groups(data)
     assert groups["val"]["cold_items"].tolist() == [False, True, False, False, False]
     assert groups["test"]["cold_items"].tolist() == [True, False, False, True, False]
 
 
 def test_their_metrics_have_names_of_their_own(data: PreparedData) -> None:
     """Ranks 0, 1, 2 and 9 at the cutoff 2: users 0 and 1 hit."""
-    metric = ClientRankingMetrics(2, (2,), Cold.of(data, 2).groups(data))
+    metric = ClientRankingMetrics(2, (2,), ColdStart.of(data, 2).groups(data))
     metric.update(torch.tensor([3, 1, 0, 2]), torch.tensor([1, 0, 0, 1]), torch.tensor([9, 1, 0, 2]), torch.arange(4))
     summary = metric.evaluation("test", 0).summary
     assert summary["cold_items/num_users"] == 2
@@ -62,7 +62,7 @@ def test_their_metrics_have_names_of_their_own(data: PreparedData) -> None:
 
 
 def test_without_any_there_is_their_number_alone(data: PreparedData) -> None:
-    metric = ClientRankingMetrics(2, (2,), Cold.of(data, 1).groups(data))
+    metric = ClientRankingMetrics(2, (2,), ColdStart.of(data, 1).groups(data))
     metric.update(torch.tensor([2]), torch.tensor([1]), torch.tensor([0]), torch.tensor([0]))
     cold = {name: value for name, value in metric.evaluation("val", 0).summary.items() if name.startswith("cold")}
     assert cold == {"cold_items/num_users": 0.0, "cold_users/num_users": 0.0}

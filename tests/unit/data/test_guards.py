@@ -11,20 +11,21 @@ import numpy as np
 import pytest
 import torch
 
-from fellrec.assembly import Recommender, build_data, build_loop, build_recommender
-from fellrec.commands.evaluate import evaluate
-from fellrec.config import compose
+from fellrec.cli.evaluate import evaluate
+from fellrec.config.compose import compose
 from fellrec.data.datamodule import FellrecDataModule, _Users, evaluated_users
 from fellrec.data.guards import check_batch, check_holdout, check_prompts, check_view
 from fellrec.data.holdout import TRAIN, LeaveOneOut
 from fellrec.data.partition import RandomPartition
-from fellrec.data.prepared import DataSettings, PreparedData, prepare
+from fellrec.data.prepare import DataSettings, prepare
+from fellrec.data.prepared import PreparedData
 from fellrec.data.prompts import prompt_template
 from fellrec.data.ragged import IntArray, Ragged
 from fellrec.data.readers import SyntheticReader
 from fellrec.errors import ConfigError, DataError, LeakError
+from fellrec.experiment import Recommender, build_data, build_loop, build_recommender
+from fellrec.experiment.run import Run
 from fellrec.models.objectives.generative import GenerativeObjective
-from fellrec.runs import Run
 
 READER = SyntheticReader(num_users=60, num_items=40, mean_length=10)
 

@@ -12,7 +12,8 @@ import pytest
 from fellrec.data.datamodule import FellrecDataModule, evaluated_users
 from fellrec.data.holdout import LeaveOneOut
 from fellrec.data.partition import KMeansPartition, PerUserPartition, RandomPartition
-from fellrec.data.prepared import DataSettings, PreparedData, prepare
+from fellrec.data.prepare import DataSettings, prepare
+from fellrec.data.prepared import PreparedData
 from fellrec.data.readers import MicroLensShapedReader, SyntheticReader
 from fellrec.data.schema import RawData
 from fellrec.errors import DataError

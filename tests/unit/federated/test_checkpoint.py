@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fellrec.assembly import Recommender, build_data, build_loop, build_recommender
-from fellrec.atomic import read_checked, write_checked
 from fellrec.callbacks.checkpoint import Checkpoint
-from fellrec.config import compose
+from fellrec.config.compose import compose
 from fellrec.errors import CheckpointError, TrainingError
+from fellrec.experiment import Recommender, build_data, build_loop, build_recommender
 from fellrec.federated.checkpoint import load_state, rounds_on_disk
 from fellrec.federated.ledger import Ledger
 from fellrec.federated.loop import FederatedLoop
+from fellrec.state.files import read_checked, write_checked
 
 Make = Callable[..., FederatedLoop]
 

@@ -12,12 +12,12 @@ import torch
 from lightning import Trainer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, PolynomialLR
 
-from fellrec.assembly import Recommender, build_data, build_loop, build_recommender
 from fellrec.callbacks.checkpoint import Checkpoint
-from fellrec.config import compose
+from fellrec.config.compose import compose
 from fellrec.errors import ConfigError, TrainingError
+from fellrec.experiment import Recommender, build_data, build_loop, build_recommender
+from fellrec.federated.callback import HOOKS, FederatedCallback
 from fellrec.federated.checkpoint import load_state, rounds_on_disk, save_state
-from fellrec.federated.hooks import HOOKS, FederatedCallback
 from fellrec.federated.loop import FederatedLoop
 from fellrec.functional.participation import cohort
 from fellrec.types import Aggregated, Evaluation

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from fellrec.config import as_dict, compose
+from fellrec.config.compose import as_dict, compose
 from fellrec.errors import ConfigError
-from fellrec.launch.slurm import Job, Launcher, Surroundings, batch_script, seconds_of
+from fellrec.launch.slurm import Job, JobEnvironment, Launcher, batch_script, seconds_of
 
 ODD = """a b'c"d;$(touch hacked)`touch hacked`$HOME\\&|#%=,{x}[y]é"""
 """A name with what bash, sbatch and Hydra have a meaning for."""
@@ -26,7 +26,7 @@ def launcher(**settings: Any) -> Launcher:
 
 
 def script_of(jobs: list[Job], folder: Path = Path("/work"), **settings: Any) -> str:
-    return batch_script(launcher(**settings), jobs, Surroundings("name", folder, "/work/%j.out", "python"))
+    return batch_script(launcher(**settings), jobs, JobEnvironment("name", folder, "/work/%j.out", "python"))
 
 
 def options_of(script: str) -> dict[str, str]:

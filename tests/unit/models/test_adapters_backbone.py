@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fellrec.errors import BackboneError, ConfigError
 from fellrec.models.adapters import FullAdapter, LoraAdapter
 from fellrec.models.backbone import Backbone, load_hf
-from fellrec.models.bank import AdapterBank
 from fellrec.models.split import SplitModel
 from fellrec.models.tiny import build_tiny, build_tokenizer
+from fellrec.state.bank import AdapterBank
 
 TITLES = ["Amélie (2001)", "Léon: The Professional", "Toy Story 🚀", "WALL·E", "千と千尋の神隠し"]
 

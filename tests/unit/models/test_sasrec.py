@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fellrec.assembly import Recommender, build_data, build_loop, build_recommender
-from fellrec.config import compose
+from fellrec.config.compose import compose
 from fellrec.data.schema import Catalogue
 from fellrec.errors import ConfigError, DataError
+from fellrec.experiment import Recommender, build_data, build_loop, build_recommender
+from fellrec.experiment.run import reference_results
 from fellrec.models.backbone import Backbone
 from fellrec.models.objectives.retrieval import RetrievalObjective
 from fellrec.models.sasrec import build_sasrec, item_tokenizer
 from fellrec.models.split import SplitModel
 from fellrec.rankers.similarity import SimilarityRanker
-from fellrec.runs import reference_results
 
 IDS = ("7", "B00 05", "x\ty", "70", "é", "0007")
 CATALOGUE = Catalogue(IDS, ("Heat", "Heat", "Heat", "Up", "M", "Up"), pd.DataFrame({"genre": [""] * 6}))
@@ -165,7 +165,7 @@ def test_what_a_run_exports_is_loaded_again(cache: Path, tmp_path: Path) -> None
 
 
 def test_plan_knows_its_shape_without_weights(cache: Path) -> None:
-    from fellrec.commands.plan import plan
+    from fellrec.cli.plan import plan
 
     (row,) = plan([*SMALL, f"cache_dir={cache}", "split.head_layers=0"])
     assert row.plan.num_parameters == build(cache)[1].backbone.num_parameters

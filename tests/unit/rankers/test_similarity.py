@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from fellrec.assembly import build_data, build_recommender
-from fellrec.config import compose
+from fellrec.config.compose import compose
+from fellrec.experiment import build_data, build_recommender
 from fellrec.rankers.similarity import SimilarityRanker
 
 SASREC = ["data.reader.num_users=80", "data.reader.num_items=300", "backbone=sasrec"]

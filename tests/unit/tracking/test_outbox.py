@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fellrec.errors import ConfigError, TrainingError
-from fellrec.tracking.delivery import Delivery, DeliveryError
+from fellrec.tracking.delivery import OutboxClient, OutboxError
 from fellrec.tracking.outbox import Outbox, num_left, operations, read_sent, sending, write_sent
 from fellrec.tracking.run_log import NewRun, RunLog, outboxes
 
@@ -154,8 +154,8 @@ def test_a_store_that_does_not_hold_the_run_says_so_and_nothing_is_dropped(tmp_p
     outbox.append("tag", key="late", value="tag")
     outbox.close()
     before = read_sent(outbox.folder)
-    with pytest.raises(DeliveryError, match=rf"did not take operation 2 \(tag\).*{before.run_id}"):
-        Delivery(outbox.folder, uri=f"sqlite:///{tmp_path / 'other.db'}").send()
+    with pytest.raises(OutboxError, match=rf"did not take operation 2 \(tag\).*{before.run_id}"):
+        OutboxClient(outbox.folder, uri=f"sqlite:///{tmp_path / 'other.db'}").send()
     assert (read_sent(outbox.folder), num_left(outbox.folder)) == (before, 1)
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fellrec.assembly import build_data
-from fellrec.commands.prepare import verify
-from fellrec.config import compose
+from fellrec.cli.prepare import verify
+from fellrec.config.compose import compose
 from fellrec.data.readers import MicroLensReader, MicroLensShapedReader
 from fellrec.data.readers.micro_lens import PAIRS, TITLES
 from fellrec.data.schema import RawData, clean
 from fellrec.errors import ConfigError, DataError
+from fellrec.experiment import build_data
 
 
 @pytest.fixture(scope="module")

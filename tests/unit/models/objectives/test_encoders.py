@@ -16,15 +16,15 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch.nn import functional as F
 from transformers import AutoModel, BertConfig, LongformerConfig, PreTrainedTokenizerFast, RobertaConfig
 
-from fellrec.assembly import build_data, build_loop, build_recommender
-from fellrec.cli import main
-from fellrec.config import compose
+from fellrec.cli.main import main
+from fellrec.config.compose import compose
+from fellrec.cut.link import InProcess
 from fellrec.data.schema import Catalogue
 from fellrec.errors import BackboneError, ConfigError
-from fellrec.federated.execution import SplitExecution
-from fellrec.federated.hooks import FederatedCallback
+from fellrec.experiment import build_data, build_loop, build_recommender
+from fellrec.federated.callback import FederatedCallback
+from fellrec.federated.executor import SplitExecution
 from fellrec.federated.loop import FederatedLoop
-from fellrec.federated.transport import InProcess
 from fellrec.models.backbone import Backbone, load_hf
 from fellrec.models.objectives.generative import GenerativeObjective
 from fellrec.models.objectives.retrieval import RetrievalObjective

@@ -10,8 +10,8 @@ import torch
 
 from fellrec.data.prompts import prompt_template
 from fellrec.data.schema import Catalogue
+from fellrec.distributed.batch_sharing import take_rows
 from fellrec.errors import ConfigError
-from fellrec.federated.sharing import take_rows
 from fellrec.models.backbone import Backbone
 from fellrec.models.objectives.generative import GenerativeObjective
 from fellrec.models.split import SplitModel

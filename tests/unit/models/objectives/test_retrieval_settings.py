@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fellrec.assembly import build_data, build_loop, build_recommender
-from fellrec.config import compose
+from fellrec.config.compose import compose
 from fellrec.data.schema import Catalogue
 from fellrec.errors import ConfigError
+from fellrec.experiment import build_data, build_loop, build_recommender
 from fellrec.functional.softmax import chunked_cross_entropy, draw_items, sampled_cross_entropy
 from fellrec.models.backbone import Backbone
 from fellrec.models.objectives.retrieval import RetrievalObjective

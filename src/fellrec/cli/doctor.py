@@ -1,0 +1,107 @@
+"""``fellrec doctor``: what a run would find on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from fellrec.config.compose import compose
+from fellrec.config.paths import conf_dir, group_choices
+from fellrec.errors import FellrecError
+from fellrec.experiment import cache_dir
+from fellrec.experiment.run_dir import versions
+from fellrec.launch.reach import check_all_reduce
+
+Check = tuple[str, Callable[[], str]]
+
+_LEAST_BYTES = 1e9
+"""Free space below which a run is likely to fail."""
+
+
+def run(options: argparse.Namespace) -> None:
+    """Entry point of the verb: one line per check, exit status 1 if one failed."""
+    config = compose(options.overrides)
+    table = Table(box=None, show_header=False)
+    failed = False
+    for name, check in _checks(config):
+        try:
+            table.add_row("[green]ok[/green]", name, check())
+        except (FellrecError, OSError, RuntimeError) as error:
+            failed = True
+            table.add_row("[red]failed[/red]", name, str(error))
+    Console().print(table)
+    sys.exit(1 if failed else 0)
+
+
+def _checks(config: DictConfig) -> Iterator[Check]:
+    yield "packages", lambda: ", ".join(f"{name} {number}" for name, number in versions().items())
+    yield "configuration", _configuration
+    yield "devices", _devices
+    yield "cache folder", lambda: _writable(cache_dir(config))
+    yield "run folder", lambda: _writable(Path(config.run_dir or "runs"))
+    yield "tracking store", lambda: _tracking(config.tracking.uri)
+    yield "gloo", lambda: check_all_reduce("gloo", 2)
+    if torch.cuda.is_available():
+        yield "NCCL", lambda: check_all_reduce("nccl", min(2, torch.cuda.device_count()))
+    yield "SLURM", _slurm
+
+
+def _configuration() -> str:
+    return f"{sum(map(len, group_choices().values()))} choices in {conf_dir()}"
+
+
+def _devices() -> str:
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    found = [f"{gpu.name} with {gpu.total_memory / 1e9:.0f} GB" for gpu in gpus]
+    return f"{os.cpu_count()} cores, {', '.join(found) or 'no GPU: runs use the CPU'}"
+
+
+def _writable(folder: Path) -> str:
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not os.access(existing, os.W_OK):
+        raise OSError(f"{existing} is not writable")
+    free = shutil.disk_usage(existing).free
+    if free < _LEAST_BYTES:
+        raise OSError(f"{folder}, only {free / 1e9:.1f} GB free")
+    return f"{folder}, {free / 1e9:.0f} GB free"
+
+
+def _tracking(uri: str) -> str:
+    from fellrec.tracking.store import make_client
+
+    make_client(uri)
+    return str(uri)
+
+
+def _slurm() -> str:
+    """StoredTensors, partitions and nodes; a machine without SLURM is in order too."""
+    absent = "absent: fellrec submit can only show its script here"
+    if shutil.which("sinfo") is None:
+        return absent
+    try:
+        version, lines = _sinfo("--version"), _sinfo("--noheader", "--format=%P has %D %T").splitlines()
+    except RuntimeError as error:
+        if "configuration source" in str(error):
+            return f"{absent}; its commands are installed and not set up"
+        raise
+    return ", ".join([version, *lines])
+
+
+def _sinfo(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["sinfo", *arguments], capture_output=True, text=True, timeout=90, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"sinfo: no answer within {error.timeout:g} s") from error
+    if done.returncode != 0:
+        raise RuntimeError(f"sinfo: {done.stderr.strip()}")
+    return done.stdout.strip()

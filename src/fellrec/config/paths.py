@@ -1,0 +1,22 @@
+"""Where the configuration lies and which choices it offers; cheap to import, for ``--help``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def conf_dir() -> Path:
+    """The folder of the Hydra groups: inside an installed wheel, or ``conf/`` of a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed, checkout = package / "conf", package.parents[1] / "conf"
+    return installed if installed.is_dir() else checkout
+
+
+def group_choices() -> dict[str, list[str]]:
+    """The configuration groups and their choices, by name; the ``for_…`` defaults are left out."""
+    root = conf_dir()
+    groups: dict[str, list[str]] = {}
+    for path in sorted(root.rglob("*.yaml")):
+        if path.parent != root and not path.stem.startswith(("for_", "_")):
+            groups.setdefault(path.parent.relative_to(root).as_posix(), []).append(path.stem)
+    return groups

@@ -1,0 +1,322 @@
+"""From a composed configuration to a recommender: data, backbone, adapter, objective, ranker, metrics."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Fabric
+from lightning.fabric.plugins.environments import LightningEnvironment
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from fellrec.config.compose import as_dict, make
+from fellrec.cut.link import Nowhere, ServerLink
+from fellrec.data.cold import ColdStart
+from fellrec.data.datamodule import FellrecDataModule
+from fellrec.data.guards import check_prompts
+from fellrec.data.prepare import DataSettings, prepare
+from fellrec.data.prepared import PreparedData
+from fellrec.distributed.batch_sharing import BatchSharing
+from fellrec.distributed.channel import Wire
+from fellrec.experiment.backbones import sasrec_backbone, tiny_backbone
+from fellrec.federated.ledger import Ledger
+from fellrec.functional.candidates import SampledCandidates
+from fellrec.functional.ranking import check_cutoffs
+from fellrec.metrics.clients import ClientRankingMetrics
+from fellrec.models.architectures import decoder_layers
+from fellrec.models.backbone import Backbone, load_hf
+from fellrec.models.module import FellrecModule, Objective, OptimizerSettings, Ranker, ReportingRanker
+from fellrec.models.partial import read_body
+from fellrec.models.remote import Cut, server_shell
+from fellrec.models.split import SplitModel
+from fellrec.pool.crew import Crew
+
+
+@dataclass(frozen=True)
+class ServerShare:
+    """What the server has of a recommender.
+
+    Attributes:
+        model: The body.
+        adapter: What is trained.
+        trainable: The adapter's parameters in the body, by name.
+        initial: The body's adapter that every client starts from.
+    """
+
+    model: SplitModel
+    adapter: Any
+    trainable: dict[str, nn.Parameter]
+    initial: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Peers:
+    """What the first client process knows of the others.
+
+    Attributes:
+        wire: To them.
+        workers: Ranks of the other client processes.
+        body_names: The server's trainable parameters.
+    """
+
+    wire: Wire
+    workers: Sequence[int]
+    body_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Recommender:
+    """What every rule of a comparison shares: one backbone, one data set, one starting adapter.
+
+    Attributes:
+        fabric: Device and precision.
+        data: The prepared data set.
+        cold: Its cold items and users.
+        datamodule: Batches by client.
+        module: The recommender.
+        initial: The adapter that every client starts from, by name.
+        adapter: What is trained and travels; saves adapters to disk.
+        backbone: The backbone with its tokenizer; with the executed cut, the client's share of it.
+        link: To the server; ``None`` if the cut is not executed.
+        server: The server's share, if it is in this process.
+        peers: The other processes, if this is the first client process of several.
+        crew: All ranks, if this is the first of several that clients are placed on.
+        sharing: This rank's part, if several train one client together.
+    """
+
+    fabric: Fabric
+    data: PreparedData
+    cold: ColdStart
+    datamodule: FellrecDataModule
+    module: FellrecModule
+    initial: dict[str, Tensor]
+    adapter: Any
+    backbone: Backbone
+    link: ServerLink | None = None
+    server: ServerShare | None = None
+    peers: Peers | None = None
+    crew: Crew | None = None
+    sharing: BatchSharing | None = None
+
+
+def cache_dir(config: DictConfig) -> Path:
+    """The folder of prepared data and pretrained tiny backbones."""
+    return Path(config.cache_dir or "~/.cache/fellrec").expanduser()
+
+
+def build_data(config: DictConfig) -> PreparedData:
+    """Read, filter, hold out and partition the data set, or take it from the cache.
+
+    Raises:
+        DataError: If the data cannot be used.
+        ConfigError: If a cutoff is larger than the catalogue.
+    """
+    plain = as_dict(config.data)
+    settings = DataSettings(**{name: plain[name] for name in DataSettings.__dataclass_fields__})
+    data = prepare(
+        reader=make(config.data.reader, "data.reader"),
+        settings=settings,
+        holdout=make(config.holdout, "holdout"),
+        partition=make(config.partition, "partition"),
+        cache=cache_dir(config) / "data",
+    )
+    check_cutoffs(list(config.trainer.cutoffs), len(data.catalogue))
+    return data
+
+
+def build_recommender(config: DictConfig, data: PreparedData) -> Recommender:
+    """Load or pre-train the backbone, cut it, attach the adapter, and wire objective, ranker and metrics.
+
+    With ``split.transport=inprocess`` the cut is executed: the recommender has the client's share, and
+    ``Recommender.server`` the server's. With ``distributed`` this is a client's process, and has the client's share.
+
+    Raises:
+        ConfigError: If settings do not fit together.
+        BackboneError: If the backbone cannot be loaded, cut, or adapted.
+    """
+    fabric = build_fabric(config)
+    backbone, split, transport = build_backbone(config, data), config.split, config.split.transport
+    body = _server_share(config, backbone) if transport == "inprocess" else None
+    link = None if transport == "none" else ServerLink(Nowhere(), Ledger(), split.hidden_dtype)
+    model = SplitModel(backbone.model, split.head_layers, split.tail_layers, link)
+    objective = _objective(config, backbone, data)
+    objective.check(model)
+    check_prompts(objective, data)
+    fabric.to_device(backbone.model)
+    adapter = make(config.adapter, "adapter")
+    adapter.attach(backbone.model, backbone.arch, config.seed, model.part_of)
+    trainable = adapter.trainable(backbone.model)
+    server = None if body is None else attach_server(config, body, fabric)
+    ranker, cold = _ranker(config, objective, data), ColdStart.of(data, config.trainer.cold_users_below)
+    module = FellrecModule(
+        model=model,
+        trainable=trainable,
+        objective=objective,
+        ranker=ranker,
+        metrics=_metrics(config, data, ranker, cold.groups(data)),
+        title_groups=torch.from_numpy(data.catalogue.title_groups),
+        optimizer=OptimizerSettings(config.trainer.learning_rate, config.trainer.weight_decay),
+        candidates=_candidates(config),
+    )
+    initial = copy_adapter(trainable)
+    datamodule = _datamodule(config, data, objective)
+    return Recommender(fabric, data, cold, datamodule, module, initial, adapter, backbone, link, server)
+
+
+def recommender_key(config: DictConfig) -> str:
+    """The same for configurations that can share a recommender: they differ in nothing but the rule."""
+    plain = as_dict(config)
+    return repr([plain[name] for name in ("backbone", "adapter", "split", "objective", "ranker", "trainer", "seed")])
+
+
+def over_ranks(config: DictConfig) -> bool:
+    """Whether clients are placed on several ranks."""
+    return config.trainer.devices != 1 or config.trainer.num_nodes != 1
+
+
+def build_fabric(config: DictConfig) -> Fabric:
+    """Device and precision of this process."""
+    accelerator = config.trainer.accelerator
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    uses_cuda = accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available())
+    devices: Any = [local_rank % torch.cuda.device_count()] if uses_cuda and torch.cuda.is_available() else 1
+    # Each process is on its own for Lightning, also under torchrun or srun: clients are not data-parallel replicas.
+    return Fabric(
+        accelerator=accelerator, devices=devices, precision=config.trainer.precision, plugins=[LightningEnvironment()]
+    )
+
+
+def build_backbone(config: DictConfig, data: PreparedData) -> Backbone:
+    """The backbone of the configuration: a folder or hub name, or one that is made here once and cached.
+
+    With ``split.transport=distributed`` it is the client's share.
+    """
+    split = config.split
+    cut = (split.head_layers, split.tail_layers) if split.transport == "distributed" else None
+    settings = as_dict(config.backbone)
+    if settings["name"] == "hf":
+        return load_hf(settings["path"], dtype=settings["dtype"], client_cut=cut)
+    Cut(split.head_layers, split.tail_layers, settings["num_layers"])  # refused before anything is pre-trained
+    shaping = {"backbone": settings, "objective": as_dict(config.objective)}
+    cache = cache_dir(config) / "backbones"
+    if settings["name"] == "sasrec":
+        return sasrec_backbone(cache, shaping, data, cut)
+    return tiny_backbone(cache, shaping, lambda backbone: _checked_objective(config, backbone, data), data, cut)
+
+
+def attach_server(config: DictConfig, model: SplitModel, fabric: Fabric) -> ServerShare:
+    """Attach the adapter to the server's share, as a whole model would get it."""
+    adapter = make(config.adapter, "adapter")
+    adapter.attach(model.model, model.arch, config.seed, model.part_of)
+    fabric.to_device(model.model)
+    trainable = adapter.trainable(model.model)
+    return ServerShare(model, adapter, trainable, copy_adapter(trainable))
+
+
+def new_lead(recommender: Recommender, wire: Wire, workers: Sequence[int], body_names: tuple[str, ...]) -> Recommender:
+    """The recommender of the first client process, whose loops train with the others."""
+    return replace(recommender, peers=Peers(wire, workers, body_names))
+
+
+def frozen_parameters(recommender: Recommender) -> dict[str, Tensor]:
+    """The parameters of the whole backbone that are not trained; those of a server elsewhere come from its files."""
+    client, server = recommender.backbone.model, recommender.server
+    found = {name: p.detach() for name, p in client.named_parameters() if name not in recommender.module.trainable}
+    if server is not None:
+        shell = server.model.model
+        found |= {name: p.detach() for name, p in shell.named_parameters() if name not in server.trainable}
+    elif recommender.link is not None and recommender.backbone.folder is not None:
+        cut, trained = recommender.module.model.cut, recommender.adapter.parts
+        if "body" not in trained:
+            found |= read_body(recommender.backbone.folder, cut.head_layers, cut.tail_layers)
+    return found
+
+
+def copy_adapter(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The values that an adapter's parameters have now."""
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+def _server_share(config: DictConfig, backbone: Backbone) -> SplitModel:
+    """The body's layers, before they leave the client's model."""
+    head, tail = config.split.head_layers, config.split.tail_layers
+    cut = Cut(head, tail, len(decoder_layers(backbone.model, backbone.arch)))
+    return SplitModel(server_shell(backbone.model, cut), head, tail)
+
+
+def _objective(config: DictConfig, backbone: Backbone, data: PreparedData) -> Objective:
+    objective: Objective = make(
+        config.objective,
+        "objective",
+        {"item_counts": _item_counts(data), "is_causal": backbone.arch.is_causal},
+        tokenizer=backbone.tokenizer,
+        catalogue=data.catalogue,
+        max_history=data.max_history,
+    )
+    return objective
+
+
+def _item_counts(data: PreparedData) -> Tensor:
+    """How often each item was used by the public users; without any, in everybody's training interactions."""
+    public = np.flatnonzero(data.client_of_user < 0)
+    rows = data.train.take(public) if len(public) else data.train
+    return torch.from_numpy(np.bincount(rows.values, minlength=len(data.catalogue)))
+
+
+def _checked_objective(config: DictConfig, backbone: Backbone, data: PreparedData) -> Objective:
+    """The objective to pre-train with; a ranker that cannot be is refused before that."""
+    objective = _objective(config, backbone, data)
+    _ranker(config, objective, data)
+    return objective
+
+
+def _ranker(config: DictConfig, objective: Objective, data: PreparedData) -> Ranker:
+    """A ranker may take the training interactions of all clients, too; `README` says what that stands for."""
+    ranker: Ranker = make(config.ranker, "ranker", {"train": data.train}, objective=objective)
+    return ranker
+
+
+def _candidates(config: DictConfig) -> SampledCandidates | None:
+    num = config.trainer.sampled_candidates
+    return None if num is None else SampledCandidates(num, config.seed)
+
+
+def _metrics(
+    config: DictConfig, data: PreparedData, ranker: Ranker, groups: Mapping[str, Mapping[str, Tensor]]
+) -> ClientRankingMetrics:
+    reporting = ranker if isinstance(ranker, ReportingRanker) else None
+    return ClientRankingMetrics(
+        data.num_clients,
+        tuple(config.trainer.cutoffs),
+        groups,
+        reported=reporting.reported if reporting else (),
+        num_choices=max(1, len(reporting.choices)) if reporting else 1,
+        metric=config.trainer.metric,
+        num_candidates=config.trainer.sampled_candidates,
+        # Without replicas the first process collects what the others have.
+        sync_on_compute=config.split.transport != "distributed" and not over_ranks(config),
+    )
+
+
+def _datamodule(config: DictConfig, data: PreparedData, objective: Objective) -> FellrecDataModule:
+    return FellrecDataModule(
+        data,
+        objective.collate,
+        one_target_per_row=objective.one_target_per_row,
+        batch_size=config.trainer.batch_size,
+        eval_batch_size=config.trainer.eval_batch_size,
+        seed=config.seed,
+        lengths=objective.lengths,
+    )
+
+
+def build_batches(config: DictConfig, backbone: Backbone, data: PreparedData) -> tuple[Objective, FellrecDataModule]:
+    """The local objective and its batches by client; for counting, the backbone needs no weights."""
+    objective = _objective(config, backbone, data)
+    return objective, _datamodule(config, data, objective)

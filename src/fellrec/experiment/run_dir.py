@@ -1,0 +1,128 @@
+"""The run directory: what a finished or interrupted run leaves on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import DictConfig, OmegaConf
+
+from fellrec.data.guards import check_template
+from fellrec.data.prepared import PreparedData
+from fellrec.errors import ConfigError
+from fellrec.models.module import Objective
+from fellrec.state.files import write_atomically, write_json
+from fellrec.state.lock import is_lock
+from fellrec.types import Evaluation
+
+SLURM_FOLDER = "slurm"
+"""Where ``fellrec submit`` keeps scripts and output of a run's jobs, in the run directory."""
+_VERSIONS = "versions.json"
+_PACKAGES = ("fellrec", "torch", "lightning", "transformers", "peft", "torchmetrics", "hydra-core", "mlflow")
+
+
+def free_run_dir(requested: str | None, label: str) -> Path:
+    """Choose a run directory.
+
+    Args:
+        requested: The user's ``run_dir``, or ``None`` for ``runs/<time>-<label>``.
+        label: Data set, rule and seed.
+
+    Raises:
+        ConfigError: If the directory exists and is not empty: nothing is overwritten.
+    """
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    folder = Path(requested) if requested else Path("runs") / f"{stamp}-{label}"
+    number = 1
+    while not requested and folder.exists():
+        number += 1
+        folder = Path("runs") / f"{stamp}-{label}-{number}"
+    check_new(folder)
+    return folder
+
+
+def new_run_dir(requested: str | None, label: str) -> Path:
+    """Make the run directory, see `free_run_dir`.
+
+    Raises:
+        ConfigError: If it holds something or cannot be made.
+    """
+    folder = free_run_dir(requested, label)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir={folder} cannot be made: {error}") from error
+    return folder.resolve()
+
+
+def check_new(folder: Path) -> None:
+    """Refuse a run directory that holds something; in a job, its own script and output do not count.
+
+    Raises:
+        ConfigError: See above.
+    """
+    if folder.exists() and (not folder.is_dir() or any(not _is_around_run(path) for path in folder.iterdir())):
+        raise ConfigError(
+            f"run_dir={folder} exists and is not empty; choose another, or go on with it by resume={folder}"
+        )
+
+
+def _is_around_run(path: Path) -> bool:
+    return is_lock(path) or (path.name == SLURM_FOLDER and "SLURM_JOB_ID" in os.environ)
+
+
+def write_start(run_dir: Path, config: DictConfig, data: PreparedData, facts: Mapping[str, str]) -> None:
+    """Write what shaped the run: resolved configuration, versions, data statistics, partition.
+
+    Args:
+        run_dir: Of the run.
+        config: Resolved.
+        data: The prepared data set.
+        facts: Versions beside those of packages: of the objective's texts.
+    """
+    write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(config, resolve=True).encode())
+    write_json(run_dir / _VERSIONS, {**versions(), **facts})
+    write_json(run_dir / "data.json", {"key": data.key, "name": data.name, "statistics": data.statistics})
+    partition = pd.DataFrame({"user_id": data.users["user_id"], "client": data.client_of_user})
+    write_atomically(run_dir / "partition.parquet", partition.to_parquet(None, index=False))
+
+
+def check_prompt(run_dir: Path, objective: Objective) -> None:
+    """Refuse to go on with, or evaluate, a run by another prompt than it was trained with.
+
+    Raises:
+        ConfigError: If the objective's texts have changed.
+    """
+    recorded = json.loads((run_dir / _VERSIONS).read_text()) if (run_dir / _VERSIONS).is_file() else {}
+    check_template({name: recorded.get(name) for name in objective.facts}, objective.facts, str(run_dir))
+
+
+def write_evaluation(run_dir: Path, evaluation: Evaluation, extra: Mapping[str, Any]) -> None:
+    """Write ``results.json``: the figures of a stage."""
+    per_client = {name: values.tolist() for name, values in evaluation.per_client.items()}
+    summary = dict(evaluation.summary)
+    results = {"stage": evaluation.stage, "round_index": evaluation.round_index, **extra}
+    write_json(run_dir / "results.json", {**results, "summary": summary, "per_client": per_client})
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that shape the numbers, and the git commit of the folder, if any."""
+    found = {name: version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **found, "git_commit": git_commit()}
+
+
+def git_commit() -> str:
+    """The commit of the current folder's repository, ``unknown`` outside one."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,286 @@
+"""Where a model is cut, and what stands for the layers that run elsewhere."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+
+from fellrec.errors import BackboneError
+from fellrec.models.architectures import ArchSpec, arch_of, decoder_layers
+
+PARTS = ("head", "body", "tail")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Two cuts through a stack of layers.
+
+    Attributes:
+        head_layers: Layers on the client after the embedding.
+        tail_layers: Layers on the client before the final norm and the LM head.
+        num_layers: All layers.
+
+    Raises:
+        BackboneError: If the cuts do not fit into the layers.
+    """
+
+    head_layers: int
+    tail_layers: int
+    num_layers: int
+
+    def __post_init__(self) -> None:
+        head, tail = self.head_layers, self.tail_layers
+        if head < 0 or tail < 0 or head + tail > self.num_layers:
+            raise BackboneError(
+                f"split.head_layers={head} and split.tail_layers={tail} do not fit: both must be at "
+                f"least 0 and together at most {self.num_layers}, the backbone's layers"
+            )
+
+    def layers(self, part: str) -> range:
+        """The layers of ``head``, ``body`` or ``tail``."""
+        bounds = (0, self.head_layers, self.num_layers - self.tail_layers, self.num_layers)
+        index = PARTS.index(part)
+        return range(bounds[index], bounds[index + 1])
+
+    def require_body(self) -> None:
+        """Refuse cuts that leave nothing between them, where the body runs elsewhere.
+
+        Raises:
+            BackboneError: If they do.
+        """
+        if not self.layers("body"):
+            raise BackboneError(
+                f"split.head_layers={self.head_layers} and split.tail_layers={self.tail_layers} leave the server "
+                f"nothing of the backbone's {self.num_layers} layers; lower one of them or give split=default"
+            )
+
+    def part_of(self, name: str, arch: ArchSpec) -> str:
+        """The part that a parameter or module of the whole model belongs to, by its dotted name."""
+        prefix = f"{arch.names_prefix}{arch.layers}."
+        if name.startswith(prefix):
+            layer = int(name.removeprefix(prefix).split(".")[0])
+            return next(part for part in PARTS if layer in self.layers(part))
+        first = name.removeprefix(arch.names_prefix).split(".")[0]
+        return "head" if first in (arch.embedding, arch.position_embedding, *arch.entry) else "tail"
+
+
+class BodyLink(Protocol):
+    """What a client's model needs of the server: the body's output for a hidden state, no gradients."""
+
+    def run_body(self, hidden: Tensor, mask: Tensor | None, positions: str, cache: int | None) -> Tensor:
+        """The body's output ``[B, L, D]`` for the head's ``[B, L, D]``; see ``positions_of`` for ``positions``."""
+
+    def select_rows(self, source: int, target: int, rows: Tensor | None) -> None:
+        """Let the server's cache ``target`` be the rows of its cache ``source``, all of them for ``None``."""
+
+    def drop_cache(self, cache: int) -> None:
+        """Let the server forget a cache."""
+
+    def without_lora(self) -> AbstractContextManager[None]:
+        """While this lasts, the server's LoRA adapters are switched off."""
+
+
+class CutCache(DynamicCache):
+    """The client's side of a key-value cache: what is done to it is done to the server's side too.
+
+    Args:
+        config: Of the whole model.
+        link: To the server.
+        number: Names the server's side of the cache.
+    """
+
+    def __init__(self, config: Any, link: BodyLink, number: int) -> None:
+        super().__init__(config=config)
+        self.link = link
+        self.number = number
+        self.copies = 0
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """As in transformers, on both sides."""
+        super().reorder_cache(beam_idx)
+        self.link.select_rows(self.number, self.number, beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """As in transformers, on both sides."""
+        keys: Any = self.layers[0]
+        rows = torch.arange(len(keys.keys)).repeat_interleave(repeats)
+        super().batch_repeat_interleave(repeats)
+        self.link.select_rows(self.number, self.number, rows)
+
+    def duplicate(self, number: int) -> CutCache:
+        """A copy that grows on its own, under another number."""
+        twin = copy.copy(self)
+        twin.layers = copy.deepcopy(self.layers)
+        twin.number = number
+        self.link.select_rows(self.number, number, None)
+        return twin
+
+
+class RemoteLayer(nn.Module):
+    """Stands for a decoder layer of another process; the hidden state passes unchanged.
+
+    The cache gets an entry of the right length, so that whatever asks it how much it has seen gets the right answer.
+    """
+
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``[B, L, D]`` unchanged."""
+        caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+        if caches:
+            remember_length(caches[0], self.layer, hidden)
+        return hidden
+
+
+class RemoteBody(RemoteLayer):
+    """Stands for the first layer of the body, and sends the hidden state through all of it.
+
+    Args:
+        layer: Its number.
+        link: To the server.
+    """
+
+    def __init__(self, layer: int, link: BodyLink) -> None:
+        super().__init__(layer)
+        self.link = link
+        self._call: dict[str, Any] = {}
+
+    def listen(self, inner: nn.Module) -> None:
+        """Learn of every call of the whole model what its layers are not told: the mask as it was given."""
+        inner.register_forward_pre_hook(self._remember, with_kwargs=True)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The body's output ``[B, L, D]``."""
+        mask, position_ids, cache = (self._call[name] for name in ("attention_mask", "position_ids", "past_key_values"))
+        seen = 0 if cache is None else cache.get_seq_length(self.layer)
+        positions = positions_of(position_ids, mask, seen, hidden.shape[1])
+        number = cache.number if isinstance(cache, CutCache) else None
+        output = self.link.run_body(hidden, mask, positions, number)
+        super().forward(hidden, *args, **kwargs)
+        return output
+
+    def _remember(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._call = {name: kwargs.get(name) for name in ("attention_mask", "position_ids", "past_key_values")}
+
+
+class NoPositions(nn.Module):
+    """Stands for a learned position embedding where it was added already: adds zero."""
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """A zero that broadcasts to any hidden state."""
+        return torch.zeros((), device=position_ids.device)
+
+
+def positions_of(position_ids: Tensor | None, mask: Tensor | None, seen: int, length: int) -> str:
+    """Name the rule behind position ids, so that they need not be sent.
+
+    Args:
+        position_ids: ``[B, L]`` or ``[1, L]`` int64; ``None`` stands for ``"absolute"``.
+        mask: ``[B, seen + L]``, 1 for tokens and 0 for padding.
+        seen: Tokens in the cache.
+        length: L.
+
+    Returns:
+        ``"absolute"`` if they count all places, ``"masked"`` if they count the places that the mask keeps.
+
+    Raises:
+        BackboneError: If they do neither.
+    """
+    if position_ids is None or torch.equal(position_ids, absolute_positions(position_ids, seen, length)):
+        return "absolute"
+    if mask is not None:
+        kept = mask[:, -length:].bool()
+        if torch.equal(position_ids[kept], masked_positions(mask, length)[kept]):
+            return "masked"
+    raise BackboneError("position ids that count neither all places nor the mask's tokens cannot cross a cut")
+
+
+def absolute_positions(like: Tensor, seen: int, length: int) -> Tensor:
+    """``[rows, L]`` counting on from ``seen``, as many rows as ``like``."""
+    return torch.arange(seen, seen + length, device=like.device).expand(len(like), length)
+
+
+def masked_positions(mask: Tensor, length: int) -> Tensor:
+    """``[B, L]`` for the last L places of a mask: the number of tokens before each."""
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
+
+
+def remember_length(cache: Cache, layer: int, hidden: Tensor) -> None:
+    """Lengthen a cache's entry of a layer that runs elsewhere by the ``[B, L, D]`` hidden state's L."""
+    nothing = hidden.new_zeros(len(hidden), 1, hidden.shape[1], 1)
+    cache.update(nothing, nothing, layer)
+
+
+def with_layers(inner: nn.Module, arch: ArchSpec, layers: nn.Module) -> nn.Module:
+    """An inner model with other layers, whose modules are shared, not copied."""
+    twin = level = copy.copy(inner)
+    twin._modules = dict(inner._modules)
+    *holders, last = arch.layers.split(".")
+    for name in holders:
+        found = copy.copy(level._modules[name])
+        assert found is not None
+        found._modules = dict(found._modules)
+        level._modules[name] = level = found
+    level._modules[last] = layers
+    return twin
+
+
+def server_shell(model: Any, cut: Cut) -> Any:
+    """The server's share of a model: the body's layers under their own names, nothing else.
+
+    Args:
+        model: The whole model, or one without weights; not changed, and its layers are shared.
+        cut: Where it is cut.
+
+    Raises:
+        BackboneError: If nothing is left for the server.
+    """
+    cut.require_body()
+    arch = arch_of(model.config)
+    layers, body = decoder_layers(model, arch), cut.layers("body")
+    kept = (layer if number in body else RemoteLayer(number) for number, layer in enumerate(layers))
+    inner = with_layers(arch.inner_of(model), arch, nn.ModuleList(kept))
+    for name in (arch.embedding, arch.norm, *arch.entry):
+        if name is not None:
+            inner._modules[name] = nn.Identity()
+    if arch.position_embedding:
+        inner._modules[arch.position_embedding] = NoPositions()
+    if not arch.inner:
+        return inner
+    shell = copy.copy(model)
+    shell._modules = dict.fromkeys(model._modules, nn.Identity())
+    shell._modules[arch.inner] = inner
+    return shell
+
+
+def keep_client_share(model: Any, cut: Cut, link: BodyLink) -> None:
+    """Replace the body's layers of a model by a link to the server, in place.
+
+    A causal LM is still one: its own ``forward`` and ``generate`` cross the two cuts. An encoder writes nothing, and
+    crosses them part by part only.
+
+    Raises:
+        BackboneError: If nothing is left for the server.
+    """
+    cut.require_body()
+    arch = arch_of(model.config)
+    layers, body = decoder_layers(model, arch), cut.layers("body")
+    if not arch.is_causal:
+        model.register_forward_pre_hook(_refuse_to_run_whole)
+    for number in body:
+        layers[number] = RemoteBody(number, link) if number == body.start else RemoteLayer(number)
+    remote = layers[body.start]
+    assert isinstance(remote, RemoteBody)
+    remote.listen(arch.inner_of(model))
+
+
+def _refuse_to_run_whole(model: nn.Module, inputs: object) -> None:
+    raise AssertionError("an encoder whose body is elsewhere runs part by part, see SplitModel")

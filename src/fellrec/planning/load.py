@@ -1,0 +1,120 @@
+"""What the clients of a round have to do: steps, tokens, and the largest micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from fellrec.data.datamodule import FellrecDataModule
+from fellrec.federated.local import LocalSettings
+from fellrec.functional.cost import RoundLoad
+from fellrec.functional.rng import derive_seed
+from fellrec.models.module import Objective, drawn
+from fellrec.models.streams import LayerStreams, StreamPosition
+
+Batch = dict[str, Tensor]
+
+_BATCHES_PER_CLIENT = 200
+_BATCHES = 1000
+"""Batches that are really made, over all clients: a few seconds."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """A round's work, counted on real batches.
+
+    Attributes:
+        mean: Of one client, the mean over all clients.
+        largest_client: The client with the most steps.
+        largest_batch: The micro-batch with the most tokens of those that were seen, or that the longest rows of a
+            client could make.
+        num_tokens_largest: Its padded tokens.
+        is_sampled: Whether tokens were counted on some of the batches only and scaled to all; steps never are.
+    """
+
+    mean: RoundLoad
+    largest_client: int
+    largest_batch: Batch
+    num_tokens_largest: int
+    is_sampled: bool
+
+
+def count_load(
+    datamodule: FellrecDataModule, objective: Objective, local: LocalSettings, max_batches: int = _BATCHES
+) -> Load:
+    """Count steps and padded tokens of the first round.
+
+    Args:
+        datamodule: Batches by client.
+        objective: Tells which token ids of a batch go through the model.
+        local: How a client trains.
+        max_batches: Batches to make at most, apart from one per client looked at.
+    """
+    num_clients = datamodule.data.num_clients
+    work = [count_work(datamodule.num_batches(client), local) for client in range(num_clients)]
+    steps, micro_batches = [steps for steps, _ in work], [number for _, number in work]
+    stride = -(-num_clients // max_batches)
+    looked_at = range(0, num_clients, stride)
+    limit = max(1, min(_BATCHES_PER_CLIENT, max_batches // len(looked_at)))
+    tokens_seen, num_seen, per_client = 0, 0, []
+    largest: tuple[int, Batch] = (0, {})
+    for client in looked_at:
+        counts = []
+        for batch in islice(_batches(datamodule, local, client), min(limit, micro_batches[client])):
+            counts.append(_num_tokens(objective, batch))
+            if counts[-1] > largest[0]:
+                largest = (counts[-1], batch)
+        longest = datamodule.longest_batch(client)
+        if longest is not None and (size := _num_tokens(objective, longest)) > largest[0]:
+            largest = (size, longest)
+        tokens_seen, num_seen = tokens_seen + sum(counts), num_seen + len(counts)
+        per_client.append(micro_batches[client] * sum(counts) / len(counts) if counts else 0.0)
+    is_sampled = num_seen < sum(micro_batches)
+    tokens = sum(per_client) * num_clients / len(per_client) if is_sampled else tokens_seen
+    return Load(
+        mean=RoundLoad(sum(steps) / num_clients, tokens / num_clients),
+        largest_client=steps.index(max(steps)),
+        largest_batch=largest[1],
+        num_tokens_largest=largest[0],
+        is_sampled=is_sampled,
+    )
+
+
+def count_work(num_batches: int, local: LocalSettings) -> tuple[int, int]:
+    """Optimiser steps and micro-batches of one client's round; an epoch's last step may have fewer micro-batches.
+
+    Args:
+        num_batches: Batches of one pass over the client's data.
+        local: How it trains.
+
+    Example:
+        Two epochs of five batches, two a step: steps of 2, 2, 1, 2, 2, 1. The fourth step is the last.
+
+        >>> local = LocalSettings(local_epochs=2, accumulate_grad_batches=2, max_local_steps=4)
+        >>> count_work(5, local)
+        (4, 7)
+    """
+    together = local.accumulate_grad_batches
+    in_epoch = -(-num_batches // together)
+    steps = local.local_epochs * in_epoch
+    if local.max_local_steps is not None:
+        steps = min(steps, local.max_local_steps)
+    epochs, left = divmod(steps, in_epoch) if in_epoch else (0, 0)
+    return steps, epochs * num_batches + left * together
+
+
+def _num_tokens(objective: Objective, batch: Batch) -> int:
+    """Padded tokens that go through the model, with a sample of items like those of the training."""
+    streams = LayerStreams({})
+    with torch.random.fork_rng(devices=[]), streams.using(StreamPosition(0)):
+        return sum(ids.numel() for ids in objective.inputs(drawn(objective, batch, streams)))
+
+
+def _batches(datamodule: FellrecDataModule, local: LocalSettings, client: int) -> Iterator[Batch]:
+    """In the order of the first round: what is padded depends on which rows meet in a batch."""
+    for epoch in range(local.local_epochs):
+        yield from datamodule.train_loader(client, derive_seed(local.seed, "order", 0, client, epoch))

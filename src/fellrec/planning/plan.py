@@ -1,0 +1,263 @@
+"""What a run will cost, from its configuration alone: no weights are read and nothing is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig
+
+from fellrec.aggregation.build import build_aggregation
+from fellrec.config.compose import as_dict, make
+from fellrec.data.datamodule import FellrecDataModule
+from fellrec.errors import ConfigError
+from fellrec.experiment import build_batches, build_data
+from fellrec.federated.local import LocalSettings
+from fellrec.functional.cost import PartCost, Traffic, Wire, checkpoint_bytes, share, together, traffic
+from fellrec.functional.participation import cohort
+from fellrec.models.module import Objective
+from fellrec.models.objectives.item_table import EVERY_STEP
+from fellrec.models.split import SplitModel
+from fellrec.planning.load import Load, count_load
+from fellrec.planning.measure import measure_parts
+from fellrec.planning.probe import seconds_per_step
+from fellrec.planning.shape import empty_backbone, has_weights
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """Settings of the configuration that decide how the figures are to be read.
+
+    Attributes:
+        precision: ``trainer.precision``; the activations know nothing of its casts.
+        transport: ``split.transport``; with ``none`` a run keeps all parts in one process.
+        in_flight: ``split.in_flight``: clients that the server has under way at the same time.
+        keeps_item_vectors: Whether there are rounds in which the objective keeps item vectors from step to step.
+    """
+
+    precision: str
+    transport: str
+    in_flight: int
+    keeps_item_vectors: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of one configuration.
+
+    Attributes:
+        data: Name of the data set.
+        backbone: Name of the backbone.
+        num_parameters: Of the backbone.
+        num_clients: C.
+        cohort_size: Clients of a round.
+        head: The client's first part.
+        body: The server's part.
+        tail: The client's last part.
+        load: Steps and tokens of a round.
+        traffic: Of one client and round, the mean over clients.
+        checkpoint_bytes: One checkpoint on disk.
+        micro_batch: Rows and tokens of the largest micro-batch, which the activations are of.
+        settings: Settings that the notes below a table mention.
+        has_own_tokenizer: Whether tokens were counted with the backbone's own tokenizer.
+        seconds_per_round: Of training, all clients one after the other; ``None`` without a probe.
+    """
+
+    data: str
+    backbone: str
+    num_parameters: int
+    num_clients: int
+    cohort_size: int
+    head: PartCost
+    body: PartCost
+    tail: PartCost
+    load: Load
+    traffic: Traffic
+    checkpoint_bytes: int
+    micro_batch: tuple[int, int]
+    settings: PlanSettings
+    has_own_tokenizer: bool
+    seconds_per_round: float | None = None
+
+    @property
+    def client(self) -> PartCost:
+        """Head and tail."""
+        return together([self.head, self.tail])
+
+    @property
+    def server(self) -> PartCost:
+        """The body."""
+        return self.body
+
+    @property
+    def client_peak_bytes(self) -> int:
+        """Memory of one client."""
+        return self.client.peak_bytes()
+
+    @property
+    def server_peak_bytes(self) -> int:
+        """Memory of the server, with as many clients under way as ``split.in_flight`` allows; 0 without a body."""
+        return self.server.peak_bytes(self.settings.in_flight)
+
+    @property
+    def client_weight_share(self) -> float:
+        """Share of the backbone's weights that the client stores, in [0, 1]."""
+        return share(self.client.weight_bytes, self.client.weight_bytes + self.server.weight_bytes)
+
+    @property
+    def client_compute_share(self) -> float:
+        """Share of the forward pass that the client computes, in [0, 1]."""
+        return share(self.client.forward_flops, self.client.forward_flops + self.server.forward_flops)
+
+    @property
+    def round_bytes(self) -> float:
+        """Traffic of all clients of a round."""
+        return self.traffic.total_bytes * self.cohort_size
+
+    @property
+    def cut_to_adapter_ratio(self) -> float | None:
+        """Traffic through the cuts over that of adapters; ``None`` if the client has no adapter."""
+        if not self.traffic.adapter_bytes:
+            return None
+        return (self.traffic.hidden_bytes + self.traffic.gradient_bytes) / self.traffic.adapter_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers: bytes, counts, seconds, and shares in [0, 1]."""
+        return {
+            "data": self.data,
+            "backbone": self.backbone,
+            "num_parameters": self.num_parameters,
+            "num_clients": self.num_clients,
+            "cohort_size": self.cohort_size,
+            "layers": {"head": self.head.num_layers, "body": self.body.num_layers, "tail": self.tail.num_layers},
+            "client": _with_derived(self.client, self.client_peak_bytes),
+            "server": _with_derived(self.server, self.server_peak_bytes),
+            "client_weight_share": self.client_weight_share,
+            "storage_saved": 1 - self.client_weight_share,
+            "client_compute_share": self.client_compute_share,
+            "micro_batch": {"rows": self.micro_batch[0], "tokens": self.micro_batch[1]},
+            "steps_per_client": self.load.mean.num_steps,
+            "tokens_per_client": self.load.mean.num_tokens,
+            "traffic_per_client": {**asdict(self.traffic), "total_bytes": self.traffic.total_bytes},
+            "traffic_per_round_bytes": self.round_bytes,
+            "cut_to_adapter_ratio": self.cut_to_adapter_ratio,
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "seconds_per_round": self.seconds_per_round,
+            **asdict(self.settings),
+            "is_sampled": self.load.is_sampled,
+            "has_own_tokenizer": self.has_own_tokenizer,
+        }
+
+
+def _with_derived(part: PartCost, peak_bytes: int) -> dict[str, int]:
+    derived = {"gradient_bytes": part.gradient_bytes, "optimizer_bytes": part.optimizer_bytes}
+    return {**asdict(part), **derived, "peak_bytes": peak_bytes}
+
+
+class Planner:
+    """Plans configurations one after the other; what several share is read and counted once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Any] = {}
+
+    def plan(self, config: DictConfig, probe_steps: int | None = None) -> Plan:
+        """Gather the facts of one configuration and work out its cost.
+
+        Args:
+            config: Composed; ``backbone.path`` may be missing if ``backbone.config`` is given.
+            probe_steps: Local steps to time; ``None`` for none.
+
+        Raises:
+            ConfigError: If settings do not fit together, or a probe is wanted for a backbone without weights.
+            DataError: If the data cannot be used.
+            BackboneError: If the backbone cannot be read, cut, or adapted.
+        """
+        if probe_steps is not None:
+            _check_probe(config, probe_steps)
+        data = self._once(config, ("data", "holdout", "partition"), lambda: build_data(config))
+        backbone, is_own = empty_backbone(config, data.catalogue)
+        num_parameters = backbone.num_parameters  # before the adapter's come on top
+        model = SplitModel(backbone.model, config.split.head_layers, config.split.tail_layers)
+        objective, batches = build_batches(config, backbone, data)
+        objective.check(model)
+        load = self._load(config, objective, batches)
+        parts = measure_parts(model, make(config.adapter, "adapter"), objective, load.largest_batch)
+        cohort_size = len(cohort(data.num_clients, config.participation.rate, config.seed, round_index=0))
+        seconds = None
+        if probe_steps is not None:
+            per_step = seconds_per_step(config, data, load.largest_client, probe_steps)
+            seconds = per_step * load.mean.num_steps * cohort_size
+        rule = build_aggregation(config.aggregation)
+        rows, tokens = objective.inputs(load.largest_batch)[0].shape
+        return Plan(
+            data=data.name,
+            backbone=backbone.name,
+            num_parameters=num_parameters,
+            num_clients=data.num_clients,
+            cohort_size=cohort_size,
+            **parts,
+            load=load,
+            traffic=traffic(**parts, load=load.mean, wire=_wire(config, backbone.model, rule.exchanges_adapters)),
+            checkpoint_bytes=checkpoint_bytes(together(parts.values()), data.num_clients, rule.pools_clients),
+            micro_batch=(rows, tokens),
+            settings=_settings(config),
+            has_own_tokenizer=is_own,
+            seconds_per_round=seconds,
+        )
+
+    def _load(self, config: DictConfig, objective: Objective, batches: FellrecDataModule) -> Load:
+        groups = ("data", "holdout", "partition", "backbone", "objective", "trainer", "seed")
+        return self._once(config, groups, lambda: count_load(batches, objective, _local(config)))
+
+    def _once(self, config: DictConfig, groups: tuple[str, ...], make_it: Callable[[], T]) -> T:
+        """What only depends on some groups of the configuration."""
+        plain = as_dict(config)
+        key = repr([(name, plain[name]) for name in groups])
+        if key not in self._known:
+            self._known[key] = make_it()
+        found: T = self._known[key]
+        return found
+
+
+def _check_probe(config: DictConfig, num_steps: int) -> None:
+    if not has_weights(config):
+        raise ConfigError(
+            f"--probe {num_steps} needs weights to train, and backbone.config={config.backbone.config} has none; "
+            "give backbone.path=… or leave --probe out"
+        )
+    if config.split.transport == "distributed":
+        raise ConfigError(
+            f"--probe {num_steps} runs in one process; give split.transport=none or inprocess, not distributed"
+        )
+
+
+def _settings(config: DictConfig) -> PlanSettings:
+    objective = config.objective
+    kept = objective.get("refresh_items", EVERY_STEP) != EVERY_STEP or objective.get("freeze_items_after") is not None
+    return PlanSettings(config.trainer.precision, config.split.transport, config.split.in_flight, kept)
+
+
+def _wire(config: DictConfig, model: Any, exchanges_adapters: bool) -> Wire:
+    own = str(model.dtype).removeprefix("torch.")
+    hidden, gradient = config.split.hidden_dtype, config.split.gradient_dtype
+    return Wire(
+        hidden_size=model.config.hidden_size,
+        hidden_dtype=own if hidden == "float32" else hidden,  # what is narrower already is not widened
+        gradient_dtype=own if gradient == "float32" else gradient,
+        clips_gradients=config.trainer.gradient_clip is not None,
+        exchanges_adapters=exchanges_adapters,
+    )
+
+
+def _local(config: DictConfig) -> LocalSettings:
+    trainer = config.trainer
+    return LocalSettings(
+        local_epochs=trainer.local_epochs,
+        max_local_steps=trainer.max_local_steps,
+        accumulate_grad_batches=trainer.accumulate_grad_batches,
+        gradient_clip=trainer.gradient_clip,
+        seed=config.seed,
+    )

@@ -1,0 +1,53 @@
+"""How long a round takes here: a few real steps of the largest client."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, OmegaConf
+
+from fellrec.data.prepared import PreparedData
+from fellrec.errors import TrainingError
+from fellrec.experiment import build_loop, build_recommender
+from fellrec.federated.callback import FederatedCallback
+
+if TYPE_CHECKING:
+    from fellrec.federated.loop import FederatedLoop
+
+
+class _Clock(FederatedCallback):
+    """Notes when each step ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, loop: FederatedLoop, loss: float) -> None:
+        """The loss is a number by now, so that a GPU has finished too."""
+        self.ends.append(time.perf_counter())
+
+
+def seconds_per_step(config: DictConfig, data: PreparedData, client: int, num_steps: int) -> float:
+    """Median wall seconds of a local step, after one step to warm up.
+
+    Args:
+        config: The run's configuration; its backbone must have weights, and its client and server be one process.
+        data: The prepared data set.
+        client: Whose batches are used.
+        num_steps: Steps to time, at least 1.
+    """
+    wanted = num_steps + 1
+    recommender = build_recommender(config, data)
+    in_epoch = -(-recommender.datamodule.num_batches(client) // config.trainer.accumulate_grad_batches)
+    epochs = -(-wanted // in_epoch)
+    short = OmegaConf.merge(config, {"trainer": {"local_epochs": epochs, "max_local_steps": wanted}})
+    assert isinstance(short, DictConfig)
+    clock = _Clock()
+    loop = build_loop(short, recommender, [clock])
+    row = 0 if loop.aggregation.pools_clients else client
+    outcome = loop.execution.train(loop, [row], 0)
+    if outcome.failures:
+        raise TrainingError(next(iter(outcome.failures.values())))
+    return statistics.median(after - before for before, after in pairwise(clock.ends))

@@ -1,0 +1,149 @@
+"""A backbone without its weights: built on PyTorch's ``meta`` device, where tensors have a shape and no memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from omegaconf import DictConfig, OmegaConf
+from transformers import AutoConfig, AutoTokenizer
+
+from fellrec.config.compose import as_dict
+from fellrec.config.paths import conf_dir
+from fellrec.data.schema import Catalogue
+from fellrec.errors import BackboneError, ConfigError, unknown
+from fellrec.experiment.backbones import check_reads_items
+from fellrec.models.architectures import ARCHITECTURES, arch_of, model_of
+from fellrec.models.backbone import Backbone, check_tokenizer, dtype_of, load_shape
+from fellrec.models.sasrec import item_tokenizer, sasrec_config
+from fellrec.models.tiny import build_tokenizer, tiny_config
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
+def has_weights(config: DictConfig) -> bool:
+    """Whether the configured backbone could be trained: it is more than a shape.
+
+    Raises:
+        ConfigError: If the backbone has neither ``path`` nor ``config``, or both.
+    """
+    if config.backbone.name != "hf":
+        return True
+    has_path = not OmegaConf.is_missing(config.backbone, "path")
+    if has_path and config.backbone.config is not None:
+        raise ConfigError(
+            f"backbone.path={config.backbone.path} and backbone.config={config.backbone.config} name two models; "
+            "give one"
+        )
+    if not has_path and config.backbone.config is None:
+        raise ConfigError(
+            "backbone.path needs a value: give backbone.path=…, or backbone.config=… to plan for a model whose weights "
+            f"are not here: {', '.join(model_configs())}, a config.json, or a folder with one"
+        )
+    return has_path
+
+
+def empty_backbone(config: DictConfig, catalogue: Catalogue) -> tuple[Backbone, bool]:
+    """The configured backbone on the ``meta`` device.
+
+    Args:
+        config: The whole configuration.
+        catalogue: For the stand-in tokenizer where the backbone has none here, and for that of the tiny backbone.
+
+    Returns:
+        The backbone, and whether its tokenizer is its own.
+
+    Raises:
+        ConfigError: If the backbone's name or sizes cannot be used.
+        BackboneError: If its configuration cannot be read or its architecture is not known.
+    """
+    settings = as_dict(config.backbone)
+    if settings["name"] == "tiny":
+        tokenizer = _catalogue_tokenizer(catalogue, settings["vocab_size"])
+        names = ("hidden_size", "num_layers", "num_heads", "max_position_embeddings")
+        shape = tiny_config(tokenizer, **{name: settings[name] for name in names})
+        return _on_meta(shape, torch.float32, tokenizer, "tiny"), True
+    if settings["name"] == "sasrec":
+        check_reads_items(as_dict(config.objective))
+        tokenizer = item_tokenizer(catalogue.item_ids)
+        sizes = {name: value for name, value in settings.items() if name not in ("name", "seed")}
+        return _on_meta(sasrec_config(tokenizer, **sizes), torch.float32, tokenizer, "sasrec"), True
+    dtype = dtype_of(settings["dtype"])
+    if has_weights(config):
+        shape, tokenizer = load_shape(settings["path"])
+        backbone, is_own = _on_meta(shape, dtype, tokenizer, Path(settings["path"]).name), True
+    else:
+        file = find_config(str(settings["config"]))
+        own = _tokenizer_beside(file)
+        is_own, tokenizer = own is not None, own or _catalogue_tokenizer(catalogue)
+        name = file.parent.name if file.name == "config.json" else file.stem
+        backbone = _on_meta(read_config(file), dtype, tokenizer, name)
+    if is_own:
+        check_tokenizer(f"backbone={backbone.name}", backbone.tokenizer, backbone.model)
+    return backbone, is_own
+
+
+def find_config(given: str) -> Path:
+    """The file that ``backbone.config`` means: a file, a folder's ``config.json``, or one of `model_configs`.
+
+    Raises:
+        ConfigError: If there is none; names those that are shipped, the nearest first.
+    """
+    path = Path(given).expanduser()
+    for candidate in (path, path / "config.json", _configs_dir() / f"{given}.json"):
+        if candidate.is_file():
+            return candidate
+    raise ConfigError(f"{unknown('backbone.config', given, model_configs())}, a config.json, or a folder with one")
+
+
+def model_configs() -> list[str]:
+    """Names of the model configurations that are shipped."""
+    return sorted(path.stem for path in _configs_dir().glob("*.json"))
+
+
+def read_config(file: Path) -> Any:
+    """A Hugging Face configuration from its ``config.json``.
+
+    Raises:
+        BackboneError: If it is none, or of an architecture that cannot be cut.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BackboneError(f"backbone.config={file} is no JSON: {error}") from error
+    model_type = values.pop("model_type", None) if isinstance(values, dict) else None
+    if model_type not in ARCHITECTURES:
+        raise BackboneError(f"backbone.config={file}: {unknown('model_type', model_type, ARCHITECTURES)}")
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise BackboneError(f"backbone.config={file}: {' '.join(str(error).split())}") from error
+
+
+def _configs_dir() -> Path:
+    return conf_dir() / "model_configs"
+
+
+def _on_meta(shape: Any, dtype: torch.dtype, tokenizer: Any, name: str) -> Backbone:
+    with torch.device("meta"):
+        model = model_of(shape, dtype)
+    return Backbone(model, tokenizer, arch_of(shape), name)
+
+
+def _catalogue_tokenizer(catalogue: Catalogue, vocab_size: int = 4000) -> Any:
+    """What the tiny backbone reads and writes with."""
+    return build_tokenizer([f"{text}\n" for text in catalogue.texts()], vocab_size)
+
+
+def _tokenizer_beside(file: Path) -> Any | None:
+    if not any((file.parent / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(str(file.parent), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise BackboneError(
+            f"the tokenizer in {file.parent} cannot be loaded: {(str(error).splitlines() or [''])[0]}"
+        ) from error

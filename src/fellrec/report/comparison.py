@@ -1,0 +1,293 @@
+"""Results of runs and of comparisons: figures that the table, the JSON output and MLflow share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from fellrec.functional.balance import gain
+from fellrec.report.costs import RunCost
+from fellrec.types import Evaluation
+
+
+@dataclass(frozen=True)
+class RuleResult:
+    """One run of one rule, or one reference ranker.
+
+    Attributes:
+        rule: Name.
+        seed: Of the run.
+        kind: ``"learned"`` or ``"reference"``.
+        evaluation: Of the test holdout (or the one that was asked for).
+        seconds_per_round: Training and aggregation; ``None`` for reference rankers.
+        total_seconds: The whole run, evaluation included.
+        peak_memory_bytes: Largest resident memory of the process by the end of this run.
+        best_round: The round whose adapters were tested; -1 is the start.
+        validation: What selection looked at, in that round: mean over clients on the validation holdout; ``None`` for
+            reference rankers.
+        run_id: Of the MLflow run.
+        variant: What else varies over a comparison, such as ``"head_layers=2"``; empty if nothing does, and for
+            reference rankers, which do not depend on it.
+        cost: Storage and traffic; ``None`` for reference rankers.
+    """
+
+    rule: str
+    seed: int
+    kind: str
+    evaluation: Evaluation
+    seconds_per_round: float | None = None
+    total_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    best_round: int | None = None
+    validation: float | None = None
+    run_id: str | None = None
+    variant: str = ""
+    cost: RunCost | None = None
+
+    @property
+    def name(self) -> str:
+        """Rule and variant: what tells the lines of a table apart."""
+        return f"{self.rule} {self.variant}" if self.variant else self.rule
+
+    def is_paired_with(self, base: RuleResult) -> bool:
+        """Whether a difference to ``base`` is one between rules: same seed, and same variant if this has one."""
+        return self.seed == base.seed and self.variant in ("", base.variant)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A learned rule against the baseline, for one metric; see ``fellrec.report.significance``.
+
+    Attributes:
+        rule: Line of the comparison.
+        baseline: The line it is compared with.
+        metric: Such as ``ndcg_at_10``.
+        num_seeds: Seeds that both have; users and clients are averaged over them first.
+        num_users: Users whom all these runs evaluated.
+        num_clients: Clients that have some of them.
+        user_difference: Mean over users.
+        user_interval: Its 95 % interval by a paired bootstrap over users; ``None`` if there are too few.
+        user_change_percent: Change of the mean over users; ``None`` if the baseline's is 0.
+        client_difference: Mean over clients of their users' means.
+        client_interval: Its 95 % interval by a paired bootstrap over clients; ``None`` if there are too few.
+        client_change_percent: Change of the mean over clients; ``None`` if the baseline's is 0.
+        cv_difference: Coefficient of variation over clients of their users' means, minus the baseline's.
+        cv_interval: Its 95 % interval by a paired bootstrap over the users of each client; ``None`` if one has too few.
+        wilcoxon_p: Of the signed-rank test over users.
+        holm_p: The same, adjusted for all comparisons.
+    """
+
+    rule: str
+    baseline: str
+    metric: str
+    num_seeds: int
+    num_users: int
+    num_clients: int
+    user_difference: float
+    user_interval: tuple[float, float] | None
+    user_change_percent: float | None
+    client_difference: float
+    client_interval: tuple[float, float] | None
+    client_change_percent: float | None
+    cv_difference: float
+    cv_interval: tuple[float, float] | None
+    wilcoxon_p: float
+    holm_p: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values; an interval's ends have names of their own."""
+        plain: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            if name.endswith("_interval"):
+                low, high = value or (None, None)
+                plain |= {name.replace("_interval", "_low"): low, name.replace("_interval", "_high"): high}
+            else:
+                plain[name] = value
+        return plain
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several rules, variants and seeds on one partition.
+
+    A line of the comparison is a rule, or a rule and a variant: ``RuleResult.name``, called ``rule`` below.
+
+    Attributes:
+        data: Name of the data set.
+        users_per_client: Of the partition.
+        num_items: Items that are ranked.
+        results: In the order in which they ran.
+        cold: Counts of cold items and users, see ``ColdStart.counts``; empty if they are not known.
+        differences: Of the learned rules to `reference_rule`, from ``fellrec.report.significance``.
+    """
+
+    data: str
+    users_per_client: Sequence[int]
+    num_items: int
+    results: Sequence[RuleResult]
+    cold: Mapping[str, int] = field(default_factory=dict)
+    differences: Sequence[Difference] = ()
+
+    @property
+    def stage(self) -> str:
+        """The holdout that was scored."""
+        return self.results[0].evaluation.stage
+
+    def rules(self, kind: str) -> list[str]:
+        """Names of the rules of one kind, in order."""
+        return list(dict.fromkeys(result.name for result in self.results if result.kind == kind))
+
+    @property
+    def reference_rule(self) -> str:
+        """The rule that others are tested against: FedAvg where it is among them, else the baseline of gains."""
+        return self.only_line("fedavg") or self.baseline
+
+    @property
+    def baseline(self) -> str:
+        """The rule that gains are measured against: local training."""
+        return self.only_line("local") or "local"
+
+    def only_line(self, base: str) -> str | None:
+        """The rule of that name with the settings that it has here; ``None`` if it has none, or several.
+
+        Args:
+            base: Without settings, such as ``"fedavg"``.
+        """
+        found = {result.rule for result in self.results if result.kind == "learned" and _base(result.rule) == base}
+        return found.pop() if len(found) == 1 else None
+
+    def validation(self, rule: str) -> float | None:
+        """Mean over seeds of what selection looked at; ``None`` for reference rankers."""
+        values = [value for result in self.of_rule(rule) if (value := result.validation) is not None]
+        return float(np.mean(values)) if values else None
+
+    @property
+    def chosen(self) -> dict[str, str]:
+        """Of each learned rule the line that is best on the validation holdout: rule without settings → line.
+
+        That is how settings are tuned; the test holdout has no say.
+        """
+        best: dict[str, tuple[float, str]] = {}
+        for line in self.rules("learned"):
+            value = self.validation(line)
+            if value is not None and value > best.get(_base(line), (-math.inf, ""))[0]:
+                best[_base(line)] = (value, line)
+        return {base: line for base, (_, line) in best.items()}
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether there is something to choose: a rule with several lines."""
+        return bool(self.chosen) and any(self.only_line(base) is None for base in self.chosen)
+
+    def of_rule(self, rule: str) -> list[RuleResult]:
+        """The results of one line, one per seed."""
+        return [result for result in self.results if result.name == rule]
+
+    @property
+    def variants(self) -> list[str]:
+        """What varies beside rule and seed, in order; empty if nothing does."""
+        return list(dict.fromkeys(result.variant for result in self.results if result.variant))
+
+    def mean_and_sd(self, rule: str, figure: str) -> tuple[float, float]:
+        """Mean and sample standard deviation over seeds of a figure of the summary; the latter is 0 for one seed."""
+        values = [result.evaluation.summary[figure] for result in self.of_rule(rule)]
+        return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+    def gain(self, rule: str, metric: str) -> float | None:
+        """Mean over clients and seeds of the difference to the baseline, paired by client and seed."""
+        gains = [
+            gain(result.evaluation.per_client[metric], base.evaluation.per_client[metric])["gain_mean"]
+            for result, base in self.pairs(rule, self.baseline)
+        ]
+        return float(np.mean(gains)) if gains else None
+
+    def difference(self, rule: str, other: str, metric: str) -> list[float]:
+        """Per client, mean over seeds of ``rule`` minus ``other``, paired by seed; empty if there are no pairs."""
+        pairs = [
+            result.evaluation.per_client[metric] - base.evaluation.per_client[metric]
+            for result, base in self.pairs(rule, other)
+        ]
+        return torch.stack(pairs).mean(dim=0).tolist() if pairs else []
+
+    def seconds_per_round(self, rule: str) -> float | None:
+        """Mean over seeds; ``None`` for reference rankers."""
+        seconds = [value for result in self.of_rule(rule) if (value := result.seconds_per_round) is not None]
+        return float(np.mean(seconds)) if seconds else None
+
+    def cost(self, rule: str, figure: Callable[[RunCost], float | None]) -> float | None:
+        """Mean over seeds of a figure of the cost; ``None`` where there is none."""
+        found = [figure(result.cost) for result in self.of_rule(rule) if result.cost is not None]
+        values = [value for value in found if value is not None]
+        return float(np.mean(values)) if values else None
+
+    def pairs(self, rule: str, other: str) -> list[tuple[RuleResult, RuleResult]]:
+        """Results of a line, each with those of the other rule that it is compared with."""
+        return [
+            (result, base)
+            for result in self.of_rule(rule)
+            for base in self.results
+            if base.rule == other and result.is_paired_with(base)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON-ready values; the figures are those of the table."""
+        rules = [*self.rules("learned"), *self.rules("reference")]
+        return {
+            "data": self.data,
+            "stage": self.stage,
+            "num_items": self.num_items,
+            "users_per_client": list(self.users_per_client),
+            "cold": dict(self.cold),
+            "chosen_on_validation": self.chosen,
+            "rules": {rule: self._rule_dict(rule) for rule in rules},
+            "differences": [item.to_dict() for item in self.differences],
+        }
+
+    def _rule_dict(self, rule: str) -> dict[str, Any]:
+        results = self.of_rule(rule)
+        figures = results[0].evaluation.summary
+        metrics, fedavg = results[0].evaluation.per_client, self.only_line("fedavg") or "fedavg"
+        return {
+            "kind": results[0].kind,
+            "rule": results[0].rule,
+            "variant": results[0].variant,
+            "mean": {figure: self.mean_and_sd(rule, figure)[0] for figure in figures},
+            "sd": {figure: self.mean_and_sd(rule, figure)[1] for figure in figures},
+            "gain_over_local": {metric: self.gain(rule, metric) for metric in metrics},
+            "minus_fedavg_per_client": {metric: _plain(self.difference(rule, fedavg, metric)) for metric in metrics},
+            "validation": self.validation(rule),
+            "seconds_per_round": self.seconds_per_round(rule),
+            "runs": [_run_dict(result) for result in results],
+        }
+
+
+def _base(rule: str) -> str:
+    """A rule's name without settings."""
+    return rule.partition(" ")[0]
+
+
+def _run_dict(result: RuleResult) -> dict[str, Any]:
+    evaluation = result.evaluation
+    per_client: Mapping[str, Any] = {name: _plain(values.tolist()) for name, values in evaluation.per_client.items()}
+    return {
+        "seed": result.seed,
+        "run_id": result.run_id,
+        "best_round": result.best_round,
+        "validation": result.validation,
+        "seconds_per_round": result.seconds_per_round,
+        "total_seconds": result.total_seconds,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "cost": None if result.cost is None else result.cost.to_dict(),
+        "summary": dict(evaluation.summary),
+        "per_client": per_client,
+    }
+
+
+def _plain(values: list[float]) -> list[float | None]:
+    """JSON has no NaN."""
+    return [None if math.isnan(value) else value for value in values]

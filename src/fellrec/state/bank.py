@@ -1,0 +1,137 @@
+"""All clients' adapters: for each client, the version of its adapter that counts now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fellrec.errors import BackboneError
+from fellrec.functional.stacks import AdapterStack, RowStack, as_lazy
+from fellrec.state.tensor_store import StoredTensors, TensorSpecs, TensorStore
+from fellrec.types import Adapter
+
+
+class AdapterBank:
+    """Clients differ only in their adapters, so this is all that exists once per client.
+
+    Adapters are never changed in place: a client gets another version. Several clients, and several banks, can have the
+    same one, which then exists once.
+
+    Args:
+        versions: One per client; their tensors may have further names, which are left out.
+        kinds: Parameter name → type and shape.
+        tensor_store: Where new versions go; memory if none is given.
+
+    Example:
+        >>> bank = AdapterBank.replicate({"w": torch.zeros(2)}, num_clients=3)
+        >>> bank.store(1, {"w": torch.ones(2)})
+        >>> bank.tensors["w"].sum(dim=1).tolist()
+        [0.0, 2.0, 0.0]
+    """
+
+    def __init__(
+        self, versions: Sequence[StoredTensors], kinds: TensorSpecs, tensor_store: TensorStore | None = None
+    ) -> None:
+        self.versions = list(versions)
+        self.kinds = {name: kinds[name] for name in sorted(kinds)}
+        self.tensor_store = tensor_store or TensorStore()
+
+    @classmethod
+    def replicate(cls, adapter: Adapter, num_clients: int) -> AdapterBank:
+        """A bank in which every client has ``adapter``; it takes the memory of one."""
+        version = TensorStore().put(0, adapter)
+        kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in adapter.items()}
+        return cls([version] * num_clients, kinds)
+
+    @classmethod
+    def from_stack(cls, stack: AdapterStack) -> AdapterBank:
+        """A bank of the adapters ``[C, *shape]``, which are copied."""
+        lazy = as_lazy(stack)
+        kinds = {name: (stack[name].dtype, shape) for name, shape in lazy.shapes.items()}
+        return cls(TensorStore().put_rows(range(lazy.num_rows), lazy, kinds), kinds)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of one client's adapter."""
+        return sum(kind.itemsize * shape.numel() for kind, shape in self.kinds.values())
+
+    def __len__(self) -> int:
+        return len(self.versions)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All clients' adapters, name → ``[C, *shape]``; a copy that takes the memory of all of them."""
+        return dict(self.stack(range(len(self))))
+
+    def row(self, client: int) -> dict[str, Tensor]:
+        """One client's adapter; not to be changed."""
+        tensors = self.versions[client].tensors()
+        return {name: tensors[name] for name in self.kinds}
+
+    @torch.no_grad()
+    def copy_to(self, parameters: Mapping[str, nn.Parameter], client: int) -> None:
+        """Write one client's adapter into the backbone's parameters.
+
+        Raises:
+            BackboneError: If names or shapes differ.
+        """
+        self._check({name: parameter.shape for name, parameter in parameters.items()})
+        for name, tensor in self.row(client).items():
+            parameters[name].copy_(tensor)
+
+    def store(
+        self, client: int, adapter: Mapping[str, Tensor], name: str = "", about: Mapping[str, str] | None = None
+    ) -> None:
+        """Let a client have a copy of an adapter.
+
+        Args:
+            client: Its row.
+            adapter: By parameter name.
+            name: Of the version's file, see ``TensorStore.put``.
+            about: Goes into its file.
+
+        Raises:
+            BackboneError: If names or shapes differ.
+            StorageError: If its file cannot be written.
+        """
+        self._check({key: tensor.shape for key, tensor in adapter.items()})
+        ordered = {key: adapter[key].detach().to(kind) for key, (kind, _) in self.kinds.items()}
+        self.versions[client] = self.tensor_store.put(client, ordered, name, about)
+
+    def stack(self, clients: Sequence[int]) -> RowStack:
+        """Some clients' adapters as they are now, name → ``[N, *shape]``, read when they are asked for."""
+        return self.stack_of([self.versions[client] for client in clients])
+
+    def stack_of(self, versions: Sequence[StoredTensors]) -> RowStack:
+        """Versions that some clients have or had, name → ``[N, *shape]``, read when they are asked for."""
+        shapes = {name: shape for name, (_, shape) in self.kinds.items()}
+        return RowStack(shapes, [version.tensors for version in versions])
+
+    def replace(self, clients: Sequence[int], stack: AdapterStack) -> None:
+        """Let some clients have copies of other adapters; those of all other clients stay as they are.
+
+        Raises:
+            BackboneError: If names, shapes or the number of clients differ.
+            StorageError: If a file cannot be written.
+        """
+        lazy = as_lazy(stack)
+        self._check(lazy.shapes)
+        if lazy and lazy.num_rows != len(clients):
+            raise BackboneError(f"{next(iter(lazy))} has rows for {lazy.num_rows} clients, expected {len(clients)}")
+        for client, version in zip(clients, self.tensor_store.put_rows(clients, lazy, self.kinds), strict=True):
+            self.versions[client] = version
+
+    def share(self, clients: Sequence[int], source: AdapterBank, rows: Sequence[int]) -> None:
+        """Let clients have the same versions as these rows of another bank; nothing is copied."""
+        for client, row in zip(clients, rows, strict=True):
+            self.versions[client] = source.versions[row]
+
+    def _check(self, shapes: Mapping[str, torch.Size]) -> None:
+        missing, surplus = sorted(set(self.kinds) - set(shapes)), sorted(set(shapes) - set(self.kinds))
+        if missing or surplus:
+            raise BackboneError(f"adapter names differ: missing {missing[:3]}, unexpected {surplus[:3]}")
+        for name, (_, shape) in self.kinds.items():
+            if shapes[name] != shape:
+                raise BackboneError(f"{name} has shape {list(shapes[name])}, expected {list(shape)}")

@@ -1,0 +1,34 @@
+import pytest
+
+from fellrec.federated.callback import HOOKS, FederatedCallback
+
+
+def test_the_hooks_are_those_of_the_design():
+    pairs = [
+        f"on_{what}_{when}" for what in ("fit", "round", "client", "aggregate", "evaluate") for when in ("start", "end")
+    ]
+    assert set(HOOKS) == {*pairs, "on_step_end", "on_exception"}
+
+
+def test_known_hooks_helpers_and_attributes_are_accepted():
+    class Fine(FederatedCallback):
+        on_disk = True
+
+        def on_round_end(self, loop, record): ...
+        def once(self): ...
+
+    assert Fine().state_dict() == {}
+    assert Fine().on_fit_start(loop=None) is None
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, staticmethod, classmethod])
+def test_a_misspelt_hook_is_refused_when_the_class_is_made(wrap):
+    with pytest.raises(TypeError, match=r"Wrong: unknown hook 'on_round_strat'; choose from: on_round_start, "):
+        type("Wrong", (FederatedCallback,), {"on_round_strat": wrap(lambda *a: None)})
+
+
+def test_subclasses_of_callbacks_are_checked_too():
+    class Fine(FederatedCallback): ...
+
+    with pytest.raises(TypeError, match="on_epoch_end"):
+        type("Wrong", (Fine,), {"on_epoch_end": lambda self: None})

@@ -1,0 +1,40 @@
+"""The planned peak memory against what PyTorch's profiler saw being allocated in real local training."""
+
+from __future__ import annotations
+
+import pytest
+from torch.profiler import ProfilerActivity, profile
+
+from fellrec.config.compose import compose
+from fellrec.experiment import build_data, build_loop, build_recommender
+from fellrec.planning.plan import Planner
+
+
+def peak_of(prof: profile) -> int:
+    """Largest sum of what was allocated and not yet freed."""
+    events = [event for event in prof.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["adapter=lora"], ["adapter=lora", "split.transport=inprocess"], ["adapter=full"], ["adapter=lora", "adapter.layers=body+tail", "objective.num_negatives=20"],
+     ["adapter=lora", "objective.item_encoder=encoded", "objective.refresh_items=round", "objective.chunk_items=20"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_peak_memory_is_as_planned(overrides: list[str], tiny_overrides: list[str]) -> None:
+    """One client of a model that is large enough for its activations to count; the weights were there before."""
+    shape = ["backbone.hidden_size=96", "backbone.num_heads=4", "backbone.num_layers=8", "trainer.batch_size=64"]
+    how = ["trainer.max_local_steps=2", "backbone.pretrain.steps=1", "split.in_flight=1"]
+    config = compose([*tiny_overrides, *shape, *how, *overrides])
+    plan = Planner().plan(config)
+    loop = build_loop(config, build_recommender(config, build_data(config)), ())
+    loop.execution.start(loop)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
+        loop.train(loop.cohort(0)[:1], 0)
+    weights = plan.client.weight_bytes + plan.server.weight_bytes
+    assert plan.client_peak_bytes + plan.server_peak_bytes == pytest.approx(peak_of(prof) + weights, rel=0.25)
