@@ -1,0 +1,118 @@
+"""Settings of the round: ``trainer`` and ``participation``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from fellrec.errors import unknown
+from fellrec.functional.ranges import (
+    Count,
+    Fraction,
+    Natural,
+    NotNegative,
+    Positive,
+    check,
+    items,
+    one_of,
+    ranges,
+    whole,
+)
+from fellrec.functional.schedules import DECAYS
+
+METRICS = ("ndcg", "recall", "hr", "mrr")
+"""What ``trainer.metric`` can name, each followed by ``_at_`` and one of ``trainer.cutoffs``."""
+
+Cutoffs = Annotated[Sequence[int], items(whole(1), "a list of whole numbers of at least 1, such as [5,10]")]
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """How long clients train, how they are evaluated, and on which devices."""
+
+    num_rounds: Count = 10
+    """Rounds of the run."""
+    local_epochs: Count = 1
+    """Passes over a client's data in a round."""
+    max_local_steps: Count | None = None
+    """Optimiser steps of a client in a round at most; null: all. Pooled data: as many for each client."""
+    batch_size: Count = 64
+    """Training rows; with the retrieval objective a row has up to ``data.max_history`` targets."""
+    accumulate_grad_batches: Count = 1
+    """Batches whose gradients make one optimiser step."""
+    eval_batch_size: Count = 256
+    """Users that are evaluated at once."""
+    learning_rate: Positive = 1.0e-3
+    """AdamW's step size."""
+    weight_decay: NotNegative = 0.01
+    """AdamW's decoupled weight decay."""
+    warmup_steps: Natural = 0
+    """First steps of each client, counted over all rounds, in which the learning rate rises linearly."""
+    learning_rate_decay: Annotated[str, one_of(*DECAYS)] = "none"
+    """How the learning rate falls to 0 over ``num_rounds``."""
+    gradient_clip: Positive | None = 1.0
+    """Largest norm of a gradient; null: no clipping."""
+    reset_optimizer: bool = False
+    """Whether each client forgets its AdamW moments at the start of a round."""
+    evaluate_every: Count = 1
+    """Rounds between evaluations on the validation data; the last round is always evaluated."""
+    patience: Count | None = None
+    """Evaluations without a gain before the run stops; null: it never stops early."""
+    select: Literal["population", "client"] = "population"
+    """What is tested: the best round of the population's mean, or each client's own best round."""
+    metric: str = "ndcg_at_10"
+    """What selection and early stopping look at, on the validation data: ndcg, recall, hr or mrr at a cutoff."""
+    cutoffs: Cutoffs = (5, 10, 20, 50)
+    """Cutoffs k of the metrics."""
+    sampled_candidates: Count | None = None
+    """Items that targets are ranked among too, as metrics named ``sampled_N_…``, never used to select; null: none."""
+    cold_users_below: Count = 3
+    """Users with fewer training interactions are reported separately, as cold."""
+    accelerator: str = "auto"
+    """As in ``lightning.Fabric``: auto, cpu, cuda."""
+    strategy: str = "auto"
+    """As in ``lightning.Fabric``: how the processes of one run are started and communicate."""
+    plugins: Sequence[Any] | None = None
+    """As in ``lightning.Fabric``: cluster environments, by name or as nodes with ``_target_``; null: none."""
+    devices: Count | Literal["auto"] = 1
+    """Processes per node, one for each GPU; clients are placed on them. auto: all that there are."""
+    num_nodes: Count = 1
+    """Nodes; with more than one, start the processes by srun or torchrun."""
+    devices_per_client: Count = 1
+    """Processes that train one client together, each on its rows of every batch."""
+    timeout_seconds: Positive = 300
+    """Longest time without a message from a process that is waited for."""
+    precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
+    """As in ``lightning.Fabric``."""
+    checkpoint_every: Count = 1
+    """Rounds between checkpoints; what a client has trained is written to disk as soon as it is done."""
+    checkpoints_kept: Count = 2
+    """Checkpoints that stay on disk; if the newest is damaged, the one before it is used."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges, and that ``metric`` is measured."""
+        check(self, "trainer", self._unknown_metric)
+
+    @property
+    def _unknown_metric(self) -> str | None:
+        if not ranges(TrainerSettings)["cutoffs"].accepts(self.cutoffs):
+            return None
+        metrics = [f"{name}_at_{cutoff}" for name in METRICS for cutoff in self.cutoffs]
+        return None if self.metric in metrics else unknown("trainer.metric", self.metric, metrics)
+
+
+@dataclass(frozen=True)
+class ParticipationSettings:
+    """Which clients take part in a round, and what happens if one fails."""
+
+    rate: Fraction = 1.0
+    """Fraction of the clients in each round's cohort, in (0, 1]."""
+    on_failure: Literal["stop", "skip"] = "stop"
+    """stop: end the run when a client's training fails. skip: leave it out of the round, which the result reports."""
+    quorum: Fraction = 0.5
+    """Fraction of the cohort that must finish a round, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "participation")

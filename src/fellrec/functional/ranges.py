@@ -1,0 +1,187 @@
+"""What a setting may be, said by its type: checked when a dataclass of settings is made.
+
+``rounds: Count = 10`` is a whole number of at least 1, ``Count | None`` allows null too, ``Literal["stop", "skip"]`` is one
+of two words, and `bool`, `int` and `float` are what they say. Values of any other type are not checked here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from fellrec.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """A range of values.
+
+    Attributes:
+        accepts: Whether a value is in the range.
+        text: The range in words, for messages.
+    """
+
+    accepts: Callable[[Any], bool]
+    text: str
+
+
+def whole(least: int) -> Allowed:
+    """Whole numbers from ``least``.
+
+    Example:
+        >>> [whole(1).accepts(value) for value in (1, 0, 1.0, True)]
+        [True, False, False, False]
+    """
+    return Allowed(lambda value: _is_whole(value) and value >= least, f"a whole number of at least {least}")
+
+
+def number(accepts: Callable[[float], bool], text: str) -> Allowed:
+    """Finite numbers for which ``accepts`` holds.
+
+    Example:
+        >>> [number(lambda x: x > 0, "a number above 0").accepts(value) for value in (0.5, 2, 0, float("nan"), "1")]
+        [True, True, False, False, False]
+    """
+    return Allowed(lambda value: _is_number(value) and math.isfinite(value) and accepts(value), text)
+
+
+def items(of: Allowed, text: str) -> Allowed:
+    """Lists of at least one value of another range.
+
+    Example:
+        >>> [items(whole(1), "").accepts(value) for value in ([5, 10], [], [0], 5)]
+        [True, False, False, False]
+    """
+    return Allowed(lambda value: _is_list(value) and len(value) > 0 and all(map(of.accepts, value)), text)
+
+
+def distinct(choices: Sequence[str]) -> Allowed:
+    """Lists of some of ``choices``, each once.
+
+    Example:
+        >>> [distinct(("a", "b")).accepts(value) for value in (["b"], [], ["b", "b"], ["c"])]
+        [True, True, False, False]
+    """
+
+    def accepts(value: Any) -> bool:
+        return _is_list(value) and all(name in choices for name in value) and len(set(value)) == len(value)
+
+    return Allowed(accepts, f"a list, each once, of {', '.join(choices)}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+Natural = Annotated[int, whole(0)]
+Count = Annotated[int, whole(1)]
+Positive = Annotated[float, number(lambda x: x > 0, "a number above 0")]
+NotNegative = Annotated[float, number(lambda x: x >= 0, "a number of at least 0")]
+Fraction = Annotated[float, number(lambda x: 0 < x <= 1, "a number in (0, 1]")]
+"""A fraction of something that must not be empty."""
+Rate = Annotated[float, number(lambda x: 0 <= x <= 1, "a number in [0, 1]")]
+RateBelow1 = Annotated[float, number(lambda x: 0 <= x < 1, "a number in [0, 1)")]
+Words = Annotated[Sequence[str], Allowed(_is_list, "a list")]
+
+
+def one_of(*choices: str) -> Allowed:
+    """Some words.
+
+    Example:
+        >>> one_of("none", "linear", "cosine").text
+        'none, linear or cosine'
+    """
+    return Allowed(lambda value: value in choices and not isinstance(value, bool), _alternatives(choices))
+
+
+def check(settings: Any, group: str, *problems: str | None) -> None:
+    """Refuse a dataclass with a value outside the range of its field.
+
+    Args:
+        settings: The dataclass; called in its ``__post_init__``.
+        group: Where its fields are in a configuration, such as ``trainer``.
+        problems: What else is wrong, such as two values that do not fit together; ``None`` is nothing.
+
+    Raises:
+        ConfigError: With one line for each problem: the key, the value, what is allowed.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Mine:
+        ...     steps: Count | None = None
+        >>> check(Mine(3), "mine"), check(Mine(None), "mine")
+        (None, None)
+        >>> check(Mine(0), "mine")
+        Traceback (most recent call last):
+        fellrec.errors.ConfigError: mine.steps=0 is not allowed: a whole number of at least 1, or null
+    """
+    wrong = [
+        not_allowed(f"{group}.{name}", value, allowed.text)
+        for name, allowed in ranges(type(settings)).items()
+        if not allowed.accepts(value := getattr(settings, name))
+    ]
+    if found := [*wrong, *(problem for problem in problems if problem)]:
+        raise ConfigError("\n".join(found))
+
+
+def not_allowed(key: str, value: Any, allowed: str) -> str:
+    """Phrase the message for a value outside its range.
+
+    Example:
+        >>> not_allowed("trainer.num_rounds", 0, "a whole number of at least 1")
+        'trainer.num_rounds=0 is not allowed: a whole number of at least 1'
+    """
+    return f"{key}={list(value) if isinstance(value, tuple) else value} is not allowed: {allowed}"
+
+
+@cache
+def ranges(kind: type) -> Mapping[str, Allowed]:
+    """The range of each field of a dataclass that has one, by name."""
+    hints = get_type_hints(kind, include_extras=True)
+    found = {name: _range_of(hints[name]) for name in kind.__dataclass_fields__}  # type: ignore[attr-defined]
+    return {name: allowed for name, allowed in found.items() if allowed is not None}
+
+
+def _range_of(hint: Any) -> Allowed | None:
+    """What a type allows; ``None`` for anything."""
+    if hint is bool:
+        return Allowed(lambda value: isinstance(value, bool), "true or false")
+    if hint is int:
+        return Allowed(_is_whole, "a whole number")
+    if hint is float:
+        return number(lambda value: True, "a number")
+    if get_origin(hint) is Annotated:
+        return next((extra for extra in get_args(hint)[1:] if isinstance(extra, Allowed)), None)
+    if get_origin(hint) is Literal:
+        return one_of(*get_args(hint))
+    return _any_of(get_args(hint)) if get_origin(hint) in (Union, UnionType) else None
+
+
+def _any_of(hints: Sequence[Any]) -> Allowed | None:
+    """What at least one of several types allows."""
+    of_types = [_range_of(hint) for hint in hints if hint is not NoneType]
+    known = [allowed for allowed in of_types if allowed is not None]
+    if len(known) < len(of_types):
+        return None
+    allows_null = NoneType in hints
+    text = ", or ".join([*(allowed.text for allowed in known), *(["null"] if allows_null else [])])
+    return Allowed(
+        lambda value: (value is None and allows_null) or any(allowed.accepts(value) for allowed in known), text
+    )
+
+
+def _alternatives(choices: Sequence[Any]) -> str:
+    *first, last = map(str, choices)
+    return f"{', '.join(first)} or {last}" if first else last
