@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fellrec.errors import TrainingError
+from fellrec.errors import TrainingError, unknown
 from fellrec.federated.callback import FederatedCallback
-from fellrec.functional.mixing import Mixture
+from fellrec.federated.population import Population
+from fellrec.federated.records import Aggregated, Updates
+from fellrec.federated.terms import LocalTerm
+from fellrec.functional.mixing import Mixture, MixtureOfGroups
 from fellrec.functional.stacks import AdapterStack
-from fellrec.types import Aggregated, Updates
+
+SEES = ("nothing", "sums", "adapters")
+"""Values of ``AggregationCallback.sees``."""
 
 
 class AggregationCallback(FederatedCallback):
     """Base of every aggregation rule; a run has exactly one.
 
     Most rules implement only `mixing_matrix`. A rule that cannot be written as a matrix overrides `aggregate`. A rule
-    with memory overrides `state_dict` and `load_state_dict`. A rule of your own needs one class and the override
-    ``aggregation._target_=my_package.MyRule``.
+    with state overrides `state_dict` and `load_state_dict`, whose values may be tensors. A rule of your own needs one
+    class and the override ``aggregation._target_=my_package.MyRule``.
 
     Attributes:
-        pools_clients: If true, the loop trains one client that holds the data of all of them.
-        exchanges_adapters: If false, no client's adapter is needed by another, and none leaves its client.
+        sees: What the rule reads of the clients' adapters: ``"adapters"``, all of them; ``"sums"``, only weighted sums
+            (``updates.weighted_sums``), as under secure aggregation; ``"nothing"``: no client's adapter is needed by
+            another, and none leaves its client.
+        population: Models of the population: ``Population`` (one a client), ``OneForAll`` or ``SharedAndPersonal``.
+        serves: With ``SharedAndPersonal``, the model that is evaluated and tested: ``"personal"`` or ``"shared"``.
+        needs_start_loss: Whether clients measure their loss at the received adapter, for ``updates.start_losses``.
+        local_terms: What is added to the clients' local objective.
 
     Example:
         >>> class FirstClient(AggregationCallback):
@@ -35,16 +45,21 @@ class AggregationCallback(FederatedCallback):
         'firstclient'
     """
 
-    pools_clients: bool = False
-    exchanges_adapters: bool = True
+    sees: str = "adapters"
+    population: type[Population] = Population
+    serves: str = "personal"
+    needs_start_loss: bool = False
+    local_terms: Sequence[LocalTerm] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuse a rule that defines neither `mixing_matrix` nor `aggregate`.
+        """Refuse a rule that defines neither `mixing_matrix` nor `aggregate`, or an unknown ``sees``.
 
         Raises:
             TypeError: See above.
         """
         super().__init_subclass__(**kwargs)
+        if cls.sees not in SEES:
+            raise TypeError(f"{cls.__name__}: {unknown('value of sees', cls.sees, SEES)}")
         if cls.mixing_matrix is AggregationCallback.mixing_matrix and cls.aggregate is AggregationCallback.aggregate:
             raise TypeError(f"{cls.__name__}: an aggregation rule defines mixing_matrix or aggregate")
 
@@ -53,7 +68,19 @@ class AggregationCallback(FederatedCallback):
         """The rule's name in tables and messages: the class name in lower case."""
         return type(self).__name__.lower()
 
-    def mixing_matrix(self, updates: Updates, round_index: int) -> Tensor:
+    def trains(self, name: str, round_index: int) -> bool:
+        """Whether a parameter of the adapter is trained in a round; the others stay frozen and are not exchanged."""
+        return True
+
+    def exchanges(self, name: str, round_index: int) -> bool:
+        """Whether a trained parameter leaves the clients; the others stay personal."""
+        return True
+
+    def group_of(self, name: str) -> str:
+        """The group of a parameter; groups are mixed by matrices of their own, see `mixing_matrix`."""
+        return ""
+
+    def mixing_matrix(self, updates: Updates, round_index: int) -> Tensor | Mapping[str, Tensor]:
         """How much of each sender's adapter each receiver takes.
 
         Args:
@@ -61,7 +88,8 @@ class AggregationCallback(FederatedCallback):
             round_index: From 0.
 
         Returns:
-            ``[N, N]`` floats, receiver by sender, rows and columns as in ``updates.clients``; each row sums to 1.
+            ``[N, N]`` floats, receiver by sender, rows and columns as in ``updates.clients``; each row sums to 1. Or one
+            for each group of parameters, see `group_of`.
         """
         raise NotImplementedError(f"{self.name} overrides aggregate and has no mixing matrix")
 
@@ -73,12 +101,19 @@ class AggregationCallback(FederatedCallback):
             round_index: From 0.
 
         Returns:
-            New adapters and the matrix ``mixing``.
+            New adapters and the matrix ``mixing``, or ``mixing_GROUP`` for each group; no adapters if the rule sees
+            nothing: clients keep what they trained.
 
         Raises:
             TrainingError: If the rule's matrix has a wrong shape, is not finite, or has a row that does not sum to 1.
         """
-        return self.combine(updates, self.mixing_matrix(updates, round_index))
+        found = self.mixing_matrix(updates, round_index)
+        if isinstance(found, Tensor):
+            return self.combine(updates, found)
+        for matrix in found.values():
+            self._check(matrix, len(updates.clients))
+        named = {f"mixing_{group}" if group else "mixing": matrix for group, matrix in found.items()}
+        return Aggregated(MixtureOfGroups(found, self.group_of, updates.end), named)
 
     def sample_shares(self, updates: Updates) -> Tensor:
         """Each client's share of all training targets, ``[N]`` float64: FedAvg's weights.
@@ -115,7 +150,9 @@ class AggregationCallback(FederatedCallback):
             TrainingError: If the matrix cannot be used; the message names the rule.
         """
         self._check(matrix, len(updates.clients))
-        mixed = Mixture(matrix, updates.end) if adapters is None else adapters
+        mixed = adapters
+        if mixed is None:
+            mixed = {} if self.sees == "nothing" else Mixture(matrix, updates.end)
         return Aggregated(mixed, {"mixing": matrix, **(matrices or {})}, dict(per_client or {}))
 
     def _check(self, matrix: Tensor, num_clients: int) -> None:

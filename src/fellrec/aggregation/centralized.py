@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fellrec.aggregation.base import AggregationCallback
-from fellrec.types import Updates
+from fellrec.federated.population import OneForAll
+from fellrec.federated.records import Updates
 
 
 class Centralized(AggregationCallback):
@@ -15,8 +16,8 @@ class Centralized(AggregationCallback):
     Not federated: it shows what could be reached if interactions could leave the clients.
     """
 
-    pools_clients = True
-    exchanges_adapters = False
+    population = OneForAll
+    sees = "nothing"
 
     def mixing_matrix(self, updates: Updates, round_index: int) -> Tensor:
         """The identity, ``[N, N]`` float64: there is nothing to mix."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fellrec.aggregation.base import AggregationCallback
-from fellrec.types import Updates
+from fellrec.federated.records import Updates
 
 
 class FedAvg(AggregationCallback):

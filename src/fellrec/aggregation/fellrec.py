@@ -10,8 +10,8 @@ from torch import Tensor
 from fellrec.aggregation.base import AggregationCallback
 from fellrec.aggregation.checks import check_choice, check_flag, check_number
 from fellrec.errors import TrainingError
+from fellrec.federated.records import Aggregated, Updates
 from fellrec.functional import mixing
-from fellrec.types import Aggregated, Updates
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from fellrec.aggregation.base import AggregationCallback
-from fellrec.types import Updates
+from fellrec.federated.records import Updates
 
 
 class Local(AggregationCallback):
     """Each client keeps its own adapter; the baseline for every client's gain."""
 
-    exchanges_adapters = False
+    sees = "nothing"
 
     def mixing_matrix(self, updates: Updates, round_index: int) -> Tensor:
         """The identity, ``[N, N]`` float64."""

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fellrec.aggregation.base import AggregationCallback
 from fellrec.aggregation.checks import check_choice, check_number
+from fellrec.federated.records import Aggregated, Updates
 from fellrec.functional import mixing
 from fellrec.functional.sketch import sketch_updates
-from fellrec.types import Aggregated, Updates
 
 OTHERS = ("similar", "equal", "samples")
 
@@ -61,11 +59,11 @@ class Persistence(AggregationCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The sketches of the clients' last deviations."""
-        return {str(client): _pack(deviation) for client, deviation in self._deviations.items()}
+        return {str(client): deviation for client, deviation in self._deviations.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them back."""
-        self._deviations = {int(client): _unpack(text) for client, text in state.items()}
+        """Restore them."""
+        self._deviations = {int(client): deviation for client, deviation in state.items()}
 
     def _terms(self, updates: Updates) -> tuple[Tensor, Tensor, Tensor]:
         """(P3) ``[N, N]``, (P2) ``[N]`` and (P1), sketched, ``[N, buckets]``, all float64."""
@@ -92,11 +90,3 @@ class Persistence(AggregationCallback):
         noise = 1e-9 * deviations.norm(dim=1).max()
         cosine = F.cosine_similarity(deviations, before, dim=1) * (deviations.norm(dim=1) > noise)
         return cosine.clamp(0, 1) ** self.exponent
-
-
-def _pack(sketch: Tensor) -> str:
-    return base64.b64encode(sketch.float().numpy().tobytes()).decode()
-
-
-def _unpack(text: str) -> Tensor:
-    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.float32).copy())

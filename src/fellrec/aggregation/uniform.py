@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fellrec.aggregation.base import AggregationCallback
-from fellrec.types import Updates
+from fellrec.federated.records import Updates
 
 
 class Uniform(AggregationCallback):

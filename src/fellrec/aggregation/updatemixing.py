@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fellrec.aggregation.base import AggregationCallback
 from fellrec.aggregation.checks import check_flag, check_number
+from fellrec.federated.records import Aggregated, Updates
 from fellrec.functional import mixing
-from fellrec.types import Aggregated, Updates
 
 
 class UpdateMixing(AggregationCallback):

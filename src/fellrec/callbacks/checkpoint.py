@@ -2,71 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fellrec.federated.callback import FederatedCallback
-from fellrec.federated.executor import CHECKPOINTS
-from fellrec.types import RoundRecord
-
-if TYPE_CHECKING:
-    from fellrec.federated.loop import FederatedLoop
+from fellrec.federated.checkpoint import CHECKPOINTS, CheckpointFolder, Persisted
+from fellrec.federated.population import Population
+from fellrec.federated.records import FitResult, FitStart, RoundRecord
 
 
 class Checkpoint(FederatedCallback):
-    """Writes ``checkpoints`` in the run directory; ``fellrec train resume=RUN_DIR`` goes on from there.
+    """Writes ``checkpoints`` in the run directory; ``fellrec train resume=RUN_DIR`` continues from there.
 
-    Every client's adapter and optimiser state are on the disk before any callback hears of its end, so stopping a run
+    Every client's adapter and optimiser state are on disk before any callback is called at its end, so stopping a run
     loses at most the client that was being trained. The manifest is written at the end of a round. What must happen
-    before a round counts as done (logging) stands before this callback, what may end the run after it.
+    before a round counts as done (logging) comes before this callback in the list.
 
     Args:
         run_dir: The run's directory.
+        parts: The parts of the run with state, by name; see ``Persisted``.
+        population: The population among them.
         every: Rounds between two manifests.
+        keep: Manifests that stay on disk.
+        cohort_size: Rows that train in a round, to estimate the disk space.
     """
 
-    def __init__(self, run_dir: Path, every: int = 1) -> None:
-        self.run_dir = run_dir
+    def __init__(
+        self,
+        run_dir: Path,
+        parts: Mapping[str, Persisted],
+        population: Population,
+        every: int = 1,
+        keep: int = 2,
+        cohort_size: int | None = None,
+    ) -> None:
+        self.checkpoints = CheckpointFolder(run_dir / CHECKPOINTS, keep)
+        self.parts = parts
+        self.population = population
         self.every = every
-        self._is_new = True
-        self._is_validated = False
+        self.cohort_size = cohort_size
+        self._saved: int | None = None
+        self._has_validated = False
 
-    @property
-    def folder(self) -> Path:
-        """Where the checkpoints lie."""
-        return self.run_dir / CHECKPOINTS
-
-    def resume(self, loop: FederatedLoop) -> None:
-        """Let a fresh loop go on from the newest checkpoint that is whole.
+    def resume(self) -> int:
+        """Let the parts continue from the newest checkpoint that is whole; gives the rounds that were done.
 
         Raises:
             TrainingError: If there is none.
             CheckpointError: If all are damaged.
         """
-        loop.execution.load(loop, self.run_dir)
-        loop.execution.ledger.reopen(self.folder, loop.state.round_index)
-        loop.aggregation.load_state_dict(loop.state.extras.get("aggregation", {}))
-        self._is_new = False
-        self._is_validated = bool(loop.state.selection.client_values)
+        self._saved = self.checkpoints.load(self.parts)
+        self._has_validated = bool(getattr(self.parts.get("selection"), "is_started", True))
+        return self._saved
 
-    def on_fit_start(self, loop: FederatedLoop) -> None:
-        """Let adapters live in files from now on; write the start, so that nothing is lost that is worth a resume."""
-        loop.execution.keep_on_disk(loop, self.run_dir)
-        if self._is_new:
-            self._save(loop)
+    def on_fit_start(self, fit: FitStart) -> None:
+        """Let adapters be files from now on; write the start, so that whatever is trained can be resumed."""
+        self.population.persist(self.checkpoints.tensors, self.cohort_size, fit.num_rounds)
+        if self._saved is None:
+            self._save(fit.round_index)
 
-    def on_round_start(self, loop: FederatedLoop, round_index: int) -> None:
-        """Write what the first round begins with: the start, now validated."""
-        if round_index == 0 and not self._is_validated:  # else it is there, and clients may be that have finished
-            self._save(loop)
+    def on_round_start(self, round_index: int) -> None:
+        """Before the first round, write the start with its validation, unless clients may have finished already."""
+        if round_index == 0 and not self._has_validated:
+            self._save(0)
 
-    def on_round_end(self, loop: FederatedLoop, record: RoundRecord) -> None:
+    def on_round_end(self, record: RoundRecord) -> None:
         """Write the checkpoint."""
         done = record.round_index + 1
-        if done % self.every == 0 or done == loop.settings.num_rounds or loop.out_of_patience:
-            self._save(loop)
+        if done % self.every == 0 or record.is_last:
+            self._save(done)
 
-    def _save(self, loop: FederatedLoop) -> None:
-        loop.state.extras["aggregation"] = loop.aggregation.state_dict()
-        loop.execution.ledger.archive(self.folder, loop.state.round_index)
-        loop.execution.save(loop, self.run_dir)
+    def on_fit_end(self, result: FitResult) -> None:
+        """Write the last round, if a callback ended the run after it."""
+        if self._saved != result.num_rounds:
+            self._save(result.num_rounds)
+
+    def _save(self, round_index: int) -> None:
+        self.checkpoints.save(self.parts, round_index)
+        self._saved = round_index

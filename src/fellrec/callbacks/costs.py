@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from fellrec.federated.callback import FederatedCallback
+from fellrec.federated.ledger import Ledger
+from fellrec.federated.records import Aggregated, FitResult, FitStart, RoundRecord
 from fellrec.report.costs import Rounds, RunCost, Storage
-from fellrec.types import Aggregated, RoundRecord
-
-if TYPE_CHECKING:
-    from fellrec.federated.loop import FederatedLoop
 
 
 class CostMeter(FederatedCallback):
@@ -20,31 +17,43 @@ class CostMeter(FederatedCallback):
     Args:
         transport: ``split.transport``.
         storage: Counts what both sides hold; called once, when the run begins.
+        ledger: Of the run.
+
+    Attributes:
+        cost: The cost of the run; ``None`` until it is over.
+        rounds: Figures of the rounds so far.
     """
 
-    def __init__(self, transport: str, storage: Callable[[], Storage]) -> None:
+    def __init__(self, transport: str, storage: Callable[[], Storage], ledger: Ledger) -> None:
         self.transport = transport
         self.cost: RunCost | None = None
         self.rounds = Rounds()
+        self._ledger = ledger
         self._count = storage
+        self._begun = time.perf_counter()
         self._started = self._cpu_seconds = 0.0
 
-    def on_fit_start(self, loop: FederatedLoop) -> None:
+    @property
+    def total_seconds(self) -> float:
+        """Wall seconds since this object was made, evaluation included."""
+        return time.perf_counter() - self._begun
+
+    def on_fit_start(self, fit: FitStart) -> None:
         """Count what is stored before anything is trained."""
         self._storage = self._count()
 
-    def on_round_start(self, loop: FederatedLoop, round_index: int) -> None:
+    def on_round_start(self, round_index: int) -> None:
         """Read the processor's clock."""
         self._started = time.process_time()
 
-    def on_aggregate_end(self, loop: FederatedLoop, aggregated: Aggregated) -> None:
+    def on_aggregate_end(self, aggregated: Aggregated) -> None:
         """Read it again: training and aggregation are over, evaluation does not count."""
         self._cpu_seconds = time.process_time() - self._started
 
-    def on_round_end(self, loop: FederatedLoop, record: RoundRecord) -> None:
+    def on_round_end(self, record: RoundRecord) -> None:
         """Add the round."""
         self.rounds = self.rounds.plus(record, self._cpu_seconds)
 
-    def on_fit_end(self, loop: FederatedLoop) -> None:
-        """Close the books: what is scored after the run is not the run's."""
-        self.cost = RunCost.collect(self._storage, self.rounds, loop.execution.ledger.rows(), self.transport)
+    def on_fit_end(self, result: FitResult) -> None:
+        """Sum up; what is scored after the run does not belong to it."""
+        self.cost = RunCost.collect(self._storage, self.rounds, self._ledger.rows(), self.transport)

@@ -1,32 +1,30 @@
-"""What MLflow sees of a run: parameters, one batch of metrics per round, matrices, tables, adapters."""
+"""What MLflow receives of a run: parameters, metrics of every round, matrices, tables, adapters."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from fellrec.callbacks.costs import CostMeter
 from fellrec.errors import FellrecError
 from fellrec.federated.callback import FederatedCallback
+from fellrec.federated.records import FitResult, FitStart, RoundRecord
+from fellrec.functional.balance import STATISTICS
 from fellrec.functional.nested import flatten
 from fellrec.tracking.run_log import RunLog
-from fellrec.types import Aggregated, Evaluation, RoundRecord
+from fellrec.types import Evaluation
 
-if TYPE_CHECKING:
-    from fellrec.federated.loop import FederatedLoop
-
-_TABLE = "clients.json"
+TABLE = "clients.json"
 _FILES = (
     *("clients.csv", "ledger.csv", "results.json", "users.parquet", "targets.parquet", "rankings.parquet"),
     *("partition.parquet", "versions.json"),
 )
-
 
 _log = logging.getLogger(__name__)
 
@@ -51,16 +49,15 @@ class DatasetInput:
 class MLflowLogging(FederatedCallback):
     """Logs a run; a step is a round. What a resumed run repeats is not logged twice, see ``RunLog``.
 
+    Figures of single clients and of balance are logged by ``ClientMetrics`` and ``Balance``.
+
     Args:
         log: Of the run; the run directory's ``config.yaml``, ``adapters`` and figures are uploaded.
         params: The resolved configuration; logged flat, with dotted names.
         dataset: The data set.
+        costs: Meter of the run, earlier in the list; what it found is logged when the run is over.
         log_matrices_every: Rounds between two uploads of mixing and similarity matrices.
-        max_clients: In a larger population no figure, matrix or adapter of a single client is sent, only what is said
-            of all of them; the run directory has the rest.
-
-    Attributes:
-        costs: A meter that stands before this callback in the loop; what it found is logged when the run is over.
+        max_logged_clients: In a larger population no matrix or adapter is uploaded; the run directory has them.
     """
 
     def __init__(
@@ -68,63 +65,59 @@ class MLflowLogging(FederatedCallback):
         log: RunLog,
         params: Mapping[str, Any],
         dataset: DatasetInput,
+        costs: CostMeter | None = None,
         log_matrices_every: int = 1,
-        max_clients: int = 100,
+        max_logged_clients: int = 100,
     ) -> None:
         self.log = log
         self.run_dir = log.run_dir
         self.params = params
         self.dataset = dataset
+        self.costs = costs
         self.log_matrices_every = log_matrices_every
-        self.max_clients = max_clients
-        self.costs: CostMeter | None = None
+        self.max_logged_clients = max_logged_clients
+        self._logs_clients = True
 
-    def on_fit_start(self, loop: FederatedLoop) -> None:
+    def on_fit_start(self, fit: FitStart) -> None:
         """Log parameters, configuration and data set."""
         data = self.dataset
-        if not self._logs_clients(loop):
+        self._logs_clients = fit.num_clients <= self.max_logged_clients
+        if not self._logs_clients:
             _log.warning(
-                "%d clients are more than tracking.max_logged_clients=%d: MLflow gets the figures over all of them, "
-                "%s has those of each",
-                loop.num_clients,
-                self.max_clients,
+                "%d clients are more than tracking.max_logged_clients=%d: MLflow receives figures over all clients, %s "
+                "has those of each",
+                fit.num_clients,
+                self.max_logged_clients,
                 self.run_dir,
             )
         self.log.log_params(flatten(dict(self.params)))
         self.log.log_artifact(self.run_dir / "config.yaml")
         self.log.log_dataset(data.name, data.key, data.source, data.statistics)
 
-    def on_evaluate_end(self, loop: FederatedLoop, evaluation: Evaluation) -> None:
-        """Log what no round reports: the start of the run, as step -1, and the test."""
+    def on_evaluate_end(self, evaluation: Evaluation) -> None:
+        """Log what is not part of a round: the start of the run, as step -1, and the test."""
         if evaluation.stage == "test" or evaluation.round_index < 0:
-            metrics = evaluation_metrics(evaluation, self._logs_clients(loop))
-            self.log.log_metrics(metrics, evaluation.round_index, once=evaluation.stage)
+            self.log.log_metrics(evaluation_metrics(evaluation), evaluation.round_index, once=evaluation.stage)
 
-    def on_round_end(self, loop: FederatedLoop, record: RoundRecord) -> None:
-        """Log the round at once, and its matrices."""
-        logs_clients = self._logs_clients(loop)
-        self.log.log_metrics(round_metrics(record, logs_clients), record.round_index, once="round")
-        if logs_clients and record.round_index % self.log_matrices_every == 0:
+    def on_round_end(self, record: RoundRecord) -> None:
+        """Log the round, and its matrices."""
+        self.log.log_metrics(round_metrics(record), record.round_index, once="round")
+        if self._logs_clients and record.round_index % self.log_matrices_every == 0:
             self._log_matrices(record)
 
-    def on_fit_end(self, loop: FederatedLoop) -> None:
-        """Log the per-client table, the figures and the adapters, and close the run."""
-        assert loop.test_evaluation is not None
-        table = client_table(loop.test_evaluation)
-        table.to_csv(self.run_dir / "clients.csv", index=False)
-        table.to_json(self.run_dir / _TABLE, orient="split", index=False, date_format="iso")
-        loop.execution.ledger.frame().to_csv(self.run_dir / "ledger.csv", index=False)
+    def on_fit_end(self, result: FitResult) -> None:
+        """Log the costs, the files and the adapters, and close the run."""
         if self.costs is not None and self.costs.cost is not None:
-            self.log.log_metrics(self.costs.cost.metrics(), step=max(0, loop.state.round_index - 1), once="cost")
-        for name in (_TABLE, *_FILES):
+            self.log.log_metrics(self.costs.cost.metrics(), step=max(0, result.num_rounds - 1), once="cost")
+        for name in (TABLE, *_FILES):
             self.log.log_artifact(self.run_dir / name)
         # How MLflow's UI knows that an artefact is a table.
-        self.log.set_tag("mlflow.loggedArtifacts", json.dumps([{"path": _TABLE, "type": "table"}]))
-        if self._logs_clients(loop):
+        self.log.set_tag("mlflow.loggedArtifacts", json.dumps([{"path": TABLE, "type": "table"}]))
+        if self._logs_clients:
             self.log.log_artifact(self.run_dir / "adapters", "adapters")
         self.log.close()
 
-    def on_exception(self, loop: FederatedLoop, error: BaseException) -> None:
+    def on_exception(self, error: BaseException) -> None:
         """Mark the run as killed or failed."""
         try:
             self.log.set_tag("error", str(error))
@@ -132,13 +125,10 @@ class MLflowLogging(FederatedCallback):
         except FellrecError as second:  # the first error is the one to see
             _log.warning("%s", second)
 
-    def _logs_clients(self, loop: FederatedLoop) -> bool:
-        return loop.num_clients <= self.max_clients
-
     def _log_matrices(self, record: RoundRecord) -> None:
         from fellrec.report.plots import heat_map, save_png
 
-        clients = [update.client for update in record.updates]
+        clients = [trained.row for trained in record.trained]
         folder = self.run_dir / "matrices" / f"round_{record.round_index:03d}"
         folder.mkdir(parents=True, exist_ok=True)
         for name, matrix in record.aggregated.matrices.items():
@@ -150,40 +140,90 @@ class MLflowLogging(FederatedCallback):
             self.log.log_artifact(folder, f"matrices/{folder.name}")
 
 
-def evaluation_metrics(evaluation: Evaluation, has_clients: bool = True) -> dict[str, float]:
-    """Names and values of one evaluation: ``val/ndcg_at_10/mean``, ``val/client_03/ndcg_at_10``, …
+class Balance(FederatedCallback):
+    """Logs how evenly clients are served: every balance statistic of every metric, after every evaluation.
 
     Args:
-        evaluation: Of one stage.
-        has_clients: Whether the clients' own figures are among them.
+        log: Of the run.
     """
-    stage = evaluation.stage
-    metrics = {f"{stage}/{name}": value for name, value in evaluation.summary.items()}
-    for name, values in evaluation.per_client.items() if has_clients else ():
-        for client, value in enumerate(values.tolist()):
-            if not math.isnan(value):  # a client without evaluated users has no value
-                metrics[f"{stage}/client_{client:02d}/{name}"] = value
-    return metrics
+
+    def __init__(self, log: RunLog) -> None:
+        self.log = log
+
+    def on_evaluate_end(self, evaluation: Evaluation) -> None:
+        """Log the statistics of one evaluation."""
+        figures = {name: value for name, value in evaluation.summary.items() if _is_balance(name)}
+        if figures:
+            metrics = {f"{evaluation.stage}/{name}": value for name, value in figures.items()}
+            self.log.log_metrics(metrics, evaluation.round_index, once=f"balance {evaluation.stage}")
 
 
-def round_metrics(record: RoundRecord, has_clients: bool = True) -> dict[str, float]:
-    """Names and values of one round, its validation included.
+class ClientMetrics(FederatedCallback):
+    """Logs every client's metrics, loss and values of the aggregation, and writes a table of the tested metrics.
 
     Args:
-        record: Of the round.
-        has_clients: Whether the clients' own figures are among them.
+        log: Of the run.
+        max_logged_clients: In a larger population nothing of single clients is sent to MLflow.
     """
-    losses = [update.loss for update in record.updates]
-    metrics = {"cost/round_seconds": record.seconds, "train/loss/mean": sum(losses) / len(losses)}
-    for update in record.updates if has_clients else ():
-        prefix = f"train/client_{update.client:02d}"
-        metrics |= {f"{prefix}/loss": update.loss, f"{prefix}/seconds": update.seconds}
-    metrics |= record.costs
-    if record.dropped:
-        metrics["train/num_dropped_clients"] = len(record.dropped)
-    if has_clients:
-        metrics |= _per_client(record.aggregated, [update.client for update in record.updates])
-    return metrics | (evaluation_metrics(record.evaluation, has_clients) if record.evaluation else {})
+
+    def __init__(self, log: RunLog, max_logged_clients: int = 100) -> None:
+        self.log = log
+        self.run_dir = log.run_dir
+        self.max_logged_clients = max_logged_clients
+        self._is_on = True
+
+    def on_fit_start(self, fit: FitStart) -> None:
+        """Count the clients."""
+        self._is_on = fit.num_clients <= self.max_logged_clients
+
+    def on_evaluate_end(self, evaluation: Evaluation) -> None:
+        """Log ``val/client_03/ndcg_at_10`` and so on."""
+        if self._is_on:
+            metrics = client_metrics(evaluation)
+            self.log.log_metrics(metrics, evaluation.round_index, once=f"clients {evaluation.stage}")
+
+    def on_round_end(self, record: RoundRecord) -> None:
+        """Log the clients' losses and seconds, and what the aggregation reports of each."""
+        if not self._is_on:
+            return
+        metrics: dict[str, float] = {}
+        for trained in record.trained:
+            prefix = f"train/client_{trained.row:02d}"
+            metrics |= {f"{prefix}/loss": trained.loss, f"{prefix}/seconds": trained.seconds}
+        for name, values in record.aggregated.per_client.items():
+            for trained, value in zip(record.trained, values, strict=True):
+                metrics[f"aggregation/client_{trained.row:02d}/{name}"] = float(value)
+        self.log.log_metrics(metrics, record.round_index, once="clients round")
+
+    def on_fit_end(self, result: FitResult) -> None:
+        """Write ``clients.csv`` and the table that MLflow shows."""
+        table = client_table(result.evaluation)
+        table.to_csv(self.run_dir / "clients.csv", index=False)
+        table.to_json(self.run_dir / TABLE, orient="split", index=False, date_format="iso")
+
+
+def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
+    """Names and values of one evaluation over all clients: ``val/ndcg_at_10/mean``, …, without those of balance."""
+    return {f"{evaluation.stage}/{name}": v for name, v in evaluation.summary.items() if not _is_balance(name)}
+
+
+def client_metrics(evaluation: Evaluation) -> dict[str, float]:
+    """Names and values of every client: ``val/client_03/ndcg_at_10``, …; a client without evaluated users has none."""
+    return {
+        f"{evaluation.stage}/client_{client:02d}/{name}": value
+        for name, values in evaluation.per_client.items()
+        for client, value in enumerate(values.tolist())
+        if not math.isnan(value)
+    }
+
+
+def round_metrics(record: RoundRecord) -> dict[str, float]:
+    """Names and values of one round over all clients, its validation included."""
+    losses: Sequence[float] = [trained.loss for trained in record.trained]
+    metrics = {"cost/round_seconds": record.seconds, "train/loss/mean": sum(losses) / len(losses), **record.costs}
+    if record.failed:
+        metrics["train/num_dropped_clients"] = len(record.failed)
+    return metrics | (evaluation_metrics(record.evaluation) if record.evaluation else {})
 
 
 def client_table(evaluation: Evaluation) -> pd.DataFrame:
@@ -195,9 +235,5 @@ def client_table(evaluation: Evaluation) -> pd.DataFrame:
     return table
 
 
-def _per_client(aggregated: Aggregated, clients: list[int]) -> dict[str, float]:
-    return {
-        f"aggregation/client_{client:02d}/{name}": float(value)
-        for name, values in aggregated.per_client.items()
-        for client, value in zip(clients, values, strict=True)
-    }
+def _is_balance(name: str) -> bool:
+    return name.rpartition("/")[2] in STATISTICS

@@ -312,5 +312,5 @@ def make(config: DictConfig, label: str, offered: Mapping[str, Any] | None = Non
     for name in settings:
         if name not in accepted and not takes_any:
             raise ConfigError(unknown(f"setting of {label}", f"{label}.{name}", [f"{label}.{key}" for key in accepted]))
-    taken = {name: value for name, value in (offered or {}).items() if name in accepted}
+    taken = {name: value for name, value in (offered or {}).items() if name in accepted and name not in settings}
     return target(**settings, **arguments, **taken)

@@ -1,18 +1,31 @@
-"""The way between clients and server: one object moves every message and books it in the ledger."""
+"""The clients' side of the connection to the body server: every message is recorded in the ledger."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from fellrec.cut.messages import DropCache, HiddenReply, HiddenState, Message, SelectRows
+from fellrec.cut.messages import (
+    ClientMessage,
+    DropCache,
+    Gradient,
+    GradientReply,
+    HiddenReply,
+    HiddenState,
+    Report,
+    SelectRows,
+    ServerReport,
+)
 from fellrec.cut.server import BodyServer
+from fellrec.distributed.channel import Channel
+from fellrec.distributed.memory import peak_bytes
+from fellrec.distributed.message import Message
 from fellrec.errors import SplitError
 from fellrec.federated.ledger import Ledger
 from fellrec.functional.packing import pack, unpack
@@ -26,18 +39,6 @@ class Transport(Protocol):
 
     def receive(self) -> Message:
         """Wait for the next answer."""
-
-
-class Nowhere:
-    """Stands for a transport before there is one."""
-
-    def send(self, message: Message) -> None:
-        """Refuse."""
-        raise AssertionError("the link is not connected; build_loop does that")
-
-    def receive(self) -> Message:
-        """Refuse."""
-        raise AssertionError("the link is not connected; build_loop does that")
 
 
 class InProcess:
@@ -62,73 +63,111 @@ class InProcess:
         return self._answers.popleft()
 
 
+class OverChannel:
+    """A client process's connection to the server process.
+
+    Args:
+        channel: Of this process.
+        server: Number of the server process.
+    """
+
+    def __init__(self, channel: Channel, server: int) -> None:
+        self.channel = channel
+        self.server = server
+
+    def send(self, message: Message) -> None:
+        """See ``Transport``."""
+        if isinstance(message, ClientMessage):
+            self.channel.activity = f", in round {message.round_index}, client {message.client}"
+        self.channel.send(self.server, message)
+
+    def receive(self) -> Message:
+        """See ``Transport``."""
+        return self.channel.receive(self.server)
+
+
 @dataclass(frozen=True)
 class _Call:
-    """On whose behalf the client's model calls the body while nothing is trained."""
+    """The client that the model's calls of the body are for."""
 
     client: int
     round_index: int
     phase: str
-    bank: str
 
 
 class ServerLink:
-    """The clients' side of the transport.
+    """Sends the model's hidden states and their gradients to the body server.
 
     Args:
-        transport: To the server.
-        ledger: Books what crosses.
         hidden_dtype: Packing of hidden states, see ``fellrec.functional.packing``.
+        gradient_dtype: Packing of gradients.
+        trains_body: Whether the server trains something.
 
     Attributes:
-        waited_seconds: Time spent in the transport: sending, and waiting for the server. In one process the server's
-            work is part of it.
+        waited_seconds: Time that training spent in the transport: sending, and waiting for the server. In one process
+            the server's work is part of it.
+        wants_norms: Whether the next gradient is the last of an optimiser step that is going to be clipped.
+        norms: Norms of the body's gradients that came with it, by parameter.
     """
 
-    def __init__(self, transport: Transport, ledger: Ledger, hidden_dtype: str = "float32") -> None:
-        self.transport = transport
-        self.ledger = ledger
+    def __init__(
+        self, hidden_dtype: str = "float32", gradient_dtype: str = "float32", trains_body: bool = True
+    ) -> None:
         self.hidden_dtype = hidden_dtype
+        self.gradient_dtype = gradient_dtype
+        self.trains_body = trains_body
+        self.ledger = Ledger()
+        self._transport: Transport | None = None
         self.waited_seconds = 0.0
+        self.wants_norms = False
+        self.norms: dict[str, float] = {}
         self._call: _Call | None = None
         self._without_lora = False
-        self._tickets = 0
+        self._number = 0
+        self._before = {"busy_seconds": 0.0, "waited_seconds": 0.0}
+
+    def connect(self, transport: Transport, ledger: Ledger) -> None:
+        """Use a transport for the next run, whose ledger records what crosses."""
+        self._transport, self.ledger = transport, ledger
+        self.waited_seconds = 0.0
+        self._before = {"busy_seconds": 0.0, "waited_seconds": 0.0}
+
+    @property
+    def transport(self) -> Transport:
+        """The transport of the current run."""
+        assert self._transport is not None, "the link is connected when a run is built"
+        return self._transport
 
     def send(self, message: Message) -> None:
-        """Book and send a message."""
-        self.ledger.book(message)
+        """Record and send a message."""
+        self._record(message)
         started = time.perf_counter()
         self.transport.send(message)
-        self.waited_seconds += time.perf_counter() - started
+        self._add_time(message, started)
 
-    def receive(self) -> Message:
-        """Wait for the next answer and book it."""
-        started = time.perf_counter()
-        message = self.transport.receive()
-        self.waited_seconds += time.perf_counter() - started
-        self.ledger.book(message)
-        return message
-
-    def request(self, message: Message) -> Message:
-        """Send a message and wait for its answer; nothing else may be under way."""
+    def request(self, message: Message) -> Any:
+        """Send a message and wait for its answer."""
         self.send(message)
-        return self.receive()
+        started = time.perf_counter()
+        answer = self.transport.receive()
+        self._add_time(message, started)
+        self._record(answer)
+        return answer
 
     @contextmanager
-    def on_behalf_of(self, client: int, round_index: int, phase: str, bank: str) -> Iterator[None]:
-        """While this lasts, the model's calls of the body are for this client's evaluation.
+    def on_behalf_of(self, client: int, round_index: int, phase: str) -> Iterator[None]:
+        """While this lasts, the model's calls of the body are for this client.
 
         Args:
-            client: Row of the adapters.
+            client: Row of the population.
             round_index: For the ledger.
-            phase: ``"val"`` or ``"test"``.
-            bank: ``"current"``, ``"best"`` or ``"best_per_client"``.
+            phase: ``"train"``, ``"val"`` or ``"test"``.
         """
-        self._call = _Call(client, round_index, phase, bank)
+        before, self._call = self._call, _Call(client, round_index, phase)
         try:
             yield
         finally:
-            self._call = None
+            self._call = before
 
     @contextmanager
     def without_lora(self) -> Iterator[None]:
@@ -141,26 +180,30 @@ class ServerLink:
 
     def run_body(self, hidden: Tensor, mask: Tensor | None, positions: str, cache: int | None) -> Tensor:
         """See ``fellrec.models.remote.BodyLink``."""
-        call = self._current
-        self._tickets += 1
-        answer = self.request(
-            HiddenState(
-                client=call.client,
-                round_index=call.round_index,
-                phase=call.phase,
-                ticket=self._tickets,
-                hidden=(pack(hidden, self.hidden_dtype),),
-                mask=None if mask is None else mask.bool(),
-                positions=positions,
-                needs_gradient=False,
-                bank=call.bank,
-                without_lora=self._without_lora,
-                cache=cache,
-            )
+        answer, _ = self._forward(
+            (hidden,),
+            mask=None if mask is None else mask.bool(),
+            positions=positions,
+            without_lora=self._without_lora,
+            cache=cache,
         )
-        if not isinstance(answer, HiddenReply) or answer.ticket != self._tickets:
-            raise SplitError(f"the server answered a hidden state of client {call.client} with {type(answer).__name__}")
         return unpack(answer.hidden[0], hidden.dtype, hidden.device)
+
+    def forward(self, hidden: tuple[Tensor, ...], keeps_graph: bool, needs_gradient: bool) -> tuple[Any, Any]:
+        """See ``fellrec.models.remote.BodyLink``."""
+        answer, handle = self._forward(hidden, training=True, keeps_graph=keeps_graph, needs_gradient=needs_gradient)
+        outputs = zip(answer.hidden, hidden, strict=True)
+        return tuple(unpack(packed, head.dtype, head.device) for packed, head in outputs), handle
+
+    def backward(self, handle: Any, gradients: tuple[Tensor, ...], like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """See ``fellrec.models.remote.BodyLink``."""
+        call, number = handle
+        packed = tuple(pack(gradient, self.gradient_dtype) for gradient in gradients)
+        reply = self.request(Gradient(call.client, call.round_index, call.phase, number, packed, self.wants_norms))
+        if not isinstance(reply, GradientReply) or reply.number != number:
+            raise SplitError(f"unexpected message {type(reply).__name__} for a gradient of client {call.client}")
+        self.norms = {} if reply.norms is None else dict(zip(reply.names, reply.norms.tolist(), strict=True))
+        return tuple(unpack(g, head.dtype, head.device) for g, head in zip(reply.gradient, like))
 
     def select_rows(self, source: int, target: int, rows: Tensor | None) -> None:
         """See ``fellrec.models.remote.BodyLink``."""
@@ -172,7 +215,48 @@ class ServerLink:
         call = self._current
         self.send(DropCache(call.client, call.round_index, call.phase, cache))
 
+    def costs(self, seconds: float) -> Mapping[str, float]:
+        """How busy both sides were in a round that took so many seconds, and their memory."""
+        report = self.request(Report())
+        assert isinstance(report, ServerReport)
+        now = {"busy_seconds": report.busy_seconds, "waited_seconds": self.waited_seconds}
+        took = {name: value - self._before[name] for name, value in now.items()}
+        self._before = now
+        busy, waited = took["busy_seconds"], took["waited_seconds"]
+        return {
+            "cost/server/busy_seconds": busy,
+            "cost/server/busy_rate": _fraction(busy, seconds),
+            "cost/server/peak_bytes": float(report.peak_bytes),
+            "cost/client/waited_seconds": waited,
+            "cost/client/busy_seconds": max(0.0, seconds - waited),
+            "cost/client/busy_rate": _fraction(seconds - waited, seconds),
+            "cost/client/peak_bytes": float(peak_bytes()),
+        }
+
+    def _forward(self, hidden: tuple[Tensor, ...], **how: Any) -> tuple[HiddenReply, Any]:
+        call = self._current
+        self._number += 1
+        packed = tuple(pack(head, self.hidden_dtype) for head in hidden)
+        answer = self.request(HiddenState(call.client, call.round_index, call.phase, self._number, packed, **how))
+        if not isinstance(answer, HiddenReply) or answer.number != self._number:
+            raise SplitError(f"unexpected message {type(answer).__name__} for a hidden state of client {call.client}")
+        return answer, (call, self._number)
+
+    def _record(self, message: Message) -> None:
+        if isinstance(message, ClientMessage):
+            direction = "up" if message.to_server else "down"
+            for kind, num_bytes in message.sizes().items():
+                self.ledger.add(message.client, message.round_index, message.phase, direction, kind, num_bytes)
+
+    def _add_time(self, message: Message, started: float) -> None:
+        if getattr(message, "phase", "") == "train":
+            self.waited_seconds += time.perf_counter() - started
+
     @property
     def _current(self) -> _Call:
-        assert self._call is not None, "outside of training the body is called on behalf of a client"
+        assert self._call is not None, "the body is called on behalf of a client"
         return self._call
+
+
+def _fraction(part: float, whole: float) -> float:
+    return min(1.0, max(0.0, part / whole)) if whole > 0 else 0.0

@@ -1,24 +1,27 @@
-"""All that can cross between client and server. There is no message for token ids, labels, titles or users.
+"""Everything that can be sent between a client and the body server. No message has token ids, labels, titles or users.
 
 Every message is a frozen record that checks itself when it is made, on either side: hidden states and gradients are
 floating tensors of three dimensions, masks are boolean, adapters are floating. Integers are counts and positions in
-batches. ``METHOD §4`` says what travels when.
+batches. ``METHOD §4`` describes what is sent when.
+
+The body's adapters and their optimiser states belong to the server's side of the federation. The server process keeps
+none of them: it receives a client's with ``OpenSlot`` or ``Serve`` and returns them with ``SlotClosed``. These
+transfers are not traffic between client and server, and have no sizes in the ledger.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fellrec.distributed.message import Done, Message
 from fellrec.errors import SplitError
+from fellrec.federated.slot import SlotState
 from fellrec.functional.packing import Packed
-
-PROTOCOL_VERSION = 1
-"""Raise it when a message changes; processes of different versions refuse each other."""
 
 PHASES = ("train", "val", "test")
 POSITIONS = ("absolute", "masked")
@@ -26,22 +29,11 @@ POSITIONS = ("absolute", "masked")
 
 
 @dataclass(frozen=True)
-class Message:
-    """Base of all messages."""
-
-    to_server: ClassVar[bool] = True
-
-    def sizes(self) -> dict[str, int]:
-        """Payload bytes by kind: ``hidden_state``, ``gradient``, ``adapter``, ``scalar``."""
-        return {}
-
-
-@dataclass(frozen=True)
 class ClientMessage(Message):
     """Base of messages about one client.
 
     Attributes:
-        client: Row of the client in the population's adapters.
+        client: Row of the population.
         round_index: From 0; -1 is before the first round.
         phase: ``"train"``, ``"val"`` or ``"test"``.
     """
@@ -49,33 +41,110 @@ class ClientMessage(Message):
     client: int
     round_index: int
     phase: str
+    to_server: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _require(self, self.phase in PHASES, f"phase {self.phase!r} is none of {', '.join(PHASES)}")
+        _require(self, self.phase in PHASES, f"phase {self.phase!r} must be one of {', '.join(PHASES)}")
         _require(self, self.client >= 0, f"client {self.client} is negative")
+
+    def sizes(self) -> dict[str, int]:
+        """Payload bytes by kind: ``hidden_state``, ``gradient``, ``scalar``."""
+        return {}
+
+
+@dataclass(frozen=True)
+class OpenSlot(ClientMessage):
+    """To the server: a client begins its local training of a round.
+
+    Attributes:
+        adapter: See ``SlotState``; the same for those that follow.
+        optimizer: As above.
+        anchors: As above.
+        tensors: As above.
+        trains: As above.
+        base: Changes of the frozen base that must be applied.
+    """
+
+    adapter: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor] = field(default_factory=dict)
+    anchors: Mapping[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    trains: tuple[str, ...] | None = None
+    base: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, tensor in self.adapter.items():
+            _require(self, tensor.is_floating_point(), f"{name} must be a floating tensor")
+
+    @property
+    def state(self) -> SlotState:
+        """What the slot begins with."""
+        return SlotState(self.adapter, self.optimizer, self.anchors, self.tensors, self.trains)
+
+
+@dataclass(frozen=True)
+class CloseSlot(ClientMessage):
+    """To the server: the client's local training is over.
+
+    Attributes:
+        keep: Whether ``SlotClosed`` is wanted; false if the client failed: nothing answers then.
+    """
+
+    keep: bool = True
+
+
+@dataclass(frozen=True)
+class SlotClosed(ClientMessage):
+    """From the server: the body's part of what a client's training ends with; see ``SlotState``."""
+
+    adapter: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor]
+    to_server: ClassVar[bool] = False
+
+    @property
+    def state(self) -> SlotState:
+        """The same as a record."""
+        return SlotState(self.adapter, self.optimizer, {}, self.tensors)
+
+
+@dataclass(frozen=True)
+class Serve(ClientMessage):
+    """To the server: a client is going to be evaluated with this adapter of the body.
+
+    Attributes:
+        adapter: By parameter; empty if nothing of the body is trained.
+        base: As in ``OpenSlot``.
+    """
+
+    adapter: Mapping[str, Tensor]
+    base: int = 0
 
 
 @dataclass(frozen=True)
 class HiddenState(ClientMessage):
-    """Client to server: the head's output for one micro-batch.
+    """To the server: the head's output for one micro-batch.
 
     Attributes:
-        ticket: Number of the forward pass within the client's round.
+        number: Number of the forward pass of this client.
         hidden: ``[B, L, D]`` for each forward pass of the micro-batch (one, or two for a model with two towers).
         mask: ``[B, seen + L]`` bool, or ``None`` for no padding that matters.
         positions: See ``POSITIONS``.
-        needs_gradient: Whether the client wants ∂L/∂h of it.
-        bank: The adapter to use when not training, see ``RunState.bank_named``.
+        training: Whether dropout is on.
+        keeps_graph: Whether a ``Gradient`` follows.
+        needs_gradient: Whether the client needs ∂L/∂h of the head's output.
         without_lora: Whether LoRA is switched off: the frozen backbone computes.
-        cache: Number of the key-value cache that continues here, ``None`` without.
+        cache: Number of the key-value cache that continues here; ``None`` without.
     """
 
-    ticket: int
+    number: int
     hidden: tuple[Packed, ...]
     mask: Tensor | None = None
     positions: str = "absolute"
-    needs_gradient: bool = True
-    bank: str = "current"
+    training: bool = False
+    keeps_graph: bool = False
+    needs_gradient: bool = False
     without_lora: bool = False
     cache: int | None = None
 
@@ -83,8 +152,8 @@ class HiddenState(ClientMessage):
         super().__post_init__()
         _check_packed(self, *self.hidden)
         if self.mask is not None:
-            _require(self, self.mask.dtype == torch.bool and self.mask.dim() == 2, "its mask is no [B, L] of bool")
-        _require(self, self.positions in POSITIONS, f"positions {self.positions!r} are none of {POSITIONS}")
+            _require(self, self.mask.dtype == torch.bool and self.mask.dim() == 2, "its mask must be [B, L] of bool")
+        _require(self, self.positions in POSITIONS, f"positions {self.positions!r} must be one of {POSITIONS}")
 
     def sizes(self) -> dict[str, int]:
         """The mask counts as part of the hidden state."""
@@ -93,9 +162,9 @@ class HiddenState(ClientMessage):
 
 @dataclass(frozen=True)
 class HiddenReply(ClientMessage):
-    """Server to client: the body's output ``[B, L, D]`` for a ``HiddenState``."""
+    """From the server: the body's output ``[B, L, D]`` for a ``HiddenState``."""
 
-    ticket: int
+    number: int
     hidden: tuple[Packed, ...]
     to_server: ClassVar[bool] = False
 
@@ -110,15 +179,15 @@ class HiddenReply(ClientMessage):
 
 @dataclass(frozen=True)
 class Gradient(ClientMessage):
-    """Client to server: ∂L/∂h of the body's output.
+    """To the server: ∂L/∂h of the body's output.
 
     Attributes:
-        ticket: Of the forward pass.
+        number: Of the forward pass.
         gradient: ``[B, L, D]`` for each forward pass of the micro-batch.
         wants_norms: Whether this is the last gradient of an optimiser step that is going to be clipped.
     """
 
-    ticket: int
+    number: int
     gradient: tuple[Packed, ...]
     wants_norms: bool = False
 
@@ -133,17 +202,18 @@ class Gradient(ClientMessage):
 
 @dataclass(frozen=True)
 class GradientReply(ClientMessage):
-    """Server to client: ∂L/∂h of the head's output, and what clipping needs.
+    """From the server: ∂L/∂h of the head's output, and what clipping needs.
 
     Attributes:
-        ticket: Of the forward pass.
+        number: Of the forward pass.
         gradient: ``[B, L, D]`` for each forward pass; empty if nothing in the head is trained.
-        norms: ``[P]`` float32, norm of the gradient of each of the body's trainable tensors, by sorted name; -1 for
-            one without a gradient.
+        names: Parameters of the body that have a gradient, if norms were asked for.
+        norms: ``[P]`` float32, the norm of each of these.
     """
 
-    ticket: int
+    number: int
     gradient: tuple[Packed, ...] = ()
+    names: tuple[str, ...] = ()
     norms: Tensor | None = None
     to_server: ClassVar[bool] = False
 
@@ -151,17 +221,18 @@ class GradientReply(ClientMessage):
         super().__post_init__()
         _check_packed(self, *self.gradient)
         if self.norms is not None:
-            _require(self, self.norms.is_floating_point() and self.norms.dim() == 1, "its norms are no floating vector")
+            is_vector = self.norms.is_floating_point() and self.norms.dim() == 1
+            _require(self, is_vector, "its norms must be a floating vector")
 
     def sizes(self) -> dict[str, int]:
-        """Norms are scalars."""
+        """Norms are scalars; names are the same in every step."""
         sizes = {"gradient": _num_bytes(self.gradient)} if self.gradient else {}
         return sizes | ({} if self.norms is None else {"scalar": self.norms.nbytes})
 
 
 @dataclass(frozen=True)
 class Step(ClientMessage):
-    """Client to server: take the optimiser step of the body's adapter.
+    """To the server: take the optimiser step of the body's adapter.
 
     Attributes:
         clip_factor: The gradient is multiplied by it first.
@@ -177,59 +248,8 @@ class Step(ClientMessage):
 
 
 @dataclass(frozen=True)
-class Finish(ClientMessage):
-    """Client to server: the client's local training of this round is over.
-
-    Attributes:
-        loss: METHOD (2)'s L_c.
-        num_samples: Training targets.
-        keep: False if the client dropped out: the body's adapter goes back to what it was.
-    """
-
-    loss: float
-    num_samples: int
-    keep: bool = True
-
-    def sizes(self) -> dict[str, int]:
-        """Two numbers of eight bytes."""
-        return {"scalar": 16}
-
-
-@dataclass(frozen=True)
-class Upload(ClientMessage):
-    """Client to server: head and tail adapter, for aggregation and only if the rule mixes.
-
-    Attributes:
-        adapter: Parameter name → tensor.
-    """
-
-    adapter: Mapping[str, Tensor]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, tensor in self.adapter.items():
-            _require(self, tensor.is_floating_point(), f"{name} is no floating tensor")
-
-    def sizes(self) -> dict[str, int]:
-        """All of it is adapter."""
-        return {"adapter": sum(tensor.nbytes for tensor in self.adapter.values())}
-
-
-@dataclass(frozen=True)
-class Download(Upload):
-    """Server to client: the mixed head and tail adapter."""
-
-    to_server: ClassVar[bool] = False
-
-
-@dataclass(frozen=True)
-class Fetch(ClientMessage):
-    """Client to server: ask for the client's mixed head and tail adapter; the answer is a ``Download``."""
-
-
-@dataclass(frozen=True)
 class SelectRows(ClientMessage):
-    """Client to server: cache ``target`` becomes the rows of cache ``source`` (beam search).
+    """To the server: cache ``target`` becomes the rows of cache ``source`` (beam search).
 
     Attributes:
         source: Number of a cache.
@@ -244,7 +264,8 @@ class SelectRows(ClientMessage):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rows is not None:
-            _require(self, self.rows.dtype == torch.int64 and self.rows.dim() == 1, "its rows are no vector of int64")
+            is_vector = self.rows.dtype == torch.int64 and self.rows.dim() == 1
+            _require(self, is_vector, "its rows must be a vector of int64")
 
     def sizes(self) -> dict[str, int]:
         """Positions count as scalars."""
@@ -253,276 +274,40 @@ class SelectRows(ClientMessage):
 
 @dataclass(frozen=True)
 class DropCache(ClientMessage):
-    """Client to server: cache ``cache`` is not needed any more."""
+    """To the server: cache ``cache`` is not needed any more."""
 
     cache: int
 
 
 @dataclass(frozen=True)
-class Aggregate(Message):
-    """To the server: mix the adapters of the cohort; the answer is ``Mixed``.
+class ChangeBase(Message):
+    """To the server: a change of the frozen base, see ``BaseWeights``; sent in order. Known ones are ignored.
 
     Attributes:
-        round_index: From 0.
-        clients: The cohort without those that dropped out, ascending.
+        version: Number of the change, from 0.
+        factors: Two factors per weight of the body.
     """
 
-    round_index: int
-    clients: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Mixed(Message):
-    """From the server: what the rule reports beside the adapters, for the books.
-
-    Attributes:
-        matrices: By name, ``[N, N]``.
-        per_client: By name, ``[N]``.
-    """
-
-    matrices: Mapping[str, Tensor]
-    per_client: Mapping[str, Tensor]
-    to_server: ClassVar[bool] = False
-
-
-@dataclass(frozen=True)
-class KeepBest(Message):
-    """To the server: the current adapters are the best so far.
-
-    Attributes:
-        population: Whether for the population's mean.
-        clients: The clients for whom they are, and the row that serves each.
-        rows: See ``clients``.
-    """
-
-    population: bool
-    clients: tuple[int, ...]
-    rows: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class SaveState(Message):
-    """To the server: write a checkpoint; the answer is ``Done``.
-
-    Attributes:
-        run_dir: The run's directory.
-        round_index: Rounds that are done.
-    """
-
-    run_dir: str
-    round_index: int
-
-
-@dataclass(frozen=True)
-class LoadState(SaveState):
-    """To the server: read the checkpoint of this round; the answer is ``Done``."""
-
-
-@dataclass(frozen=True)
-class SaveAdapters(Message):
-    """To the server: write its share of the selected adapters; the answer is ``Done``.
-
-    Attributes:
-        folder: Where.
-        bank: ``"best"`` or ``"best_per_client"``.
-    """
-
-    folder: str
-    bank: str
+    version: int
+    factors: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Report(Message):
-    """To the server: tell how busy it was; the answer is ``Done``."""
+    """To the server: ``ServerReport`` answers."""
 
 
 @dataclass(frozen=True)
-class Done(Message):
-    """From the server: what was asked for is done.
+class ServerReport(Done):
+    """From the server: what it has used so far.
 
     Attributes:
-        busy_seconds: Time that it has computed since the run began.
-        peak_bytes: Its largest memory so far.
+        busy_seconds: Time that it computed for training.
+        peak_bytes: Its largest memory.
     """
 
     busy_seconds: float = 0.0
     peak_bytes: int = 0
-    to_server: ClassVar[bool] = False
-
-
-@dataclass(frozen=True)
-class Hello(Message):
-    """From the first client process to all others at the start.
-
-    Attributes:
-        facts: Settings that all processes must agree on, and the backbone's fingerprint.
-        folder: The backbone's folder.
-        num_clients: Clients of the population.
-        body_names: The server's trainable parameters, once they are known.
-    """
-
-    facts: Mapping[str, Any]
-    folder: str
-    num_clients: int
-    body_names: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Ready(Message):
-    """The answer to ``Hello``.
-
-    Attributes:
-        body_names: The server's trainable parameters, sorted; empty from a client process.
-    """
-
-    body_names: tuple[str, ...] = ()
-    to_server: ClassVar[bool] = False
-
-
-@dataclass(frozen=True)
-class Abort(Message):
-    """Between processes: the sender gives up.
-
-    Attributes:
-        reason: One sentence for the user.
-    """
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Stop(Message):
-    """To every process: the run is over."""
-
-
-@dataclass(frozen=True)
-class AmongClients(Message):
-    """Base of messages between client processes, for the experiment's books. The server never gets one."""
-
-
-@dataclass(frozen=True)
-class Train(AmongClients):
-    """To a client process: train these clients, and send their adapters up if the rule mixes; ``Trained`` answers."""
-
-    round_index: int
-    clients: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Trained(AmongClients):
-    """What became of them.
-
-    Attributes:
-        updates: Per client that finished: client, samples, steps, loss, seconds.
-        failures: Client → why it did not finish; keys are text.
-        ledger: Rows of the process's ledger since it was last asked.
-    """
-
-    updates: tuple[tuple[Any, ...], ...]
-    failures: Mapping[str, str]
-    ledger: tuple[tuple[Any, ...], ...]
-
-
-@dataclass(frozen=True)
-class Refresh(AmongClients):
-    """To a client process: fetch these clients' mixed adapters; ``Scored`` without users answers."""
-
-    round_index: int
-    clients: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Score(AmongClients):
-    """To a client process: rank for the users whom these rows of a bank serve; ``Scored`` answers."""
-
-    stage: str
-    round_index: int
-    bank: str
-    rows: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Scored(AmongClients):
-    """Metrics of single users, as ``ClientRankingMetrics`` keeps them.
-
-    Attributes:
-        users: See ``UserMetrics``; the same for those that follow.
-        clients: As above.
-        values: As above.
-        items: As above.
-        scores: As above.
-        is_tied: As above.
-        ledger: Rows of the process's ledger since it was last asked.
-    """
-
-    users: Tensor
-    clients: Tensor
-    values: Tensor
-    items: Tensor
-    scores: Tensor
-    is_tied: Tensor
-    ledger: tuple[tuple[Any, ...], ...]
-
-    @property
-    def of_users(self) -> tuple[Tensor, ...]:
-        """All but the ledger, for ``ClientRankingMetrics.add``."""
-        return self.users, self.clients, self.values, self.items, self.scores, self.is_tied
-
-
-def _subclasses(cls: type[Message]) -> list[type[Message]]:
-    return [found for sub in cls.__subclasses__() for found in (sub, *_subclasses(sub))]
-
-
-def encode(message: Message) -> tuple[dict[str, Any], list[Tensor]]:
-    """A message as plain values and tensors; ``decode`` reads it.
-
-    Returns:
-        JSON-ready values in which a tensor is ``{"tensor": position}``, and the tensors.
-    """
-    tensors: list[Tensor] = []
-    values = {item.name: _encode(getattr(message, item.name), tensors) for item in fields(message)}
-    return {"type": type(message).__name__, "fields": values}, tensors
-
-
-def decode(plain: Mapping[str, Any], tensors: list[Tensor]) -> Message:
-    """Read what ``encode`` made.
-
-    Raises:
-        SplitError: If there is no such message, or it refuses its contents.
-    """
-    known = {cls.__name__: cls for cls in _subclasses(Message)}
-    if plain.get("type") not in known:
-        raise SplitError(f"unknown message {plain.get('type')!r}")
-    try:
-        return known[plain["type"]](**{key: _decode(value, tensors) for key, value in plain["fields"].items()})
-    except (TypeError, KeyError, IndexError) as error:
-        raise SplitError(f"malformed message {plain['type']}: {error}") from error
-
-
-def _encode(value: Any, tensors: list[Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        tensors.append(value.detach().contiguous())
-        return {"tensor": len(tensors) - 1}
-    if isinstance(value, Packed):
-        return {"packed": [_encode(value.codes, tensors), _encode(value.scale, tensors)]}
-    if isinstance(value, Mapping):
-        return {"map": {key: _encode(item, tensors) for key, item in value.items()}}
-    if isinstance(value, tuple):
-        return {"tuple": [_encode(item, tensors) for item in value]}
-    return value
-
-
-def _decode(value: Any, tensors: list[Tensor]) -> Any:
-    if not isinstance(value, dict):
-        return value
-    if "tensor" in value:
-        return tensors[value["tensor"]]
-    if "packed" in value:
-        codes, scale = (_decode(item, tensors) for item in value["packed"])
-        return Packed(codes, scale)
-    if "map" in value:
-        return {key: _decode(item, tensors) for key, item in value["map"].items()}
-    return tuple(_decode(item, tensors) for item in value["tuple"])
 
 
 def _num_bytes(tensors: tuple[Packed, ...]) -> int:

@@ -1,150 +1,134 @@
-"""The server: the body, every client's body adapter, and the aggregation. It answers messages and starts nothing."""
+"""The body server: runs the middle layers for all clients, each with its own adapter. It answers messages only."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 
 from fellrec.cut.messages import (
-    Aggregate,
+    ChangeBase,
     ClientMessage,
-    Done,
-    Download,
+    CloseSlot,
     DropCache,
-    Fetch,
-    Finish,
     Gradient,
     GradientReply,
     HiddenReply,
     HiddenState,
-    KeepBest,
-    LoadState,
-    Message,
-    Mixed,
+    OpenSlot,
     Report,
-    SaveAdapters,
-    SaveState,
     SelectRows,
+    Serve,
+    ServerReport,
+    SlotClosed,
     Step,
-    Upload,
 )
 from fellrec.distributed.memory import peak_bytes
+from fellrec.distributed.message import Message
 from fellrec.errors import SplitError
-from fellrec.federated.checkpoint import load_state, save_state
-from fellrec.federated.slot import AdapterSlot
-from fellrec.federated.state import RunState
+from fellrec.federated.base_change import BaseWeights
+from fellrec.federated.slot import LocalSlot, SlotState, new_parameters
+from fellrec.federated.terms import LocalTerm
 from fellrec.functional.packing import Packed, pack, unpack
 from fellrec.models.module import OptimizerSettings
 from fellrec.models.parameter_swap import ParameterSwap
 from fellrec.models.split import SplitModel
 from fellrec.models.streams import StreamPosition, training_seed
-from fellrec.state.bank import AdapterBank
-from fellrec.types import Updates
-
-if TYPE_CHECKING:
-    from fellrec.aggregation.base import AggregationCallback
-
-CHECKPOINTS = "checkpoints-server"
-"""Folder of the server's checkpoints in the run's directory."""
-ADAPTERS = "server.safetensors"
-"""File of the server's share of the selected adapters."""
+from fellrec.state.tensor_store import StoredTensors
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What the server must know to do its half of the training.
+    """What the server must know for its part of the training.
 
     Attributes:
         seed: Of the run.
         optimizer: AdamW's settings for the body's adapters.
-        reset_optimizer: Forget a client's optimiser state at the start of a round.
         hidden_dtype: Packing of hidden states, see ``fellrec.functional.packing``.
         gradient_dtype: Packing of gradients.
-        checkpoints_kept: Checkpoints that stay on disk.
+        num_rows: Rows of the population.
     """
 
     seed: int
     optimizer: OptimizerSettings
-    reset_optimizer: bool = False
     hidden_dtype: str = "float32"
     gradient_dtype: str = "float32"
-    checkpoints_kept: int = 2
+    num_rows: int = 1 << 62
 
 
 @dataclass
-class _Job:
-    """A client that is being trained."""
+class ServerJob:
+    """A client that is being trained.
 
-    slot: AdapterSlot
-    start: dict[str, Tensor]
+    Attributes:
+        slot: The body's part of its parameters.
+        streams: Its random numbers of this round.
+        base: Changes of the base that it is trained with.
+        graphs: Inputs and outputs of forward passes whose gradient is still to come, by number.
+    """
+
+    slot: LocalSlot
+    streams: StreamPosition
+    base: int = 0
     graphs: dict[int, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
 
 
 class BodyServer:
-    """Runs the body for all clients, each with its own adapter, and mixes adapters.
+    """Runs the body for all clients, each with its own adapter.
 
-    What it holds: the body's weights, the body adapters with their optimiser states, and the head and tail adapters
-    that clients uploaded for aggregation. What it is told: ``fellrec.cut.messages``, and nothing else.
+    It holds the body's weights, and the body's adapters of those clients that are training or being evaluated. It is
+    sent what ``fellrec.cut.messages`` has, and nothing else.
 
     Args:
-        model: The server's share of the backbone.
+        model: The server's partial model.
         trainable: The body's adapter in it; may be empty.
-        state: Of the body's adapters.
-        rule: The aggregation rule.
         settings: See ``ServerSettings``.
         autocast: Makes the precision's context.
+        base: The frozen weights of the model; one for all runs with it.
+        terms: Local terms of the rule.
     """
 
     def __init__(
         self,
         model: SplitModel,
-        trainable: dict[str, nn.Parameter],
-        state: RunState,
-        rule: AggregationCallback,
+        trainable: Mapping[str, nn.Parameter],
         settings: ServerSettings,
         autocast: Callable[[], AbstractContextManager[Any]],
+        base: BaseWeights,
+        terms: Sequence[LocalTerm] = (),
     ) -> None:
         self.model = model
         self.trainable = trainable
-        self.state = state
-        self.rule = rule
         self.settings = settings
+        self.terms = terms
         self.busy_seconds = 0.0
+        self.jobs: dict[int, ServerJob] = {}
+        self.caches: dict[tuple[int, int], Cache] = {}
         self._autocast = autocast
         self._swap = ParameterSwap(model.model, trainable)
-        self._jobs: dict[int, _Job] = {}
-        self._finished: dict[int, tuple[dict[str, Tensor], Finish]] = {}
-        self._uploads: dict[int, Mapping[str, Tensor]] = {}
-        self._client_bank: AdapterBank | None = None
-        self._caches: dict[tuple[int, int], Cache] = {}
-        self._in_place: tuple[str, int] | None = None
+        self._base, self._changes = base, list[StoredTensors]()
+        self._served: dict[int, tuple[dict[str, nn.Parameter], int]] = {}
         self._is_training = True
         first = next(model.parameters())
         self._device, self._dtype = first.device, first.dtype
         self._width = int(model.model.config.hidden_size)
         self._handlers: dict[type[Message], Callable[[Any], Message | None]] = {
+            OpenSlot: self._open_slot,
             HiddenState: self._hidden_state,
             Gradient: self._gradient,
             Step: self._step,
-            Finish: self._finish,
-            Upload: self._upload,
-            Fetch: self._fetch,
+            CloseSlot: self._close_slot,
+            Serve: self._serve,
             SelectRows: self._select_rows,
             DropCache: self._drop_cache,
-            Aggregate: self._aggregate,
-            KeepBest: self._keep_best,
-            SaveState: self._save,
-            LoadState: self._load,
-            SaveAdapters: self._save_adapters,
-            Report: lambda message: self.report(),
+            ChangeBase: self._change_base,
+            Report: lambda message: ServerReport(self.busy_seconds, peak_bytes()),
         }
 
     def handle(self, message: Message) -> Message | None:
@@ -155,22 +139,45 @@ class BodyServer:
 
         Raises:
             SplitError: If the message does not fit: another hidden size, an unknown client, a gradient of nothing.
-            TrainingError: If an adapter is no longer finite.
         """
         handler = self._handlers.get(type(message))
         if handler is None:
-            raise SplitError(f"the server has no use for {type(message).__name__}")
-        if isinstance(message, ClientMessage) and message.client >= self.num_clients:
-            raise SplitError(f"{_name(message)}: there are {self.num_clients} clients")
+            raise SplitError(f"unexpected message {type(message).__name__}")
+        if isinstance(message, ClientMessage) and message.client >= self.settings.num_rows:
+            raise SplitError(f"{_name(message)}: there are {self.settings.num_rows} clients")
         started = time.perf_counter()
         reply = handler(message)
-        self.busy_seconds += time.perf_counter() - started
+        if getattr(message, "phase", "") == "train":
+            self.busy_seconds += time.perf_counter() - started
         return reply
 
-    @property
-    def num_clients(self) -> int:
-        """Rows of the population's adapters."""
-        return len(self.state.local_steps)
+    def forget(self, clients: Iterable[int]) -> None:
+        """Drop the training of clients whose process has ended."""
+        for client in clients:
+            self.jobs.pop(client, None)
+
+    def _open_slot(self, message: OpenSlot) -> None:
+        begin = message.state.part(list(self.trainable))
+        parameters = new_parameters(self.trainable, begin)
+        trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
+        optimizer = self.settings.optimizer.build(trained) if trained else None
+        streams = StreamPosition(training_seed(self.settings.seed, message.round_index, message.client))
+        slot = LocalSlot(parameters, begin, optimizer, self.terms)
+        self.jobs[message.client] = ServerJob(slot, streams, message.base)
+
+    def _close_slot(self, message: CloseSlot) -> Message | None:
+        job = self.jobs.pop(message.client, None)
+        if not message.keep:
+            return None
+        if job is None:
+            raise SplitError(f"{_name(message)}: the client is not being trained")
+        state = job.slot.state()
+        where = message.client, message.round_index, message.phase
+        return SlotClosed(*where, state.adapter, state.optimizer, state.tensors)
+
+    def _serve(self, message: Serve) -> None:
+        begin = SlotState({name: message.adapter[name] for name in self.trainable}, trains=())
+        self._served[message.client] = (new_parameters(self.trainable, begin), message.base)
 
     def _hidden_state(self, message: HiddenState) -> Message:
         for packed in message.hidden:
@@ -178,177 +185,88 @@ class BodyServer:
                 raise SplitError(
                     f"{_name(message)}: its hidden size is {packed.shape[-1]}, the body's is {self._width}"
                 )
-        if message.phase == "train":
-            outputs = self._forward(message)
-        else:
-            with torch.no_grad():
-                outputs = [self._evaluate(message, packed) for packed in message.hidden]
+        outputs = self._train_forward(message) if message.training else self._evaluate(message)
         packed_outputs = tuple(pack(output, self.settings.hidden_dtype) for output in outputs)
-        return HiddenReply(message.client, message.round_index, message.phase, message.ticket, packed_outputs)
+        return HiddenReply(message.client, message.round_index, message.phase, message.number, packed_outputs)
 
-    def _forward(self, message: HiddenState) -> list[Tensor]:
+    def _train_forward(self, message: HiddenState) -> list[Tensor]:
         job = self._job(message)
         self._set_mode(is_training=True)
+        self._base.use(self._changes[: job.base])
         inputs = [self._unpack(packed).requires_grad_(message.needs_gradient) for packed in message.hidden]
-        with self._swap.using(job.slot.parameters), self.model.streams.using(job.slot.streams), self._autocast():
+        gradients = torch.set_grad_enabled(message.keeps_graph)
+        with self._swap.using(job.slot.parameters), self.model.streams.using(job.streams), self._autocast(), gradients:
             outputs = [self.model.body(hidden_BLD, message.mask) for hidden_BLD in inputs]
-        job.graphs[message.ticket] = (inputs, outputs)
+        if message.keeps_graph:
+            job.graphs[message.number] = (inputs, outputs)
         return outputs
 
-    def _evaluate(self, message: HiddenState, packed: Packed) -> Tensor:
+    @torch.no_grad()
+    def _evaluate(self, message: HiddenState) -> list[Tensor]:
+        if message.phase == "train":
+            job = self._job(message)
+            parameters, version = job.slot.parameters, job.base
+        elif message.client in self._served:
+            parameters, version = self._served[message.client]
+        else:
+            raise SplitError(f"{_name(message)}: no adapter was sent for the client")
         self._set_mode(is_training=False)
-        self._put_in_place(message.bank, message.client)
+        self._base.use(self._changes[:version])
         mask = None if message.mask is None else message.mask.to(self._device)
         cache = None if message.cache is None else self._cache(message.client, message.cache)
-        with self._autocast(), self.model.without_lora() if message.without_lora else nullcontext():
-            return self.model.serve_body(self._unpack(packed), mask, message.positions, cache)
+        lora = self.model.without_lora() if message.without_lora else nullcontext()
+        with self._swap.using(parameters), self._autocast(), lora:
+            return [
+                self.model.serve_body(self._unpack(packed), mask, message.positions, cache) for packed in message.hidden
+            ]
 
     def _gradient(self, message: Gradient) -> Message:
-        job = self._jobs.get(message.client)
-        if job is None or message.ticket not in job.graphs:
-            raise SplitError(f"{_name(message)}: there is no forward pass {message.ticket} that it could belong to")
-        inputs, outputs = job.graphs.pop(message.ticket)
+        job = self.jobs.get(message.client)
+        if job is None or message.number not in job.graphs:
+            raise SplitError(f"{_name(message)}: there is no forward pass {message.number} that it could belong to")
+        inputs, outputs = job.graphs.pop(message.number)
         shapes = [list(packed.shape) for packed in message.gradient]
         if shapes != [list(output.shape) for output in outputs]:
             raise SplitError(f"{_name(message)}: its shapes {shapes} are not those of the forward pass")
-        wanted = [hidden for hidden in inputs if hidden.requires_grad]
-        parameters = list(job.slot.parameters.values())
-        found = torch.autograd.grad(
-            outputs, [*wanted, *parameters], [self._unpack(g, o.dtype) for g, o in zip(message.gradient, outputs)],
-            allow_unused=True,
-        )  # fmt: skip
-        job.slot.add_gradients(found[len(wanted) :])
-        gradient = tuple(pack(value, self.settings.gradient_dtype) for value in found[: len(wanted)])
-        norms = job.slot.norms() if message.wants_norms else None
-        return GradientReply(message.client, message.round_index, message.phase, message.ticket, gradient, norms)
+        gradients = [self._unpack(g, o.dtype) for g, o in zip(message.gradient, outputs, strict=True)]
+        with_graph = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
+        if with_graph:
+            torch.autograd.backward(*(list(column) for column in zip(*with_graph, strict=True)))
+        found = tuple(
+            pack(torch.zeros_like(h) if h.grad is None else h.grad, self.settings.gradient_dtype)
+            for h in inputs
+            if h.requires_grad
+        )
+        norms = job.slot.norms() if message.wants_norms else {}
+        where = message.client, message.round_index, message.phase, message.number
+        return GradientReply(*where, found, tuple(norms), torch.tensor(list(norms.values())) if norms else None)
 
     def _step(self, message: Step) -> None:
-        job = self._jobs.get(message.client)
+        job = self.jobs.get(message.client)
         if job is None:
             raise SplitError(f"{_name(message)}: the client is not being trained")
         job.slot.step(message.clip_factor, message.learning_rate)
-        self.state.local_steps[message.client] += 1
 
-    def _finish(self, message: Finish) -> None:
-        job = self._jobs.pop(message.client, None)
-        if job is None:
-            return
-        if message.keep:
-            self.state.keep_optimizer(message.client, job.slot.optimizer_state())
-            self.state.bank.store(message.client, job.slot.parameters)
-            self._finished[message.client] = (job.start, message)
-            self._in_place = None
+    def _change_base(self, message: ChangeBase) -> None:
+        if message.version == len(self._changes):
+            self._changes.append(StoredTensors(dict(message.factors)))
+        elif message.version > len(self._changes):
+            raise SplitError(f"change {message.version} of the base comes before change {len(self._changes)}")
 
-    def _upload(self, message: Upload) -> None:
-        if not self.rule.exchanges_adapters:
-            raise SplitError(f"{_name(message)}: aggregation {self.rule.name} does not mix, no adapter may leave")
-        if message.round_index < 0:  # the start that all clients share
-            self._client_bank = AdapterBank.replicate(message.adapter, self.num_clients)
-        else:
-            self._uploads[message.client] = message.adapter
-
-    def _fetch(self, message: Fetch) -> Message:
-        if self._client_bank is None:
-            raise SplitError(f"{_name(message)}: no head and tail adapters were uploaded")
-        adapter = {name: tensor.clone() for name, tensor in self._client_bank.row(message.client).items()}
-        return Download(message.client, message.round_index, message.phase, adapter)
-
-    def lacks(self, message: Message) -> list[int]:
-        """The clients whose adapters a message needs and that have not come yet, perhaps over another line."""
-        clients = message.clients if isinstance(message, Aggregate) else ()
-        return [client for client in clients if client not in self._finished or client not in self._uploads]
-
-    def forget(self, clients: Iterable[int]) -> None:
-        """Drop what is under way for clients whose process is gone; what they finished and sent up is complete."""
-        for client in clients:
-            self._jobs.pop(client, None)
-            if client not in self._uploads:
-                self._finished.pop(client, None)
-
-    def _aggregate(self, message: Aggregate) -> Message:
-        clients, missing = message.clients, self.lacks(message)
-        if missing or self._client_bank is None:
-            raise SplitError(f"round {message.round_index} cannot be aggregated: nothing came from clients {missing}")
-        body_start = _stack([self._finished[client][0] for client in clients])
-        start = {**body_start, **self._client_bank.stack(clients)}
-        end = {**self.state.bank.stack(clients), **_stack([self._uploads[client] for client in clients])}
-        reports = [self._finished[client][1] for client in clients]
-        updates = Updates(
-            clients=clients,
-            start={name: start[name] for name in sorted(start)},
-            end={name: end[name] for name in sorted(end)},
-            losses=torch.tensor([report.loss for report in reports], dtype=torch.float64),
-            num_samples=torch.tensor([report.num_samples for report in reports], dtype=torch.float64),
-        )
-        updates.check_finite(message.round_index)
-        aggregated = self.rule.aggregate(updates, message.round_index)
-        for bank in (self.state.bank, self._client_bank):
-            bank.replace(clients, {name: aggregated.adapters[name] for name in bank.kinds})
-        self.state.round_index = message.round_index + 1
-        self.state.extras["aggregation"] = self.rule.state_dict()
-        self._uploads.clear()
-        self._finished.clear()
-        self._in_place = None
-        return Mixed(dict(aggregated.matrices), dict(aggregated.per_client))
-
-    def _keep_best(self, message: KeepBest) -> None:
-        self.state.keep_best(message.population, message.clients, message.rows)
-        self._in_place = None
-
-    def _save(self, message: SaveState) -> Message:
-        self.state.round_index = message.round_index
-        save_state(
-            Path(message.run_dir) / CHECKPOINTS, self.state, self._more_tensors(), self.settings.checkpoints_kept
-        )
-        return self.report()
-
-    def _load(self, message: LoadState) -> Message:
-        more = load_state(Path(message.run_dir) / CHECKPOINTS, self.state, message.round_index)
-        if more:
-            self._client_bank = AdapterBank.from_stack(more)
-        self.rule.load_state_dict(self.state.extras.get("aggregation", {}))
-        self._in_place = None
-        return self.report()
-
-    def _save_adapters(self, message: SaveAdapters) -> Message:
-        from safetensors.torch import save_file
-
-        folder = Path(message.folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(dict(self.state.bank_named(message.bank).tensors), folder / ADAPTERS)
-        return self.report()
-
-    def report(self) -> Done:
-        """Busy seconds and memory so far."""
-        return Done(self.busy_seconds, peak_bytes())
-
-    def _more_tensors(self) -> dict[str, Tensor]:
-        return {} if self._client_bank is None else self._client_bank.tensors
-
-    def _job(self, message: HiddenState) -> _Job:
-        client = message.client
-        if client not in self._jobs:
-            start = {name: tensor.clone() for name, tensor in self.state.bank.row(client).items()}
-            streams = StreamPosition(training_seed(self.settings.seed, message.round_index, client))
-            optimizer_state = self.state.take_optimizer(client, self.settings.reset_optimizer)
-            slot = AdapterSlot(self.trainable, start, self.settings.optimizer, optimizer_state, streams)
-            self._jobs[client] = _Job(slot, start)
-        return self._jobs[client]
-
-    def _put_in_place(self, bank: str, client: int) -> None:
-        if self._in_place != (bank, client):
-            self.state.bank_named(bank).copy_to(self.trainable, client)
-            self._in_place = (bank, client)
+    def _job(self, message: HiddenState) -> ServerJob:
+        if message.client not in self.jobs:
+            raise SplitError(f"{_name(message)}: the client is not being trained")
+        return self.jobs[message.client]
 
     def _cache(self, client: int, number: int) -> Cache:
-        if (client, number) not in self._caches:
-            self._caches[client, number] = self.model.new_cache()
-        return self._caches[client, number]
+        if (client, number) not in self.caches:
+            self.caches[client, number] = self.model.new_cache()
+        return self.caches[client, number]
 
     def _select_rows(self, message: SelectRows) -> None:
         source = self._cache(message.client, message.source)
         if message.target != message.source:
-            source = self._caches[message.client, message.target] = self.model.copy_cache(source)
+            source = self.caches[message.client, message.target] = self.model.copy_cache(source)
         if message.rows is not None:
             self._check_rows(message, message.rows, source)
             source.batch_select_indices(message.rows.to(self._device))
@@ -361,7 +279,7 @@ class BodyServer:
             raise SplitError(f"{_name(message)}: its rows are not positions in a batch of {num_rows}")
 
     def _drop_cache(self, message: DropCache) -> None:
-        self._caches.pop((message.client, message.cache), None)
+        self.caches.pop((message.client, message.cache), None)
 
     def _set_mode(self, is_training: bool) -> None:
         if self._is_training != is_training:
@@ -372,13 +290,9 @@ class BodyServer:
         return unpack(packed, dtype or self._hidden_dtype(packed), self._device).detach()
 
     def _hidden_dtype(self, packed: Packed) -> torch.dtype:
-        """What the head computed in, so that nothing is lost; packed ones come back in the body's own type."""
+        """The head's own type, so that nothing is lost; packed ones come back in the body's type."""
         is_plain = packed.scale is None and self.settings.hidden_dtype == "float32"
         return packed.codes.dtype if is_plain else self._dtype
-
-
-def _stack(adapters: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([adapter[name].cpu() for adapter in adapters]) for name in adapters[0]}
 
 
 def _name(message: ClientMessage) -> str:

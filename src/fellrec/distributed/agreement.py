@@ -13,7 +13,7 @@ _SAMPLED = 16
 """Values of each of the model's tensors that go into its digest."""
 
 
-def facts(data: PreparedData, model: nn.Module, device: torch.device) -> dict[str, str]:
+def fingerprint(data: PreparedData, model: nn.Module, device: torch.device) -> dict[str, str]:
     """What shapes the numbers and is not in the configuration, as text by name."""
     found = {
         "torch version": torch.__version__,

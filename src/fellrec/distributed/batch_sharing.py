@@ -78,11 +78,11 @@ class BatchSharing:
             dist.all_reduce(flat, group=self._group)
         except RuntimeError as problem:
             others = ", ".join(str(rank) for rank in self.members if rank != self.rank)
-            raise SplitError(f"rank {self.rank}: rank {others}, which trains with it, is gone") from problem
+            raise SplitError(f"process {others}, which trains with process {self.rank}, has ended") from problem
         if error is not None:
             raise error
         if told[-1] > 0:
-            raise TrainingError("the share of another rank of its group failed")
+            raise TrainingError("the training on the rows of another process failed")
         offset = 0
         for parameter, any_rank in zip(parameters, told[:-2].tolist(), strict=True):
             gradient = flat[offset : offset + parameter.numel()].view_as(parameter).to(parameter.dtype)

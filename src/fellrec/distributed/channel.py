@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -14,16 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fellrec.cut.messages import PROTOCOL_VERSION, Abort, Message, decode, encode
+from fellrec.distributed.message import PROTOCOL_VERSION, Abort, Message, decode, encode
 from fellrec.errors import SplitError
+
+CPU = torch.device("cpu")
 
 _FRAME = 512
 """Bytes of the frame that announces a message; a longer header follows in a second one."""
 _LARGEST_HEADER = 1 << 24
-_MEETING_SECONDS = 120.0
-"""Processes are waited for at least so long at the start: one may have more to import, or to pre-train."""
 _LINGER_SECONDS = 1.0
-"""A process that ends with something unread breaks its lines at once, and what it just sent is lost."""
+"""A process that ends with unread messages breaks its connections at once, and what it just sent is lost."""
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8, torch.int64, torch.bool)
@@ -31,174 +33,156 @@ _DTYPES = {
 
 
 class PeerGoneError(SplitError):
-    """Another process is gone or silent.
+    """Another process has ended, or does not answer.
 
     Attributes:
-        rank: Of that process.
+        process: Its number.
     """
 
-    def __init__(self, rank: int, text: str) -> None:
+    def __init__(self, process: int, text: str) -> None:
         super().__init__(text)
-        self.rank = rank
+        self.process = process
 
 
 class AbortedError(SplitError):
-    """Another process gave up, and said why."""
-
-
-def role_name(rank: int) -> str:
-    """How messages call a process of the executed cut."""
-    return f"rank {rank} ({'the server' if rank == 0 else 'a client process'})"
-
-
-def rank_name(rank: int) -> str:
-    """How messages call one of several like processes."""
-    return f"rank {rank}"
+    """Another process ended the run and sent the reason."""
 
 
 @dataclass(frozen=True)
 class Naming:
-    """How error messages call things.
+    """How error messages call processes and settings.
 
     Attributes:
-        peer: A process, by its rank.
-        timeout: The setting that bounds a silence.
+        process: A process, by its number.
+        timeout: The setting that limits the time without a message.
     """
 
-    peer: Callable[[int], str] = role_name
-    timeout: str = "split.timeout_seconds"
+    process: Callable[[int], str] = lambda number: f"process {number}"
+    timeout: str = "trainer.timeout_seconds"
 
 
-class Wire:
-    """One process's ends of the lines to its peers. A thread per peer receives, so that sending never deadlocks.
+class Channel:
+    """One process's connections to others, over ``torch.distributed`` point-to-point.
 
-    Every quarter of the timeout each side shows that it is alive; a peer that closes its line or stays silent for the
-    timeout is reported to whoever waits for it.
+    A thread for each other process receives, so sending never deadlocks. Every quarter of the timeout each side sends
+    an empty message; a process that closes its connection or sends nothing for the timeout is reported to whoever waits
+    for it. The default process group must exist, see ``fabric.launch``.
 
     Args:
-        rank: Of this process.
-        world_size: Number of processes.
-        init_method: Where they meet, such as ``tcp://127.0.0.1:29500``.
-        timeout_seconds: Longest silence.
-        device: Where tensors are put when they arrive; on CUDA, tensors travel by NCCL, headers by gloo.
+        process: Number of this process.
+        num_processes: Processes of the run.
+        timeout_seconds: Longest time without a message.
+        device: Where tensors are put when they arrive; on CUDA, tensors are sent by NCCL and headers by gloo.
         naming: Of processes and settings in error messages.
     """
 
     def __init__(
         self,
-        rank: int,
-        world_size: int,
-        init_method: str,
+        process: int,
+        num_processes: int,
         timeout_seconds: float,
-        device: torch.device,
+        device: torch.device = CPU,
         naming: Naming = Naming(),
     ) -> None:
         self.naming = naming
-        self.rank, self.world_size, self.timeout_seconds, self.device = rank, world_size, timeout_seconds, device
-        timeout, patience = timedelta(seconds=timeout_seconds), max(timeout_seconds, _MEETING_SECONDS)
-        try:
-            dist.init_process_group(
-                "gloo", init_method=init_method, rank=rank, world_size=world_size, timeout=timedelta(seconds=patience)
-            )
-        except Exception as error:  # the store raises several types
-            raise SplitError(
-                f"rank {rank}: not all {world_size} processes met at {init_method} within {patience:g} s "
-                f"({naming.timeout}): {str(error).splitlines()[0]}"
-            ) from error
-        self._group = dist.new_group(timeout=timeout)
+        self.process, self.num_processes = process, num_processes
+        self.timeout_seconds, self.device = timeout_seconds, device
+        timeout = timedelta(seconds=timeout_seconds)
+        self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._payload_group = dist.new_group(backend="nccl", timeout=timeout) if device.type == "cuda" else None
-        self._peers: tuple[int, ...] = ()
+        self._others: tuple[int, ...] = ()
         self._arrived: list[tuple[int, Message | BaseException]] = []
-        self._news = threading.Condition()
-        self._locks = {peer: threading.Lock() for peer in range(world_size)}
+        self._pending = threading.Condition()
+        self._locks = {other: threading.Lock() for other in range(num_processes)}
         self.gone: set[int] = set()
-        """Peers that are gone or silent."""
+        """Processes that have ended or do not answer."""
         self._is_open = True
-        self.where = ""
+        self.activity = ""
         """What this process is doing, for error messages."""
 
-    def listen(self, peers: Iterable[int]) -> None:
-        """Begin to receive from these ranks."""
-        self._peers = tuple(peers)
-        for peer in self._peers:
-            threading.Thread(target=self._receive_all, args=(peer,), daemon=True, name=f"from-{peer}").start()
-        threading.Thread(target=self._show_life, daemon=True, name="alive").start()
+    def listen(self, others: Iterable[int]) -> None:
+        """Begin to receive from these processes."""
+        self._others = tuple(others)
+        for other in self._others:
+            threading.Thread(target=self._receive_all, args=(other,), daemon=True, name=f"from-{other}").start()
+        threading.Thread(target=self._send_heartbeats, daemon=True, name="heartbeat").start()
 
-    def send(self, peer: int, message: Message) -> None:
+    def send(self, other: int, message: Message) -> None:
         """Send a message.
 
         Raises:
-            PeerGoneError: If the peer is gone, or does not take it within the timeout.
-            SplitError: If a peer aborted meanwhile.
+            PeerGoneError: If the other process has ended, or does not take it within the timeout.
+            SplitError: If another process aborted meanwhile.
         """
         header, tensors = encode(message)
         header["tensors"] = [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in tensors]
+        payload = _join(tensors, self.device)
         try:
-            with self._locks[peer]:
-                self._send_frames(peer, json.dumps(header).encode())
-                for tensor in tensors:
-                    self._send_tensor(peer, tensor)
+            with self._locks[other]:
+                self._send_frames(other, json.dumps(header).encode())
+                if payload.numel():
+                    dist.send(payload, dst=other, group=self._payload_group or self._group)
         except RuntimeError as error:
-            raise self._reason() or self._gone_error(peer, error) from error
+            raise self._reason() or self._gone_error(other, error) from error
 
-    def receive(self, peer: int) -> Message:
-        """Wait for the next message of one peer.
+    def receive(self, other: int) -> Message:
+        """Wait for the next message of one other process.
 
         Raises:
-            PeerGoneError: If the peer is gone or silent.
+            PeerGoneError: If it has ended or does not answer.
             SplitError: If it aborted, or what it sent cannot be read.
         """
-        return self._take(lambda sender: sender == peer)[1]
+        return self._take(lambda sender: sender == other)[1]
 
     def receive_any(self) -> tuple[int, Message]:
-        """Wait for the next message of any peer; gives its rank too. Raises as ``receive`` does."""
+        """Wait for the next message of any process; gives its number too. Raises as ``receive`` does."""
         return self._take(lambda sender: True)
 
     @property
     def has_pending(self) -> bool:
         """Whether something has arrived that was not received yet."""
-        with self._news:
+        with self._pending:
             return bool(self._arrived)
 
     def check(self) -> None:
-        """Raise at once what waits to be received: that a peer is gone, or gave up."""
-        with self._news:
+        """Raise at once if another process has ended or aborted, without waiting for a message."""
+        with self._pending:
             bad = [i for i, (_, content) in enumerate(self._arrived) if isinstance(content, (BaseException, Abort))]
             if not bad:
                 return
-            peer, content = self._arrived.pop(bad[0])
-            self._arrived.insert(0, (peer, content))
-        self.receive(peer)
+            other, content = self._arrived.pop(bad[0])
+            self._arrived.insert(0, (other, content))
+        self.receive(other)
 
     def abort(self, reason: str) -> None:
-        """Tell all peers, as far as they can be reached, that this process gives up, and let them hear it."""
-        for peer in self._peers:
-            if peer not in self.gone:
+        """Send the reason why this process ends to all others that can be reached."""
+        for other in self._others:
+            if other not in self.gone:
                 try:
-                    self.send(peer, Abort(reason))
+                    self.send(other, Abort(reason))
                 except SplitError:
                     continue
         time.sleep(_LINGER_SECONDS)
 
     def close(self) -> None:
-        """The run is over: peers may leave from now on. The process group lives until the process ends."""
+        """The run is over: others may end from now on. The process group lives until the process ends."""
         self._is_open = False
 
     def _take(self, is_wanted: Callable[[int], bool]) -> tuple[int, Message]:
-        """The first arrival from a wanted peer."""
-        with self._news:
-            while (place := next((i for i, (peer, _) in enumerate(self._arrived) if is_wanted(peer)), None)) is None:
-                self._news.wait()
-            peer, content = self._arrived.pop(place)
+        """The first arrival from a wanted process."""
+        with self._pending:
+            while (place := next((i for i, (other, _) in enumerate(self._arrived) if is_wanted(other)), None)) is None:
+                self._pending.wait()
+            other, content = self._arrived.pop(place)
         if isinstance(content, BaseException):
             raise content
         if isinstance(content, Abort):
             raise AbortedError(content.reason)
-        return peer, content
+        return other, content
 
     def _reason(self) -> SplitError | None:
-        """Why a peer gave up, or cannot be understood, if it said something."""
-        with self._news:
+        """Why another process aborted or cannot be understood, if that is known."""
+        with self._pending:
             for _, content in self._arrived:
                 if isinstance(content, Abort):
                     return AbortedError(content.reason)
@@ -206,106 +190,93 @@ class Wire:
                     return content
         return None
 
-    def _receive_all(self, peer: int) -> None:
+    def _receive_all(self, other: int) -> None:
         while True:
             try:
-                message = self._receive(peer)
+                message = self._receive(other)
             except SplitError as error:
-                self._put(peer, error)
+                self._put(other, error)
                 return
             except RuntimeError as error:
                 if self._is_open:
-                    self._put(peer, self._gone_error(peer, error))
+                    self._put(other, self._gone_error(other, error))
+                return
+            except Exception as error:  # whatever a malformed message raises: its receiver must not wait for ever
+                self._put(other, SplitError(f"{self.naming.process(other)} sent a malformed message: {error}"))
                 return
             if message is not None:
-                self._put(peer, message)
+                self._put(other, message)
 
-    def _put(self, peer: int, content: Message | BaseException) -> None:
-        with self._news:
-            self._arrived.append((peer, content))
-            self._news.notify_all()
+    def _put(self, other: int, content: Message | BaseException) -> None:
+        with self._pending:
+            self._arrived.append((other, content))
+            self._pending.notify_all()
 
-    def _receive(self, peer: int) -> Message | None:
+    def _receive(self, other: int) -> Message | None:
         frame = torch.zeros(_FRAME, dtype=torch.uint8)
-        dist.recv(frame, src=peer, group=self._group)
+        dist.recv(frame, src=other, group=self._group)
         version, length = (int(value) for value in frame[:16].view(torch.int64))
         if version != PROTOCOL_VERSION or not 0 <= length <= _LARGEST_HEADER:
             raise SplitError(
-                f"rank {peer} speaks protocol version {version}, rank {self.rank} speaks {PROTOCOL_VERSION}"
+                f"{self.naming.process(other)} has protocol version {version}, {self.naming.process(self.process)} has "
+                f"{PROTOCOL_VERSION}"
             )
         if length == 0:
             return None
         content = frame[16:]
         if length > len(content):
             rest = torch.zeros(length - len(content), dtype=torch.uint8)
-            dist.recv(rest, src=peer, group=self._group)
+            dist.recv(rest, src=other, group=self._group)
             content = torch.cat([content, rest])
         header = json.loads(bytes(content[:length].tolist()))
-        tensors = [self._receive_tensor(peer, dtype, shape) for dtype, shape in header["tensors"]]
-        return decode(header, tensors)
+        return decode(header, self._receive_tensors(other, header["tensors"]))
 
-    def _send_frames(self, peer: int, header: bytes) -> None:
+    def _send_frames(self, other: int, header: bytes) -> None:
         frame = torch.zeros(_FRAME, dtype=torch.uint8)
         frame[:16] = torch.tensor([PROTOCOL_VERSION, len(header)], dtype=torch.int64).view(torch.uint8)
         first, rest = header[: _FRAME - 16], header[_FRAME - 16 :]
         if first:
             frame[16 : 16 + len(first)] = torch.frombuffer(bytearray(first), dtype=torch.uint8)
-        dist.send(frame, dst=peer, group=self._group)
+        dist.send(frame, dst=other, group=self._group)
         if rest:
-            dist.send(torch.frombuffer(bytearray(rest), dtype=torch.uint8), dst=peer, group=self._group)
+            dist.send(torch.frombuffer(bytearray(rest), dtype=torch.uint8), dst=other, group=self._group)
 
-    def _send_tensor(self, peer: int, tensor: Tensor) -> None:
-        if tensor.numel():
-            flat = tensor.contiguous().view(-1).view(torch.uint8)
-            dist.send(flat.to(self.device), dst=peer, group=self._payload_group or self._group)
+    def _receive_tensors(self, other: int, specs: list[Any]) -> list[Tensor]:
+        sizes = []
+        for dtype, shape in specs:
+            if dtype not in _DTYPES:
+                raise SplitError(f"{self.naming.process(other)} sent a tensor of the unknown type {dtype}")
+            sizes.append(_DTYPES[dtype].itemsize * math.prod(shape))
+        ends = list(itertools.accumulate(size + -size % 8 for size in sizes))
+        payload = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8, device=self.device)
+        if payload.numel():
+            dist.recv(payload, src=other, group=self._payload_group or self._group)
+        return [
+            payload[end - size - -size % 8 : end - -size % 8].view(_DTYPES[dtype]).reshape(shape)
+            for end, size, (dtype, shape) in zip(ends, sizes, specs, strict=True)
+        ]
 
-    def _receive_tensor(self, peer: int, dtype: str, shape: list[int]) -> Tensor:
-        if dtype not in _DTYPES:
-            raise SplitError(f"rank {peer} sent a tensor of the unknown type {dtype}")
-        tensor = torch.empty(shape, dtype=_DTYPES[dtype], device=self.device)
-        if tensor.numel():
-            dist.recv(tensor.view(-1).view(torch.uint8), src=peer, group=self._payload_group or self._group)
-        return tensor
-
-    def _show_life(self) -> None:
+    def _send_heartbeats(self) -> None:
         while self._is_open:
             time.sleep(self.timeout_seconds / 4)
-            for peer in self._peers:
-                if self._is_open and peer not in self.gone and self._locks[peer].acquire(blocking=False):
+            for other in self._others:
+                if self._is_open and other not in self.gone and self._locks[other].acquire(blocking=False):
                     try:
-                        self._send_frames(peer, b"")
+                        self._send_frames(other, b"")
                     except RuntimeError:
-                        self.gone.add(peer)
+                        self.gone.add(other)
                     finally:
-                        self._locks[peer].release()
+                        self._locks[other].release()
 
-    def _gone_error(self, peer: int, error: BaseException) -> PeerGoneError:
-        self.gone.add(peer)
+    def _gone_error(self, other: int, error: BaseException) -> PeerGoneError:
+        self.gone.add(other)
         is_silent = any(word in str(error).lower() for word in ("timed out", "timeout"))
-        what = f"was silent for {self.timeout_seconds:g} s ({self.naming.timeout})" if is_silent else "is gone"
-        return PeerGoneError(peer, f"rank {self.rank}: {self.naming.peer(peer)} {what}{self.where}")
+        what = f"did not answer for {self.timeout_seconds:g} s ({self.naming.timeout})" if is_silent else "has ended"
+        return PeerGoneError(other, f"{self.naming.process(other)} {what}{self.activity}")
 
 
-class ToServer:
-    """The transport of a client process: its line to rank 0.
-
-    Args:
-        wire: Of this process.
-    """
-
-    def __init__(self, wire: Wire) -> None:
-        self.wire = wire
-
-    def send(self, message: Message) -> None:
-        """See ``Transport``."""
-        self._remember(message)
-        self.wire.send(0, message)
-
-    def receive(self) -> Message:
-        """See ``Transport``."""
-        return self.wire.receive(0)
-
-    def _remember(self, message: Any) -> None:
-        client, round_index = getattr(message, "client", None), getattr(message, "round_index", None)
-        if client is not None:
-            self.wire.where = f", in round {round_index}, client {client}"
+def _join(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """All bytes of some tensors, each aligned to eight bytes, ``[n]`` uint8: one transfer instead of many."""
+    parts = [t.detach().contiguous().view(-1).view(torch.uint8).to(device) for t in tensors if t.numel()]
+    aligned = [torch.nn.functional.pad(part, (0, -len(part) % 8)) for part in parts]
+    return torch.cat(aligned) if aligned else torch.empty(0, dtype=torch.uint8)

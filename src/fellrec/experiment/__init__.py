@@ -1,42 +1,29 @@
-"""From a composed configuration to the objects of a run. The only place where configuration meets classes."""
+"""From a composed configuration to the objects of a run. The only room where configuration meets classes."""
 
 from fellrec.experiment.build import (
-    Peers,
     Recommender,
-    ServerShare,
-    attach_server,
+    ServerPart,
     build_backbone,
     build_batches,
     build_data,
     build_fabric,
     build_recommender,
     cache_dir,
-    copy_adapter,
-    frozen_parameters,
-    new_lead,
-    over_ranks,
     recommender_key,
 )
-from fellrec.experiment.federation import build_loop, build_server, connect, new_state
+from fellrec.experiment.federation import Federation, build_federation, build_loop
 
 __all__ = [
-    "Peers",
+    "Federation",
     "Recommender",
-    "ServerShare",
-    "attach_server",
+    "ServerPart",
     "build_backbone",
     "build_batches",
     "build_data",
     "build_fabric",
+    "build_federation",
     "build_loop",
     "build_recommender",
-    "build_server",
     "cache_dir",
-    "connect",
-    "copy_adapter",
-    "frozen_parameters",
-    "new_lead",
-    "new_state",
-    "over_ranks",
     "recommender_key",
 ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,21 @@ import numpy as np
 import torch
 from lightning import Fabric
 from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.strategies import DDPStrategy
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from fellrec.config.compose import as_dict, make
-from fellrec.cut.link import Nowhere, ServerLink
+from fellrec.cut.link import ServerLink
 from fellrec.data.cold import ColdStart
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.data.guards import check_prompts
 from fellrec.data.prepare import DataSettings, prepare
 from fellrec.data.prepared import PreparedData
-from fellrec.distributed.batch_sharing import BatchSharing
-from fellrec.distributed.channel import Wire
+from fellrec.distributed.processes import is_batch_step, launched_devices
+from fellrec.errors import ConfigError
 from fellrec.experiment.backbones import sasrec_backbone, tiny_backbone
-from fellrec.federated.ledger import Ledger
+from fellrec.federated.base_change import BaseWeights
 from fellrec.functional.candidates import SampledCandidates
 from fellrec.functional.ranking import check_cutoffs
 from fellrec.metrics.clients import ClientRankingMetrics
@@ -35,44 +36,33 @@ from fellrec.models.module import FellrecModule, Objective, OptimizerSettings, R
 from fellrec.models.partial import read_body
 from fellrec.models.remote import Cut, server_shell
 from fellrec.models.split import SplitModel
-from fellrec.pool.crew import Crew
+
+_MEETING_SECONDS = 120.0
+"""Processes are waited for at least so long at the start: one may have more to import, or to pre-train."""
 
 
 @dataclass(frozen=True)
-class ServerShare:
-    """What the server has of a recommender.
+class ServerPart:
+    """The server's part of a recommender.
 
     Attributes:
         model: The body.
         adapter: What is trained.
         trainable: The adapter's parameters in the body, by name.
         initial: The body's adapter that every client starts from.
+        base: Its frozen weights.
     """
 
     model: SplitModel
     adapter: Any
     trainable: dict[str, nn.Parameter]
     initial: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Peers:
-    """What the first client process knows of the others.
-
-    Attributes:
-        wire: To them.
-        workers: Ranks of the other client processes.
-        body_names: The server's trainable parameters.
-    """
-
-    wire: Wire
-    workers: Sequence[int]
-    body_names: tuple[str, ...]
+    base: BaseWeights
 
 
 @dataclass(frozen=True)
 class Recommender:
-    """What every rule of a comparison shares: one backbone, one data set, one starting adapter.
+    """What all runs of a comparison share: one backbone, one data set, one starting adapter.
 
     Attributes:
         fabric: Device and precision.
@@ -80,14 +70,12 @@ class Recommender:
         cold: Its cold items and users.
         datamodule: Batches by client.
         module: The recommender.
-        initial: The adapter that every client starts from, by name.
-        adapter: What is trained and travels; saves adapters to disk.
-        backbone: The backbone with its tokenizer; with the executed cut, the client's share of it.
+        initial: The adapter that every client starts from, by name; with an executed cut, that of head and tail.
+        adapter: What is trained and exchanged; saves adapters to disk.
+        backbone: The backbone with its tokenizer; with an executed cut, the client's partial model.
+        base: Its frozen weights.
         link: To the server; ``None`` if the cut is not executed.
-        server: The server's share, if it is in this process.
-        peers: The other processes, if this is the first client process of several.
-        crew: All ranks, if this is the first of several that clients are placed on.
-        sharing: This rank's part, if several train one client together.
+        server: The server's part, if it is in this process.
     """
 
     fabric: Fabric
@@ -98,11 +86,9 @@ class Recommender:
     initial: dict[str, Tensor]
     adapter: Any
     backbone: Backbone
+    base: BaseWeights
     link: ServerLink | None = None
-    server: ServerShare | None = None
-    peers: Peers | None = None
-    crew: Crew | None = None
-    sharing: BatchSharing | None = None
+    server: ServerPart | None = None
 
 
 def cache_dir(config: DictConfig) -> Path:
@@ -130,29 +116,35 @@ def build_data(config: DictConfig) -> PreparedData:
     return data
 
 
-def build_recommender(config: DictConfig, data: PreparedData) -> Recommender:
-    """Load or pre-train the backbone, cut it, attach the adapter, and wire objective, ranker and metrics.
+def build_recommender(config: DictConfig, data: PreparedData, fabric: Fabric | None = None) -> Recommender:
+    """Load or pre-train the backbone, cut it, attach the adapter, and connect objective, ranker and metrics.
 
-    With ``split.transport=inprocess`` the cut is executed: the recommender has the client's share, and
-    ``Recommender.server`` the server's. With ``distributed`` this is a client's process, and has the client's share.
+    With ``split.transport=inprocess`` the cut is executed: the recommender has the client's partial model, and
+    ``Recommender.server`` the server's. With ``distributed`` this is a client's process, with the client's part.
+
+    Args:
+        config: The configuration.
+        data: The prepared data.
+        fabric: Device and precision; ``None`` makes one for this process alone.
 
     Raises:
         ConfigError: If settings do not fit together.
         BackboneError: If the backbone cannot be loaded, cut, or adapted.
     """
-    fabric = build_fabric(config)
+    fabric = fabric or build_fabric(config, alone=True)
     backbone, split, transport = build_backbone(config, data), config.split, config.split.transport
-    body = _server_share(config, backbone) if transport == "inprocess" else None
-    link = None if transport == "none" else ServerLink(Nowhere(), Ledger(), split.hidden_dtype)
+    body = _server_model(config, backbone) if transport == "inprocess" else None
+    adapter = make(config.adapter, "adapter")
+    link = None
+    if transport != "none":
+        link = ServerLink(split.hidden_dtype, split.gradient_dtype, trains_body="body" in adapter.parts)
     model = SplitModel(backbone.model, split.head_layers, split.tail_layers, link)
     objective = _objective(config, backbone, data)
     objective.check(model)
     check_prompts(objective, data)
     fabric.to_device(backbone.model)
-    adapter = make(config.adapter, "adapter")
     adapter.attach(backbone.model, backbone.arch, config.seed, model.part_of)
     trainable = adapter.trainable(backbone.model)
-    server = None if body is None else attach_server(config, body, fabric)
     ranker, cold = _ranker(config, objective, data), ColdStart.of(data, config.trainer.cold_users_below)
     module = FellrecModule(
         model=model,
@@ -164,9 +156,19 @@ def build_recommender(config: DictConfig, data: PreparedData) -> Recommender:
         optimizer=OptimizerSettings(config.trainer.learning_rate, config.trainer.weight_decay),
         candidates=_candidates(config),
     )
-    initial = copy_adapter(trainable)
-    datamodule = _datamodule(config, data, objective)
-    return Recommender(fabric, data, cold, datamodule, module, initial, adapter, backbone, link, server)
+    return Recommender(
+        fabric=fabric,
+        data=data,
+        cold=cold,
+        datamodule=_datamodule(config, data, objective),
+        module=module,
+        initial=copy_adapter(trainable),
+        adapter=adapter,
+        backbone=backbone,
+        base=BaseWeights(backbone.model),
+        link=link,
+        server=None if body is None else attach_server(config, body, fabric),
+    )
 
 
 def recommender_key(config: DictConfig) -> str:
@@ -175,21 +177,43 @@ def recommender_key(config: DictConfig) -> str:
     return repr([plain[name] for name in ("backbone", "adapter", "split", "objective", "ranker", "trainer", "seed")])
 
 
-def over_ranks(config: DictConfig) -> bool:
-    """Whether clients are placed on several ranks."""
-    return config.trainer.devices != 1 or config.trainer.num_nodes != 1
+def build_fabric(config: DictConfig, alone: bool = False) -> Fabric:
+    """Lightning's Fabric with the settings of ``trainer``, which have Fabric's meaning.
 
+    With ``strategy=auto`` and several processes, the processes are joined by gloo, whatever the device: clients are not
+    data-parallel replicas, so no gradient is reduced by the strategy.
 
-def build_fabric(config: DictConfig) -> Fabric:
-    """Device and precision of this process."""
-    accelerator = config.trainer.accelerator
-    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
-    uses_cuda = accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available())
-    devices: Any = [local_rank % torch.cuda.device_count()] if uses_cuda and torch.cuda.is_available() else 1
-    # Each process is on its own for Lightning, also under torchrun or srun: clients are not data-parallel replicas.
-    return Fabric(
-        accelerator=accelerator, devices=devices, precision=config.trainer.precision, plugins=[LightningEnvironment()]
-    )
+    Args:
+        config: The configuration.
+        alone: Whether this process has no others, whatever ``trainer.devices`` is.
+
+    Raises:
+        ConfigError: If Fabric refuses the settings.
+    """
+    trainer = config.trainer
+    plugins = [make(plugin, "trainer.plugins") for plugin in trainer.get("plugins") or ()]
+    devices, num_nodes = (1, 1) if alone else launched_devices(trainer.devices, trainer.num_nodes)
+    several = devices != 1 or num_nodes != 1
+    if not several or is_batch_step():  # one process, also in a job of SLURM without srun
+        plugins = plugins or [LightningEnvironment()]
+    strategy: Any = trainer.get("strategy") or "auto"
+    if strategy == "auto" and several:
+        patience = timedelta(seconds=max(trainer.timeout_seconds, _MEETING_SECONDS))
+        strategy = DDPStrategy(process_group_backend="gloo", timeout=patience)
+    try:
+        return Fabric(
+            accelerator=trainer.accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
+            strategy=strategy,
+            precision=trainer.precision,
+            plugins=plugins,
+        )
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"trainer.accelerator={trainer.accelerator}, devices={trainer.devices}, num_nodes={trainer.num_nodes}, "
+            f"strategy={trainer.get('strategy')}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def build_backbone(config: DictConfig, data: PreparedData) -> Backbone:
@@ -210,18 +234,13 @@ def build_backbone(config: DictConfig, data: PreparedData) -> Backbone:
     return tiny_backbone(cache, shaping, lambda backbone: _checked_objective(config, backbone, data), data, cut)
 
 
-def attach_server(config: DictConfig, model: SplitModel, fabric: Fabric) -> ServerShare:
-    """Attach the adapter to the server's share, as a whole model would get it."""
+def attach_server(config: DictConfig, model: SplitModel, fabric: Fabric) -> ServerPart:
+    """Attach the adapter to the server's partial model, as a whole model would get it."""
     adapter = make(config.adapter, "adapter")
     adapter.attach(model.model, model.arch, config.seed, model.part_of)
     fabric.to_device(model.model)
     trainable = adapter.trainable(model.model)
-    return ServerShare(model, adapter, trainable, copy_adapter(trainable))
-
-
-def new_lead(recommender: Recommender, wire: Wire, workers: Sequence[int], body_names: tuple[str, ...]) -> Recommender:
-    """The recommender of the first client process, whose loops train with the others."""
-    return replace(recommender, peers=Peers(wire, workers, body_names))
+    return ServerPart(model, adapter, trainable, copy_adapter(trainable), BaseWeights(model.model))
 
 
 def frozen_parameters(recommender: Recommender) -> dict[str, Tensor]:
@@ -243,7 +262,7 @@ def copy_adapter(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
-def _server_share(config: DictConfig, backbone: Backbone) -> SplitModel:
+def _server_model(config: DictConfig, backbone: Backbone) -> SplitModel:
     """The body's layers, before they leave the client's model."""
     head, tail = config.split.head_layers, config.split.tail_layers
     cut = Cut(head, tail, len(decoder_layers(backbone.model, backbone.arch)))
@@ -299,8 +318,8 @@ def _metrics(
         num_choices=max(1, len(reporting.choices)) if reporting else 1,
         metric=config.trainer.metric,
         num_candidates=config.trainer.sampled_candidates,
-        # Without replicas the first process collects what the others have.
-        sync_on_compute=config.split.transport != "distributed" and not over_ranks(config),
+        # The coordinator collects the metrics of all processes.
+        sync_on_compute=False,
     )
 
 

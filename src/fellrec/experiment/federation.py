@@ -1,187 +1,196 @@
-"""From a composed configuration and a recommender to a federated loop, and to the server of the executed cut."""
+"""From a composed configuration and a recommender to the parts of a federated run, and to its loop."""
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 from lightning import Fabric
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
+from fellrec.aggregation.base import AggregationCallback
 from fellrec.aggregation.build import build_aggregation
-from fellrec.cut.head_cache import HeadCache
+from fellrec.config.compose import as_dict, make
+from fellrec.cut.client_model import CutClientModel
 from fellrec.cut.link import InProcess, Transport
-from fellrec.cut.pipeline import CutSettings, PipelinedTrainer
-from fellrec.cut.processes import LeadExecution
 from fellrec.cut.server import BodyServer, ServerSettings
-from fellrec.distributed.agreement import facts
-from fellrec.distributed.channel import ToServer
-from fellrec.errors import ConfigError
-from fellrec.experiment.build import Recommender, ServerShare
-from fellrec.federated.callback import FederatedCallback
-from fellrec.federated.executor import SplitExecution
+from fellrec.distributed.batch_sharing import BatchSharing
+from fellrec.experiment.build import Recommender, ServerPart
+from fellrec.federated.callback import Events, FederatedCallback
+from fellrec.federated.checkpoint import Persisted
+from fellrec.federated.client_model import ClientModel, WholeClientModel
+from fellrec.federated.evaluator import Evaluator
+from fellrec.federated.exchange import Exchange, Meter
+from fellrec.federated.executor import Executor, SerialExecutor
 from fellrec.federated.ledger import Ledger
-from fellrec.federated.local import LocalSettings
-from fellrec.federated.loop import FederatedLoop, LoopSettings
-from fellrec.federated.state import RunState, Selection
-from fellrec.models.adapters import adapter_bytes
+from fellrec.federated.local import LocalTrainer
+from fellrec.federated.loop import FederatedLoop
+from fellrec.federated.participation import Participation
+from fellrec.federated.population import JobNeeds, Population, SharedAndPersonal
+from fellrec.federated.progress import Progress
+from fellrec.federated.selection import Selection
+from fellrec.federated.settings import ParticipationSettings, TrainerSettings
 from fellrec.models.module import OptimizerSettings
-from fellrec.pool.ranks import RankedExecution
-from fellrec.state.bank import AdapterBank
-
-_BANKS = 7
-"""Copies of all adapters that a side of the executed cut holds: now, best, best per client, two AdamW moments, and two
-of a round's. Where the cut is not executed they are on the disk."""
 
 
-def build_server(config: DictConfig, share: ServerShare, num_clients: int, fabric: Fabric) -> BodyServer:
-    """The server before the first round, every client with the same starting adapter."""
-    rule, trainer = build_aggregation(config.aggregation), config.trainer
-    rows = 1 if rule.pools_clients else num_clients
-    return BodyServer(
-        model=share.model,
-        trainable=share.trainable,
-        state=new_state(share.initial, rows, num_clients, trainer.metric),
+@dataclass(frozen=True)
+class Federation:
+    """The parts of a federated run before its first round.
+
+    Attributes:
+        rule: The aggregation rule.
+        population: Every client with the same starting adapter.
+        participation: Who trains in a round.
+        executor: Where clients train.
+        exchange: What leaves a client and comes back.
+        selection: The best adapters so far.
+        progress: How far the run is.
+        ledger: What crossed between clients and server.
+        settings: Of the trainer.
+        steps_per_round: Optimiser steps of a round in which every client trains.
+    """
+
+    rule: AggregationCallback
+    population: Population
+    participation: Participation
+    executor: Executor
+    exchange: Exchange
+    selection: Selection
+    progress: Progress
+    ledger: Ledger
+    settings: TrainerSettings
+    steps_per_round: int
+
+    @property
+    def persisted(self) -> dict[str, Persisted]:
+        """The parts with state that a resume needs, by name, in the order in which they are loaded."""
+        parts: dict[str, Any] = {
+            "progress": self.progress,
+            "population": self.population,
+            "selection": self.selection,
+            "rule": self.rule,
+            "exchange": self.exchange,
+            "ledger": self.ledger,
+        }
+        return parts | ({"executor": self.executor} if hasattr(self.executor, "state_dict") else {})
+
+    def loop(self, callbacks: Sequence[FederatedCallback] = ()) -> FederatedLoop:
+        """The loop; the rule's own hooks are called before those of the callbacks."""
+        return FederatedLoop(
+            population=self.population,
+            participation=self.participation,
+            executor=self.executor,
+            exchange=self.exchange,
+            rule=self.rule,
+            selection=self.selection,
+            progress=self.progress,
+            events=Events([self.rule, *callbacks]),
+            settings=self.settings,
+            steps_per_round=self.steps_per_round,
+        )
+
+
+def build_federation(config: DictConfig, recommender: Recommender, session: Any = None) -> Federation:
+    """The parts of a run, every client with the same starting adapter.
+
+    Args:
+        config: The configuration.
+        recommender: What all runs of a comparison share.
+        session: The processes of the command (``Session``); ``None`` if there is one.
+    """
+    rule, ledger, seed = build_aggregation(config.aggregation), Ledger(), config.seed
+    trainer = TrainerSettings(**as_dict(config.trainer))
+    num_clients = recommender.data.num_clients
+    server = None
+    if recommender.server is not None:
+        num_rows = len(_population(rule, {}, num_clients, trainer).local_steps)
+        server = build_server(config, recommender.server, num_rows, recommender.fabric)
+    transport = InProcess(server) if server is not None else session.transport() if recommender.link else None
+    local = build_serial(config, recommender, transport, ledger, session and session.sharing)
+    body = recommender.server.initial if recommender.server is not None else {}
+    executor: Executor = local
+    meters: list[Meter] = []
+    if session is not None:
+        num_rows = len(_population(rule, {}, num_clients, trainer).local_steps)
+        body = session.begin(config, recommender, num_rows)
+        executor = pool = session.executor(local, ledger)
+        meters.append(pool.costs)
+    if recommender.link is not None:
+        meters.append(recommender.link.costs)
+    initial = {**recommender.initial, **body}
+    population = _population(rule, {name: initial[name] for name in sorted(initial)}, num_clients, trainer)
+    transforms = [make(node, "exchange.transforms") for node in config.get("exchange", {}).get("transforms", ())]
+    return Federation(
         rule=rule,
-        settings=ServerSettings(
-            seed=config.seed,
-            optimizer=OptimizerSettings(trainer.learning_rate, trainer.weight_decay),
-            reset_optimizer=trainer.reset_optimizer,
-            hidden_dtype=config.split.hidden_dtype,
-            gradient_dtype=config.split.gradient_dtype,
-            checkpoints_kept=trainer.checkpoints_kept,
-        ),
-        autocast=fabric.autocast,
+        population=population,
+        participation=Participation(ParticipationSettings(**as_dict(config.participation)), seed),
+        executor=executor,
+        exchange=Exchange(rule, ledger, transforms, at_server=body, meters=meters),
+        selection=Selection(population, trainer.metric, trainer.select, trainer.patience),
+        progress=Progress(),
+        ledger=ledger,
+        settings=trainer,
+        steps_per_round=sum(local.trainer.num_steps(population.data_of(row)) for row in range(population.num_rows)),
     )
 
 
 def build_loop(
-    config: DictConfig, recommender: Recommender, callbacks: Sequence[FederatedCallback], keeps_state: bool = True
+    config: DictConfig, recommender: Recommender, callbacks: Sequence[FederatedCallback] = (), session: Any = None
 ) -> FederatedLoop:
-    """A federated loop before its first round, every client with the same starting adapter.
+    """A federated loop before its first round, with these callbacks; see `build_federation`."""
+    return build_federation(config, recommender, session).loop(callbacks)
+
+
+def build_serial(
+    config: DictConfig,
+    recommender: Recommender,
+    transport: Transport | None,
+    ledger: Ledger,
+    sharing: BatchSharing | None = None,
+) -> SerialExecutor:
+    """What trains and evaluates in this process.
 
     Args:
         config: The configuration.
-        recommender: What rules share.
-        callbacks: Observers.
-        keeps_state: Whether clients' adapters are kept here; false in a rank that is sent them.
+        recommender: With the model of this process.
+        transport: To the body server, if the recommender has a link.
+        ledger: Records what crosses the cut.
+        sharing: This process's part where several train one client together.
     """
-    aggregation = build_aggregation(config.aggregation)
-    num_clients = recommender.data.num_clients if keeps_state else 1
-    rows = 1 if aggregation.pools_clients else num_clients
+    rule = build_aggregation(config.aggregation)
+    whole = WholeClientModel(recommender.module, recommender.base, rule.local_terms)
+    model: ClientModel = whole
     if recommender.link is not None:
-        _check_memory(recommender.initial, num_clients)
-    trainer = config.trainer
-    loop = FederatedLoop(
-        fabric=recommender.fabric,
-        module=recommender.module,
-        datamodule=recommender.datamodule,
-        aggregation=aggregation,
-        callbacks=callbacks,
-        state=new_state(recommender.initial, rows, num_clients, trainer.metric),
-        settings=LoopSettings(
-            num_rounds=trainer.num_rounds,
-            evaluate_every=trainer.evaluate_every,
-            patience=trainer.patience,
-            select=trainer.select,
-            participation_rate=config.participation.rate,
-            on_failure=config.participation.on_failure,
-            quorum=config.participation.quorum,
-            checkpoints_kept=trainer.checkpoints_kept,
-            seed=config.seed,
-        ),
-        local=LocalSettings(
-            local_epochs=trainer.local_epochs,
-            max_local_steps=trainer.max_local_steps,
-            accumulate_grad_batches=trainer.accumulate_grad_batches,
-            gradient_clip=trainer.gradient_clip,
-            reset_optimizer=trainer.reset_optimizer,
-            warmup_steps=trainer.warmup_steps,
-            learning_rate_decay=trainer.learning_rate_decay,
-            num_rounds=trainer.num_rounds,
-            seed=config.seed,
-        ),
+        assert transport is not None
+        recommender.link.connect(transport, ledger)
+        model = CutClientModel(whole, recommender.link)
+    fabric, module, datamodule = recommender.fabric, recommender.module, recommender.datamodule
+    settings = TrainerSettings(**as_dict(config.trainer))
+    trainer = LocalTrainer(fabric, module, datamodule, model, settings, config.seed, sharing)
+    return SerialExecutor(trainer, Evaluator(fabric, module, datamodule, model))
+
+
+def build_server(config: DictConfig, part: ServerPart, num_rows: int, fabric: Fabric) -> BodyServer:
+    """The body server of a run."""
+    trainer, split = config.trainer, config.split
+    settings = ServerSettings(
+        seed=config.seed,
+        optimizer=OptimizerSettings(trainer.learning_rate, trainer.weight_decay),
+        hidden_dtype=split.hidden_dtype,
+        gradient_dtype=split.gradient_dtype,
+        num_rows=num_rows,
     )
-    loop.trainer.sharing = recommender.sharing
-    if recommender.crew is not None:
-        agreed = facts(recommender.data, recommender.backbone.model, recommender.fabric.device)
-        recommender.crew.begin(OmegaConf.to_yaml(config, resolve=True), agreed)
-        loop.execution = RankedExecution(recommender.crew)
-    if recommender.server is not None:
-        assert recommender.link is not None
-        server = build_server(config, recommender.server, num_clients, recommender.fabric)
-        connect(config, loop, recommender, InProcess(server), tuple(sorted(recommender.server.trainable)))
-    if recommender.peers is not None:
-        peers = recommender.peers
-        execution = connect(config, loop, recommender, ToServer(peers.wire), peers.body_names)
-        loop.execution = LeadExecution(execution.link, execution.trainer, peers.wire, peers.workers)
-    return loop
+    terms = build_aggregation(config.aggregation).local_terms
+    return BodyServer(part.model, part.trainable, settings, fabric.autocast, part.base, terms)
 
 
-def connect(
-    config: DictConfig, loop: FederatedLoop, recommender: Recommender, transport: Transport, body_names: tuple[str, ...]
-) -> SplitExecution:
-    """Let the loop train through the executed cut.
-
-    Args:
-        config: The configuration.
-        loop: With the client's share of the model.
-        recommender: Whose link is connected.
-        transport: To the server.
-        body_names: The server's trainable parameters.
-    """
-    link, split = recommender.link, config.split
-    assert link is not None
-    link.transport, link.ledger = transport, Ledger()
-    settings = CutSettings(split.in_flight, split.hidden_dtype, split.gradient_dtype, body_names)
-    cache = _head_cache(config, loop)
-    trainer = PipelinedTrainer(loop.fabric, loop.module, loop.trainer, link, settings, cache)
-    loop.execution = execution = SplitExecution(link, trainer)
-    return execution
-
-
-def new_state(initial: Mapping[str, Tensor], rows: int, num_clients: int, metric: str) -> RunState:
-    """The state before the first round.
-
-    Args:
-        initial: The adapter that every client starts from.
-        rows: Adapters that are trained: one per client, or one for all.
-        num_clients: Clients that are evaluated.
-        metric: What selection looks at.
-    """
-    start = AdapterBank.replicate(initial, max(rows, num_clients))
-
-    def bank(size: int) -> AdapterBank:
-        return AdapterBank(start.versions[:size], start.kinds)
-
-    return RunState(
-        bank=bank(rows),
-        selection=Selection(metric=metric, bank=bank(rows), client_bank=bank(num_clients)),
-        initial=bank(rows),
-        local_steps=[0] * rows,
-    )
-
-
-def _head_cache(config: DictConfig, loop: FederatedLoop) -> HeadCache | None:
-    """A cache if the head is frozen and draws no random numbers."""
-    kind, model = config.split.head_cache, loop.module.model
-    trains_head = any(model.part_of(name) == "head" for name in loop.module.trainable)
-    if kind == "none" or trains_head or model.has_dropout("head"):
-        return None
-    file = Path(tempfile.mkdtemp(prefix="fellrec-heads-")) / "heads" if kind == "disk" else None
-    return HeadCache(config.split.head_cache_bytes, file)
-
-
-def _check_memory(initial: dict[str, Tensor], num_clients: int) -> None:
-    num_bytes = adapter_bytes(initial)
-    needed = num_bytes * num_clients * _BANKS
-    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > 0.8 * present:
-        raise ConfigError(
-            f"{num_clients} clients with an adapter of {num_bytes / 1e6:.1f} MB each need about "
-            f"{needed / 1e9:.1f} GB of memory, this machine has {present / 1e9:.1f} GB; "
-            "use adapter=lora or fewer clients"
-        )
+def _population(
+    rule: AggregationCallback, initial: Mapping[str, Tensor], num_clients: int, trainer: TrainerSettings
+) -> Population:
+    has_trains = type(rule).trains is not AggregationCallback.trains
+    needs = JobNeeds(rule.trains if has_trains else None, rule.needs_start_loss, trainer.reset_optimizer)
+    if issubclass(rule.population, SharedAndPersonal):
+        return rule.population(initial, num_clients, needs, rule.serves)
+    return rule.population(initial, num_clients, needs)

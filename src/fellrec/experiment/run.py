@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.callbacks.costs import CostMeter
-from fellrec.callbacks.mlflow_logging import DatasetInput, MLflowLogging
+from fellrec.callbacks.mlflow_logging import DatasetInput
+from fellrec.callbacks.outputs import SaveAdapter
 from fellrec.callbacks.preemption import Preemption
-from fellrec.callbacks.progress import RoundProgress
-from fellrec.config.compose import as_dict
+from fellrec.config.compose import as_dict, make
 from fellrec.distributed.memory import peak_bytes
-from fellrec.experiment import Recommender, build_loop, frozen_parameters
+from fellrec.errors import ConfigError
+from fellrec.experiment.build import Recommender, frozen_parameters
+from fellrec.experiment.federation import Federation, build_federation
 from fellrec.experiment.run_dir import check_prompt, new_run_dir, versions, write_evaluation, write_start
+from fellrec.experiment.session import Session
 from fellrec.experiment.storage import storage_of
+from fellrec.federated.base_change import with_changes
 from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.loop import FederatedLoop
+from fellrec.federated.records import FitResult
 from fellrec.launch.preemption import StopSignals
+from fellrec.models.adapters import name_base, save_base
 from fellrec.rankers.reference import PRETRAINED, ReferenceRanker, ReferenceSettings, reference_rankers
 from fellrec.report.comparison import Comparison, RuleResult
 from fellrec.report.export import write_users
 from fellrec.state.files import explaining_full_disks
 from fellrec.state.lock import hold
 from fellrec.tracking.run_log import NewRun, RunLog
-from fellrec.types import Evaluation, RoundRecord
+from fellrec.types import Evaluation
 
 
 class Run:
@@ -38,11 +44,12 @@ class Run:
 
     Args:
         config: The composed configuration; its ``run_dir`` must be new unless ``resume`` is set.
-        recommender: What the rules of a comparison share.
+        recommender: What the runs of a comparison share.
         parent_uid: ``RunLog.uid`` of the run that groups a comparison.
         rule: The rule's name in a comparison, with the settings that vary there; ``None`` for the name alone.
         variant: What tells this run from others of the comparison with the same rule and seed.
         signals: What may ask the run to stop; entered by the command.
+        session: The processes of the command; ``None`` if there is one.
     """
 
     def __init__(
@@ -53,6 +60,7 @@ class Run:
         rule: str | None = None,
         variant: str = "",
         signals: StopSignals | None = None,
+        session: Session | None = None,
     ) -> None:
         self.config = config
         self.recommender = recommender
@@ -62,71 +70,142 @@ class Run:
         self.run_dir = Path(config.run_dir) if config.resume else new_run_dir(config.run_dir, self.label)
         self.parent_uid = parent_uid
         self.signals = signals
+        self.session = session
         self.loop: FederatedLoop | None = None
+        self.result: FitResult | None = None
 
     def execute(self) -> RuleResult:
-        """Train, test, and write everything down.
+        """Train, test, and write all results.
 
         Raises:
             TrainingError: If a client's training diverges; the last checkpoint stays.
-            StorageError: If the disk is full or read-only; so does it then.
+            StorageError: If the disk is full or read-only; so it does then.
         """
         with explaining_full_disks(self.run_dir), hold(self.run_dir):
             return self._execute()
 
     def _execute(self) -> RuleResult:
         config, recommender = self.config, self.recommender
-        loop = self.loop = build_loop(config, recommender, ())
-        checkpoint = Checkpoint(self.run_dir, config.trainer.checkpoint_every)
         check_prompt(self.run_dir, recommender.module.objective)
-        if self._has_checkpoint:
-            checkpoint.resume(loop)
-        else:
+        federation = build_federation(config, recommender, self.session)
+        if not self._has_checkpoint:
             write_start(self.run_dir, config, recommender.data, recommender.module.objective.facts)
-        logging = self._mlflow()
-        clock, meter = _Clock(), CostMeter(config.split.transport, lambda: storage_of(config, recommender))
-        logging.costs = meter
-        loop.callbacks += [
-            RoundProgress(self.label, config.trainer.metric),
-            clock,
-            meter,
-            _Outputs(self, meter),
-            logging,
-            # Last: a round that was stopped before it was logged is run, and logged, again.
-            checkpoint,
-            *([Preemption(self.signals)] if self.signals else []),
-        ]
+        log = self._run_log()
+        callbacks = self._callbacks(federation, log)
+        if self._has_checkpoint:
+            for checkpoint in (c for c in callbacks.values() if isinstance(c, Checkpoint)):
+                checkpoint.resume()
+        last = [Preemption(self.signals)] if self.signals else []
+        loop = self.loop = federation.loop([*callbacks.values(), *last])
         try:
-            evaluation = loop.run()
+            result = self.result = loop.run()
         except BaseException as error:
-            self._say_how_to_resume(error)
+            self._print_how_to_resume(error)
             raise
+        meter = next((c for c in callbacks.values() if isinstance(c, CostMeter)), None)
         return RuleResult(
             rule=self.rule,
             seed=config.seed,
             kind="learned",
-            evaluation=evaluation,
-            seconds_per_round=clock.seconds_per_round,
-            total_seconds=clock.total_seconds,
+            evaluation=result.evaluation,
+            seconds_per_round=0.0 if meter is None else meter.rounds.seconds / max(1, meter.rounds.num_rounds),
+            total_seconds=0.0 if meter is None else meter.total_seconds,
             peak_memory_bytes=peak_bytes(),
-            best_round=loop.state.selection.round_index,
-            validation=loop.state.selection.value,
-            run_id=logging.log.run_id,
+            best_round=result.best_round,
+            validation=result.best_value,
+            run_id=log.run_id,
             variant=self.variant,
-            cost=meter.cost,
+            cost=None if meter is None else meter.cost,
         )
+
+    def _callbacks(self, federation: Federation, log: RunLog) -> dict[str, FederatedCallback]:
+        """The callbacks of the configuration, by name, each with those of the offered objects that it names."""
+        config, recommender = self.config, self.recommender
+        parts = {**federation.persisted}
+        offered: dict[str, Any] = {
+            "config": config,
+            "data": recommender.data,
+            "federation": federation,
+            "ledger": federation.ledger,
+            "log": log,
+            "population": federation.population,
+            "parts": parts,
+            "recommender": recommender,
+            "run_dir": self.run_dir,
+            "title": self.label,
+            "metric": config.trainer.metric,
+            "params": as_dict(config),
+            "dataset": self._dataset(),
+            "max_logged_clients": config.tracking.max_logged_clients,
+            "transport": config.split.transport,
+            "storage": lambda: storage_of(config, recommender),
+            "write_results": self._write_results,
+            "save_adapter": self._save_adapter,
+            "every": config.trainer.checkpoint_every,
+            "keep": config.trainer.checkpoints_kept,
+            "cohort_size": len(federation.participation.rows(federation.population, 0)),
+        }
+        callbacks: dict[str, FederatedCallback] = {}
+        for name, node in config.callbacks.items():
+            if node is None:
+                continue
+            callback = make(node, f"callbacks.{name}", offered)
+            if not isinstance(callback, FederatedCallback):
+                raise ConfigError(f"callbacks.{name}._target_={node._target_} is not a FederatedCallback")
+            callbacks[str(name)] = offered[str(name)] = callback
+        parts["callbacks"] = _States(callbacks)
+        return callbacks
 
     @property
     def _has_checkpoint(self) -> bool:
-        """A run that is to go on and has none was stopped before its first: it starts again."""
+        """A run that is resumed without a checkpoint was stopped before its first: it starts again."""
         return any((self.run_dir / "checkpoints").glob("round_*"))
 
-    def _say_how_to_resume(self, error: BaseException) -> None:
+    def _print_how_to_resume(self, error: BaseException) -> None:
         if self._has_checkpoint:
             what = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
-            sys.stderr.write(f"\n{what}; go on from there: fellrec train resume={self.run_dir}\n")
+            sys.stderr.write(f"\n{what}; resume the run by: fellrec train resume={self.run_dir}\n")
 
-    def _mlflow(self) -> MLflowLogging:
+    def _write_results(self, result: FitResult, more: Mapping[str, Any]) -> None:
+        evaluation, recommender = result.evaluation, self.recommender
+        assert evaluation.first_items is not None
+        about = {
+            "rule": self.rule,
+            "seed": self.config.seed,
+            "cold": recommender.cold.counts(),
+            "num_tied_users": int(evaluation.first_items.is_tied.sum()),
+            **more,
+        }
+        write_evaluation(self.run_dir, evaluation, about)
+        write_users(self.run_dir, evaluation, recommender.data, recommender.cold)
+
+    def _save_adapter(self, result: FitResult) -> SaveAdapter:
+        """Writes adapters for other tools; beside them the base, if the rule has changed it."""
+        recommender = self.recommender
+        adapter, backbone = recommender.adapter, recommender.backbone
+        recommender.base.use(())
+        if recommender.server is not None:
+            recommender.server.base.use(())
+
+        def frozen() -> dict[str, Tensor]:
+            return with_changes(frozen_parameters(recommender), result.base)
+
+        base = self.run_dir / "adapters" / "base" if result.base else None
+        if base is not None:
+            save_base(frozen(), backbone, base)
+
+        def save(tensors: Mapping[str, Tensor], folder: Path) -> None:
+            adapter.save(tensors, backbone, frozen, folder)
+            if base is not None:
+                name_base(folder, base)
+
+        return save
+
+    def _dataset(self) -> DatasetInput:
+        data = self.recommender.data
+        return DatasetInput(data.name, data.key, str(self.config.data.root or "embedded"), data.statistics)
+
+    def _run_log(self) -> RunLog:
         config, data = self.config, self.recommender.data
         tags = {
             "rule": self.rule,
@@ -137,87 +216,36 @@ class Run:
             **{name: value for name, value in versions().items() if name in ("fellrec", "git_commit")},
         }
         new = NewRun(config.tracking.uri, config.tracking.experiment, self.label, tags, self.parent_uid)
-        source = str(config.data.root or "embedded")
-        dataset = DatasetInput(data.name, data.key, source, data.statistics)
-        log = RunLog(self.run_dir, new)
-        return MLflowLogging(log, as_dict(config), dataset, max_clients=config.tracking.max_logged_clients)
+        return RunLog(self.run_dir, new)
 
 
-class _Clock(FederatedCallback):
-    """Measures the rounds and the whole run."""
+class _States:
+    """The states of all callbacks as one part of the checkpoint.
 
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self._rounds: list[float] = []
+    Args:
+        callbacks: By name.
+    """
 
-    @property
-    def seconds_per_round(self) -> float:
-        """Mean wall seconds of training and aggregation, evaluation left out."""
-        return sum(self._rounds) / max(1, len(self._rounds))
+    def __init__(self, callbacks: Mapping[str, FederatedCallback]) -> None:
+        self.callbacks = callbacks
 
-    @property
-    def total_seconds(self) -> float:
-        """Wall seconds since the run began, evaluation included."""
-        return time.perf_counter() - self._started
+    def state_dict(self) -> dict[str, Any]:
+        """See ``Persisted``."""
+        return {name: state for name, callback in self.callbacks.items() if (state := callback.state_dict())}
 
-    def on_round_end(self, loop: FederatedLoop, record: RoundRecord) -> None:
-        """Take the round's time."""
-        self._rounds.append(record.seconds)
-
-
-class _Outputs(FederatedCallback):
-    """Writes the test results and the selected adapters into the run directory."""
-
-    def __init__(self, run: Run, meter: CostMeter) -> None:
-        self.run = run
-        self.meter = meter
-
-    def on_fit_end(self, loop: FederatedLoop) -> None:
-        """Write ``results.json``, what there is of single users, and ``adapters/``."""
-        evaluation, recommender = loop.test_evaluation, self.run.recommender
-        assert evaluation is not None
-        assert evaluation.first_items is not None
-        assert self.meter.cost is not None
-        about = {
-            "rule": self.run.rule,
-            "seed": self.run.config.seed,
-            "cost": self.meter.cost.to_dict(),
-            "cold": recommender.cold.counts(),
-            "num_tied_users": int(evaluation.first_items.is_tied.sum()),
-            **absences(loop),
-        }
-        write_evaluation(self.run.run_dir, evaluation, about)
-        write_users(self.run.run_dir, evaluation, recommender.data, recommender.cold)
-        bank, rows = loop.selected
-        own, elsewhere = loop.state.bank_named(bank), loop.execution.adapters_elsewhere(self.run.run_dir, bank)
-        for row in sorted(row for row in set(rows) if not loop.execution.is_lost(row)):
-            name = f"client_{row:02d}" if len(set(rows)) > 1 else "shared"
-            adapter = {**own.row(row), **{key: stack[row] for key, stack in elsewhere.items()}}
-            adapter = {key: adapter[key] for key in sorted(adapter)}
-            folder = self.run.run_dir / "adapters" / name
-            recommender.adapter.save(adapter, recommender.backbone, lambda: frozen_parameters(recommender), folder)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See ``Persisted``."""
+        for name, callback in self.callbacks.items():
+            if name in state:
+                callback.load_state_dict(state[name])
 
 
-def absences(loop: FederatedLoop) -> dict[str, Any]:
-    """Clients that did not finish a round, by round, and those whose process is gone; empty if all went well."""
-    found = {
-        "dropped_clients": loop.state.extras.get("dropped_clients"),
-        "lost_clients": [client for client in range(loop.num_clients) if loop.execution.is_lost(client)],
-    }
-    return {name: value for name, value in found.items() if value}
-
-
-def absence_message(loop: FederatedLoop) -> str:
-    """The same for people; empty if all went well."""
-    found = absences(loop)
-    lines = [
-        f"Round {round_index} went on without clients {', '.join(map(str, clients))}."
-        for round_index, clients in found.get("dropped_clients", {}).items()
-    ]
-    if "lost_clients" in found:
-        lost = ", ".join(map(str, found["lost_clients"]))
-        lines.append(f"The process of clients {lost} is gone: their users are in no later evaluation.")
-    return "\n".join(lines)
+def failure_message(result: FitResult) -> str:
+    """Which clients did not finish which rounds, for people; empty if all did."""
+    return "\n".join(
+        f"Round {round_index} was aggregated without clients {', '.join(map(str, clients))}."
+        for round_index, clients in result.failed_clients.items()
+    )
 
 
 def rule_name(config: DictConfig) -> str:

@@ -1,158 +1,306 @@
-"""Clients over ranks, ``trainer.devices`` × ``trainer.num_nodes``: what each process is, from meeting to leaving."""
+"""The processes of one command: the coordinator, its workers, and the body server of an executed cut."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning import Fabric
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
+from fellrec.config.compose import as_dict
+from fellrec.cut.link import OverChannel
+from fellrec.cut.serve import serve
+from fellrec.cut.server import BodyServer
 from fellrec.data.prepared import PreparedData
-from fellrec.distributed.agreement import differences, facts
+from fellrec.distributed.agreement import differences, fingerprint
 from fellrec.distributed.batch_sharing import BatchSharing
-from fellrec.distributed.channel import AbortedError, Naming, Wire, rank_name
+from fellrec.distributed.channel import CPU, AbortedError, Channel, Naming
+from fellrec.distributed.message import PROTOCOL_VERSION, Done, Message, Stop
+from fellrec.distributed.processes import (
+    children_of,
+    leave_signals_to_the_coordinator,
+    reporting_lost_processes,
+)
 from fellrec.errors import ConfigError, FellrecError, SplitError
-from fellrec.experiment import Recommender, build_data, build_fabric, build_loop, build_recommender, recommender_key
-from fellrec.experiment.roles import Place, find_place, leave_signals_to_the_lead, waiting_for_news
-from fellrec.federated.loop import FederatedLoop
-from fellrec.pool.crew import LEAD, Crew, rank_groups
-from fellrec.pool.messages import Begin
-from fellrec.pool.ranks import RankWorker
+from fellrec.experiment.build import (
+    Recommender,
+    attach_server,
+    build_data,
+    build_fabric,
+    build_recommender,
+    recommender_key,
+)
+from fellrec.experiment.federation import build_serial, build_server
+from fellrec.federated.ledger import Ledger
+from fellrec.functional.nested import flatten
+from fellrec.models.backbone import DTYPES
+from fellrec.models.partial import fingerprint as fingerprint_of
+from fellrec.models.partial import load_share
+from fellrec.models.split import SplitModel
+from fellrec.pool.executor import PoolExecutor, Worker
+from fellrec.pool.messages import Begin, Begun, ScoreClients, TrainClient
+from fellrec.pool.pool import COORDINATOR, Pool, process_groups
 
 _LOCAL = ("backbone.path", "data.root", "cache_dir")
 """Settings that each process has its own value of."""
+_AGREED = ("seed", "split", "backbone", "adapter", "aggregation", "objective", "trainer", "participation")
+"""Settings that all processes must share."""
 
 
-def num_processes(config: DictConfig, place: Place | None) -> int:
-    """How many processes the run is to have: ``trainer.devices`` × ``trainer.num_nodes``.
-
-    ``trainer.devices=auto`` is as many as there are, or this machine's GPUs if nobody started any.
-    """
-    trainer = config.trainer
-    if trainer.devices != "auto":
-        return int(trainer.devices) * int(trainer.num_nodes)
-    if place is not None:
-        return place.world_size
-    uses_cuda = trainer.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
-    return torch.cuda.device_count() if uses_cuda else 1
-
-
-def processes_to_start(config: DictConfig) -> int:
-    """How many ranks of this machine are still to be started; 0 if torchrun or srun did, or must."""
-    if find_place() is not None or config.trainer.num_nodes != 1 or config.split.transport != "none":
-        return 0
-    return num_processes(config, None) - 1
-
-
-def check_world(config: DictConfig, place: Place | None) -> int:
-    """The number of processes, which is that of the settings.
-
-    Raises:
-        ConfigError: If it is not; says how to start them.
-    """
-    wanted, trainer = num_processes(config, place), config.trainer
-    settings = f"trainer.devices={trainer.devices} × trainer.num_nodes={trainer.num_nodes}"
-    if place is None and wanted > 1:
-        raise ConfigError(
-            f"{settings} needs {wanted} processes, and this is one: start them on each node by srun, or by "
-            f"torchrun --nnodes {trainer.num_nodes} --nproc-per-node {trainer.devices} -m fellrec train …"
-        )
-    if place is not None and place.world_size != wanted:
-        raise ConfigError(
-            f"{settings} needs {wanted} processes, and torchrun or srun started {place.world_size}; "
-            f"start {wanted}, or set trainer.devices=auto"
-        )
-    if wanted % trainer.devices_per_client:
-        raise ConfigError(
-            f"trainer.devices_per_client={trainer.devices_per_client} does not divide the {wanted} processes"
-        )
-    return wanted
-
-
-class Ranks:
-    """The processes of one command, from meeting to leaving.
+class Session:
+    """One process of a command, as soon as all of them are connected.
 
     Args:
         config: The composed configuration, the same in every process.
-        place: This process.
+        fabric: Launched.
     """
 
-    def __init__(self, config: DictConfig, place: Place) -> None:
+    def __init__(self, config: DictConfig, fabric: Fabric) -> None:
         self.config = config
-        self.place = place
-        rank_zero_only.rank = place.rank  # type: ignore[attr-defined]
-        trainer, size, rank = config.trainer, place.world_size, place.rank
-        # What ranks send each other is small and held on the CPU: it needs no NCCL.
-        naming = Naming(rank_name, "trainer.timeout_seconds")
-        self.wire = Wire(rank, size, place.init_method, trainer.timeout_seconds, torch.device("cpu"), naming)
-        self.wire.listen(range(1, size) if rank == LEAD else [LEAD])
-        together = trainer.devices_per_client
-        self.crew = Crew(self.wire, size, together, skips=config.participation.on_failure == "skip")
-        self.sharing: BatchSharing | None = None
-        if together > 1:
-            group, device = rank_groups(size, together)[rank // together], build_fabric(config).device
-            self.sharing = BatchSharing(group, rank, device, trainer.timeout_seconds)
+        self.fabric = fabric
+        self.process, size = fabric.global_rank, fabric.world_size
+        has_server = config.split.transport == "distributed"
+        self.server = size - 1 if has_server else None
+        self.clients = tuple(range(size - 1 if has_server else size))
+        naming = Naming(self.name_of, "split.timeout_seconds" if has_server else "trainer.timeout_seconds")
+        timeout = config.split.timeout_seconds if has_server else config.trainer.timeout_seconds
+        # Without a server, what processes send each other is small and on the CPU.
+        device = fabric.device if has_server else CPU
+        self.channel = Channel(self.process, size, timeout, device, naming)
+        others = {process for process in range(size) if process != self.process}
+        central = {COORDINATOR, self.server}
+        self.channel.listen(sorted(others if self.process in central else others & central))
+        self.pool = Pool(
+            self.channel, self.clients, config.trainer.devices_per_client, config.participation.on_failure == "skip"
+        )
+        self.sharing = self._sharing()
         self._data: PreparedData | None = None
         self._recommender: tuple[str, Recommender] | None = None
+        self._worker: Worker | None = None
 
-    def lead(self, config: DictConfig, data: PreparedData) -> Recommender:
-        """A recommender of rank 0, whose loops train on all ranks."""
-        return replace(build_recommender(config, data), crew=self.crew, sharing=self.sharing)
+    def name_of(self, process: int) -> str:
+        """How messages call a process."""
+        if self.server is None:
+            return f"process {process}"
+        return f"process {process} ({'the server' if process == self.server else 'a client process'})"
+
+    def recommender(self, config: DictConfig, data: PreparedData) -> Recommender:
+        """The coordinator's recommender."""
+        return build_recommender(config, data, self.fabric)
+
+    def begin(self, config: DictConfig, recommender: Recommender, num_rows: int) -> dict[str, Tensor]:
+        """Let all other processes prepare for a run; gives the body's initial adapter, if there is a server.
+
+        Raises:
+            SplitError: If a process differs in what all must agree on.
+        """
+        folder = recommender.backbone.folder
+        message = Begin(
+            OmegaConf.to_yaml(config, resolve=True),
+            self._fingerprint(recommender, folder),
+            "" if folder is None else str(folder.resolve()),
+            num_rows,
+        )
+        body: dict[str, Tensor] = {}
+        if self.server is not None:
+            self.channel.send(self.server, message)
+            answer = self.channel.receive(self.server)
+            if not isinstance(answer, Begun):
+                raise SplitError(f"unexpected message {type(answer).__name__}, expected Begun")
+            body = {name: tensor.cpu() for name, tensor in answer.adapter.items()}
+        self.pool.ask_all(message, Begun)
+        return body
+
+    def transport(self) -> OverChannel:
+        """The connection of this client process to the server."""
+        assert self.server is not None
+        return OverChannel(self.channel, self.server)
+
+    def executor(self, local: Any, ledger: Ledger) -> PoolExecutor:
+        """Carries out jobs on all client processes."""
+        return PoolExecutor(self.pool, local, ledger)
+
+    def close(self) -> None:
+        """The coordinator is done: all other processes may end."""
+        self.pool.close()
+        if self.server is not None:
+            self.channel.send(self.server, Stop())
+            self.channel.receive(self.server)
 
     def follow(self) -> None:
-        """Every other rank: work until the command is over."""
-        RankWorker(self.wire, self._loop).run()
+        """Be a worker or the server until the command is over."""
+        if self.process == self.server:
+            serve(self.channel, self._begin_server, self.pool.skips)
+        else:
+            self._work()
 
-    def _loop(self, begin: Begin) -> FederatedLoop:
-        """What another rank needs for a run that rank 0 begins; data and backbone stay from run to run."""
+    def _work(self) -> None:
+        while not isinstance(message := self.channel.receive(COORDINATOR), Stop):
+            match message:
+                case Begin():
+                    self.channel.send(COORDINATOR, self._begin_worker(message))
+                case TrainClient():
+                    assert self._worker is not None
+                    answer = self._worker.train(message)
+                    if self.sharing is None or self.sharing.position == 0:  # one answers for those that train together
+                        self.channel.send(COORDINATOR, answer)
+                case ScoreClients():
+                    assert self._worker is not None
+                    self.channel.send(COORDINATOR, self._worker.score(message))
+                case _:
+                    raise SplitError(f"unexpected message {type(message).__name__}")
+        self.channel.send(COORDINATOR, Done())
+
+    def _begin_worker(self, begin: Begin) -> Begun:
+        """Data and backbone stay from run to run."""
+        config = self._own(begin)
+        self._data = self._data or build_data(config)
+        key = recommender_key(config)
+        if self._recommender is None or self._recommender[0] != key:
+            self._recommender = None  # the old backbone is freed before the new one is loaded
+            self._recommender = (key, build_recommender(config, self._data, self.fabric))
+        recommender = self._recommender[1]
+        self._agree(begin, self._fingerprint(recommender, recommender.backbone.folder))
+        ledger = Ledger()
+        transport = None if self.server is None else self.transport()
+        local = build_serial(config, recommender, transport, ledger, self.sharing)
+
+        def report(text: str) -> None:
+            self.channel.activity = text
+
+        self._worker = Worker(local, ledger, report, self.channel.check)
+        return Begun()
+
+    def _begin_server(self, begin: Begin) -> tuple[BodyServer, Message]:
+        config = self._own(begin)
+        split = config.split
+        own = as_dict(config.backbone).get("path")
+        folder = Path(own or begin.folder).expanduser()  # each node may have the backbone in a folder of its own
+        self._agree(begin, self._settings() | {"backbone's files": fingerprint_of(folder)})
+        dtype = DTYPES[config.backbone.get("dtype") or "float32"]
+        body = load_share(folder, "server", split.head_layers, split.tail_layers, dtype)
+        part = attach_server(config, SplitModel(body, split.head_layers, split.tail_layers), self.fabric)
+        server = build_server(config, part, begin.num_rows, self.fabric)
+        return server, Begun(part.initial)
+
+    def _own(self, begin: Begin) -> DictConfig:
+        """The coordinator's configuration with this process's own paths."""
         config = OmegaConf.create(begin.config)
         assert isinstance(config, DictConfig)
         for key in _LOCAL:
             if OmegaConf.select(config, key) is not None:
                 OmegaConf.update(config, key, OmegaConf.select(self.config, key))
-        self._data = self._data or build_data(config)
-        key = recommender_key(config)
-        if self._recommender is None or self._recommender[0] != key:
-            self._recommender = None  # the old backbone goes before the new one comes
-            self._recommender = (key, replace(build_recommender(config, self._data), sharing=self.sharing))
-            recommender = self._recommender[1]
-            own = facts(self._data, recommender.backbone.model, recommender.fabric.device)
-            if differing := differences(dict(begin.facts), own):
-                raise SplitError(f"{rank_name(LEAD)} and {rank_name(self.place.rank)} differ in {differing}")
-        return build_loop(config, self._recommender[1], (), keeps_state=False)
+        return config
+
+    def _sharing(self) -> BatchSharing | None:
+        together = self.config.trainer.devices_per_client
+        if together == 1:
+            return None
+        if len(self.clients) % together:
+            raise ConfigError(
+                f"trainer.devices_per_client={together} does not divide the {len(self.clients)} processes"
+            )
+        group = process_groups(self.clients, together)[self.process // together]
+        return BatchSharing(group, self.process, self.fabric.device, self.config.trainer.timeout_seconds)
+
+    def _settings(self) -> dict[str, str]:
+        """The settings and versions that all processes must share, as text."""
+        plain = flatten({name: as_dict(self.config)[name] for name in _AGREED})
+        for key in ("backbone.path", "split.timeout_seconds"):
+            plain.pop(key, None)
+        return {key: repr(value) for key, value in plain.items()} | {"protocol version": str(PROTOCOL_VERSION)}
+
+    def _fingerprint(self, recommender: Recommender, folder: Path | None) -> dict[str, str]:
+        own = fingerprint(recommender.data, recommender.backbone.model, recommender.fabric.device)
+        files = {} if folder is None else {"backbone's files": fingerprint_of(folder)}
+        return self._settings() | own | files
+
+    def _agree(self, begin: Begin, own: dict[str, str]) -> None:
+        theirs = {name: value for name, value in begin.fingerprint.items() if name in own}
+        if differing := differences(theirs, own):
+            raise SplitError(f"{self.name_of(COORDINATOR)} and {self.name_of(self.process)} differ in {differing}")
 
 
-def run_ranks(config: DictConfig, lead: Callable[[Ranks | None], None]) -> None:
-    """Be what this process's rank says.
+def run_processes(config: DictConfig, coordinate: Callable[[Session | None], None]) -> None:
+    """Start the processes that the settings ask for, and be what this one is.
 
     Args:
         config: The composed configuration.
-        lead: Called in rank 0 with the ranks, or with ``None`` if there is one process; trains and reports.
+        coordinate: Called in the coordinator with the session, or with ``None`` if there is one process; trains and
+            reports.
 
     Raises:
-        FellrecError: After the other ranks were told why this one gives up.
+        FellrecError: After the other processes were sent the reason why this one ends.
     """
-    place = find_place()
-    if check_world(config, place) == 1 or place is None:
-        lead(None)
+    fabric = build_fabric(config)
+    check_processes(config, fabric.world_size)
+    if fabric.world_size == 1:
+        coordinate(None)
         return
-    ranks = Ranks(config, place)
+    _launch(fabric, config)
+    with children_of(fabric.strategy.launcher):
+        session = Session(config, fabric)
+        is_coordinator = session.process == COORDINATOR
+        try:
+            if is_coordinator:
+                with reporting_lost_processes(session.channel):
+                    coordinate(session)
+                    session.close()
+            else:
+                leave_signals_to_the_coordinator()
+                session.follow()
+        except FellrecError as error:
+            text = str(error)
+            session.channel.abort(
+                text if text.startswith("process ") else f"{session.name_of(session.process)}: {text}"
+            )
+            is_reported_there = isinstance(error, AbortedError) or COORDINATOR not in session.channel.gone
+            error.already_reported = not is_coordinator and is_reported_there
+            raise
+        except BaseException as error:
+            name = session.name_of(session.process)
+            session.channel.abort(f"{name} stopped: {type(error).__name__}: {error}")
+            raise
+        session.channel.close()
+
+
+def check_processes(config: DictConfig, num_processes: int) -> None:
+    """Refuse a number of processes that the settings cannot use.
+
+    Raises:
+        ConfigError: Says how to start them.
+    """
+    transport, together = config.split.transport, config.trainer.devices_per_client
+    if transport == "distributed" and num_processes < 2:
+        raise ConfigError(
+            "split.transport=distributed needs one process for the server and at least one for clients: "
+            "set trainer.devices=3, or start them by torchrun --nproc-per-node 3 -m fellrec train …, or srun"
+        )
+    if transport == "inprocess" and num_processes > 1:
+        raise ConfigError(
+            f"split.transport=inprocess needs one process, not {num_processes}; give split.transport=distributed"
+        )
+    if transport != "none" and together > 1:
+        raise ConfigError(f"trainer.devices_per_client={together} needs split.transport=none")
+    if num_processes % together:
+        raise ConfigError(f"trainer.devices_per_client={together} does not divide the {num_processes} processes")
+
+
+def _launch(fabric: Fabric, config: DictConfig) -> None:
+    """Start or join the processes.
+
+    Raises:
+        SplitError: If not all of them are there in time.
+    """
     try:
-        if place.rank == LEAD:
-            with waiting_for_news(ranks.wire):
-                lead(ranks)
-            ranks.crew.stop()
-        else:
-            leave_signals_to_the_lead()
-            ranks.follow()
-    except FellrecError as error:
-        ranks.wire.abort(str(error))
-        said_there = isinstance(error, AbortedError) or LEAD not in ranks.wire.gone
-        error.already_reported = place.rank != LEAD and said_there
+        fabric.launch()
+    except FellrecError:
         raise
-    except BaseException as error:
-        ranks.wire.abort(f"{rank_name(place.rank)} stopped: {type(error).__name__}: {error}")
-        raise
-    ranks.wire.close()
+    except Exception as error:  # the store of torch.distributed raises several types
+        raise SplitError(
+            f"process {fabric.global_rank}: not all {fabric.world_size} processes met in time "
+            f"(trainer.timeout_seconds={config.trainer.timeout_seconds:g}): {str(error).splitlines()[0]}"
+        ) from error

@@ -5,11 +5,10 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from fellrec.config.compose import make
-from fellrec.experiment import Recommender
+from fellrec.experiment.build import Recommender
 from fellrec.models.backbone import DTYPES
 from fellrec.models.partial import empty_body
-from fellrec.models.split import SplitModel
-from fellrec.planning.measure import bytes_of_parts
+from fellrec.models.split import SplitModel, bytes_of_parts
 from fellrec.report.costs import Storage
 
 
@@ -24,7 +23,7 @@ def storage_of(config: DictConfig, recommender: Recommender) -> Storage:
     client = held["head"] + held["tail"]
     if recommender.server is not None:
         body = recommender.server.model
-    elif recommender.peers is not None:
+    elif config.split.transport == "distributed":
         body = _server_elsewhere(config, recommender)
     else:
         return Storage(client, held["body"])

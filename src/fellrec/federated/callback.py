@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from fellrec.errors import unknown
-from fellrec.types import Aggregated, ClientUpdate, Evaluation, RoundRecord, Updates
-
-if TYPE_CHECKING:
-    from fellrec.federated.loop import FederatedLoop
+from fellrec.federated.records import Aggregated, FitResult, FitStart, Job, RoundRecord, Trained, Updates
+from fellrec.types import Evaluation
 
 
 class FederatedCallback:
-    """Base of everything in the loop's ``callbacks=[…]``.
+    """Base of everything in the loop's list of callbacks.
 
-    Hooks run in the order in which they stand here and get frozen records. A method that starts with ``on_`` and is
-    none of them is refused when the class is created, because ``Fabric.call`` would never call it and say nothing.
+    Hooks run in the order in which they are defined here and receive frozen records. A method whose name starts with
+    ``on_`` and that is not a hook is refused when the class is created.
 
     Example:
         >>> class Misspelt(FederatedCallback):
-        ...     def on_round_strat(self, loop, round_index): ...
+        ...     def on_round_strat(self, round_index): ...
         Traceback (most recent call last):
         TypeError: Misspelt: unknown hook 'on_round_strat'; choose from: on_round_start, ...
     """
+
+    events: Events
+    """The loop's events, set when the run starts; ``self.events.stop()`` ends the run after the current round."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse misspelt hooks.
 
         Raises:
-            TypeError: If the class has a method ``on_…`` that is no hook; the nearest names come first.
+            TypeError: If the class has a method ``on_…`` that is not a hook; the nearest names come first.
         """
         super().__init_subclass__(**kwargs)
         for name, value in vars(cls).items():
@@ -36,49 +38,72 @@ class FederatedCallback:
             if name.startswith("on_") and is_method and name not in HOOKS:
                 raise TypeError(f"{cls.__name__}: {unknown('hook', name, HOOKS)}")
 
-    def on_fit_start(self, loop: FederatedLoop) -> None:
+    def on_fit_start(self, fit: FitStart) -> None:
         """Before the first round; also after a resume."""
 
-    def on_round_start(self, loop: FederatedLoop, round_index: int) -> None:
+    def on_round_start(self, round_index: int) -> None:
         """Before the cohort of round ``round_index`` (from 0) trains."""
 
-    def on_client_start(self, loop: FederatedLoop, client: int) -> None:
-        """Before client ``client`` (index in the population) trains."""
+    def on_client_start(self, job: Job) -> None:
+        """Before a client trains."""
 
-    def on_step_end(self, loop: FederatedLoop, loss: float) -> None:
-        """After one optimiser step of the client that trains; ``loss`` is that step's. Called often: keep it cheap."""
+    def on_step_end(self, loss: float) -> None:
+        """After an optimiser step of the client that trains, with the step's loss. Called often: keep it cheap."""
 
-    def on_client_end(self, loop: FederatedLoop, update: ClientUpdate) -> None:
-        """After a client trained; ``update`` has its loss, samples, steps and seconds."""
+    def on_client_end(self, trained: Trained) -> None:
+        """After a client trained; its result is stored."""
 
-    def on_aggregate_start(self, loop: FederatedLoop, updates: Updates) -> None:
-        """After the whole cohort trained; ``updates`` is what the aggregation will see."""
+    def on_aggregate_start(self, updates: Updates) -> None:
+        """After the whole cohort trained; ``updates`` is what the aggregation rule sees."""
 
-    def on_aggregate_end(self, loop: FederatedLoop, aggregated: Aggregated) -> None:
+    def on_aggregate_end(self, aggregated: Aggregated) -> None:
         """After the aggregation; ``aggregated`` has the next adapters, matrices and values per client."""
 
-    def on_evaluate_start(self, loop: FederatedLoop, stage: str) -> None:
+    def on_evaluate_start(self, stage: str) -> None:
         """Before an evaluation on ``stage``, ``"val"`` or ``"test"``."""
 
-    def on_evaluate_end(self, loop: FederatedLoop, evaluation: Evaluation) -> None:
+    def on_evaluate_end(self, evaluation: Evaluation) -> None:
         """After an evaluation; ``evaluation`` names its stage and round."""
 
-    def on_round_end(self, loop: FederatedLoop, record: RoundRecord) -> None:
-        """After a round is complete, its evaluation included; ``record`` has all of it."""
+    def on_round_end(self, record: RoundRecord) -> None:
+        """After a round is complete, its evaluation included."""
 
-    def on_fit_end(self, loop: FederatedLoop) -> None:
-        """After the last round, on success."""
+    def on_fit_end(self, result: FitResult) -> None:
+        """After the test of a run that succeeded."""
 
-    def on_exception(self, loop: FederatedLoop, error: BaseException) -> None:
+    def on_exception(self, error: BaseException) -> None:
         """When ``error`` ends the run; it is raised again afterwards."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resume needs to go on as if nothing had happened; empty unless overridden."""
+        """What a resume needs: JSON values, tensors and ``StoredTensors``; empty unless overridden."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` gave."""
 
 
 HOOKS = tuple(name for name in vars(FederatedCallback) if name.startswith("on_"))
 """Names of all hooks, in the order in which the loop calls them."""
+
+
+class Events:
+    """Calls the hooks of all callbacks, in the order of the list.
+
+    Args:
+        callbacks: The aggregation rule first, then the observers.
+    """
+
+    def __init__(self, callbacks: Sequence[FederatedCallback] = ()) -> None:
+        self.callbacks = list(callbacks)
+        self.is_stopping = False
+        for callback in self.callbacks:
+            callback.events = self
+
+    def stop(self) -> None:
+        """End the run after the current round; the selected adapters are tested as usual."""
+        self.is_stopping = True
+
+    def call(self, hook: str, *records: object) -> None:
+        """Call one hook of every callback."""
+        for callback in self.callbacks:
+            getattr(callback, hook)(*records)

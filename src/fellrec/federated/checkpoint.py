@@ -1,10 +1,11 @@
-"""A run's state on disk: small manifests that say which version of its tensors each client has, and those versions.
+"""A run's state on disk: one small manifest a checkpoint, and the files of the tensors that it names.
 
-    checkpoints/round_00012.json          the manifest: scalars, and a file's name for every client of every bank
-    checkpoints/clients/000034.….safetensors     one client's adapter, or its optimiser state; written once
-    checkpoints/ledger_00012.json         what crossed between the checkpoint before it and this one
+    checkpoints/round_00012.json                  JSON state of all parts, with a file's name for every stored version
+    checkpoints/tensors/000034.….safetensors      stored versions; each is written once
+    checkpoints/tensors/parts.00012.safetensors   tensors that parts hold themselves, such as a rule's moments
 
-Every file is written beside its place, flushed and renamed, and has a checksum.
+Every file is written beside its place, flushed and renamed, and has a checksum. One manifest for all parts keeps them
+consistent: a checkpoint is there as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -12,208 +13,214 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from fellrec.errors import CheckpointError, TrainingError
-from fellrec.federated.state import RunState
-from fellrec.state.bank import AdapterBank
 from fellrec.state.files import make_folder, read_checked, sync_folder, write_checked, writing
 from fellrec.state.tensor_store import SUFFIX, StoredTensors, check_file, map_tensors, write_tensors
 
-CLIENTS = "clients"
-"""Folder of the versions, below that of the manifests."""
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints in the run directory."""
+TENSORS = "tensors"
+"""Folder of the tensors' files, below that of the manifests."""
 
-_PREFIX, _MORE = "round_", "more"
-_FORMAT = 2
+_PREFIX = "round_"
+_FORMAT = 3
+_STORED, _TENSOR, _PARTS = "stored", "tensor", "parts"
 
 log = logging.getLogger(__name__)
 
 
-def save_state(folder: Path, state: RunState, more: Mapping[str, Tensor] | None = None, keep: int = 2) -> Path:
-    """Write ``folder/round_<n>.json`` and the versions it names that are not on the disk yet; drop what is older.
+class Persisted(Protocol):
+    """A part of a run with state that a resume needs.
+
+    A state is made of JSON values, and of ``Tensor`` and ``StoredTensors`` anywhere in it.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state now."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state that `state_dict` gave."""
+
+
+class CheckpointFolder:
+    """Writes and reads the checkpoints of a run.
 
     Args:
-        folder: The run's ``checkpoints`` folder; made if absent.
-        state: State between two rounds.
-        more: Further tensors that `load_state` gives back.
+        folder: The run's ``checkpoints`` folder; made when something is written.
         keep: Checkpoints that stay on disk.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        StorageError: If something cannot be written; the checkpoints that are there stay as they are.
     """
-    make_folder(folder / CLIENTS)
-    for version, stem in _unwritten(state):
-        state.tensor_store.number += 1
-        version.persist(folder / CLIENTS / f"{stem}.{state.tensor_store.number:08d}{SUFFIX}")
-    manifest = _manifest(state)
-    if more:
-        path = folder / CLIENTS / f"{_MORE}.{state.round_index:05d}{SUFFIX}"
-        write_tensors(path, more)
-        manifest[_MORE] = path.name
-    final = _path(folder, state.round_index)
-    write_checked(final, manifest)
-    _drop_old(folder, keep)
-    return final
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    @property
+    def tensors(self) -> Path:
+        """Folder of the tensors' files."""
+        return self.folder / TENSORS
+
+    def save(self, parts: Mapping[str, Persisted], round_index: int) -> Path:
+        """Write a checkpoint and remove what only older ones need.
+
+        Args:
+            parts: By name; loaded in the same order.
+            round_index: Rounds that are done.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            StorageError: If something cannot be written; the checkpoints that are there stay as they are.
+        """
+        make_folder(self.tensors)
+        own: dict[str, Tensor] = {}
+        written: dict[int, str] = {}
+        states = {
+            name: self._encode(part.state_dict(), f"{round_index:05d}", own, written, name)
+            for name, part in parts.items()
+        }
+        manifest: dict[str, Any] = {
+            "format": _FORMAT,
+            "round_index": round_index,
+            "files": sorted(set(written.values())),
+        }
+        if own:
+            manifest[_PARTS] = f"{_PARTS}.{round_index:05d}{SUFFIX}"
+            write_tensors(self.tensors / manifest[_PARTS], own)
+        path = self._path(round_index)
+        write_checked(path, {**manifest, "states": states})
+        self._remove_old()
+        return path
+
+    def rounds(self) -> list[int]:
+        """Rounds of the checkpoints that are whole, ascending; a warning names what is damaged."""
+        checked: dict[str, str] = {}
+        return [number for number in self._numbers() if self._read_or_warn(number, checked) is not None]
+
+    def load(self, parts: Mapping[str, Persisted], round_index: int | None = None) -> int:
+        """Let parts continue from a checkpoint.
+
+        Args:
+            parts: As in `save`, of the same run before its first round. Checkpoints may have further parts.
+            round_index: Rounds that were done when it was written; ``None`` for the newest that is whole.
+
+        Returns:
+            The round.
+
+        Raises:
+            TrainingError: If there is no such checkpoint.
+            CheckpointError: If it is damaged, or for ``None``, if all are.
+        """
+        numbers = self._numbers()
+        if not numbers or round_index not in (None, *numbers):
+            what = "checkpoint" if round_index is None else f"checkpoint of round {round_index}"
+            raise TrainingError(f"nothing to resume: no {what} in {self.folder}")
+        checked: dict[str, str] = {}
+        if round_index is not None:
+            manifest: dict[str, Any] | None = self._read(round_index, checked)
+        else:
+            manifest = next((m for n in reversed(numbers) if (m := self._read_or_warn(n, checked)) is not None), None)
+        if manifest is None:
+            raise CheckpointError(f"nothing to resume: every checkpoint in {self.folder} is damaged")
+        own = map_tensors(self.tensors / manifest[_PARTS]) if _PARTS in manifest else {}
+        decode = _decoder(own, self._opener(checked))
+        for name, part in parts.items():
+            if name in manifest["states"]:
+                part.load_state_dict(decode(manifest["states"][name]))
+        return int(manifest["round_index"])
+
+    def _encode(self, value: Any, label: str, own: dict[str, Tensor], written: dict[int, str], where: str) -> Any:
+        """JSON of a state; its tensors go to ``own``, and stored versions that have no file yet are written."""
+        if isinstance(value, StoredTensors):
+            if id(value) not in written:
+                if value.path is None:
+                    value.persist(self.tensors / f"{where.replace('/', '.')}.{label}{SUFFIX}")
+                assert value.path is not None
+                written[id(value)] = value.path.name
+            return {_STORED: written[id(value)]}
+        if isinstance(value, Tensor):
+            own[where] = value
+            return {_TENSOR: where}
+        if isinstance(value, Mapping):
+            return {str(k): self._encode(v, label, own, written, f"{where}/{k}") for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._encode(item, label, own, written, f"{where}/{place}") for place, item in enumerate(value)]
+        return value
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{_PREFIX}{number:05d}.json"
+
+    def _numbers(self) -> list[int]:
+        return sorted(int(path.stem.removeprefix(_PREFIX)) for path in self.folder.glob(f"{_PREFIX}*.json"))
+
+    def _read(self, number: int, checked: dict[str, str]) -> dict[str, Any]:
+        """A manifest, all of whose files are whole; the checksums that were computed are added to ``checked``."""
+        path = self._path(number)
+        manifest: dict[str, Any] = read_checked(path)
+        if manifest.get("format") != _FORMAT:
+            raise CheckpointError(
+                f"{path} has checkpoint format {manifest.get('format')}, this version of fellrec reads {_FORMAT}; "
+                "the run cannot be resumed, start it again"
+            )
+        for name in _files(manifest):
+            if name not in checked:
+                checked[name] = check_file(self.tensors / name)["checksum"]
+        return manifest
+
+    def _read_or_warn(self, number: int, checked: dict[str, str]) -> dict[str, Any] | None:
+        try:
+            return self._read(number, checked)
+        except CheckpointError as error:
+            log.warning("the checkpoint of round %d is not used: %s", number, error)
+            return None
+
+    def _opener(self, checked: Mapping[str, str]) -> Callable[[str], StoredTensors]:
+        """Gives the stored version in a file, the same object whenever it is asked."""
+        known: dict[str, StoredTensors] = {}
+
+        def opened(name: str) -> StoredTensors:
+            if name not in known:
+                known[name] = StoredTensors(path=self.tensors / name, checksum=checked[name])
+            return known[name]
+
+        return opened
+
+    def _remove_old(self) -> None:
+        """Remove all manifests but the last ones, then every file that none of those needs."""
+        needed: set[str] = set()
+        with writing(self.folder):
+            numbers = self._numbers()
+            for number in numbers[: -self.keep]:
+                self._path(number).unlink()
+            for number in numbers[-self.keep :]:
+                try:
+                    needed |= set(_files(read_checked(self._path(number))))
+                except CheckpointError:  # it cannot be used, so what it alone needs is not needed either
+                    continue
+            sync_folder(self.folder)
+            for path in self.tensors.iterdir():
+                if path.name not in needed:
+                    path.unlink()
 
 
-def rounds_on_disk(folder: Path) -> list[int]:
-    """Rounds of the checkpoints below ``folder`` that are whole, ascending; a warning names what is damaged."""
-    checked: dict[str, str] = {}
-    return [number for number in _numbers(folder) if _read_or_warn(folder, number, checked) is not None]
-
-
-def load_state(folder: Path, state: RunState, round_index: int | None = None) -> dict[str, Tensor]:
-    """Read a checkpoint below ``folder`` into a fresh ``state``.
-
-    Args:
-        folder: The run's ``checkpoints`` folder.
-        state: A state of the same run before its first round.
-        round_index: Rounds that were done when it was written; ``None`` for the newest that is whole.
-
-    Returns:
-        The further tensors that were given to `save_state`.
-
-    Raises:
-        TrainingError: If there is no such checkpoint.
-        CheckpointError: If it is damaged, or for ``None``, if all are.
-    """
-    numbers = _numbers(folder)
-    if not numbers or round_index not in (None, *numbers):
-        what = "checkpoint" if round_index is None else f"checkpoint of round {round_index}"
-        raise TrainingError(f"nothing to resume: no {what} in {folder}")
-    checked: dict[str, str] = {}
-    if round_index is not None:
-        manifest: dict[str, Any] | None = _read(folder, round_index, checked)
-    else:
-        manifest = next((m for n in reversed(numbers) if (m := _read_or_warn(folder, n, checked)) is not None), None)
-    if manifest is None:
-        raise CheckpointError(f"nothing to resume: every checkpoint in {folder} is damaged")
-    _restore(state, manifest, _versions(folder, checked))
-    return map_tensors(folder / CLIENTS / manifest[_MORE]) if _MORE in manifest else {}
-
-
-def _path(folder: Path, number: int) -> Path:
-    return folder / f"{_PREFIX}{number:05d}.json"
-
-
-def _numbers(folder: Path) -> list[int]:
-    return sorted(int(path.stem.removeprefix(_PREFIX)) for path in folder.glob(f"{_PREFIX}*.json"))
-
-
-def _banks(state: RunState) -> dict[str, AdapterBank]:
-    return {name: state.bank_named(name) for name in ("current", "best", "best_per_client")}
-
-
-def _unwritten(state: RunState) -> list[tuple[StoredTensors, str]]:
-    """Versions that are in memory only, each once, and what their files' names begin with."""
-    found: dict[int, tuple[StoredTensors, str]] = {}
-    for bank in _banks(state).values():
-        counts: dict[int, int] = {}
-        for version in bank.versions:
-            counts[id(version)] = counts.get(id(version), 0) + 1
-        for client, version in enumerate(bank.versions):
-            if version.path is None:
-                stem = "shared" if counts[id(version)] > 1 else f"{client:06d}"
-                found.setdefault(id(version), (version, stem))
-    for client, version in state.optimizers.items():
-        if version.path is None:
-            found.setdefault(id(version), (version, f"{client:06d}"))
-    return list(found.values())
-
-
-def _manifest(state: RunState) -> dict[str, Any]:
-    selection = state.selection
-    names = {key: [_name(version) for version in bank.versions] for key, bank in _banks(state).items()}
-    return {
-        "format": _FORMAT,
-        "round_index": state.round_index,
-        "number": state.tensor_store.number,
-        "local_steps": state.local_steps,
-        "rounds_without_gain": state.rounds_without_gain,
-        "extras": state.extras,
-        "selection": {
-            "value": selection.value,
-            "round_index": selection.round_index,
-            "client_values": selection.client_values,
-            "client_rounds": selection.client_rounds,
-        },
-        "banks": names,
-        "optimizers": {str(client): _name(version) for client, version in state.optimizers.items()},
-    }
-
-
-def _name(version: StoredTensors) -> str:
-    assert version.path is not None
-    return version.path.name
-
-
-def _files(manifest: Mapping[str, Any]) -> set[str]:
+def _files(manifest: Mapping[str, Any]) -> list[str]:
     """Names of all files that a checkpoint needs."""
-    names = {name for bank in manifest["banks"].values() for name in bank}
-    return names | set(manifest["optimizers"].values()) | ({manifest[_MORE]} if _MORE in manifest else set())
+    return [*manifest["files"], *([manifest[_PARTS]] if _PARTS in manifest else [])]
 
 
-def _read(folder: Path, number: int, checked: dict[str, str]) -> dict[str, Any]:
-    """A manifest, all of whose files are whole; the checksums that were computed are added to ``checked``."""
-    manifest: dict[str, Any] = read_checked(_path(folder, number))
-    for name in sorted(_files(manifest)):
-        if name not in checked:
-            checked[name] = check_file(folder / CLIENTS / name)["checksum"]
-    return manifest
+def _decoder(own: Mapping[str, Tensor], opened: Callable[[str], StoredTensors]) -> Callable[[Any], Any]:
+    def decode(value: Any) -> Any:
+        if isinstance(value, dict):
+            if set(value) == {_STORED}:
+                return opened(value[_STORED])
+            if set(value) == {_TENSOR}:
+                return torch.clone(own[value[_TENSOR]])
+            return {key: decode(item) for key, item in value.items()}
+        return [decode(item) for item in value] if isinstance(value, list) else value
 
-
-def _read_or_warn(folder: Path, number: int, checked: dict[str, str]) -> dict[str, Any] | None:
-    try:
-        return _read(folder, number, checked)
-    except CheckpointError as error:
-        log.warning("the checkpoint of round %d is left out: %s", number, error)
-        return None
-
-
-def _versions(folder: Path, checked: Mapping[str, str]) -> Callable[[str], StoredTensors]:
-    """Gives the version in a file, the same one whenever it is asked."""
-    known: dict[str, StoredTensors] = {}
-
-    def version(name: str) -> StoredTensors:
-        if name not in known:
-            known[name] = StoredTensors(path=folder / CLIENTS / name, checksum=checked[name])
-        return known[name]
-
-    return version
-
-
-def _restore(state: RunState, manifest: Mapping[str, Any], version: Callable[[str], StoredTensors]) -> None:
-    for key, bank in _banks(state).items():
-        names = manifest["banks"][key]
-        if len(names) != len(bank):
-            raise TrainingError(f"the checkpoint has {len(names)} clients, this run has {len(bank)}")
-        bank.versions = [version(name) for name in names]
-    state.optimizers = {int(client): version(name) for client, name in manifest["optimizers"].items()}
-    state.tensor_store.number = manifest["number"]
-    for name in ("round_index", "local_steps", "rounds_without_gain", "extras"):
-        setattr(state, name, manifest[name])
-    for name, value in manifest["selection"].items():
-        setattr(state.selection, name, value)
-
-
-def _drop_old(folder: Path, keep: int) -> None:
-    """Remove all manifests but the last ``keep``, then every file that none of those needs."""
-    needed: set[str] = set()
-    with writing(folder):
-        numbers = _numbers(folder)
-        for number in numbers[:-keep]:
-            _path(folder, number).unlink()
-        for number in numbers[-keep:]:
-            try:
-                needed |= _files(read_checked(_path(folder, number)))
-            except CheckpointError:  # it cannot be used, so what it alone needed is of no use either
-                continue
-        sync_folder(folder)
-        for path in (folder / CLIENTS).iterdir():
-            if path.name not in needed:
-                path.unlink()
+    return decode

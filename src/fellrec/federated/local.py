@@ -1,66 +1,50 @@
-"""Local training of one client: its adapter in the backbone, its data, its optimiser state."""
+"""Local training of one client in one round: the same loop for the whole model and through the cut."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
 from itertools import islice
+from typing import Any
 
 import torch
 from lightning import Fabric
+from torch import Tensor
 
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.distributed.batch_sharing import BatchSharing
+from fellrec.distributed.memory import peak_bytes
 from fellrec.errors import FellrecError, SplitError, TrainingError
+from fellrec.federated.client_model import ClientModel
+from fellrec.federated.records import Job, Trained, not_finite
+from fellrec.federated.settings import TrainerSettings
+from fellrec.federated.slot import LocalSlot, Slot, clip_factor
 from fellrec.functional.rng import derive_seed
 from fellrec.functional.schedules import DECAYS
 from fellrec.models.module import FellrecModule, PreparesSteps
 from fellrec.models.streams import OF_LOSS, StreamPosition, training_seed
-from fellrec.types import ClientUpdate
+from fellrec.state.tensor_store import StoredTensors
 
-Batch = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class LocalSettings:
-    """How a client trains in one round.
-
-    Attributes:
-        local_epochs: Passes over the client's data, at least 1.
-        max_local_steps: Upper bound on the optimiser steps of one round, ``None`` for no bound.
-        accumulate_grad_batches: Batches whose gradients make one optimiser step.
-        gradient_clip: Largest gradient norm, ``None`` for no clipping.
-        reset_optimizer: Forget the client's optimiser state at the start of a round.
-        warmup_steps: The learning rate rises linearly over the client's first steps, counted over all rounds.
-        learning_rate_decay: How the learning rate falls to 0 over the run's rounds: ``"linear"``, ``"cosine"``, or
-            ``"none"``.
-        num_rounds: Rounds of the run.
-        seed: Seed of the run; batch order and dropout depend on (seed, round, client) only.
-    """
-
-    local_epochs: int = 1
-    max_local_steps: int | None = None
-    accumulate_grad_batches: int = 1
-    gradient_clip: float | None = 1.0
-    reset_optimizer: bool = False
-    warmup_steps: int = 0
-    learning_rate_decay: str = "none"
-    num_rounds: int = 1
-    seed: int = 0
+Batch = dict[str, Tensor]
+OnStep = Callable[[float], None]
 
 
 class LocalTrainer:
-    """Trains the adapter that is in the module on one client's data.
+    """Trains one client after the other, each with its own adapter, data and optimiser state.
+
+    A client's result is a function of its job and the seed of the run: batch order and dropout depend on (seed, round,
+    row) only.
 
     Args:
         fabric: Device and precision.
-        module: The recommender; its trainable parameters hold the client's adapter.
+        module: The recommender; ``module.training_step`` computes the local loss.
         datamodule: Batches by client.
-        optimizer: Over the module's trainable parameters.
-        settings: How to train.
-        sharing: This rank's part where several train one client together; ``None`` to train alone.
+        model: Puts the client's parameters into the module.
+        settings: How clients train.
+        seed: Of the run.
+        sharing: This process's part where several processes train one client together; ``None`` to train alone.
     """
 
     def __init__(
@@ -68,93 +52,174 @@ class LocalTrainer:
         fabric: Fabric,
         module: FellrecModule,
         datamodule: FellrecDataModule,
-        optimizer: torch.optim.Optimizer,
-        settings: LocalSettings,
+        model: ClientModel,
+        settings: TrainerSettings,
+        seed: int,
         sharing: BatchSharing | None = None,
     ) -> None:
         self.fabric = fabric
         self.module = module
         self.datamodule = datamodule
-        self.optimizer = optimizer
+        self.model = model
         self.settings = settings
+        self.seed = seed
         self.sharing = sharing
 
-    def num_steps(self, client: int | None) -> int:
-        """Optimiser steps that one round of this client takes; the pooled client may take those of all clients."""
-        batches = self.datamodule.num_batches(client)
+    def num_steps(self, data_of: int | None) -> int:
+        """Optimiser steps of one round on a client's data; pooled data may take those of all clients."""
+        batches = self.datamodule.num_batches(data_of)
         steps = self.settings.local_epochs * -(-batches // self.settings.accumulate_grad_batches)
-        clients = 1 if client is not None else self.datamodule.data.num_clients
+        clients = 1 if data_of is not None else self.datamodule.data.num_clients
         return min(steps, clients * self.settings.max_local_steps) if self.settings.max_local_steps else steps
 
-    def train(
-        self, client: int, data_of: int | None, round_index: int, first_step: int, on_step: Callable[[float], None]
-    ) -> ClientUpdate:
-        """Run one round of local training in place.
+    def train(self, job: Job, on_step: OnStep) -> Trained:
+        """Run one round of local training.
 
         Args:
-            client: Index of the client, for seeds and messages.
-            data_of: Client whose data is used; ``None`` is the pooled data of all.
-            round_index: Round, from 0.
-            first_step: Optimiser steps that this client took in earlier rounds.
-            on_step: Called after every step with the batch's mean loss.
+            job: What to train.
+            on_step: Called after every optimiser step with its mean loss.
 
         Raises:
             TrainingError: If a loss or the adapter is not finite, or something else fails; names client and round.
         """
         started = time.perf_counter()
-        seed_of_loss = training_seed(self.settings.seed, round_index, client)
-        seed = seed_of_loss if self.sharing is None else self.sharing.seed(seed_of_loss)
-        position = StreamPosition(seed, seed_of_loss)
-        self.module.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        total, num_targets, steps = 0.0, 0, 0
-        devices = [self.fabric.device] if self.fabric.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), self.module.model.streams.using(position):
-            torch.manual_seed(seed)
-            for step_total, count in self._take_steps(client, data_of, round_index, first_step):
-                loss = step_total / count
-                if not math.isfinite(loss):
-                    raise TrainingError(diverged(client, round_index, steps, loss))
-                total, num_targets, steps = total + step_total, num_targets + count, steps + 1
-                on_step(loss)
-        self._check_finite(client, round_index)
-        return ClientUpdate(
-            client=client,
-            num_samples=self.datamodule.num_samples(data_of),
-            num_steps=steps,
+        with self.model.training(job) as slot:
+            start_loss = self._start_loss(job) if job.needs_start_loss else None
+            total, num_targets, steps = 0.0, 0, 0
+            with self._random_numbers(job):
+                for step_total, count in self._steps(job, slot):
+                    loss = step_total / count
+                    if not math.isfinite(loss):
+                        raise TrainingError(_diverged(job, steps, loss))
+                    total, num_targets, steps = total + step_total, num_targets + count, steps + 1
+                    on_step(loss)
+            state = slot.state()
+        for name, tensor in state.adapter.items():  # the last step can spoil the adapter after its loss was finite
+            if not bool(tensor.isfinite().all()):
+                raise TrainingError(not_finite(name, job.row, job.round_index))
+        return Trained(
+            job=job,
+            adapter=StoredTensors(state.adapter),
+            optimizer=StoredTensors(state.optimizer),
             loss=total / max(num_targets, 1),
+            num_samples=self.datamodule.num_samples(job.data_of),
+            num_steps=steps,
             seconds=time.perf_counter() - started,
+            start_loss=start_loss,
+            tensors=StoredTensors(state.tensors),
+            peak_bytes=peak_bytes(),
         )
 
-    def steps(self, client: int, data_of: int | None, round_index: int) -> Iterator[list[Batch]]:
-        """The batches of each optimiser step of one round, on the device; an epoch's last step may have fewer."""
-        left, together = self.num_steps(data_of), self.settings.accumulate_grad_batches
+    def batches(self, job: Job) -> Iterator[list[Batch]]:
+        """The batches of each optimiser step of a round, on the device; an epoch's last step may have fewer."""
+        left, together = self.num_steps(job.data_of), self.settings.accumulate_grad_batches
         for epoch in range(self.settings.local_epochs):
-            seed = derive_seed(self.settings.seed, "order", round_index, client, epoch)
-            batches = iter(self.datamodule.train_loader(data_of, seed))
+            seed = derive_seed(self.seed, "order", job.round_index, job.row, epoch)
+            batches = iter(self.datamodule.train_loader(job.data_of, seed))
             while left and (step := [self.fabric.to_device(batch) for batch in islice(batches, together)]):
                 left -= 1
                 yield step
 
-    def _take_steps(
-        self, client: int, data_of: int | None, round_index: int, first_step: int
-    ) -> Iterator[tuple[float, int]]:
-        """Take one round's local steps; gives each one's loss, summed over its targets, and their number."""
+    def learning_rate(self, step: int, progress: float) -> float:
+        """The optimiser's step size.
+
+        Args:
+            step: Of the client in all rounds, from 0.
+            progress: Fraction of the run that is over, in [0, 1).
+        """
+        warmup = self.settings.warmup_steps
+        risen = min(1.0, (step + 1) / warmup) if warmup else 1.0
+        return self.settings.learning_rate * risen * DECAYS[self.settings.learning_rate_decay](progress)
+
+    def _progress(self, job: Job, step: int) -> float:
+        rounds = max(self.settings.num_rounds, job.round_index + 1)
+        return (job.round_index + step / self.num_steps(job.data_of)) / rounds
+
+    def _steps(self, job: Job, slot: Slot) -> Iterator[tuple[float, int]]:
+        """Take one round's optimiser steps; gives each one's loss, summed over its targets, and their number."""
+        self.module.train()
         try:
-            for step, batches in enumerate(self.steps(client, data_of, round_index)):
-                self._set_learning_rate(first_step + step, self.progress(round_index, step, data_of))
-                self._prepare_step(round_index, step)
-                yield self._step(batches)
+            for step, batches in enumerate(self.batches(job)):
+                self._prepare_step(job.round_index, step)
+                yield self._step(slot, batches, self.learning_rate(job.first_step + step, self._progress(job, step)))
         except SplitError as error:
-            raise SplitError(f"{error}, in the training of client {client} in round {round_index}") from error
+            raise SplitError(f"{error}, in the training of client {job.row} in round {job.round_index}") from error
         except FellrecError:
             raise
         except Exception as error:  # out of memory or a mistake in an objective: the client cannot finish
             first_line = (str(error).splitlines() or [""])[0]
             raise TrainingError(
-                f"the training of client {client} failed in round {round_index} with {type(error).__name__}: "
+                f"the training of client {job.row} failed in round {job.round_index} with {type(error).__name__}: "
                 f"{first_line} (--debug shows where)"
             ) from error
+
+    def _step(self, slot: Slot, batches: list[Batch], learning_rate: float) -> tuple[float, int]:
+        count = sum(len(batch["targets"]) for batch in batches)
+        if self.sharing is None:
+            total = self._backward(slot, batches, count, len(batches))
+        else:
+            total = self._backward_together(slot, batches, count, self.sharing)
+        largest = self.settings.gradient_clip
+        factor = 1.0 if largest is None or not math.isfinite(total) else clip_factor(slot.norms(), largest)
+        slot.step(factor, learning_rate)
+        return total, count
+
+    def _backward(self, slot: Slot, batches: Iterable[Batch], count: int, num_batches: int) -> float:
+        """Add the gradients of the batches' loss, divided by ``count``; gives the loss's sum over the targets."""
+        total = 0.0
+        for number, batch in enumerate(batches):
+            is_last = number == num_batches - 1
+            slot.before_backward(is_last and self.settings.gradient_clip is not None)
+            with self.fabric.autocast():
+                output: dict[str, Any] = self.module.training_step(batch, number)
+            loss_sum = output["loss_sum"] if "loss_sum" in output else output["loss"] * len(batch["targets"])
+            self.fabric.backward(loss_sum / count)
+            total += float(loss_sum.detach())
+        return total
+
+    def _backward_together(self, slot: Slot, batches: list[Batch], count: int, sharing: BatchSharing) -> float:
+        """The same where several processes train the client: each takes its rows, and gradients are summed."""
+        assert isinstance(slot, LocalSlot), "trainer.devices_per_client needs the whole model in every process"
+        total, error = float("nan"), None
+        try:
+            total = self._backward(slot, self._own_rows(batches, sharing), count, len(batches))
+        except Exception as failure:  # the other processes of the group must be told, whatever it is
+            error = failure
+        return sharing.combine(list(slot.parameters.values()), total, error)
+
+    def _own_rows(self, batches: list[Batch], sharing: BatchSharing) -> Iterator[Batch]:
+        """This process's rows of the batches; each batch has its own random numbers of the loss."""
+        for batch in batches:
+            mine = sharing.share(batch)
+            if mine is None:
+                self.module.model.streams.skip(OF_LOSS)
+            else:
+                yield mine
+
+    @torch.no_grad()
+    def _start_loss(self, job: Job) -> float:
+        """Mean loss over the client's training targets at the received adapter, without dropout."""
+        self.module.eval()
+        total, count = 0.0, 0
+        seed = derive_seed(self.seed, "start_loss", job.round_index, job.row)
+        with self._random_numbers(job, seed):
+            for batch in self.datamodule.train_loader(job.data_of, seed):
+                with self.fabric.autocast():
+                    output = self.module.training_step(self.fabric.to_device(batch), 0)
+                targets = len(batch["targets"])
+                total, count = total + float(output["loss"]) * targets, count + targets
+        return total / max(count, 1)
+
+    @contextmanager
+    def _random_numbers(self, job: Job, seed: int | None = None) -> Iterator[None]:
+        """While this lasts, random numbers are those of the client's round; the global generators are restored."""
+        seed_of_loss = training_seed(self.seed, job.round_index, job.row) if seed is None else seed
+        own = seed_of_loss if self.sharing is None else self.sharing.seed(seed_of_loss)
+        devices = [self.fabric.device] if self.fabric.device.type == "cuda" else []
+        position = StreamPosition(own, seed_of_loss)
+        with torch.random.fork_rng(devices=devices), self.module.model.streams.using(position):
+            torch.manual_seed(own)
+            yield
 
     def _prepare_step(self, round_index: int, step: int) -> None:
         objective = self.module.objective
@@ -163,75 +228,9 @@ class LocalTrainer:
             with self.fabric.autocast():
                 objective.prepare_step(self.module.model, round_index, step)
 
-    def progress(self, round_index: int, step: int, data_of: int | None) -> float:
-        """The share of the run that is over before a step of a round, both from 0; in [0, 1)."""
-        return (round_index + step / self.num_steps(data_of)) / max(self.settings.num_rounds, round_index + 1)
 
-    def learning_rate(self, step: int, progress: float) -> float:
-        """The optimiser's step size.
-
-        Args:
-            step: Of the client in all rounds, from 0.
-            progress: See ``progress``.
-        """
-        warmup, full = self.settings.warmup_steps, self.module.optimizer_settings.learning_rate
-        risen = min(1.0, (step + 1) / warmup) if warmup else 1.0
-        return full * risen * DECAYS[self.settings.learning_rate_decay](progress)
-
-    def _step(self, batches: list[Batch]) -> tuple[float, int]:
-        count = sum(len(batch["targets"]) for batch in batches)
-        parameters = list(self.module.trainable.values())
-        if self.sharing is None:
-            total = self._backward(batches, count)
-        else:
-            total, error = float("nan"), None
-            try:
-                total = self._backward(self._shares(batches, self.sharing), count)
-            except Exception as failure:  # the others of the group must hear of it, whatever it is
-                error = failure
-            total = self.sharing.combine(parameters, total, error)
-        if self.settings.gradient_clip is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, self.settings.gradient_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total, count
-
-    def _shares(self, batches: list[Batch], sharing: BatchSharing) -> Iterator[Batch]:
-        """This rank's rows of the batches, one batch after the other: each has its own random numbers of the loss."""
-        for batch in batches:
-            mine = sharing.share(batch)
-            if mine is None:
-                self.module.model.streams.skip(OF_LOSS)
-            else:
-                yield mine
-
-    def _backward(self, batches: Iterable[Batch], count: int) -> float:
-        """Add the gradients of the batches' loss, divided by ``count``, and return the loss's sum over the targets."""
-        total = 0.0
-        for batch in batches:
-            with self.fabric.autocast():
-                batch_total, _ = self.module.objective.loss(self.module.model, batch)
-            self.fabric.backward(batch_total / count)
-            total += float(batch_total.detach())
-        return total
-
-    def _check_finite(self, client: int, round_index: int) -> None:
-        """A last step can spoil the adapter after its loss was finite."""
-        for name, parameter in self.module.trainable.items():
-            if not bool(parameter.isfinite().all()):
-                raise TrainingError(
-                    f"{name} of client {client} is not finite after local training in round {round_index}; "
-                    "lower trainer.learning_rate"
-                )
-
-    def _set_learning_rate(self, step: int, progress: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step, progress)
-
-
-def diverged(client: int, round_index: int, step: int, loss: float) -> str:
-    """Word the message for a loss that is not finite."""
+def _diverged(job: Job, step: int, loss: float) -> str:
     return (
-        f"the training loss of client {client} became {loss} in round {round_index}, local step {step}; "
+        f"the training loss of client {job.row} became {loss} in round {job.round_index}, local step {step}; "
         "lower trainer.learning_rate or check the data"
     )

@@ -1,120 +1,247 @@
-"""One client's adapter while it is trained beside others: tensors, gradients and optimiser of its own."""
+"""One side's part of one client's parameters while the client is trained: values, gradients, optimiser."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fellrec.federated.state import OptimizerState
-from fellrec.models.module import OptimizerSettings
-from fellrec.models.streams import StreamPosition
+from fellrec.federated.records import Job
+from fellrec.federated.terms import LocalTerm, TermContext
+from fellrec.types import Adapter
+
+BuildOptimizer = Callable[[], torch.optim.Optimizer]
+"""Makes the optimiser over the parameters that are in the model now."""
 
 
-class AdapterSlot:
-    """Holds what a client's local training changes, so that several clients can be under way in one backbone.
+@dataclass(frozen=True)
+class SlotState:
+    """What a slot begins with and ends with.
+
+    Attributes:
+        adapter: By parameter.
+        optimizer: Optimiser state by ``parameter|key``.
+        anchors: Other adapters by ``name|parameter``.
+        tensors: Tensors of the client by ``name|parameter``.
+        trains: Parameters that are trained; ``None`` for all.
+    """
+
+    adapter: Adapter
+    optimizer: Adapter = field(default_factory=dict)
+    anchors: Adapter = field(default_factory=dict)
+    tensors: Adapter = field(default_factory=dict)
+    trains: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, job: Job) -> SlotState:
+        """What a job begins with."""
+        anchors = {f"{name}|{key}": t for name, stored in job.anchors.items() for key, t in stored.tensors().items()}
+        return cls(job.adapter.tensors(), job.optimizer.tensors(), anchors, job.tensors.tensors(), job.trains)
+
+    def part(self, names: Sequence[str]) -> SlotState:
+        """The part of one side, which has the parameters ``names``."""
+        wanted = set(names)
+
+        def second(tensors: Adapter) -> dict[str, Tensor]:
+            return {key: tensor for key, tensor in tensors.items() if key.partition("|")[2] in wanted}
+
+        return SlotState(
+            adapter={name: self.adapter[name] for name in names},
+            optimizer={key: t for key, t in self.optimizer.items() if key.partition("|")[0] in wanted},
+            anchors=second(self.anchors),
+            tensors=second(self.tensors),
+            trains=None if self.trains is None else tuple(name for name in self.trains if name in wanted),
+        )
+
+    def joined(self, other: SlotState) -> SlotState:
+        """Both sides' parts together, parameters in order of their names."""
+        adapter = {**self.adapter, **other.adapter}
+        return SlotState(
+            {name: adapter[name] for name in sorted(adapter)},
+            {**self.optimizer, **other.optimizer},
+            {**self.anchors, **other.anchors},
+            {**self.tensors, **other.tensors},
+            self.trains,
+        )
+
+
+class Slot(Protocol):
+    """Where the gradients of a client's local step end up; in this process, or on both sides of a cut."""
+
+    def before_backward(self, wants_norms: bool) -> None:
+        """Called before every backward pass; ``wants_norms`` if `norms` is called after it."""
+
+    def norms(self) -> dict[str, float]:
+        """Norm of each parameter's gradient in this step, local terms included; without those that have none."""
+
+    def step(self, clip_factor: float, learning_rate: float) -> None:
+        """Scale the gradients, take the optimiser step, and clear the gradients."""
+
+    def state(self) -> SlotState:
+        """Adapter, optimiser state and tensors as they are now, copied to the CPU."""
+
+
+class LocalSlot:
+    """The parameters of one client, with an optimiser of their own, in this process.
 
     Args:
-        canonical: The backbone's own parameters, for types and devices.
-        adapter: The client's adapter, parameter name → tensor; copied.
-        optimizer: AdamW's settings.
-        optimizer_state: Of the client's earlier rounds, by parameter name; taken over.
-        streams: The client's random numbers of this round.
+        parameters: The client's own parameters, by name; see ``new_parameters``.
+        begin: What the slot begins with.
+        optimizer: Over those of the parameters that are trained; ``None`` if there are none.
+        terms: Local terms of the rule.
     """
 
     def __init__(
         self,
-        canonical: Mapping[str, nn.Parameter],
-        adapter: Mapping[str, Tensor],
-        optimizer: OptimizerSettings,
-        optimizer_state: OptimizerState,
-        streams: StreamPosition,
+        parameters: Mapping[str, nn.Parameter],
+        begin: SlotState,
+        optimizer: torch.optim.Optimizer | None,
+        terms: Sequence[LocalTerm] = (),
     ) -> None:
-        self.canonical = canonical
-        self.streams = streams
-        self.parameters = {
-            name: nn.Parameter(adapter[name].to(parameter.device, parameter.dtype, copy=True))
-            for name, parameter in canonical.items()
-        }
-        self._optimizer = optimizer.build(list(self.parameters.values())) if self.parameters else None
-        if self._optimizer is not None:
-            load_optimizer(self._optimizer, self.parameters, optimizer_state)
+        self.parameters = parameters
+        self.terms = terms
+        self._trained = {name: p for name, p in parameters.items() if p.requires_grad}
+        self._begin = begin
+        self._optimizer = optimizer
+        self._has_corrected = False
+        if optimizer is not None:
+            load_optimizer(optimizer, self._trained, begin.optimizer)
+        self._context = self._new_context() if terms else TermContext({})
 
-    def add_gradients(self, gradients: Iterable[Tensor | None]) -> None:
-        """Add gradients to those of the step so far.
+    def before_backward(self, wants_norms: bool) -> None:
+        """Nothing to do: gradients are in the parameters."""
 
-        Args:
-            gradients: One per parameter in order of the names; ``None`` where there is none.
-        """
-        for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-
-    def norms(self) -> Tensor:
-        """``[P]`` float32: the norm of each parameter's gradient by sorted name, -1 where there is none."""
-        gradients = [parameter.grad for parameter in self.parameters.values()]
-        found = [torch.linalg.vector_norm(g).float() if g is not None else torch.tensor(-1.0) for g in gradients]
-        return torch.stack([norm.cpu() for norm in found]) if found else torch.empty(0)
+    def norms(self) -> dict[str, float]:
+        """See ``Slot``."""
+        self._correct()
+        gradients = {name: p.grad for name, p in self._trained.items() if p.grad is not None}
+        if not gradients:
+            return {}
+        found = torch.stack([torch.linalg.vector_norm(gradient).float() for gradient in gradients.values()])
+        return dict(zip(gradients, found.tolist(), strict=True))
 
     def step(self, clip_factor: float, learning_rate: float) -> None:
-        """Scale the gradients, take one optimiser step, and forget them."""
+        """See ``Slot``."""
         if self._optimizer is None:
             return
+        self._context.learning_rate = learning_rate
+        self._correct()
         if clip_factor != 1.0:
-            for parameter in self.parameters.values():
+            for parameter in self._trained.values():
                 if parameter.grad is not None:
                     parameter.grad.mul_(torch.tensor(clip_factor, dtype=torch.float32).to(parameter.grad.device))
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        self._has_corrected = False
+        self._context.num_steps += 1
 
-    def optimizer_state(self) -> OptimizerState:
-        """The optimiser's state for the next round, by parameter name."""
-        return {} if self._optimizer is None else read_optimizer(self._optimizer, self.parameters)
+    def state(self) -> SlotState:
+        """See ``Slot``; the optimiser state of parameters that were not trained is that of the beginning."""
+        tensors = dict(self._begin.tensors)
+        for term in self.terms:
+            for name, values in term.finish(self._trained, self._context).items():
+                tensors |= {f"{name}|{key}": tensor for key, tensor in values.items()}
+        kept = {key: t for key, t in self._begin.optimizer.items() if key.partition("|")[0] not in self._trained}
+        trained = {} if self._optimizer is None else read_optimizer(self._optimizer, self._trained)
+        return SlotState(_copies(self.parameters), _copies({**kept, **trained}), {}, _copies(tensors))
+
+    def _correct(self) -> None:
+        """Apply the local terms to the gradients, once a step."""
+        if self._has_corrected or not self.terms:
+            return
+        self._has_corrected = True
+        for term in self.terms:
+            loss = term.loss(self._trained, self._context)
+            if loss is not None:
+                loss.backward()
+        gradients = {name: p.grad for name, p in self._trained.items() if p.grad is not None}
+        for term in self.terms:
+            term.correct(gradients, self._context)
+
+    def _new_context(self) -> TermContext:
+        device = next(iter(self.parameters.values())).device if self.parameters else torch.device("cpu")
+
+        def nested(tensors: Adapter) -> dict[str, dict[str, Tensor]]:
+            found: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+            for key, tensor in tensors.items():
+                name, _, parameter = key.partition("|")
+                found[name][parameter] = tensor.to(device)
+            return dict(found)
+
+        received = {name: tensor.to(device) for name, tensor in self._begin.adapter.items()}
+        return TermContext(received, nested(self._begin.anchors), nested(self._begin.tensors))
+
+
+def new_parameters(canonical: Mapping[str, nn.Parameter], begin: SlotState) -> dict[str, nn.Parameter]:
+    """Parameters of one client, with the types and on the devices of the model's own.
+
+    Args:
+        canonical: The model's own parameters, by name.
+        begin: The values, and which of them are trained.
+    """
+    trains = begin.trains
+    return {
+        name: nn.Parameter(
+            begin.adapter[name].to(parameter.device, parameter.dtype, copy=True),
+            requires_grad=trains is None or name in trains,
+        )
+        for name, parameter in canonical.items()
+    }
 
 
 def load_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: OptimizerState
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]
 ) -> None:
-    """Let an optimiser go on from a client's state.
+    """Let an optimiser continue from a client's state.
 
     Args:
         optimizer: Over these parameters.
         parameters: By name.
-        state: By the same names; what is missing starts anew. Taken over.
+        state: By ``parameter|key``; parameters that are absent start with an empty state. Copied.
     """
-    optimizer.state = defaultdict(dict)
-    for name, of in state.items():
-        parameter = parameters[name]
-        # AdamW keeps its step counter on the CPU.
-        optimizer.state[parameter] = {
-            key: value if key == "step" else value.to(parameter.device) for key, value in of.items()
-        }
+    found: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+    for path, value in state.items():
+        name, _, key = path.partition("|")
+        if name in parameters:
+            parameter = parameters[name]
+            # AdamW keeps its step counter on the CPU.
+            found[parameter][key] = value.to("cpu" if key == "step" else parameter.device, copy=True)
+    optimizer.state = defaultdict(dict, found)
 
 
-def read_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> OptimizerState:
-    """An optimiser's state by the names of its parameters; those that never had a gradient have none."""
-    return {name: dict(optimizer.state[p]) for name, p in parameters.items() if optimizer.state.get(p)}
+def read_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """An optimiser's state by ``parameter|key``; parameters that never had a gradient have none."""
+    return {
+        f"{name}|{key}": torch.as_tensor(value)
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
 def clip_factor(norms: Mapping[str, float], largest: float | None) -> float:
     """What all gradients of a step are multiplied by, as ``torch.nn.utils.clip_grad_norm_`` does.
 
     Args:
-        norms: Norm of each parameter's gradient, by name; negative ones stand for no gradient.
-        largest: Largest norm of all of them together, ``None`` for no clipping.
+        norms: Norm of each parameter's gradient, by name.
+        largest: Largest norm of all of them together; ``None`` for no clipping.
 
     Example:
-        >>> round(clip_factor({"a": 3.0, "b": 4.0, "c": -1.0}, 1.0), 6)
+        >>> round(clip_factor({"a": 3.0, "b": 4.0}, 1.0), 6)
         0.2
         >>> clip_factor({"a": 0.5}, 1.0)
         1.0
     """
     if largest is None:
         return 1.0
-    present = [norms[name] for name in sorted(norms) if norms[name] >= 0 or norms[name] != norms[name]]
-    total = torch.linalg.vector_norm(torch.tensor(present, dtype=torch.float32))
+    total = torch.linalg.vector_norm(torch.tensor([norms[name] for name in sorted(norms)], dtype=torch.float32))
     return float(torch.clamp(largest / (total + 1e-6), max=1.0))
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}

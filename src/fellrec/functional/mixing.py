@@ -6,6 +6,8 @@ their concatenation nor a float64 copy of them ever exists; with a ``LazyStack``
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
@@ -204,6 +206,33 @@ class Mixture(LazyStack):
         """``[N, columns]`` in the type and on the device of the senders' tensors."""
         block = self._source.block(name, columns)
         return (_widen(self._matrix.to(block.device)) @ _widen(block)).to(block.dtype)
+
+
+class MixtureOfGroups(LazyStack):
+    """A `Mixture` in which every parameter is mixed by the matrix of its group; those without one are left out.
+
+    Args:
+        matrices: Group → ``[N, N]`` mixing matrix.
+        group_of: Gives the group of a parameter.
+        stack: Adapters, name → ``[N, *shape]``; as for a `Mixture`.
+
+    Example:
+        >>> swap, keep = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.eye(2)
+        >>> stack = {"a": torch.tensor([[1.0], [2.0]]), "b": torch.tensor([[3.0], [4.0]]), "c": torch.zeros(2, 1)}
+        >>> {k: v.flatten().tolist() for k, v in MixtureOfGroups({"a": swap, "b": keep}, str, stack).items()}
+        {'a': [2.0, 1.0], 'b': [3.0, 4.0]}
+    """
+
+    def __init__(self, matrices: Mapping[str, Tensor], group_of: Callable[[str], str], stack: AdapterStack) -> None:
+        source = as_lazy(stack)
+        shapes = {name: shape for name, shape in source.shapes.items() if group_of(name) in matrices}
+        super().__init__(shapes, source.num_rows)
+        mixtures = {group: Mixture(matrix, stack) for group, matrix in matrices.items()}
+        self._mixture_of = {name: mixtures[group_of(name)] for name in shapes}
+
+    def block(self, name: str, columns: slice) -> Tensor:
+        """As in a `Mixture`."""
+        return self._mixture_of[name].block(name, columns)
 
 
 class MovedAdapters(LazyStack):

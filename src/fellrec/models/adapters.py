@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import cast_adapter_dtype
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -170,6 +171,29 @@ class FullAdapter:
         backbone.model.config.save_pretrained(folder)
         backbone.tokenizer.save_pretrained(folder)
         _write({**frozen(), **adapter}, folder / SAFE_WEIGHTS_NAME)
+
+
+def save_base(weights: Mapping[str, torch.Tensor], backbone: Any, folder: Path) -> None:
+    """Write a changed base as a plain transformers folder.
+
+    Args:
+        weights: All frozen parameters by name; PEFT's names of wrapped layers become those of the plain model.
+        backbone: The ``Backbone``, for its configuration and tokenizer.
+        folder: Where.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    backbone.model.config.save_pretrained(folder)
+    backbone.tokenizer.save_pretrained(folder)
+    plain = {name.replace(".base_layer.", "."): tensor for name, tensor in weights.items() if "lora_" not in name}
+    _write(plain, folder / SAFE_WEIGHTS_NAME)
+
+
+def name_base(folder: Path, base: Path) -> None:
+    """Let the adapter in a folder name a changed base as the model that it belongs to."""
+    path = folder / CONFIG_NAME
+    if path.is_file():
+        config = json.loads(path.read_text())
+        write_atomically(path, json.dumps({**config, "base_model_name_or_path": str(base)}, indent=2).encode())
 
 
 def parse_parts(layers: str) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -163,16 +163,22 @@ class FellrecModule(LightningModule):
         self._choice: int | None = None
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int = 0) -> dict[str, Any]:
-        """Mean loss over the batch's targets under ``loss``, and their number under ``num_targets``."""
+        """The local loss of a batch, in ``lightning.Trainer`` and in a federated round alike.
+
+        Returns:
+            ``loss``, the mean over the batch's targets; ``loss_sum``, their sum, which a round divides by the targets
+            of all batches of an optimiser step; ``num_targets``.
+        """
         total, num_targets = self.objective.loss(self.model, batch)
         loss = total / num_targets
         if self._trainer is not None:
             self.log("train/loss", loss, prog_bar=True, batch_size=num_targets)
-        return {"loss": loss, "num_targets": num_targets}
+        return {"loss": loss, "loss_sum": total, "num_targets": num_targets}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW over the adapter's parameters."""
-        return self.optimizer_settings.build(list(self.trainable.values()))
+        """AdamW over the adapter's trained parameters that are in the model now."""
+        parameters = [self.model.model.get_parameter(name) for name in self.trainable]
+        return self.optimizer_settings.build([parameter for parameter in parameters if parameter.requires_grad])
 
     @torch.no_grad()
     def score_batch(self, batch: dict[str, Tensor], keep_rankings: bool = False) -> None:
@@ -222,6 +228,16 @@ class FellrecModule(LightningModule):
             sampled = [target_ranks(scores_BI, *targets, *masked, titles, drawn_BI) for scores_BI in of_choices]
             sampled_GT = torch.stack(sampled)
         self.metrics.update(batch["users"], batch["clients"], ranks_GT, batch["target_rows"], report, first, sampled_GT)
+
+    def take_metrics(self) -> tuple[tuple[Tensor, ...], ...]:
+        """All users' metrics so far, which are removed here; for the process that evaluates."""
+        return (tuple(self.metrics.take()),)
+
+    def add_metrics(self, taken: Sequence[Sequence[Tensor]]) -> None:
+        """Add what another process's `take_metrics` gave."""
+        for users in taken:
+            if len(users[0]):
+                self.metrics.add(*users)
 
     @property
     def chooses_on_validation(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -71,10 +72,34 @@ class Cut:
 
 
 class BodyLink(Protocol):
-    """What a client's model needs of the server: the body's output for a hidden state, no gradients."""
+    """What a client's model needs of the server: the body's output for a hidden state, and gradients of it.
+
+    Attributes:
+        trains_body: Whether the server trains something.
+    """
+
+    trains_body: bool
 
     def run_body(self, hidden: Tensor, mask: Tensor | None, positions: str, cache: int | None) -> Tensor:
         """The body's output ``[B, L, D]`` for the head's ``[B, L, D]``; see ``positions_of`` for ``positions``."""
+
+    def forward(self, hidden: tuple[Tensor, ...], keeps_graph: bool, needs_gradient: bool) -> tuple[Any, Any]:
+        """The body's outputs in training for the head's outputs of one micro-batch, and a handle for `backward`.
+
+        Args:
+            hidden: ``[B, L, D]`` for each forward pass.
+            keeps_graph: Whether `backward` follows.
+            needs_gradient: Whether gradients of ``hidden`` are wanted.
+        """
+
+    def backward(self, handle: Any, gradients: tuple[Tensor, ...], like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Gradients of the hidden states for those of the body's outputs; empty if they are not wanted.
+
+        Args:
+            handle: From `forward`.
+            gradients: ``[B, L, D]`` for each forward pass.
+            like: Tensors with the types and on the devices of the hidden states.
+        """
 
     def select_rows(self, source: int, target: int, rows: Tensor | None) -> None:
         """Let the server's cache ``target`` be the rows of its cache ``source``, all of them for ``None``."""
@@ -169,6 +194,33 @@ class RemoteBody(RemoteLayer):
 
     def _remember(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._call = {name: kwargs.get(name) for name in ("attention_mask", "position_ids", "past_key_values")}
+
+
+class _RemoteFunction(torch.autograd.Function):
+    """The body's layers on a server as one operation of the client's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, link: BodyLink, trained: Tensor, *heads: Tensor) -> tuple[Tensor, ...]:
+        """The body's outputs; ``trained`` lets a frozen head's output have a gradient function."""
+        needs_gradient = any(ctx.needs_input_grad[2:])
+        outputs, ctx.handle = link.forward(heads, True, needs_gradient)
+        ctx.link, ctx.like = link, tuple(head.new_empty(0) for head in heads)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        """Ask the server for the gradients of the heads' outputs; its own stay there."""
+        arrived = ctx.link.backward(ctx.handle, gradients, ctx.like)
+        return None, None, *(arrived or (None,) * len(gradients))
+
+
+def remote_body(link: BodyLink, heads: Sequence[Tensor]) -> list[Tensor]:
+    """The body's outputs ``[B, L, D]`` in training for the head's outputs of one micro-batch, differentiable."""
+    if torch.is_grad_enabled() and (link.trains_body or any(head.requires_grad for head in heads)):
+        trained = torch.zeros((), requires_grad=link.trains_body)
+        return list(_RemoteFunction.apply(link, trained, *heads))  # type: ignore[no-untyped-call]
+    outputs, _ = link.forward(tuple(heads), False, False)
+    return list(outputs)
 
 
 class NoPositions(nn.Module):

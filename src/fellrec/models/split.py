@@ -9,7 +9,7 @@ Shape letters: B rows, L tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -30,6 +30,7 @@ from fellrec.models.remote import (
     keep_client_share,
     masked_positions,
     remember_length,
+    remote_body,
     with_layers,
 )
 from fellrec.models.streams import LayerStreams
@@ -125,6 +126,17 @@ class SplitModel(nn.Module):
             hidden_BLD = self.body(hidden_BLD, attention_mask)
         return self.tail(hidden_BLD, attention_mask)
 
+    def encode(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The final hidden states ``[B, L, D]`` of all forward passes of one micro-batch, for its loss.
+
+        Args:
+            inputs: Token ids ``[B, L]``, one tensor for each forward pass. With a link, all cross the cut together.
+        """
+        if self._link is None or not self.training:
+            return [self(ids) for ids in inputs]
+        bodies = remote_body(self._link, [self.head(ids) for ids in inputs])
+        return [self.tail(hidden_BLD) for hidden_BLD in bodies]
+
     def serve_body(self, hidden_BLD: Tensor, mask: Tensor | None, positions: str, cache: Cache | None) -> Tensor:
         """Server: the middle layers for the next L tokens, ``[B, L, D]`` to ``[B, L, D]``; a cache grows by them.
 
@@ -201,19 +213,6 @@ class SplitModel(nn.Module):
         """``head``, ``body`` or ``tail`` for a dotted name of the whole model."""
         return self.cut.part_of(name, self.arch)
 
-    def has_dropout(self, part: str) -> bool:
-        """Whether a part draws random numbers in training."""
-        inner = self.arch.inner_of(self.model)
-        layers = [layer for number, layer in enumerate(decoder_layers(self.model, self.arch))
-                  if number in self.cut.layers(part)]  # fmt: skip
-        entry = [inner._modules[name] for name in self.arch.entry] if part == "head" else []
-        modules = [module for top in (*layers, *entry) for module in top.modules()]
-        return any(
-            (isinstance(module, nn.Dropout) and module.p > 0)
-            or any(_is_rate(getattr(module, name, 0.0)) for name in ("attention_dropout", "dropout"))
-            for module in modules
-        )
-
     def part_of_parameter(self) -> dict[str, str]:
         """``head``, ``body`` or ``tail`` for every parameter name of the model."""
         return {name: self.part_of(name) for name, _ in self.model.named_parameters()}
@@ -246,6 +245,9 @@ def _part(model: nn.Module, arch: ArchSpec, cut: Cut, name: str) -> nn.Module:
     return part
 
 
-def _is_rate(value: object) -> bool:
-    """Whether this is a rate of dropout above 0, and not the module that drops."""
-    return isinstance(value, float) and value > 0
+def bytes_of_parts(model: SplitModel, parameters: Mapping[str, Tensor]) -> dict[str, int]:
+    """Bytes of the parameters in each part; a tied one is listed once, under the embedding's name: the client's."""
+    found = dict.fromkeys(PARTS, 0)
+    for name, parameter in parameters.items():
+        found[model.part_of(name)] += parameter.numel() * parameter.element_size()
+    return found

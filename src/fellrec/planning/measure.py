@@ -19,7 +19,7 @@ from fellrec.functional.cost import PartCost
 from fellrec.models.adapters import AdapterKind
 from fellrec.models.module import Objective, PreparesSteps, drawn
 from fellrec.models.remote import PARTS
-from fellrec.models.split import SplitModel
+from fellrec.models.split import SplitModel, bytes_of_parts
 from fellrec.models.streams import StreamPosition
 
 
@@ -56,14 +56,6 @@ def measure_parts(
         )
         for part in PARTS
     }
-
-
-def bytes_of_parts(model: SplitModel, parameters: Mapping[str, Tensor]) -> dict[str, int]:
-    """Bytes of the parameters in each part; a tied one is listed once, under the embedding's name: the client's."""
-    found = dict.fromkeys(PARTS, 0)
-    for name, parameter in parameters.items():
-        found[model.part_of(name)] += parameter.numel() * parameter.element_size()
-    return found
 
 
 @dataclass

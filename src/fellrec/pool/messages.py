@@ -1,113 +1,159 @@
-"""What ranks tell each other when every rank has a whole backbone and clients are placed on them.
+"""What the coordinator and its workers send each other.
 
-One rank leads and keeps all state; the others keep none, so what a rank needs for a client comes with the order, and
-goes back with the answer. A run can therefore be resumed with another number of ranks.
+The coordinator holds all state and workers none: what a worker needs for a client comes with the message, and goes back
+with the answer. So a run can be resumed with another number of processes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from fellrec.cut.messages import Message
-from fellrec.federated.state import OptimizerState
+from fellrec.distributed.message import Message
+
+Rows = tuple[tuple[Any, ...], ...]
+"""Rows of a ledger."""
 
 
 @dataclass(frozen=True)
 class Begin(Message):
-    """From the leading rank at the beginning of a run; ``Begun`` answers.
+    """From the coordinator at the beginning of a run; ``Begun`` answers.
 
     Attributes:
         config: The run's configuration, as YAML.
-        facts: What all ranks must agree on beside it, as text.
+        fingerprint: What all processes must agree on beside it, as text.
+        folder: Folder of the backbone, for processes that load it from there.
+        num_rows: Rows of the population.
     """
 
     config: str
-    facts: Mapping[str, str]
+    fingerprint: Mapping[str, str]
+    folder: str = ""
+    num_rows: int = 0
 
 
 @dataclass(frozen=True)
 class Begun(Message):
-    """The backbone is loaded, and the facts agree."""
+    """The model is loaded, and the fingerprints agree.
+
+    Attributes:
+        adapter: The body's initial adapter, from the server of an executed cut.
+        frozen: The body's frozen parameters if all parameters of the model are exported; empty otherwise.
+    """
+
+    adapter: Mapping[str, Tensor] = field(default_factory=dict)
+    frozen: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class TrainClient(Message):
-    """To a rank: train this client; ``Finished`` or ``Failed`` answers.
+    """To a worker: train this client; ``ClientTrained`` or ``ClientFailed`` answers. See ``Job``.
 
     Attributes:
-        client: Row of its adapter in the bank.
+        row: Row of the population.
+        data_of: Client whose data are used; -1 for the pooled data of all.
         round_index: From 0.
-        first_step: Local steps that it took in earlier rounds.
-        adapter: The client's.
-        moments: Of its optimiser; empty if it starts afresh.
+        first_step: Optimiser steps of this row in earlier rounds.
+        adapter: By parameter.
+        optimizer: By ``parameter|key``.
+        anchors: By name and parameter.
+        tensors: By ``name|parameter``.
+        trains: Names of the trained parameters; ``None`` for all.
+        needs_start_loss: Whether the loss at ``adapter`` is measured.
+        base: Number of changes of the base that must be applied.
+        changes: Those of them that this worker has not been sent yet, in order.
     """
 
-    client: int
+    row: int
+    data_of: int
     round_index: int
     first_step: int
     adapter: Mapping[str, Tensor]
-    moments: OptimizerState
+    optimizer: Mapping[str, Tensor]
+    anchors: Mapping[str, Mapping[str, Tensor]]
+    tensors: Mapping[str, Tensor]
+    trains: tuple[str, ...] | None
+    needs_start_loss: bool
+    base: int
+    changes: tuple[Mapping[str, Tensor], ...]
 
 
 @dataclass(frozen=True)
-class Finished(Message):
-    """A client's update.
+class ClientTrained(Message):
+    """A worker's result, see ``Trained``.
 
     Attributes:
-        client: See ``ClientUpdate``; the same for those that follow.
-        num_samples: As above.
-        num_steps: As above.
-        loss: As above.
-        seconds: As above.
-        step_losses: Of each local step.
-        adapter: After local training.
-        moments: Of its optimiser.
-        peak_bytes: Largest memory of the rank so far.
+        row: Row of the population.
+        adapter: By parameter.
+        optimizer: By ``parameter|key``.
+        tensors: By ``name|parameter``.
+        scalars: Loss, samples, steps, seconds, loss at the start, largest memory.
+        step_losses: Of each optimiser step.
+        ledger: Rows of the worker's ledger since it was last sent.
     """
 
-    client: int
-    num_samples: int
-    num_steps: int
-    loss: float
-    seconds: float
-    step_losses: tuple[float, ...]
+    row: int
     adapter: Mapping[str, Tensor]
-    moments: OptimizerState
-    peak_bytes: int
+    optimizer: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor]
+    scalars: Mapping[str, Any]
+    step_losses: tuple[float, ...]
+    ledger: Rows = ()
 
 
 @dataclass(frozen=True)
-class Failed(Message):
+class ClientFailed(Message):
     """A client's local training failed.
 
     Attributes:
-        client: Which.
+        row: Row of the population.
         reason: One sentence for the user.
+        ledger: As in ``ClientTrained``.
     """
 
-    client: int
+    row: int
     reason: str
+    ledger: Rows = ()
 
 
 @dataclass(frozen=True)
 class ScoreClients(Message):
-    """To a rank: rank all items for the users whom a row of a bank serves; ``Scored`` answers.
+    """To a worker: rank all items for the users of some clients; ``Scored`` answers. See ``ScoreJob``.
 
     Attributes:
+        row: Row of the population that the adapter belongs to.
+        adapter: By parameter.
+        clients: Whose users are ranked.
         stage: ``"val"`` or ``"test"``.
-        bank: See ``RunState.bank_named``.
-        row: Of the bank.
+        round_index: The round that the adapter comes from.
         part: Of the users' batches, those whose number leaves this remainder when divided by ``num_parts``.
-        num_parts: Ranks that share these users.
-        adapter: The row.
+        num_parts: Processes among which these users are divided.
+        base: As in ``TrainClient``.
+        changes: As in ``TrainClient``.
     """
 
-    stage: str
-    bank: str
     row: int
+    adapter: Mapping[str, Tensor]
+    clients: tuple[int, ...]
+    stage: str
+    round_index: int
     part: int
     num_parts: int
-    adapter: Mapping[str, Tensor]
+    base: int
+    changes: tuple[Mapping[str, Tensor], ...]
+
+
+@dataclass(frozen=True)
+class Scored(Message):
+    """Metrics of single users.
+
+    Attributes:
+        metrics: What the module's metrics object gave, see ``FellrecModule.take_metrics``.
+        ledger: As in ``ClientTrained``.
+    """
+
+    metrics: tuple[tuple[Tensor, ...], ...]
+    ledger: Rows = ()

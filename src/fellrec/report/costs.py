@@ -6,10 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fellrec.federated.ledger import KINDS
-from fellrec.types import RoundRecord
-
-DIRECTIONS = ("up", "down")
+from fellrec.federated.ledger import DIRECTIONS, KINDS
+from fellrec.federated.records import RoundRecord
 
 
 @dataclass(frozen=True)
@@ -52,9 +50,9 @@ class Rounds:
         sums, peaks = dict(self.sums), dict(self.peaks)
         for key, value in record.costs.items():
             name = key.removeprefix("cost/")
-            if name.endswith(("_seconds", "rows")):
+            if name.endswith("_seconds"):
                 sums[name] = sums.get(name, 0.0) + value
-            elif name.endswith(("peak_bytes", "used_bytes")):
+            elif name.endswith("peak_bytes"):
                 peaks[name] = max(value, peaks.get(name, 0.0))
         return Rounds((*self.round_seconds, record.seconds), (*self.cpu_seconds, cpu_seconds), sums, peaks)
 
@@ -72,25 +70,6 @@ class Rounds:
         """Share of the rounds in which ``"server"`` or ``"client"`` computed, in [0, 1]; ``None`` without a cut."""
         busy = self.sums.get(f"{role}/busy_seconds")
         return None if busy is None or self.seconds <= 0 else min(1.0, busy / self.seconds)
-
-    @property
-    def head_cache(self) -> dict[str, float] | None:
-        """Rows that were asked of a frozen head, and how many passes the cache saved; ``None`` without a cache.
-
-        The seconds saved are the rows taken times the mean seconds of a computed row, less what taking them took.
-        """
-        rows = self.sums.get("head_cache/rows")
-        if rows is None:
-            return None
-        taken, computing = self.sums["head_cache/taken_rows"], self.sums["head_cache/compute_seconds"]
-        per_row = computing / (rows - taken) if rows > taken else 0.0
-        return {
-            "rows": rows,
-            "taken_rows": taken,
-            "saved_rate": taken / rows if rows else 0.0,
-            "saved_seconds": taken * per_row - self.sums["head_cache/take_seconds"],
-            "used_bytes": self.peaks["head_cache/used_bytes"],
-        }
 
 
 @dataclass(frozen=True)
@@ -152,8 +131,7 @@ class RunCost:
             rate = self.rounds.busy_rate(role)
             if rate is not None:
                 found[f"cost/run/{role}_busy_rate"] = rate
-        cache = self.rounds.head_cache
-        return found | {f"cost/run/head_cache/{name}": value for name, value in (cache or {}).items()}
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: bytes, seconds, and shares in [0, 1]."""
@@ -175,6 +153,5 @@ class RunCost:
                 "client_busy_rate": self.rounds.busy_rate("client"),
                 "sums": dict(self.rounds.sums),
                 "peaks": dict(self.rounds.peaks),
-                "head_cache": self.rounds.head_cache,
             },
         }

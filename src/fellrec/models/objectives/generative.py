@@ -172,7 +172,7 @@ class GenerativeObjective:
 
     def loss(self, model: SplitModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """Sum of the negative log-likelihood of the target titles' tokens, and their number."""
-        return self.loss_of(model, [model(ids) for ids in self.inputs(batch)], batch)
+        return self.loss_of(model, model.encode(self.inputs(batch)), batch)
 
     def inputs(self, batch: dict[str, Tensor]) -> list[Tensor]:
         """Token ids that go through the whole model: the prompts with their answers."""

@@ -234,7 +234,7 @@ class RetrievalObjective:
             inputs = inputs[:1]
         elif self.table.is_always_used:  # outside of rounds, as Lightning's trainer is, nothing was kept
             inputs.append(self._texts_for(batch)["item_ids"])
-        return self.loss_of(model, [model(ids) for ids in inputs], batch)
+        return self.loss_of(model, model.encode(inputs), batch)
 
     def loss_of(self, model: SplitModel, hidden: list[Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """The loss for the final hidden states ``[B, L, D]`` of ``inputs``; only the embedding is used of the model."""

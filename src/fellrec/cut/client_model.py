@@ -1,0 +1,103 @@
+"""The client's part of a model whose body is on a server, with the parameters of one client on both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fellrec.cut.link import ServerLink
+from fellrec.cut.messages import ChangeBase, CloseSlot, OpenSlot, Serve, SlotClosed, Step
+from fellrec.errors import SplitError
+from fellrec.federated.client_model import WholeClientModel
+from fellrec.federated.records import Job, ScoreJob
+from fellrec.federated.slot import LocalSlot, Slot, SlotState
+from fellrec.state.tensor_store import StoredTensors
+
+
+class CutClientModel:
+    """Head and tail here, the body on a server.
+
+    Args:
+        client: Holds head and tail.
+        link: To the server.
+    """
+
+    def __init__(self, client: WholeClientModel, link: ServerLink) -> None:
+        self.client = client
+        self.link = link
+        self._num_changes = 0
+
+    @contextmanager
+    def training(self, job: Job) -> Iterator[Slot]:
+        """See ``ClientModel``; a failure here drops the client's training on the server."""
+        begin, where = SlotState.of(job), (job.row, job.round_index, "train")
+        own, body = self._divide(begin)
+        self._change_base(job.base)
+        parts = body.adapter, body.optimizer, body.anchors, body.tensors, body.trains
+        self.link.send(OpenSlot(*where, *parts, base=len(job.base)))
+        with self.link.on_behalf_of(*where):
+            try:
+                with self.client.slot(own) as slot:
+                    yield CutSlot(slot, self.link, where)
+            except SplitError:
+                raise
+            except BaseException:
+                self.link.send(CloseSlot(*where, keep=False))
+                raise
+
+    @contextmanager
+    def evaluating(self, job: ScoreJob, stage: str, round_index: int) -> Iterator[None]:
+        """See ``ClientModel``."""
+        begin, where = SlotState(job.adapter.tensors(), trains=()), (job.row, round_index, stage)
+        own, body = self._divide(begin)
+        self._change_base(job.base)
+        self.link.send(Serve(*where, body.adapter, base=len(job.base)))
+        with self.link.on_behalf_of(*where), self.client.holding(own):
+            yield
+
+    def _divide(self, begin: SlotState) -> tuple[SlotState, SlotState]:
+        """The client's and the server's part."""
+        own = list(self.client.module.trainable)
+        return begin.part(own), begin.part([name for name in begin.adapter if name not in self.client.module.trainable])
+
+    def _change_base(self, changes: tuple[StoredTensors, ...]) -> None:
+        self.client.use_base(changes)
+        for version in range(self._num_changes, len(changes)):
+            self.link.send(ChangeBase(version, dict(changes[version].tensors())))
+        self._num_changes = max(self._num_changes, len(changes))
+
+
+class CutSlot:
+    """A client's parameters on both sides of the cut.
+
+    Args:
+        own: Head and tail.
+        link: To the server, which has the body's slot.
+        where: Row, round and phase of the client.
+    """
+
+    def __init__(self, own: LocalSlot, link: ServerLink, where: tuple[int, int, str]) -> None:
+        self.own = own
+        self.link = link
+        self.where = where
+
+    def before_backward(self, wants_norms: bool) -> None:
+        """The norms of the body's gradients come with the last gradient of a step."""
+        self.link.wants_norms = wants_norms
+        self.link.norms = {}
+
+    def norms(self) -> dict[str, float]:
+        """See ``Slot``."""
+        return self.own.norms() | self.link.norms
+
+    def step(self, clip_factor: float, learning_rate: float) -> None:
+        """See ``Slot``."""
+        self.own.step(clip_factor, learning_rate)
+        self.link.send(Step(*self.where, clip_factor, learning_rate))
+
+    def state(self) -> SlotState:
+        """See ``Slot``; ends the client's training on the server."""
+        closed = self.link.request(CloseSlot(*self.where))
+        if not isinstance(closed, SlotClosed):
+            raise SplitError(f"unexpected message {type(closed).__name__} at the end of a client's training")
+        return self.own.state().joined(closed.state)

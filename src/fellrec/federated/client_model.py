@@ -1,0 +1,76 @@
+"""The model with the parameters of one client in it: for training, and for ranking."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+from torch import nn
+
+from fellrec.federated.base_change import BaseWeights
+from fellrec.federated.records import Job, ScoreJob
+from fellrec.federated.slot import LocalSlot, Slot, SlotState, new_parameters
+from fellrec.federated.terms import LocalTerm
+from fellrec.models.module import FellrecModule
+from fellrec.models.parameter_swap import ParameterSwap
+from fellrec.state.tensor_store import StoredTensors
+
+
+class ClientModel(Protocol):
+    """Puts clients' parameters into the model: all of them here, or head and tail here and the body on a server."""
+
+    def training(self, job: Job) -> AbstractContextManager[Slot]:
+        """While this lasts, the model computes with the job's adapter, and gradients end up in the slot."""
+
+    def evaluating(self, job: ScoreJob, stage: str, round_index: int) -> AbstractContextManager[None]:
+        """While this lasts, the model computes with the job's adapter, without gradients."""
+
+
+class WholeClientModel:
+    """Everything in this process; the parameters of a client replace those of the backbone, which is not copied.
+
+    Args:
+        module: The recommender.
+        base: The frozen weights of its backbone; one for all runs with this backbone.
+        terms: Local terms of the rule.
+    """
+
+    def __init__(self, module: FellrecModule, base: BaseWeights, terms: Sequence[LocalTerm] = ()) -> None:
+        self.module = module
+        self.terms = terms
+        self._swap = ParameterSwap(module.model.model, module.trainable)
+        self._base = base
+
+    @contextmanager
+    def training(self, job: Job) -> Iterator[LocalSlot]:
+        """See ``ClientModel``."""
+        self.use_base(job.base)
+        with self.slot(SlotState.of(job)) as slot:
+            yield slot
+
+    @contextmanager
+    def evaluating(self, job: ScoreJob, stage: str, round_index: int) -> Iterator[None]:
+        """See ``ClientModel``."""
+        self.use_base(job.base)
+        with self.holding(SlotState(job.adapter.tensors(), trains=())):
+            yield
+
+    def use_base(self, changes: tuple[StoredTensors, ...]) -> None:
+        """Bring the frozen weights to the version that these changes make."""
+        self._base.use(changes)
+
+    @contextmanager
+    def slot(self, begin: SlotState) -> Iterator[LocalSlot]:
+        """A slot for those of the parameters that are in this process."""
+        with self.holding(begin) as parameters:
+            has_trained = any(parameter.requires_grad for parameter in parameters.values())
+            optimizer = self.module.configure_optimizers() if has_trained else None
+            yield LocalSlot(parameters, begin, optimizer, self.terms)
+
+    @contextmanager
+    def holding(self, begin: SlotState) -> Iterator[dict[str, nn.Parameter]]:
+        """While this lasts, new parameters with these values are in the model; gives them."""
+        parameters = new_parameters(self.module.trainable, begin)
+        with self._swap.using(parameters):
+            yield parameters

@@ -1,0 +1,189 @@
+"""What leaves the clients after local training, and what comes back: payloads, transforms, and their real sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fellrec.federated.ledger import Ledger
+from fellrec.federated.records import Aggregated, Received, SumsOnly, Trained, Updates
+from fellrec.functional.stacks import AdapterStack, RowStack, as_lazy
+from fellrec.state.tensor_store import StoredTensors
+from fellrec.types import Adapter
+
+_SCALAR_BYTES = 8
+"""A float64 or int64."""
+
+Meter = Callable[[float], Mapping[str, float]]
+"""Gives figures of the processes for a round that took so many seconds."""
+
+
+class Rule(Protocol):
+    """What the exchange must know of an aggregation rule."""
+
+    name: str
+    sees: str
+    """What the rule reads: ``"nothing"`` of the adapters, ``"sums"`` of them only, or all ``"adapters"``."""
+
+    def exchanges(self, name: str, round_index: int) -> bool:
+        """Whether a parameter leaves the clients in a round."""
+
+
+class Transform:
+    """Base of what changes a client's update before it is sent: clipping, noise, quantisation, sparsification.
+
+    Transforms form a chain: the payload of one is the input of the next. The receiver decodes in reverse order. A
+    transform that remembers something of a client (error feedback) keeps it by row and overrides `state_dict`. Entries of
+    a payload are named by the parameter, or ``parameter|what`` if it has several.
+    """
+
+    def encode(self, payload: Mapping[str, Tensor], row: int, round_index: int) -> Mapping[str, Tensor]:
+        """The payload to be sent instead, by name; names may differ from those of the input."""
+        return payload
+
+    def decode(self, payload: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The input of ``encode`` as far as the payload has it."""
+        return payload
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``Persisted``."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See ``Persisted``."""
+
+
+class Exchange:
+    """Moves updates from the clients to the rule, and the result back; records the bytes of both.
+
+    Without transforms a client sends its adapter as it is. With transforms it sends its encoded update, the adapter
+    after training minus the received one, and the rule sees the received adapter plus the decoded update.
+
+    Args:
+        rule: Says what it reads and which parameters are exchanged.
+        ledger: Records what crosses between clients and server.
+        transforms: Applied to every client's update, in this order.
+        at_server: Parameters that a server trains for the clients (the body of an executed cut): they need not be
+            sent.
+        meters: Give further figures of a round.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        ledger: Ledger,
+        transforms: Sequence[Transform] = (),
+        at_server: Collection[str] = (),
+        meters: Sequence[Meter] = (),
+    ) -> None:
+        self.rule = rule
+        self.ledger = ledger
+        self.transforms = list(transforms)
+        self.at_server = frozenset(at_server)
+        self.meters = list(meters)
+        self._sizes: dict[str, int] = {}
+
+    def up(self, trained: Sequence[Trained]) -> Updates:
+        """What the rule sees of the clients that finished a round; the bytes that they send are recorded.
+
+        Raises:
+            TrainingError: If an adapter is not finite.
+        """
+        round_index, first = trained[0].job.round_index, trained[0].adapter.tensors()
+        names = [name for name in first if self._leaves(name, trained[0])]
+        shapes = {name: first[name].shape for name in names}
+        self._sizes = {name: first[name].nbytes for name in names}
+        own = sorted({key.partition("|")[0] for t in trained for key in t.tensors.tensors()})
+        start_losses = [t.start_loss for t in trained if t.start_loss is not None]
+        updates = Updates(
+            clients=tuple(t.row for t in trained),
+            start=RowStack(shapes, [t.job.adapter.tensors for t in trained]),
+            end=RowStack(shapes, [self._sent(t, names) for t in trained]),
+            losses=torch.tensor([t.loss for t in trained], dtype=torch.float64),
+            num_samples=torch.tensor([t.num_samples for t in trained], dtype=torch.float64),
+            start_losses=torch.tensor(start_losses, dtype=torch.float64) if start_losses else None,
+            start_rounds=tuple(t.job.round_index for t in trained),
+            tensors={name: _stack_of(trained, name) for name in own},
+        )
+        updates.check_finite(round_index)
+        if self.rule.sees != "sums":
+            return updates
+        hidden = SumsOnly(updates.start, self.rule.name), SumsOnly(updates.end, self.rule.name)
+        return replace(updates, start=hidden[0], end=hidden[1])
+
+    def down(self, updates: Updates, aggregated: Aggregated) -> Received:
+        """What the clients receive; the bytes that they receive are recorded."""
+        received = Received(updates.clients, aggregated.adapters, aggregated.tensors, aggregated.base)
+        if self.rule.sees != "nothing":
+            stacks = [as_lazy(stack) for stack in aggregated.tensors.values()]
+            names = [*as_lazy(aggregated.adapters), *(name for stack in stacks for name in stack)]
+            num_bytes = sum(self._sizes[name] for name in names if name not in self.at_server)
+            num_bytes += _num_bytes(aggregated.base, self.at_server)
+            for row, round_index in zip(updates.clients, updates.start_rounds, strict=True):
+                self.ledger.add(row, round_index, "train", "down", "adapter", num_bytes)
+        return received
+
+    def costs(self, round_index: int, seconds: float) -> dict[str, float]:
+        """Bytes of a round by kind, and the meters' figures."""
+        figures: dict[str, float] = {}
+        for meter in self.meters:
+            figures |= meter(seconds)
+        return figures | self.ledger.metrics(round_index)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``Persisted``."""
+        return {str(place): transform.state_dict() for place, transform in enumerate(self.transforms)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See ``Persisted``."""
+        for place, transform in enumerate(self.transforms):
+            transform.load_state_dict(state.get(str(place), {}))
+
+    def _leaves(self, name: str, trained: Trained) -> bool:
+        trains = trained.job.trains
+        return (trains is None or name in trains) and self.rule.exchanges(name, trained.job.round_index)
+
+    def _sent(self, trained: Trained, names: Sequence[str]) -> Callable[[], Adapter]:
+        """Let a client send its update, and give what the receiver makes of it."""
+        if self.rule.sees == "nothing":
+            return trained.adapter.tensors
+        row, round_index, end = trained.row, trained.job.round_index, trained.adapter.tensors()
+        payload: Mapping[str, Tensor] = {name: end[name] for name in names}
+        opened = trained.adapter.tensors
+        if self.transforms:
+            start = trained.job.adapter.tensors()
+            payload = {name: end[name] - start[name] for name in names}
+            for transform in self.transforms:
+                payload = transform.encode(payload, row, round_index)
+            decoded = payload
+            for transform in reversed(self.transforms):
+                decoded = transform.decode(decoded)
+            arrived = {name: start[name] + decoded[name].to(start[name].dtype) for name in names}
+            opened = StoredTensors(arrived).tensors
+        own = {key.partition("|")[2]: tensor for key, tensor in trained.tensors.tensors().items()}
+        num_bytes = _num_bytes(payload, self.at_server) + _num_bytes(own, self.at_server)
+        num_scalars = 2 if trained.start_loss is None else 3
+        self.ledger.add(row, round_index, "train", "up", "adapter", num_bytes)
+        self.ledger.add(row, round_index, "train", "up", "scalar", num_scalars * _SCALAR_BYTES)
+        return opened
+
+
+def _num_bytes(payload: Mapping[str, Tensor], left_out: Collection[str]) -> int:
+    """Bytes of a payload without the entries of some parameters."""
+    return sum(tensor.nbytes for key, tensor in payload.items() if key.partition("|")[0] not in left_out)
+
+
+def _stack_of(trained: Sequence[Trained], name: str) -> AdapterStack:
+    """The clients' own tensors of one name, parameter → ``[N, *shape]``."""
+
+    def opened(t: Trained) -> Callable[[], Adapter]:
+        return lambda: {
+            key.partition("|")[2]: v for key, v in t.tensors.tensors().items() if key.startswith(f"{name}|")
+        }
+
+    rows = [opened(t) for t in trained]
+    return RowStack({key: tensor.shape for key, tensor in rows[0]().items()}, rows)

@@ -1,0 +1,51 @@
+"""Who takes part in a round, and how many must finish it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from fellrec.errors import TrainingError
+from fellrec.federated.population import Population
+from fellrec.federated.records import Failed, Trained
+from fellrec.federated.settings import ParticipationSettings
+from fellrec.functional.participation import cohort
+
+
+class Participation:
+    """Draws the cohort of a round, a pure function of seed and round.
+
+    Args:
+        settings: Fraction of the clients, quorum, and what happens if a client fails.
+        seed: Of the run.
+    """
+
+    def __init__(self, settings: ParticipationSettings, seed: int) -> None:
+        self.settings = settings
+        self.seed = seed
+
+    def rows(self, population: Population, round_index: int) -> tuple[int, ...]:
+        """Rows of the population that train in a round, ascending."""
+        drawn = cohort(population.num_participants, self.settings.rate, self.seed, round_index)
+        return tuple(sorted(row for participant in drawn for row in population.rows_of(participant)))
+
+    def quorum(self, outcomes: Sequence[Trained | Failed]) -> list[Trained]:
+        """Those of the cohort that finished.
+
+        Raises:
+            TrainingError: If one failed and ``on_failure`` is ``"stop"``, or too few finished.
+        """
+        finished = [outcome for outcome in outcomes if isinstance(outcome, Trained)]
+        failed = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
+        if not failed:
+            return finished
+        if self.settings.on_failure == "stop":
+            raise TrainingError(failed[0].reason)
+        least = max(1, math.ceil(self.settings.quorum * len(outcomes) - 1e-9))
+        if len(finished) < least:
+            raise TrainingError(
+                f"only {len(finished)} of {len(outcomes)} clients finished round {failed[0].job.round_index}, "
+                f"participation.quorum={self.settings.quorum} needs {least}; "
+                + "; ".join(outcome.reason for outcome in failed)
+            )
+        return finished

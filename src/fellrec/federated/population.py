@@ -1,0 +1,364 @@
+"""The population: every row's adapter, optimiser state and own tensors, and which client each row belongs to."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fellrec.errors import CheckpointError, StorageError, TrainingError
+from fellrec.federated.records import NOTHING, Job, Received, ScoreJob, Trained
+from fellrec.functional.stacks import LazyStack, as_lazy
+from fellrec.state.bank import AdapterBank
+from fellrec.state.tensor_store import StoredTensors, TensorStore, check_file, open_store
+from fellrec.types import Adapter
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class JobNeeds:
+    """What an aggregation rule asks of every job.
+
+    Attributes:
+        trains: Whether a parameter is trained in a round: name, round → bool; ``None`` for all.
+        start_loss: Whether the loss at the received adapter is measured.
+        reset_optimizer: Whether every client forgets its optimiser state at the start of a round.
+    """
+
+    trains: Callable[[str, int], bool] | None = None
+    start_loss: bool = False
+    reset_optimizer: bool = False
+
+
+class Population:
+    """One model a client: row ``c`` belongs to client ``c``.
+
+    Adapters are never changed in place: a row gets another stored version.
+
+    Args:
+        initial: Adapter that every row starts from, by parameter.
+        num_clients: C.
+        needs: What the rule asks of every job.
+    """
+
+    def __init__(self, initial: Adapter, num_clients: int, needs: JobNeeds = JobNeeds()) -> None:
+        self.num_clients = num_clients
+        self.needs = needs
+        self.bank = AdapterBank.replicate(initial, self.num_rows)
+        self.initial = self.bank.versions[0]
+        self.local_steps = [0] * self.num_rows
+        self.base: tuple[StoredTensors, ...] = ()
+        self._optimizers: dict[int, StoredTensors] = {}
+        self._tensors: dict[int, StoredTensors] = {}
+
+    @property
+    def num_rows(self) -> int:
+        """Adapters that are trained."""
+        return self.num_clients
+
+    @property
+    def num_participants(self) -> int:
+        """What a cohort is drawn from."""
+        return self.num_clients
+
+    def rows_of(self, participant: int) -> tuple[int, ...]:
+        """Rows that train if a participant is in the cohort."""
+        return (participant,)
+
+    def data_of(self, row: int) -> int | None:
+        """The client on whose data a row is trained; ``None`` for the pooled data of all clients."""
+        return row
+
+    def served_by(self, client: int) -> int:
+        """The row whose adapter ranks for a client's users."""
+        return client
+
+    def is_exchanged(self, row: int) -> bool:
+        """Whether a row's adapter is aggregated."""
+        return True
+
+    def anchors(self, row: int) -> dict[str, StoredTensors]:
+        """Other adapters that come with a row's job, by name."""
+        return {}
+
+    def job(self, row: int, round_index: int) -> Job:
+        """What a row starts a round with."""
+        trains = self.needs.trains
+        names = None if trains is None else tuple(name for name in self.bank.kinds if trains(name, round_index))
+        reset = self.needs.reset_optimizer
+        return Job(
+            row=row,
+            data_of=self.data_of(row),
+            round_index=round_index,
+            first_step=self.local_steps[row],
+            adapter=self.bank.versions[row],
+            optimizer=NOTHING if reset else self._optimizers.get(row, NOTHING),
+            anchors=self.anchors(row),
+            tensors=self._tensors.get(row, NOTHING),
+            trains=names,
+            needs_start_loss=self.needs.start_loss,
+            base=self.base,
+        )
+
+    def score_jobs(self) -> list[ScoreJob]:
+        """Every client's users with the adapter that serves them now; one job for each row."""
+        return self.score_jobs_of([self.bank.versions[self.served_by(c)] for c in range(self.num_clients)], self.base)
+
+    def score_jobs_of(self, adapters: Sequence[StoredTensors], base: tuple[StoredTensors, ...]) -> list[ScoreJob]:
+        """The same with other adapters, one for each client."""
+        clients_of: dict[int, list[int]] = {}
+        for client in range(self.num_clients):
+            clients_of.setdefault(self.served_by(client), []).append(client)
+        return [ScoreJob(row, adapters[clients[0]], tuple(clients), base) for row, clients in clients_of.items()]
+
+    def keep(self, trained: Trained) -> Trained:
+        """Store what a client returned; where the population is on disk, this is all that a resume in the round needs.
+
+        The adapter's file names the files that its training started from, and holds the update, see ``recover``.
+
+        Raises:
+            StorageError: If a file cannot be written.
+        """
+        row, store = trained.row, self.store
+        if store.folder is None:
+            self.bank.versions[row] = trained.adapter
+            return self._take(trained)
+        optimizer = store.put(row, trained.optimizer.tensors(), self._name("optimizer", trained.job))
+        tensors = trained.tensors
+        if tensors.tensors():
+            tensors = store.put(row, tensors.tensors(), self._name("tensors", trained.job))
+        about = {
+            "update": json.dumps({name: getattr(trained, name) for name in _SCALARS}),
+            "made_from": self._made_from(row),
+            "optimizer": optimizer.checksum,
+            "tensors": tensors.checksum,
+        }
+        self.bank.store(row, trained.adapter.tensors(), self._name("trained", trained.job), about)
+        return self._take(replace(trained, adapter=self.bank.versions[row], optimizer=optimizer, tensors=tensors))
+
+    def recover(self, job: Job) -> Trained | None:
+        """What a run that was stopped in the middle of this round had finished of a job, if anything.
+
+        Returns:
+            The result, stored as if it had just come back; ``None`` if the client has to train: there is nothing, it
+            was trained from another adapter, or it is damaged.
+        """
+        row, store = job.row, self.store
+        if store.folder is None or not (path := store.path_of(row, self._name("trained", job))).is_file():
+            return None
+        optimizer = store.path_of(row, self._name("optimizer", job))
+        tensors = store.path_of(row, self._name("tensors", job))
+        try:
+            about, other = check_file(path), check_file(optimizer)
+            has_tensors = bool(about.get("tensors"))
+            third = check_file(tensors)["checksum"] if has_tensors else ""
+        except CheckpointError as error:
+            _log.warning("%s; client %d trains again", error, row)
+            return None
+        if (about.get("made_from"), about.get("optimizer"), about.get("tensors")) != (
+            self._made_from(row),
+            other["checksum"],
+            third,
+        ):
+            return None
+        self.bank.versions[row] = StoredTensors(path=path, checksum=about["checksum"])
+        return self._take(
+            Trained(
+                job=job,
+                adapter=self.bank.versions[row],
+                optimizer=StoredTensors(path=optimizer, checksum=other["checksum"]),
+                tensors=StoredTensors(path=tensors, checksum=third) if has_tensors else NOTHING,
+                **json.loads(about["update"]),
+            )
+        )
+
+    def receive(self, received: Received) -> None:
+        """Let rows have what came back from an aggregation; parameters and rows that are absent stay as they are."""
+        stack = as_lazy(received.adapters)
+        if stack:
+            if set(stack) != set(self.bank.kinds):
+                stack = _Overlaid(self.bank.stack(received.rows), stack)
+            self.bank.replace(received.rows, stack)
+        if received.tensors:
+            self._receive_tensors(received)
+        if received.base:
+            self.base = (*self.base, self.store.put(0, received.base))
+
+    @property
+    def store(self) -> TensorStore:
+        """Where new versions go."""
+        return self.bank.tensor_store
+
+    def persist(self, folder: Path, cohort_size: int | None = None, num_rounds: int = 1) -> None:
+        """Let every new version be a file in ``folder`` rather than stay in memory.
+
+        Raises:
+            StorageError: If the folder cannot be written, or the adapters will not fit on the disk.
+        """
+        if not folder.exists():
+            self._check_space(folder, cohort_size or self.num_rows, num_rounds)
+        self.bank.tensor_store = open_store(folder, self.store.number)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``Persisted``."""
+        return {
+            "adapters": self.bank.versions,
+            "optimizers": {str(row): stored for row, stored in self._optimizers.items()},
+            "tensors": {str(row): stored for row, stored in self._tensors.items()},
+            "local_steps": self.local_steps,
+            "base": list(self.base),
+            "number": self.store.number,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See ``Persisted``.
+
+        Raises:
+            TrainingError: If the checkpoint has another number of rows.
+        """
+        if len(state["adapters"]) != self.num_rows:
+            raise TrainingError(f"the checkpoint has {len(state['adapters'])} clients, this run has {self.num_rows}")
+        self.bank.versions = list(state["adapters"])
+        self._optimizers = {int(row): stored for row, stored in state["optimizers"].items()}
+        self._tensors = {int(row): stored for row, stored in state["tensors"].items()}
+        self.local_steps = list(state["local_steps"])
+        self.base = tuple(state["base"])
+        self.store.number = state["number"]
+
+    def optimizer_of(self, row: int) -> Adapter:
+        """A row's optimiser state by ``parameter|key``; empty if it has not trained."""
+        return self._optimizers.get(row, NOTHING).tensors()
+
+    def tensors_of(self, row: int) -> Adapter:
+        """A row's own tensors by ``name|parameter``."""
+        return self._tensors.get(row, NOTHING).tensors()
+
+    def _take(self, trained: Trained) -> Trained:
+        self._optimizers[trained.row] = trained.optimizer
+        if trained.tensors.tensors():
+            self._tensors[trained.row] = trained.tensors
+        self.local_steps[trained.row] += trained.num_steps
+        return trained
+
+    def _receive_tensors(self, received: Received) -> None:
+        stacks = {name: as_lazy(stack) for name, stack in received.tensors.items()}
+        for position, row in enumerate(received.rows):
+            own = dict(self.tensors_of(row))
+            for name, stack in stacks.items():
+                own |= {f"{name}|{key}": stack[key][position] for key in stack}
+            self._tensors[row] = self.store.put(row, own)
+
+    def _name(self, what: str, job: Job) -> str:
+        return f"{what}-{job.round_index:05d}"
+
+    def _made_from(self, row: int) -> str:
+        """The files that a row's training starts from, by their contents."""
+        found = (self.bank.versions[row], self._optimizers.get(row), self._tensors.get(row))
+        return " ".join(stored.checksum for stored in (*found, *self.base) if stored)
+
+    def _check_space(self, folder: Path, cohort_size: int, num_rounds: int) -> None:
+        """Refuse a run whose adapters (now and best) and AdamW moments (two) will not fit on the disk."""
+        num_rows = min(self.num_rows, cohort_size * num_rounds)
+        num_bytes = self.bank.adapter_bytes
+        existing = next(parent for parent in folder.absolute().parents if parent.exists())
+        needed, free = 4 * num_rows * num_bytes, shutil.disk_usage(existing).free
+        if needed > free:
+            raise StorageError(
+                f"{num_rows} clients with an adapter of {num_bytes / 1e6:.1f} MB each need about {needed / 1e9:.2f} GB "
+                f"in {existing}, where {free / 1e9:.2f} GB are free; use adapter=lora, fewer clients or another run_dir"
+            )
+
+
+_SCALARS = ("loss", "num_samples", "num_steps", "seconds", "start_loss", "peak_bytes")
+
+
+class OneForAll(Population):
+    """One model for all clients, trained on the pooled data of all of them: centralised training."""
+
+    @property
+    def num_rows(self) -> int:
+        """One."""
+        return 1
+
+    @property
+    def num_participants(self) -> int:
+        """One."""
+        return 1
+
+    def data_of(self, row: int) -> int | None:
+        """The pooled data."""
+        return None
+
+    def served_by(self, client: int) -> int:
+        """The one row."""
+        return 0
+
+
+class SharedAndPersonal(Population):
+    """Two models a client: row ``c`` is client ``c``'s copy of the shared model, row ``C + c`` its personal model.
+
+    Both train on the client's data in every round that the client takes part in. Shared rows are aggregated; personal
+    rows never leave their client, and their jobs have the client's shared model as the anchor ``"shared"``.
+
+    Args:
+        initial: As in ``Population``.
+        num_clients: As in ``Population``.
+        needs: As in ``Population``.
+        serves: Which of the two is evaluated and tested: ``"personal"`` or ``"shared"``.
+    """
+
+    def __init__(
+        self, initial: Adapter, num_clients: int, needs: JobNeeds = JobNeeds(), serves: str = "personal"
+    ) -> None:
+        super().__init__(initial, num_clients, needs)
+        self.serves = serves
+
+    @property
+    def num_rows(self) -> int:
+        """Two for each client."""
+        return 2 * self.num_clients
+
+    def rows_of(self, participant: int) -> tuple[int, ...]:
+        """The client's shared and personal row."""
+        return participant, self.num_clients + participant
+
+    def data_of(self, row: int) -> int | None:
+        """The client's data for both."""
+        return row % self.num_clients
+
+    def served_by(self, client: int) -> int:
+        """See ``serves``."""
+        return client if self.serves == "shared" else self.num_clients + client
+
+    def is_exchanged(self, row: int) -> bool:
+        """Shared rows only."""
+        return row < self.num_clients
+
+    def anchors(self, row: int) -> dict[str, StoredTensors]:
+        """A personal row's anchor is the shared model that its client received."""
+        return {} if self.is_exchanged(row) else {"shared": self.bank.versions[row - self.num_clients]}
+
+
+class _Overlaid(LazyStack):
+    """Rows of which some parameters are replaced.
+
+    Args:
+        below: All parameters.
+        above: Those that are replaced.
+    """
+
+    def __init__(self, below: LazyStack, above: LazyStack) -> None:
+        super().__init__(below.shapes, below.num_rows)
+        self._below = below
+        self._above = above
+
+    def block(self, name: str, columns: slice) -> Tensor:
+        source = self._above if name in self._above.shapes else self._below
+        return source.block(name, columns)

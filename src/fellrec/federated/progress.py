@@ -1,0 +1,35 @@
+"""How far a run is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fellrec.federated.records import Failed
+
+
+class Progress:
+    """The next round, and the clients that did not finish a round.
+
+    Attributes:
+        round_index: The next round, from 0.
+        failed_clients: Round → clients that did not finish it; keys are text, as in JSON.
+    """
+
+    def __init__(self) -> None:
+        self.round_index = 0
+        self.failed_clients: dict[str, list[int]] = {}
+
+    def finish(self, round_index: int, failed: Sequence[Failed]) -> None:
+        """A round is trained and aggregated."""
+        self.round_index = round_index + 1
+        if failed:
+            self.failed_clients[str(round_index)] = sorted(outcome.row for outcome in failed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``Persisted``."""
+        return {"round_index": self.round_index, "failed_clients": self.failed_clients}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See ``Persisted``."""
+        self.round_index, self.failed_clients = state["round_index"], dict(state["failed_clients"])

@@ -1,0 +1,324 @@
+"""The records of a round: what is asked of a client, what comes back, what a rule sees and returns.
+
+All are frozen. Tensors of single clients are referred to by their stored version, so a "before" costs nothing.
+Shape letters: N clients of the cohort, U users, C clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fellrec.errors import TrainingError
+from fellrec.functional.stacks import AdapterStack, as_lazy
+from fellrec.state.tensor_store import StoredTensors
+from fellrec.types import Evaluation
+
+NOTHING = StoredTensors({})
+"""No tensors: the optimiser state before the first step, or a client without tensors of its own."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The local training of one row of the population in one round.
+
+    Attributes:
+        row: Row of the population.
+        data_of: Client whose data are used; ``None`` for the pooled data of all clients.
+        round_index: From 0.
+        first_step: Optimiser steps of this row in earlier rounds.
+        adapter: Adapter that training starts from.
+        optimizer: Optimiser state, tensors by ``parameter|key``.
+        anchors: Other adapters that a local term needs, by name.
+        tensors: Tensors of the client by ``name|parameter``, such as control variates.
+        trains: Names of the parameters that are trained; ``None`` for all.
+        needs_start_loss: Whether the mean training loss at ``adapter`` is measured before the first step.
+        base: Changes of the frozen base that must be applied, the oldest first; see ``BaseChange``.
+    """
+
+    row: int
+    data_of: int | None
+    round_index: int
+    first_step: int
+    adapter: StoredTensors
+    optimizer: StoredTensors = NOTHING
+    anchors: Mapping[str, StoredTensors] = field(default_factory=dict)
+    tensors: StoredTensors = NOTHING
+    trains: tuple[str, ...] | None = None
+    needs_start_loss: bool = False
+    base: tuple[StoredTensors, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished local training.
+
+    Attributes:
+        job: What was asked for; its ``round_index`` is the round that training started from.
+        adapter: Adapter after training.
+        optimizer: Optimiser state after training, as in ``Job``.
+        loss: Mean loss over all targets of the local steps, METHOD (2).
+        num_samples: Training targets of the client.
+        num_steps: Optimiser steps.
+        seconds: Wall seconds.
+        start_loss: Mean training loss at the received adapter; ``None`` if it was not asked for.
+        tensors: Tensors of the client after training, as in ``Job``.
+        peak_bytes: Largest memory so far of the process that trained the client.
+    """
+
+    job: Job
+    adapter: StoredTensors
+    optimizer: StoredTensors
+    loss: float
+    num_samples: int
+    num_steps: int
+    seconds: float
+    start_loss: float | None = None
+    tensors: StoredTensors = NOTHING
+    peak_bytes: int = 0
+
+    @property
+    def row(self) -> int:
+        """Row of the population."""
+        return self.job.row
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A local training that did not finish: an exception, a loss that is not finite, or a lost process.
+
+    Attributes:
+        job: What was asked for.
+        reason: One sentence for the user.
+    """
+
+    job: Job
+    reason: str
+
+    @property
+    def row(self) -> int:
+        """Row of the population."""
+        return self.job.row
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """The users of some clients, to be ranked with one adapter.
+
+    Attributes:
+        row: Row of the population that the adapter belongs to.
+        adapter: The adapter.
+        clients: Clients whose users are ranked.
+        base: As in ``Job``.
+    """
+
+    row: int
+    adapter: StoredTensors
+    clients: tuple[int, ...]
+    base: tuple[StoredTensors, ...] = ()
+
+
+@dataclass(frozen=True)
+class Updates:
+    """What an aggregation rule sees of a round; row ``n`` of everything belongs to ``clients[n]``.
+
+    Attributes:
+        clients: Rows of the population, ascending, N of them.
+        start: Adapters that the clients received, name → ``[N, *shape]``; only parameters that are exchanged.
+        end: Adapters after local training, as in ``start``.
+        losses: ``[N]`` float64, the local losses of METHOD (2).
+        num_samples: ``[N]`` float64, training targets per client.
+        start_losses: ``[N]`` float64, losses at the received adapters; ``None`` unless the rule asks for them.
+        start_rounds: Round in which each client received its adapter.
+        tensors: Tensors of the clients by name: name → parameter → ``[N, *shape]``.
+    """
+
+    clients: tuple[int, ...]
+    start: AdapterStack
+    end: AdapterStack
+    losses: Tensor
+    num_samples: Tensor
+    start_losses: Tensor | None = None
+    start_rounds: tuple[int, ...] = ()
+    tensors: Mapping[str, AdapterStack] = field(default_factory=dict)
+
+    def check_finite(self, round_index: int) -> None:
+        """Refuse adapters with infinite or undefined entries.
+
+        Raises:
+            TrainingError: Naming the parameter, the client and the round.
+        """
+        end = as_lazy(self.end)
+        for name in end:
+            finite = torch.ones(end.num_rows, dtype=torch.bool)
+            for _, block in end.blocks(name):
+                finite &= block.isfinite().all(dim=1).cpu()
+            if not bool(finite.all()):
+                client = self.clients[int(finite.logical_not().nonzero()[0])]
+                raise TrainingError(not_finite(name, client, round_index))
+
+    def weighted_sums(self, weights: Tensor) -> dict[str, Tensor]:
+        """``sum over n of weights[n] * end[n]`` for each parameter: all that a rule may read that sees sums only.
+
+        Args:
+            weights: ``[N]`` floats.
+
+        Returns:
+            Name → tensor of the parameter's own shape and type, computed in float64.
+        """
+        end = self.end.hidden if isinstance(self.end, SumsOnly) else as_lazy(self.end)
+        wide = weights.double()
+        return {
+            name: torch.cat([(wide @ block.double()).to(block.dtype) for _, block in end.blocks(name)]).reshape(
+                end.shapes[name]
+            )
+            for name in end
+        }
+
+
+class SumsOnly(Mapping[str, Tensor]):
+    """Adapters of which only weighted sums may be read, see ``Updates.weighted_sums``.
+
+    Args:
+        stack: The adapters.
+        rule: Name of the rule, for the error message.
+    """
+
+    def __init__(self, stack: AdapterStack, rule: str) -> None:
+        self.hidden = as_lazy(stack)
+        self.rule = rule
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Refuse.
+
+        Raises:
+            TrainingError: Always.
+        """
+        raise TrainingError(
+            f"aggregation {self.rule} declares sees='sums' and reads single adapters; use updates.weighted_sums"
+        )
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter(self.hidden)
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+
+@dataclass(frozen=True)
+class Aggregated:
+    """What an aggregation rule returns.
+
+    Attributes:
+        adapters: Next adapters, name → ``[N, *shape]``, rows as in ``Updates.clients``; parameters that are absent stay
+            at the client as they were trained. What callbacks get may be read from files on access; copy what is needed
+            before the round ends.
+        matrices: ``[N, N]`` matrices worth logging (``mixing``, ``similarity``), by name.
+        per_client: ``[N]`` vectors worth logging (``learning_speed``, …), by name.
+        tensors: Tensors for the clients, as in ``Updates.tensors``; they come with the clients' next jobs.
+        base: Change of the frozen base by two factors per weight: ``name|left`` ``[out, R]`` and ``name|right``
+            ``[R, in]``, whose product is added to the weight ``name``.
+    """
+
+    adapters: AdapterStack
+    matrices: Mapping[str, Tensor] = field(default_factory=dict)
+    per_client: Mapping[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, AdapterStack] = field(default_factory=dict)
+    base: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Received:
+    """What comes back to the clients after an aggregation.
+
+    Attributes:
+        rows: Rows of the population.
+        adapters: As in ``Aggregated``.
+        tensors: As in ``Aggregated``.
+        base: As in ``Aggregated``.
+    """
+
+    rows: tuple[int, ...]
+    adapters: AdapterStack
+    tensors: Mapping[str, AdapterStack] = field(default_factory=dict)
+    base: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """A finished round.
+
+    Attributes:
+        round_index: From 0.
+        trained: One record per row that finished, ascending.
+        failed: Those that did not.
+        aggregated: Result of the aggregation.
+        evaluation: Validation after the aggregation; ``None`` if this round was not evaluated.
+        seconds: Wall seconds of training and aggregation.
+        costs: Bytes that were exchanged and figures of the processes, under MLflow-safe names.
+        is_last: Whether the run ends with this round.
+    """
+
+    round_index: int
+    trained: tuple[Trained, ...]
+    aggregated: Aggregated
+    evaluation: Evaluation | None
+    seconds: float
+    costs: Mapping[str, float] = field(default_factory=dict)
+    failed: tuple[Failed, ...] = ()
+    is_last: bool = False
+
+
+@dataclass(frozen=True)
+class FitStart:
+    """The start of a run, or of its continuation.
+
+    Attributes:
+        num_rounds: Rounds of the run.
+        round_index: The next round, from 0.
+        num_clients: C.
+        num_steps: Optimiser steps of the whole run, if no client fails.
+        steps_done: Optimiser steps taken in earlier rounds.
+    """
+
+    num_rounds: int
+    round_index: int
+    num_clients: int
+    num_steps: int = 0
+    steps_done: int = 0
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A finished run.
+
+    Attributes:
+        evaluation: Evaluation on the test data of the selected adapters.
+        num_rounds: Rounds that were trained.
+        best_round: Round that validation selected; -1 is the start.
+        best_value: Mean over clients of the selection metric in that round.
+        served: The selected adapter of each client, and whether all clients have one and the same row.
+        is_shared: See ``served``.
+        base: Changes of the base that the selected adapters belong to.
+        failed_clients: Round → clients that did not finish it.
+    """
+
+    evaluation: Evaluation
+    num_rounds: int
+    best_round: int
+    best_value: float
+    served: Sequence[StoredTensors] = ()
+    is_shared: bool = False
+    base: tuple[StoredTensors, ...] = ()
+    failed_clients: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+
+def not_finite(name: str, client: int, round_index: int) -> str:
+    """The message for a parameter that local training made infinite or undefined."""
+    return (
+        f"{name} of client {client} is not finite after local training in round {round_index}; "
+        "lower trainer.learning_rate"
+    )

@@ -1,0 +1,120 @@
+"""The best adapters so far on the validation data, which is all that selection and early stopping see."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fellrec.data.guards import check_selection
+from fellrec.federated.population import Population
+from fellrec.federated.records import ScoreJob
+from fellrec.state.tensor_store import StoredTensors
+from fellrec.types import Evaluation
+
+
+class Selection:
+    """Remembers the best round of the population's mean, and each client's own best round.
+
+    Adapters are remembered by their stored version; nothing is copied.
+
+    Args:
+        population: Whose adapters are selected.
+        metric: Metric name, higher is better.
+        select: What is tested: the best round of the ``"population"`` or of each ``"client"``.
+        patience: Evaluations without a gain after which a run ends; ``None`` never ends it early.
+
+    Attributes:
+        value: Mean over clients in the best round.
+        round_index: That round; -1 is the start.
+        client_values: Best value of each client.
+        client_rounds: The round of that value.
+        rounds_without_gain: Evaluations since the best one.
+    """
+
+    def __init__(
+        self, population: Population, metric: str, select: str = "population", patience: int | None = None
+    ) -> None:
+        self.population = population
+        self.metric = metric
+        self.select = select
+        self.patience = patience
+        self.value = -float("inf")
+        self.round_index = -1
+        self.rounds_without_gain = 0
+        self.client_values = [-float("inf")] * population.num_clients
+        self.client_rounds = [-1] * population.num_clients
+        self.is_started = False
+        self._served = [population.initial] * population.num_clients
+        self._client_served = list(self._served)
+        self._base: tuple[StoredTensors, ...] = ()
+        self._client_base = [0] * population.num_clients
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether validation has not improved for ``patience`` evaluations."""
+        return self.patience is not None and self.rounds_without_gain >= self.patience
+
+    def update(self, evaluation: Evaluation) -> None:
+        """Compare an evaluation of the population's current adapters with the best so far.
+
+        Raises:
+            LeakError: If the evaluation is not of the validation data.
+        """
+        check_selection(evaluation.stage)
+        self.is_started = True
+        served = [job.adapter for job in self._jobs_by_client(self.population.score_jobs())]
+        values = evaluation.per_client[self.metric].tolist()
+        for client, value in enumerate(values):
+            if value > self.client_values[client]:
+                self.client_values[client], self.client_rounds[client] = value, evaluation.round_index
+                self._client_served[client] = served[client]
+                self._client_base[client] = len(self.population.base)
+        mean = evaluation.summary[f"{self.metric}/mean"]
+        is_best = mean > self.value
+        self.rounds_without_gain = 0 if is_best else self.rounds_without_gain + 1
+        if is_best:
+            self.value, self.round_index = mean, evaluation.round_index
+            self._served, self._base = served, self.population.base
+
+    def score_jobs(self) -> list[ScoreJob]:
+        """Every client's users with the selected adapters."""
+        if self.select == "client":
+            bases = [self.population.base[:length] for length in self._client_base]
+            return [ScoreJob(c, self._client_served[c], (c,), bases[c]) for c in range(len(bases))]
+        return self.population.score_jobs_of(self._served, self._base)
+
+    @property
+    def served(self) -> list[StoredTensors]:
+        """The selected adapter of each client."""
+        return list(self._client_served if self.select == "client" else self._served)
+
+    @property
+    def base(self) -> tuple[StoredTensors, ...]:
+        """The changes of the base that the best round of the population belongs to."""
+        return self.population.base if self.select == "client" else self._base
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``Persisted``."""
+        scalars = {name: getattr(self, name) for name in _SCALARS}
+        return {
+            **scalars,
+            "served": self._served,
+            "client_served": self._client_served,
+            "base_version": len(self._base),
+            "client_base_versions": self._client_base,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See ``Persisted``; the population is loaded before."""
+        for name in _SCALARS:
+            setattr(self, name, state[name])
+        self._served, self._client_served = list(state["served"]), list(state["client_served"])
+        self._base = self.population.base[: state["base_version"]]
+        self._client_base = list(state["client_base_versions"])
+
+    def _jobs_by_client(self, jobs: list[ScoreJob]) -> list[ScoreJob]:
+        by_client = {client: job for job in jobs for client in job.clients}
+        return [by_client[client] for client in range(self.population.num_clients)]
+
+
+_SCALARS = ("value", "round_index", "rounds_without_gain", "client_values", "client_rounds", "is_started")

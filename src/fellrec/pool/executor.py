@@ -1,0 +1,258 @@
+"""Clients over processes: every process has the model, and trains and evaluates the clients that are placed on it.
+
+Results do not depend on which process does what: a client's training is a function of its job and the seed of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fellrec.data.datamodule import evaluated_users
+from fellrec.distributed.memory import peak_bytes
+from fellrec.distributed.message import Message
+from fellrec.errors import SplitError
+from fellrec.federated.callback import Events
+from fellrec.federated.executor import SerialExecutor
+from fellrec.federated.ledger import Ledger
+from fellrec.federated.records import Failed, Job, ScoreJob, Trained
+from fellrec.functional.placement import estimate_seconds
+from fellrec.pool.messages import ClientFailed, ClientTrained, ScoreClients, Scored, TrainClient
+from fellrec.pool.pool import Pool, Task
+from fellrec.state.tensor_store import StoredTensors
+from fellrec.types import Evaluation
+
+SCALARS = ("loss", "num_samples", "num_steps", "seconds", "start_loss", "peak_bytes")
+
+
+class PoolExecutor:
+    """Trains and evaluates on all processes of a pool, the longest task first.
+
+    Args:
+        pool: The processes.
+        local: Carries out this process's own tasks.
+        ledger: Of the run; workers' records are added.
+        close: Called when the command is over.
+    """
+
+    def __init__(
+        self, pool: Pool, local: SerialExecutor, ledger: Ledger, close: Callable[[], None] = lambda: None
+    ) -> None:
+        self.pool = pool
+        self.local = local
+        self.ledger = ledger
+        self._close = close
+        self._seconds: dict[int, float] = {}
+        self._sent_changes: dict[int, int] = {}
+        self._busy_seconds = 0.0
+        self._peak_bytes = 0
+
+    def train(self, jobs: Sequence[Job], events: Events) -> Iterator[Trained | Failed]:
+        """See ``Executor``."""
+        steps = {job.row: self.local.trainer.num_steps(job.data_of) for job in jobs}
+        costs = estimate_seconds([job.row for job in jobs], steps, self._seconds)
+        self._busy_seconds = 0.0
+        for outcome in self.pool.run([self._training(job, events) for job in jobs], costs, together=True):
+            if isinstance(outcome, Trained):
+                self._seconds[outcome.row] = outcome.seconds
+                self._busy_seconds += outcome.seconds
+                self._peak_bytes = max(self._peak_bytes, outcome.peak_bytes)
+            yield outcome
+
+    def score(self, jobs: Sequence[ScoreJob], stage: str, round_index: int) -> Evaluation:
+        """See ``Executor``; if there are more processes than jobs, several divide a job's users."""
+        evaluator, evaluation = self.local.evaluator, None
+        for needed in evaluator.stages_before(stage):
+            self._score_stage(jobs, needed, round_index)
+            evaluation = evaluator.finish(needed, round_index)
+        assert evaluation is not None
+        return evaluation
+
+    def close(self) -> None:
+        """See ``Executor``."""
+        self.pool.close()
+        self._close()
+
+    def costs(self, seconds: float) -> Mapping[str, float]:
+        """How busy the processes were in a round that took so many seconds, and the largest memory of one."""
+        available = len(self.pool.groups) * seconds
+        return {
+            "cost/process/busy_rate": min(1.0, self._busy_seconds / available) if available else 0.0,
+            "cost/process/peak_bytes": float(max(self._peak_bytes, peak_bytes())),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``Persisted``: how long each client took the last time, for placing."""
+        return {"seconds": {str(row): seconds for row, seconds in self._seconds.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See ``Persisted``."""
+        self._seconds = {int(row): seconds for row, seconds in state["seconds"].items()}
+
+    def _score_stage(self, jobs: Sequence[ScoreJob], stage: str, round_index: int) -> None:
+        data = self.local.evaluator.datamodule.data
+        owners = data.client_of_user[evaluated_users(data, stage)]
+        users = np.bincount(owners, minlength=data.num_clients).tolist()
+        num_parts = max(1, self.pool.num_processes // len(jobs))
+        tasks, costs = [], []
+        for job in jobs:
+            for part in range(num_parts):
+                tasks.append(self._scoring(job, stage, round_index, part, num_parts))
+                costs.append(sum(users[client] for client in job.clients) / num_parts)
+        for _ in self.pool.run(tasks, costs):
+            pass
+
+    def _training(self, job: Job, events: Events) -> Task:
+        def run() -> Trained | Failed:
+            events.call("on_client_start", job)
+            return self.local.train_one(job, on_step)
+
+        def on_step(loss: float) -> None:
+            events.call("on_step_end", loss)
+            self.pool.poll()
+
+        def result(answer: Message) -> Trained | Failed:
+            events.call("on_client_start", job)
+            outcome = self._outcome(job, answer)
+            for loss in answer.step_losses if isinstance(answer, ClientTrained) else ():
+                events.call("on_step_end", loss)
+            return outcome
+
+        return Task(
+            message=lambda process: self._train_message(job, process),
+            run=run,
+            result=result,
+            lost=lambda reason: Failed(job, reason),
+            activity=f"training client {job.row} in round {job.round_index}",
+        )
+
+    def _train_message(self, job: Job, process: int) -> TrainClient:
+        return TrainClient(
+            row=job.row,
+            data_of=-1 if job.data_of is None else job.data_of,
+            round_index=job.round_index,
+            first_step=job.first_step,
+            adapter=job.adapter.tensors(),
+            optimizer=job.optimizer.tensors(),
+            anchors={name: stored.tensors() for name, stored in job.anchors.items()},
+            tensors=job.tensors.tensors(),
+            trains=job.trains,
+            needs_start_loss=job.needs_start_loss,
+            base=len(job.base),
+            changes=self._new_changes(job.base, process),
+        )
+
+    def _new_changes(self, base: tuple[StoredTensors, ...], process: int) -> tuple[Mapping[str, Tensor], ...]:
+        sent = self._sent_changes.get(process, 0)
+        self._sent_changes[process] = max(sent, len(base))
+        return tuple(change.tensors() for change in base[sent:])
+
+    def _outcome(self, job: Job, answer: Message) -> Trained | Failed:
+        if not isinstance(answer, ClientTrained | ClientFailed) or answer.row != job.row:
+            raise SplitError(f"unexpected message {type(answer).__name__} for the training of client {job.row}")
+        self.ledger.merge(answer.ledger)
+        if isinstance(answer, ClientFailed):
+            return Failed(job, answer.reason)
+        adapter, optimizer, tensors = (
+            StoredTensors({name: tensor.cpu() for name, tensor in found.items()})
+            for found in (answer.adapter, answer.optimizer, answer.tensors)
+        )
+        return Trained(job=job, adapter=adapter, optimizer=optimizer, tensors=tensors, **answer.scalars)
+
+    def _scoring(self, job: ScoreJob, stage: str, round_index: int, part: int, num_parts: int) -> Task:
+        evaluator = self.local.evaluator
+
+        def result(answer: Message) -> None:
+            if not isinstance(answer, Scored):
+                raise SplitError(f"unexpected message {type(answer).__name__} for the scoring of client {job.row}")
+            self.ledger.merge(answer.ledger)
+            evaluator.module.add_metrics(answer.metrics)
+
+        def message(process: int) -> ScoreClients:
+            changes = self._new_changes(job.base, process)
+            where = stage, round_index, part, num_parts, len(job.base), changes
+            return ScoreClients(job.row, job.adapter.tensors(), job.clients, *where)
+
+        return Task(
+            message=message,
+            run=lambda: evaluator.score(job, stage, round_index, part, num_parts),
+            result=result,
+            lost=None,
+            activity=f"scoring the users of client {job.row}",
+        )
+
+
+class Worker:
+    """A process that trains and evaluates as the coordinator asks, and keeps nothing.
+
+    Args:
+        local: Carries out jobs.
+        ledger: Of its executor's link; sent with every answer.
+        report: Tells the channel what this process does, for error messages.
+        check: Called between two optimiser steps; raises if another process has ended.
+    """
+
+    def __init__(
+        self,
+        local: SerialExecutor,
+        ledger: Ledger,
+        report: Callable[[str], None] = lambda text: None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.local = local
+        self.ledger = ledger
+        self._report = report
+        self._check = check
+        self._changes: list[StoredTensors] = []
+
+    def train(self, message: TrainClient) -> Message:
+        """Train one client."""
+        self._report(f" while this process was training client {message.row} in round {message.round_index}")
+        self._changes += [StoredTensors(factors) for factors in message.changes]
+        job = Job(
+            row=message.row,
+            data_of=None if message.data_of < 0 else message.data_of,
+            round_index=message.round_index,
+            first_step=message.first_step,
+            adapter=StoredTensors(message.adapter),
+            optimizer=StoredTensors(message.optimizer),
+            anchors={name: StoredTensors(tensors) for name, tensors in message.anchors.items()},
+            tensors=StoredTensors(message.tensors),
+            trains=message.trains,
+            needs_start_loss=message.needs_start_loss,
+            base=tuple(self._changes[: message.base]),
+        )
+        losses: list[float] = []
+
+        def on_step(loss: float) -> None:
+            losses.append(loss)
+            self._check()
+
+        outcome = self.local.train_one(job, on_step)
+        if isinstance(outcome, Failed):
+            return ClientFailed(job.row, outcome.reason, self._rows())
+        return ClientTrained(
+            row=job.row,
+            adapter=outcome.adapter.tensors(),
+            optimizer=outcome.optimizer.tensors(),
+            tensors=outcome.tensors.tensors(),
+            scalars={name: getattr(outcome, name) for name in SCALARS},
+            step_losses=tuple(losses),
+            ledger=self._rows(),
+        )
+
+    def score(self, message: ScoreClients) -> Message:
+        """Rank for the users of some clients."""
+        self._report(f" while this process was scoring users of client {message.row}")
+        self._changes += [StoredTensors(factors) for factors in message.changes]
+        base = tuple(self._changes[: message.base])
+        job = ScoreJob(message.row, StoredTensors(message.adapter), message.clients, base)
+        evaluator = self.local.evaluator
+        evaluator.score(job, message.stage, message.round_index, message.part, message.num_parts)
+        return Scored(evaluator.module.take_metrics(), self._rows())
+
+    def _rows(self) -> tuple[tuple[Any, ...], ...]:
+        return tuple(tuple(row) for row in self.ledger.take())
