@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from fellrec.cli.main import main
-from fellrec.cli.plan import plan, print_plans
+from fellrec.cli.plan import plan
 from fellrec.config.compose import compose
 from fellrec.experiment import build_data, build_loop, build_recommender
 from fellrec.federated.checkpoint import save_state
@@ -38,6 +38,7 @@ from fellrec.planning.load import count_load
 from fellrec.planning.measure import bytes_of_parts, measure_parts, trace
 from fellrec.planning.plan import Planner
 from fellrec.planning.shape import find_config, model_configs, read_config
+from fellrec.planning.table import print_plans
 from fellrec.state.bank import AdapterBank
 
 SHAPE = {
@@ -349,9 +350,9 @@ def test_items_whose_vectors_are_kept_are_in_no_step(
     assert more == pytest.approx(60 * width * each.load.mean.num_steps)
     assert kept.client.activation_bytes < each.client.activation_bytes
     main(["plan", *towers, "objective.refresh_items=3"])
-    assert "Item vectors that are kept are made without gradients" in capsys.readouterr().out
+    assert "Cached item vectors are computed without gradients" in capsys.readouterr().out
     main(["plan", *towers])
-    assert "Item vectors that are kept" not in capsys.readouterr().out
+    assert "Cached item vectors" not in capsys.readouterr().out
 
 
 def test_a_model_folder_needs_its_configuration_only(tiny_overrides: list[str], tmp_path: Path) -> None:
