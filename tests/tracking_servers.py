@@ -1,4 +1,4 @@
-"""Real MLflow servers that tests start, kill and start again, on sqlite and on PostgreSQL, and what is in their stores."""
+"""MLflow servers on sqlite and PostgreSQL that tests start, kill and restart, and the content of their stores."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ import sqlalchemy
 from fellrec.tracking.outbox import operations
 
 _OWN_TAGS = ("fellrec.run_uid", "mlflow.source")
-"""Tags that name the run itself, and the program that was started."""
+"""Tags with the run's identity and the program that was started."""
 _UPLOADING = ".artifact.uploading."
-"""MLflow's own drafts of artefacts: one stays where a server is killed in an upload, and MLflow lists none."""
+"""Temporary files of MLflow: one remains if the server is killed during an upload, and MLflow does not list it."""
 
 
 def free_port() -> int:
@@ -39,7 +39,7 @@ def free_port() -> int:
 
 
 def wait_for(condition: Callable[[], Any], alive: subprocess.Popen[Any], log: Path, seconds: float = 240) -> None:
-    """Wait until something is true; fail with the process's output if it ends before."""
+    """Wait for a condition; fail with the process's log if the process ends first."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert alive.poll() is None, log.read_text()
@@ -48,7 +48,7 @@ def wait_for(condition: Callable[[], Any], alive: subprocess.Popen[Any], log: Pa
 
 
 class Server:
-    """``mlflow server`` on a database; artefacts go through it into ``folder/artifacts``."""
+    """``mlflow server`` with a database; artefacts are stored in ``folder/artifacts``."""
 
     def __init__(self, folder: Path, database: str) -> None:
         self.folder, self.database = folder, database
@@ -66,7 +66,7 @@ class Server:
         wait_for(self._answers, self._process, self.log)
 
     def kill(self) -> None:
-        """End the server and its workers as a power failure would."""
+        """Kill the server and its workers."""
         if self._process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -82,7 +82,7 @@ class Server:
 
 
 class Relay:
-    """Passes connections on to a port, and notes the ``RANK`` of the process behind each."""
+    """Forwards connections to a port, and records the ``RANK`` variable of the process that opened each."""
 
     def __init__(self, port: int) -> None:
         self.ranks: set[str] = set()
@@ -104,7 +104,7 @@ class Relay:
                 self.ranks.add(self._rank(port))
                 far = socket.create_connection(("127.0.0.1", self._target))
                 for source, drain in ((near, far), (far, near)):
-                    threading.Thread(target=self._pass_on, args=(source, drain), daemon=True).start()
+                    threading.Thread(target=self._forward, args=(source, drain), daemon=True).start()
 
     def _rank(self, port: int) -> str:
         (owner,) = {
@@ -114,7 +114,7 @@ class Relay:
         }
         return psutil.Process(owner).environ().get("RANK", "none")
 
-    def _pass_on(self, source: socket.socket, drain: socket.socket) -> None:
+    def _forward(self, source: socket.socket, drain: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
                 drain.sendall(data)
@@ -123,7 +123,7 @@ class Relay:
 
 @contextmanager
 def postgresql() -> Iterator[str]:
-    """A PostgreSQL server of its own; yields the URI of its empty database."""
+    """Start a PostgreSQL server; yields the URI of an empty database."""
     programs = _postgresql_programs()
     as_root = os.geteuid() == 0
     user: dict[str, Any] = {"user": "postgres", "group": "postgres", "extra_groups": []} if as_root else {}
@@ -149,7 +149,7 @@ def postgresql() -> Iterator[str]:
 
 
 def _postgresql_programs() -> Path:
-    """PostgreSQL's own programs, installed from Debian where that is possible."""
+    """Directory of the PostgreSQL programs, installed with apt-get if possible."""
 
     def found() -> list[Path]:
         return sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
@@ -159,21 +159,21 @@ def _postgresql_programs() -> Path:
         for command in (["apt-get", "update", "-qq"], ["apt-get", "install", "-y", "-qq", "postgresql"]):
             subprocess.run(command, check=False, capture_output=True, timeout=600, env=quiet)
     if not found():
-        pytest.skip("needs PostgreSQL, and it cannot be installed here (apt-get install postgresql, as root)")
+        pytest.skip("needs PostgreSQL, which cannot be installed here (as root: apt-get install postgresql)")
     return found()[-1].parent
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a store holds of one run, read from its database and its artefacts' folder.
+    """Content of a store for one run, read from the database and the artefact directory.
 
     Attributes:
-        points: ``(key, step, timestamp, value)`` of every logged point, sorted; a point logged twice is there twice.
+        points: ``(key, step, timestamp, value)`` of every logged point, sorted; duplicates are kept.
         params: By name.
         tags: By name.
         datasets: Names and digests.
         artifacts: Path → bytes.
-        status: Of the run.
+        status: Status of the run.
     """
 
     points: list[tuple[str, int, int, float]]
@@ -184,7 +184,7 @@ class Content:
     status: str
 
     def comparable(self) -> tuple[Any, ...]:
-        """All that two runs with the same settings must have in common: no clock times, no names of folders."""
+        """Everything that two runs with the same settings must share: no times, no directory names."""
         points = [
             (key, step, None if "seconds" in key or "busy" in key else value) for key, step, _, value in self.points
         ]
@@ -192,12 +192,12 @@ class Content:
         tags = {key: value for key, value in self.tags.items() if not key.startswith(_OWN_TAGS)}
         artifacts: dict[str, Any] = {path: data for path, data in self.artifacts.items() if path != "config.yaml"}
         if "results.json" in artifacts:
-            artifacts["results.json"] = {**json.loads(artifacts["results.json"]), "cost": "has clock times"}
+            artifacts["results.json"] = {**json.loads(artifacts["results.json"]), "cost": "contains times"}
         return sorted(points, key=str), params, tags, self.datasets, artifacts, self.status, len(self.artifacts)
 
 
 def content(database: str, artifacts: Path, uid: str) -> Content:
-    """What the store holds of the one run with this ``fellrec.run_uid``; fails if it holds two."""
+    """Content of the store for the run with this ``fellrec.run_uid``; fails if there are two such runs."""
     engine = sqlalchemy.create_engine(database)
     with engine.connect() as connection:
 
@@ -225,7 +225,7 @@ def content(database: str, artifacts: Path, uid: str) -> Content:
 
 
 def logged_points(outbox: Path) -> list[tuple[str, int, int, float]]:
-    """Every point that a run has logged, as its outbox has them."""
+    """Every point in the outbox of a run."""
     return sorted(
         (key, operation.fields["step"], operation.time, value)
         for operation in operations(outbox)

@@ -78,7 +78,7 @@ def test_without_sbatch_the_run_directory_is_not_kept(
     monkeypatch.setenv("PATH", str(workplace))
     with pytest.raises(SystemExit):
         main(["submit", "run_dir=run"])
-    assert "sbatch is not to be found: submit where SLURM is" in capsys.readouterr().err
+    assert "sbatch not found: run this on a SLURM login node" in capsys.readouterr().err
     assert not list(workplace.iterdir())
 
 

@@ -227,7 +227,7 @@ def test_what_slurm_refuses_leaves_no_run_directory(
     with pytest.raises(SystemExit) as done:
         submit(tmp_path, *tiny_overrides, "launcher.partition=nowhere", "run_dir=run")
     assert done.value.code == 1
-    assert "fellrec submit: SLURM refuses the job: sbatch: error: invalid partition" in capsys.readouterr().err
+    assert "fellrec submit: SLURM rejected the job: sbatch: error: invalid partition" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

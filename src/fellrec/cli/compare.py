@@ -7,32 +7,54 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from omegaconf import DictConfig, OmegaConf
-
-from fellrec.aggregation.build import build_aggregation
-from fellrec.data.prepared import PreparedData
-from fellrec.experiment import Recommender, build_data, build_loop, build_recommender, recommender_key
-from fellrec.experiment.run import Run, collect, finish_message, reference_results, table_cutoff
-from fellrec.experiment.run_dir import check_new, new_run_dir
-from fellrec.experiment.session import Ranks, processes_to_start, run_ranks
-from fellrec.experiment.variants import Label, check_comparable, configurations, labels
-from fellrec.launch.local import other_ranks
-from fellrec.report.comparison import Comparison, RuleResult
-from fellrec.report.cost_tables import COSTS, cost_panels, print_cost, write_cost
-from fellrec.report.plots import client_dots, panels, save_png
-from fellrec.report.significance import print_significance, with_significance, write_significance
-from fellrec.report.tables import display_name, print_comparison, results_console, write_tables
-from fellrec.state.files import write_json
-from fellrec.tracking.run_log import NewRun, RunLog, parent_run
+from fellrec.cli.arguments import add_format, add_overrides, add_show_config
 from fellrec.tracking.store import check_reachable
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from fellrec.data.prepared import PreparedData
+    from fellrec.experiment import Recommender
+    from fellrec.experiment.session import Ranks
+    from fellrec.experiment.variants import Label
+    from fellrec.report.comparison import Comparison, RuleResult
+    from fellrec.tracking.run_log import RunLog
+
+PURPOSE = "several rules and seeds on one partition, in one table with the non-learned baselines"
+EXAMPLES = (
+    "fellrec compare",
+    "fellrec compare data=ml_1m data.root=ml-1m aggregation=local,fedavg,fellrec,centralized seed=0,1,2",
+    "fellrec compare experiment=ml_1m_small data.root=ml-1m --format json",
+    "fellrec compare aggregation=fedavg,fellrec trainer.learning_rate=1e-3,2e-3",
+    "fellrec compare --run 'aggregation=fedavg trainer.learning_rate=2e-3' --run 'aggregation=fellrec'",
+)
 
 _SHOWN = ("mean", "pooled", "variance", "worst")
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the verb."""
+    add_overrides(parser)
+    add_format(parser)
+    parser.add_argument(
+        "--run",
+        action="append",
+        metavar="OVERRIDES",
+        help="overrides of one rule, in quotes, combined with the other overrides; may be repeated",
+    )
+    add_show_config(parser)
+
+
 def run(options: argparse.Namespace) -> None:
     """Entry point of the verb."""
+    from omegaconf import OmegaConf
+
+    from fellrec.experiment.session import processes_to_start, run_ranks
+    from fellrec.experiment.variants import configurations
+    from fellrec.launch.local import other_ranks
+
     configs = configurations(options.overrides, options.run or ())
     if options.show_config:
         sys.stdout.write("---\n".join(OmegaConf.to_yaml(config) for config in configs))
@@ -46,6 +68,11 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _report(comparison: Comparison, run_dir: Path, config: DictConfig, output_format: str) -> None:
+    from fellrec.experiment.run import finish_message, table_cutoff
+    from fellrec.report.cost_tables import print_cost
+    from fellrec.report.significance import print_significance
+    from fellrec.report.tables import print_comparison, results_console
+
     if output_format == "json":
         sys.stdout.write(json.dumps(comparison.to_dict(), indent=1) + "\n")
         return
@@ -62,7 +89,7 @@ def compare(configs: Sequence[DictConfig], ranks: Ranks | None = None) -> tuple[
 
     Args:
         configs: One per rule, setting, seed and cut; data, partition and backbone are the same in all.
-        ranks: All processes, if there are several.
+        ranks: The processes of the run, if there are several.
 
     Returns:
         The results, and the directory that holds every run.
@@ -70,9 +97,17 @@ def compare(configs: Sequence[DictConfig], ranks: Ranks | None = None) -> tuple[
     Raises:
         ConfigError: If the configurations differ in more than `check_comparable` allows.
     """
+    from fellrec.aggregation.build import build_aggregation
+    from fellrec.experiment import build_data, build_loop
+    from fellrec.experiment.run import collect, reference_results, table_cutoff
+    from fellrec.experiment.run_dir import check_new, new_run_dir
+    from fellrec.experiment.variants import check_comparable, labels
+    from fellrec.report.significance import with_significance
+    from fellrec.tracking.run_log import NewRun, parent_run
+
     check_comparable(configs)
     for config in configs:
-        build_aggregation(config.aggregation)  # a rule that cannot be built must not be found out an hour later
+        build_aggregation(config.aggregation)  # report errors of every rule before the first run starts
     first = configs[0]
     if first.run_dir:
         check_new(Path(first.run_dir))
@@ -100,6 +135,14 @@ def compare(configs: Sequence[DictConfig], ranks: Ranks | None = None) -> tuple[
 
 def write_outputs(comparison: Comparison, run_dir: Path, cutoff: int) -> None:
     """Write the table, the JSON and the figure into ``run_dir/comparison``."""
+    import torch
+
+    from fellrec.report.cost_tables import cost_panels, write_cost
+    from fellrec.report.plots import client_dots, panels, save_png
+    from fellrec.report.significance import write_significance
+    from fellrec.report.tables import display_name, write_tables
+    from fellrec.state.files import write_json
+
     folder = run_dir / "comparison"
     folder.mkdir(exist_ok=True)
     write_tables(comparison, folder, cutoff)
@@ -122,7 +165,9 @@ def write_outputs(comparison: Comparison, run_dir: Path, cutoff: int) -> None:
 
 
 def log_figures(log: RunLog, comparison: Comparison, cutoff: int) -> None:
-    """Log every rule's main figures to the parent run: its line in the UI is the table, before it is unfolded."""
+    """Log every rule's main metrics to the parent run, whose row in the MLflow UI then shows the table."""
+    from fellrec.report.cost_tables import COSTS
+
     figures = [f"{metric}_at_{cutoff}/{figure}" for metric in ("ndcg", "recall") for figure in _SHOWN]
     lines = [*comparison.rules("learned"), *comparison.rules("reference")]
     metrics = {
@@ -137,12 +182,12 @@ def log_figures(log: RunLog, comparison: Comparison, cutoff: int) -> None:
 
 
 def _metric_name(rule: str) -> str:
-    """MLflow's names have no equals sign: ``fedavg/head_layers_2``."""
+    """MLflow allows no equals sign in names: ``fedavg/head_layers_2``."""
     return rule.replace(" ", "/").replace("=", "_")
 
 
 class _Recommenders:
-    """One recommender at a time, shared by all runs that differ in their rule only."""
+    """One recommender at a time, shared by all runs that differ only in their rule."""
 
     def __init__(self, data: PreparedData, ranks: Ranks | None) -> None:
         self._data = data
@@ -150,16 +195,22 @@ class _Recommenders:
         self._current: tuple[str, Recommender] | None = None
 
     def of(self, config: DictConfig) -> Recommender:
-        """The recommender of a configuration; the backbone is loaded again only if something but the rule changed."""
+        """The recommender of a configuration; the backbone is loaded again only if more than the rule changed."""
+        from fellrec.experiment import build_recommender, recommender_key
+
         key = recommender_key(config)
         if self._current is None or self._current[0] != key:
-            self._current = None  # the old backbone goes before the new one comes
+            self._current = None  # free the old backbone before the new one is loaded
             make = build_recommender if self._ranks is None else self._ranks.lead
             self._current = (key, make(config, self._data))
         return self._current[1]
 
 
 def _one(config: DictConfig, label: Label, recommenders: _Recommenders, run_dir: Path, parent_uid: str) -> RuleResult:
+    from omegaconf import DictConfig, OmegaConf
+
+    from fellrec.experiment.run import Run
+
     own = OmegaConf.merge(config, {"run_dir": str(run_dir / label.name)})
     assert isinstance(own, DictConfig)
     return Run(own, recommenders.of(config), parent_uid, label.rule, label.variant).execute()

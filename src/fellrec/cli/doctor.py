@@ -1,4 +1,4 @@
-"""``fellrec doctor``: what a run would find on this machine."""
+"""``fellrec doctor``: checks of the installation and of this machine."""
 
 from __future__ import annotations
 
@@ -9,31 +9,36 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
+from fellrec.cli.arguments import add_overrides
 
-from fellrec.config.compose import compose
-from fellrec.config.paths import conf_dir, group_choices
-from fellrec.errors import FellrecError
-from fellrec.experiment import cache_dir
-from fellrec.experiment.run_dir import versions
-from fellrec.launch.reach import check_all_reduce
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
-Check = tuple[str, Callable[[], str]]
+PURPOSE = "check the installation, devices, directories and the tracking store"
+EXAMPLES = ("fellrec doctor", "fellrec doctor tracking.uri=http://127.0.0.1:5000 run_dir=/scratch/runs")
 
-_LEAST_BYTES = 1e9
-"""Free space below which a run is likely to fail."""
+_MIN_FREE_BYTES = 1e9
+"""Below this much free space a run is likely to fail."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the verb."""
+    add_overrides(parser, lists_groups=False)
 
 
 def run(options: argparse.Namespace) -> None:
     """Entry point of the verb: one line per check, exit status 1 if one failed."""
-    config = compose(options.overrides)
+    from rich.console import Console
+    from rich.table import Table
+
+    from fellrec.config.compose import compose
+    from fellrec.errors import FellrecError
+
     table = Table(box=None, show_header=False)
     failed = False
-    for name, check in _checks(config):
+    for name, check in _checks(compose(options.overrides)):
         try:
             table.add_row("[green]ok[/green]", name, check())
         except (FellrecError, OSError, RuntimeError) as error:
@@ -43,7 +48,13 @@ def run(options: argparse.Namespace) -> None:
     sys.exit(1 if failed else 0)
 
 
-def _checks(config: DictConfig) -> Iterator[Check]:
+def _checks(config: DictConfig) -> Iterator[tuple[str, Callable[[], str]]]:
+    import torch
+
+    from fellrec.experiment import cache_dir
+    from fellrec.experiment.run_dir import versions
+    from fellrec.launch.reach import check_all_reduce
+
     yield "packages", lambda: ", ".join(f"{name} {number}" for name, number in versions().items())
     yield "configuration", _configuration
     yield "devices", _devices
@@ -57,10 +68,14 @@ def _checks(config: DictConfig) -> Iterator[Check]:
 
 
 def _configuration() -> str:
+    from fellrec.config.paths import conf_dir, group_choices
+
     return f"{sum(map(len, group_choices().values()))} choices in {conf_dir()}"
 
 
 def _devices() -> str:
+    import torch
+
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     found = [f"{gpu.name} with {gpu.total_memory / 1e9:.0f} GB" for gpu in gpus]
     return f"{os.cpu_count()} cores, {', '.join(found) or 'no GPU: runs use the CPU'}"
@@ -71,7 +86,7 @@ def _writable(folder: Path) -> str:
     if not os.access(existing, os.W_OK):
         raise OSError(f"{existing} is not writable")
     free = shutil.disk_usage(existing).free
-    if free < _LEAST_BYTES:
+    if free < _MIN_FREE_BYTES:
         raise OSError(f"{folder}, only {free / 1e9:.1f} GB free")
     return f"{folder}, {free / 1e9:.0f} GB free"
 
@@ -84,15 +99,15 @@ def _tracking(uri: str) -> str:
 
 
 def _slurm() -> str:
-    """StoredTensors, partitions and nodes; a machine without SLURM is in order too."""
-    absent = "absent: fellrec submit can only show its script here"
+    """Version, partitions and nodes; a machine without SLURM is no failure."""
+    absent = "not installed: fellrec submit works with --dry-run only"
     if shutil.which("sinfo") is None:
         return absent
     try:
         version, lines = _sinfo("--version"), _sinfo("--noheader", "--format=%P has %D %T").splitlines()
     except RuntimeError as error:
         if "configuration source" in str(error):
-            return f"{absent}; its commands are installed and not set up"
+            return f"{absent} (commands found, but not configured)"
         raise
     return ", ".join([version, *lines])
 

@@ -1,4 +1,4 @@
-"""``fellrec evaluate``: score a finished run's selected adapters again."""
+"""``fellrec evaluate``: evaluate the selected adapters of a finished run again."""
 
 from __future__ import annotations
 
@@ -6,19 +6,32 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fellrec.config.compose import read_config
-from fellrec.data.prepared import PreparedData
+from fellrec.cli.arguments import add_format, add_run_dir
 from fellrec.errors import ConfigError
-from fellrec.experiment import build_data, build_loop, build_recommender
-from fellrec.experiment.run import collect, reference_results, rule_name, table_cutoff
-from fellrec.experiment.run_dir import check_prompt
-from fellrec.report.comparison import Comparison, RuleResult
-from fellrec.report.tables import print_comparison, results_console
+
+if TYPE_CHECKING:
+    from fellrec.data.prepared import PreparedData
+    from fellrec.report.comparison import Comparison
+
+PURPOSE = "evaluate a finished run's adapters again on the validation or test split"
+EXAMPLES = ("fellrec evaluate runs/RUN", "fellrec evaluate runs/RUN --stage val --format json")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the verb."""
+    add_run_dir(parser)
+    parser.add_argument("--stage", choices=("val", "test"), default="test", help="split to rank (default: test)")
+    add_format(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Entry point of the verb."""
+    from fellrec.config.compose import read_config
+    from fellrec.experiment.run import table_cutoff
+    from fellrec.report.tables import print_comparison, results_console
+
     comparison = evaluate(Path(options.run_dir), options.stage)
     if options.format == "json":
         sys.stdout.write(json.dumps(comparison.to_dict(), indent=1) + "\n")
@@ -35,8 +48,14 @@ def evaluate(run_dir: Path, stage: str) -> Comparison:
         stage: ``"val"`` or ``"test"``.
 
     Raises:
-        ConfigError: If the directory is no run's, or data or prompt are no longer what the run was trained on.
+        ConfigError: If it is not the directory of a run, or the data or the prompt differ from those of training.
     """
+    from fellrec.config.compose import read_config
+    from fellrec.experiment import build_data, build_loop, build_recommender
+    from fellrec.experiment.run import collect, reference_results, rule_name
+    from fellrec.experiment.run_dir import check_prompt
+    from fellrec.report.comparison import RuleResult
+
     config = read_config(run_dir)
     data = build_data(config)
     _check_same_data(run_dir, data)
@@ -55,5 +74,5 @@ def _check_same_data(run_dir: Path, data: PreparedData) -> None:
     trained_on = json.loads((run_dir / "data.json").read_text())["key"]
     if trained_on != data.key:
         raise ConfigError(
-            f"the data has changed since {run_dir} was trained: its key was {trained_on}, now it is {data.key}"
+            f"the data changed since {run_dir} was trained: its key was {trained_on} and is now {data.key}"
         )

@@ -6,18 +6,30 @@ import argparse
 import sys
 from pathlib import Path
 
-import pandas as pd
+from fellrec.cli.arguments import add_run_dir
 
-from fellrec.report.export import export
+PURPOSE = "a finished run's rankings and targets as files for ranx, RecBole or TREC tools"
+EXAMPLES = ("fellrec export runs/RUN --format ranx", "fellrec export runs/RUN --format trec --output FOLDER")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the verb."""
+    add_run_dir(parser)
+    parser.add_argument("--format", choices=("ranx", "recbole", "trec"), required=True, help="file format")
+    parser.add_argument("--output", metavar="PATH", help="output directory (default: RUN_DIR/export/FORMAT)")
 
 
 def run(options: argparse.Namespace) -> None:
     """Entry point of the verb."""
+    import pandas as pd
+
+    from fellrec.report.export import export
+
     run_dir = Path(options.run_dir)
     folder = Path(options.output) if options.output else run_dir / "export" / options.format
     files = export(run_dir, options.format, folder)
     users = pd.read_parquet(run_dir / "users.parquet", columns=["is_tied"])
     sys.stdout.write(
         "".join(f"{path}\n" for path in files)
-        + f"{len(users)} users, {int(users['is_tied'].sum())} of them with a target whose score another item has too\n"
+        + f"{len(users)} users; for {int(users['is_tied'].sum())} of them another item ties with the target's score\n"
     )

@@ -6,18 +6,34 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
+from fellrec.cli.arguments import add_format, add_overrides
 
-from fellrec.config.compose import as_dict, compose
-from fellrec.experiment import build_data, cache_dir
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+PURPOSE = "read a data set, verify its counts, print statistics, cache it"
+EXAMPLES = (
+    "fellrec prepare data=ml_1m data.root=ml-1m",
+    "fellrec prepare data=ml_100k data.root=ml-100k data.core=5",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the verb."""
+    add_overrides(parser)
+    add_format(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Entry point of the verb."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fellrec.config.compose import compose
+    from fellrec.experiment import build_data, cache_dir
+
     config = compose(options.overrides)
     data = build_data(config)
     checks = verify(config, data.statistics)
@@ -36,17 +52,21 @@ def run(options: argparse.Namespace) -> None:
 
 
 def verify(config: DictConfig, statistics: Mapping[str, Any]) -> list[str]:
-    """Compare what was read with the published counts that ``data.expected`` knows.
+    """Compare the counts of a data set with the published ones in ``data.expected``.
+
+    Args:
+        config: The composed configuration.
+        statistics: Counts of the prepared data.
 
     Returns:
-        One line per known count: ``ok`` or ``differs``.
+        One line per published count: ``ok`` or ``differs``.
     """
     core = config.data.core
     suffixes = {"as_read": "_as_read", f"core_{core}": "_after_core"}
     if str(config.holdout["_target_"]).endswith("GlobalTime"):
         suffixes[f"core_{core}_global_time"] = ""
     lines = []
-    for case, counts in as_dict(config.data)["expected"].items():
+    for case, counts in config.data.expected.items():
         if case not in suffixes or (case == f"core_{core}_global_time" and config.data.max_users is not None):
             continue
         for name, expected in counts.items():

@@ -10,33 +10,39 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, OmegaConf
-
-from fellrec.aggregation.build import build_aggregation
+from fellrec.cli.arguments import add_multirun, add_overrides
 from fellrec.cli.train import resume_dir, resumed
-from fellrec.config.compose import as_dict, compose, expand
 from fellrec.errors import ConfigError, unknown
-from fellrec.experiment.run import rule_name
-from fellrec.experiment.run_dir import SLURM_FOLDER, free_run_dir
 from fellrec.launch.slurm import Job, JobEnvironment, Launcher, batch_script
-from fellrec.state.lock import check_free
 from fellrec.tracking.store import check_reachable, ensure_experiment, make_client
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+PURPOSE = "a run, or a sweep as a job array, on SLURM"
+EXAMPLES = (
+    "fellrec submit experiment=ml_1m_small data.root=ml-1m launcher.gpus_per_node=1 launcher.time=12:00:00",
+    "fellrec submit split=executed split.transport=distributed launcher.nodes=2 --dry-run",
+    "fellrec submit -m aggregation=fedavg,fellrec seed=0,1,2 launcher.time=2:00:00 launcher.max_parallel=4",
+    "fellrec submit resume=runs/RUN launcher.time=12:00:00",
+)
 
 _LAUNCHER = re.compile(r"[+~]*launcher[.=]")
 
 
 @dataclass(frozen=True)
 class Submission:
-    """What is submitted.
+    """A checked job before it is submitted.
 
     Attributes:
-        config: Of the run, or of the first of a sweep.
-        launcher: What is asked of SLURM.
+        config: Configuration of the run, or of the first run of a sweep.
+        launcher: The SLURM settings.
         jobs: The runs.
-        folder: The run directory, or that of the sweep.
-        label: Name of the job, unless the launcher has one.
-        processes: The overrides that tell a run how many processes it has.
+        folder: Directory of the run or of the sweep.
+        label: Job name, unless the launcher has one.
+        processes: Overrides that set the number of processes.
     """
 
     config: DictConfig
@@ -51,9 +57,16 @@ class Submission:
         """The batch script."""
         python = self.launcher.python or ("python" if self.launcher.container else sys.executable)
         pattern = "%A_%a.out" if len(self.jobs) > 1 else "%j.out"
-        log = f"{str(self.folder / SLURM_FOLDER).replace('%', '%%')}/{pattern}"
-        around = JobEnvironment(self.label, Path.cwd(), log, python, self.processes)
-        return batch_script(self.launcher, self.jobs, around)
+        log = f"{str(_slurm_dir(self.folder)).replace('%', '%%')}/{pattern}"
+        environment = JobEnvironment(self.label, Path.cwd(), log, python, self.processes)
+        return batch_script(self.launcher, self.jobs, environment)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the verb."""
+    add_overrides(parser)
+    add_multirun(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the batch script and exit")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -63,49 +76,48 @@ def run(options: argparse.Namespace) -> None:
     if options.dry_run:
         sys.stdout.write(script)
         return
-    config = submission.config
-    may_be_away = config.resume is not None or config.tracking.on_unreachable == "keep"
-    check_reachable(config.tracking.uri, may_be_away)
-    if len(submission.jobs) > 1 and config.tracking.uri.startswith("sqlite:"):  # not made by all jobs at the same time
-        ensure_experiment(make_client(config.tracking.uri), config.tracking.uri, config.tracking.experiment)
+    config, jobs = submission.config, submission.jobs
+    uri = config.tracking.uri
+    check_reachable(uri, may_be_away=config.resume is not None or config.tracking.on_unreachable == "keep")
+    if len(jobs) > 1 and uri.startswith("sqlite:"):  # otherwise all jobs would create the database at the same time
+        ensure_experiment(make_client(uri), uri, config.tracking.experiment)
     job_id, path = submit(script, submission.folder, is_new=config.resume is None)
-    lines = [f"job {job_id}"]
-    if len(submission.jobs) > 1:
-        lines += [f"task {number}: {job.run_dir}" for number, job in enumerate(submission.jobs)]
-        lines.append(f"sweep directory: {submission.folder}")
-    else:
-        lines.append(f"run directory: {submission.jobs[0].run_dir}")
-    lines.append(f"script and output: {path.parent}")
-    sys.stdout.write("\n".join(lines) + "\n")
+    lines = [f"job {job_id}", f"run directory: {jobs[0].run_dir}"]
+    if len(jobs) > 1:
+        tasks = [f"task {number}: {job.run_dir}" for number, job in enumerate(jobs)]
+        lines = [lines[0], *tasks, f"sweep directory: {submission.folder}"]
+    sys.stdout.write("\n".join([*lines, f"script and output: {path.parent}"]) + "\n")
 
 
 def plan_submission(overrides: Sequence[str], is_sweep: bool) -> Submission:
     """Compose and check every run, and choose its directory.
 
     Args:
-        overrides: Hydra overrides, those of ``launcher`` among them.
+        overrides: Hydra overrides, those of ``launcher`` included.
         is_sweep: One run per combination of comma-separated values.
 
     Raises:
-        ConfigError: If something is wrong with any of them.
+        ConfigError: If a setting of any run is not allowed.
     """
-    mine = [item for item in overrides if _LAUNCHER.match(item)]
+    from fellrec.config.compose import compose, expand
+    from fellrec.experiment.run import rule_name
+    from fellrec.experiment.run_dir import free_run_dir
+
+    launcher_overrides = [item for item in overrides if _LAUNCHER.match(item)]
     experiment = [item for item in overrides if not _LAUNCHER.match(item)]
     run_dir = resume_dir(experiment)
     if run_dir is not None:
-        return _continuation(experiment, run_dir, compose(mine))
+        return _continuation(experiment, run_dir, compose(launcher_overrides))
     combinations = expand(experiment)
     if len(combinations) > 1 and not is_sweep:
         raise ConfigError("several values of a setting make a sweep: fellrec submit -m …")
-    configs = [compose([*combination, *mine]) for combination in combinations]
+    configs = [compose([*combination, *launcher_overrides]) for combination in combinations]
     launchers = [_launcher(config) for config in configs]
     if any(launcher != launchers[0] for launcher in launchers):
-        raise ConfigError("the runs of a sweep ask SLURM for different things; submit them one by one")
+        raise ConfigError("the runs of a sweep must have the same launcher settings; submit them one by one")
     processes = [_processes(config, launchers[0]) for config in configs]
     for config in configs:
-        build_aggregation(config.aggregation)
-        if config.data.root is not None and not Path(config.data.root).is_dir():
-            raise ConfigError(f"data.root={config.data.root} is no folder")
+        _check_run(config)
     labels = [f"{rule_name(config)}-s{config.seed}" for config in configs]
     first = configs[0]
     label = f"{first.data.name}-{'sweep' if is_sweep else labels[0]}"
@@ -123,16 +135,16 @@ def submit(script: str, folder: Path, is_new: bool = True) -> tuple[str, Path]:
 
     Args:
         script: The batch script.
-        folder: The run directory, or that of a sweep.
-        is_new: No other job may have reserved it.
+        folder: Directory of the run or of the sweep.
+        is_new: Whether a directory that another job has reserved is refused.
 
     Returns:
-        The job's id, and where the script is.
+        The job's id, and the path of the script.
 
     Raises:
-        ConfigError: If the script cannot be written, or SLURM refuses; what was made is removed then.
+        ConfigError: If the script cannot be written, or SLURM rejects the job; new files are removed then.
     """
-    own = folder / SLURM_FOLDER
+    own = _slurm_dir(folder)
     try:
         own.mkdir(parents=True, exist_ok=not is_new)
         path = _write_new(own, script)
@@ -142,14 +154,31 @@ def submit(script: str, folder: Path, is_new: bool = True) -> tuple[str, Path]:
         return _sbatch(path), path
     except ConfigError:
         path.unlink()
-        with suppress(OSError):  # the folders stay if there is more in them
+        with suppress(OSError):  # directories with other files stay
             own.rmdir()
             folder.rmdir()
         raise
 
 
+def _slurm_dir(folder: Path) -> Path:
+    from fellrec.experiment.run_dir import SLURM_FOLDER
+
+    return folder / SLURM_FOLDER
+
+
+def _check_run(config: DictConfig) -> None:
+    from fellrec.aggregation.build import build_aggregation
+
+    build_aggregation(config.aggregation)
+    if config.data.root is not None and not Path(config.data.root).is_dir():
+        raise ConfigError(f"data.root={config.data.root} is not a directory")
+
+
 def _continuation(experiment: Sequence[str], run_dir: Path, asked: DictConfig) -> Submission:
-    """A job that goes on with a run."""
+    """A job that resumes a run."""
+    from fellrec.experiment.run import rule_name
+    from fellrec.state.lock import check_free
+
     config = resumed(experiment, run_dir)
     check_free(run_dir)
     launcher, folder = _launcher(asked), run_dir.absolute()
@@ -158,36 +187,38 @@ def _continuation(experiment: Sequence[str], run_dir: Path, asked: DictConfig) -
 
 
 def _launcher(config: DictConfig) -> Launcher:
-    settings = as_dict(config.launcher)
-    for name in settings:
-        if name not in Launcher.__dataclass_fields__:
-            raise ConfigError(
-                unknown("setting", f"launcher.{name}", [f"launcher.{key}" for key in Launcher.__dataclass_fields__])
-            )
-    launcher = Launcher(**settings)
+    allowed = Launcher.__dataclass_fields__
+    for name in config.launcher:
+        if name not in allowed:
+            raise ConfigError(unknown("setting", f"launcher.{name}", [f"launcher.{key}" for key in allowed]))
+    from fellrec.config.compose import as_dict
+
+    launcher = Launcher(**as_dict(config.launcher))
     launcher.check()
     return launcher
 
 
 def _processes(config: DictConfig, launcher: Launcher) -> list[str]:
-    """The overrides that tell a run how many processes it has.
+    """The overrides that set the number of processes.
 
     Raises:
-        ConfigError: If the run cannot have as many, or says something else.
+        ConfigError: If the run does not support this number, or sets another one.
     """
     asked = f"launcher.nodes={launcher.nodes} with {launcher.tasks} processes each"
-    if config.split.transport == "distributed":  # takes what srun starts
+    if config.split.transport == "distributed":  # uses all processes that srun starts
         if launcher.nodes * launcher.tasks < 2:
             raise ConfigError(f"split.transport=distributed needs at least 2 processes, not {asked}")
         return []
     if config.split.transport != "none" and launcher.nodes * launcher.tasks > 1:
         raise ConfigError(f"{asked} is not allowed with split.transport={config.split.transport}: it has one process")
-    wanted = {"trainer.devices": launcher.tasks, "trainer.num_nodes": launcher.nodes}
-    given = {key: OmegaConf.select(config, key) for key in wanted}
-    for key, number in wanted.items():
-        if given[key] not in (1, "auto", number) and config.resume is None:
-            raise ConfigError(f"{key}={given[key]} is not {asked}; leave it out, and it is set")
-    return [f"{key}={number}" for key, number in wanted.items() if given[key] != number]
+    found = []
+    for key, number in (("devices", launcher.tasks), ("num_nodes", launcher.nodes)):
+        given = config.trainer[key]
+        if given not in (1, "auto", number) and config.resume is None:
+            raise ConfigError(f"trainer.{key}={given} contradicts {asked}; leave out trainer.{key}")
+        if given != number:
+            found.append(f"trainer.{key}={number}")
+    return found
 
 
 def _write_new(folder: Path, script: str) -> Path:
@@ -205,9 +236,7 @@ def _sbatch(script: Path) -> str:
     try:
         done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise ConfigError(
-            "sbatch is not to be found: submit where SLURM is, or look at the script by --dry-run"
-        ) from None
+        raise ConfigError("sbatch not found: run this on a SLURM login node, or use --dry-run") from None
     if done.returncode != 0:
-        raise ConfigError(f"SLURM refuses the job: {done.stderr.strip()}")
+        raise ConfigError(f"SLURM rejected the job: {done.stderr.strip()}")
     return done.stdout.strip().partition(";")[0]

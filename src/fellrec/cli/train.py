@@ -8,32 +8,47 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
-
-from fellrec.aggregation.build import build_aggregation
-from fellrec.config.compose import check, compose, expand, read_config, without_launcher
-from fellrec.config.paths import conf_dir
+from fellrec.cli.arguments import add_format, add_multirun, add_overrides, add_show_config
 from fellrec.errors import ConfigError
-from fellrec.experiment import build_data, build_recommender, over_ranks
-from fellrec.experiment.roles import Team, run_role
-from fellrec.experiment.run import Run, absence_message, collect, finish_message, reference_results, table_cutoff
-from fellrec.experiment.run_dir import check_new
-from fellrec.experiment.session import Ranks, processes_to_start, run_ranks
-from fellrec.launch.local import other_ranks
 from fellrec.launch.preemption import StopSignals
-from fellrec.report.cost_tables import print_run_cost
-from fellrec.report.tables import print_comparison, results_console
-from fellrec.state.lock import check_free
 from fellrec.tracking.store import check_reachable
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from fellrec.experiment.roles import Team
+    from fellrec.experiment.session import Ranks
+
+PURPOSE = "one federated run (-m: a Hydra multirun over comma-separated values)"
+EXAMPLES = (
+    "fellrec train aggregation=fedavg trainer.num_rounds=3",
+    "fellrec train data=ml_100k data.root=ml-100k backbone=hf backbone.path=MODEL_FOLDER",
+    "fellrec train -m aggregation=fedavg,fellrec aggregation.alpha=0.3,0.7",
+    "fellrec train resume=runs/RUN",
+)
+
 _RANKS = ("trainer.devices=", "trainer.num_nodes=")
-"""Settings that a resumed run may change: they change no result."""
+"""Settings that a resumed run may change: they do not change the result."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the verb."""
+    add_overrides(parser)
+    add_format(parser)
+    add_multirun(parser)
+    add_show_config(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Entry point of the verb."""
+    from omegaconf import OmegaConf
+
+    from fellrec.config.compose import compose
+    from fellrec.experiment.session import processes_to_start
+    from fellrec.launch.local import other_ranks
+
     if options.multirun:
         _multirun(options.overrides)
         return
@@ -53,13 +68,20 @@ def train(config: DictConfig, output_format: str = "table") -> None:
         config: The composed configuration.
         output_format: ``"table"`` or ``"json"``.
     """
+    from fellrec.aggregation.build import build_aggregation
+    from fellrec.config.compose import without_launcher
+    from fellrec.experiment.roles import run_role
+    from fellrec.experiment.run_dir import check_new
+    from fellrec.experiment.session import run_ranks
+    from fellrec.state.lock import check_free
+
     with StopSignals() as signals:
         config = without_launcher(config)
         if config.resume:
             check_free(Path(config.run_dir))
         elif config.run_dir:
             check_new(Path(config.run_dir))
-        build_aggregation(config.aggregation)  # a mistake in it must show before the backbone is loaded
+        build_aggregation(config.aggregation)  # report its errors before the backbone is loaded
         if config.split.transport == "distributed":
             run_role(config, lambda team: _train(config, output_format, signals, team))
         else:
@@ -67,6 +89,11 @@ def train(config: DictConfig, output_format: str = "table") -> None:
 
 
 def _train(config: DictConfig, output_format: str, signals: StopSignals, team: Team | Ranks | None = None) -> None:
+    from fellrec.experiment import build_data, build_recommender
+    from fellrec.experiment.run import Run, absence_message, collect, finish_message, reference_results, table_cutoff
+    from fellrec.report.cost_tables import print_run_cost
+    from fellrec.report.tables import print_comparison, results_console
+
     check_reachable(config.tracking.uri, may_be_away=bool(config.resume) or config.tracking.on_unreachable == "keep")
     data = build_data(config)
     recommender = build_recommender(config, data) if team is None else team.lead(config, data)
@@ -88,26 +115,28 @@ def _train(config: DictConfig, output_format: str, signals: StopSignals, team: T
 
 
 def resume_dir(overrides: Sequence[str]) -> Path | None:
-    """The folder that ``resume=`` names, as it is: a path need not be what Hydra would read."""
+    """The directory given by ``resume=``, verbatim: Hydra's grammar does not allow every path."""
     given = [item.removeprefix("resume=") for item in overrides if item.startswith("resume=")]
     return Path(given[-1]) if given and given[-1] not in ("", "null") else None
 
 
 def resumed(overrides: Sequence[str], run_dir: Path) -> DictConfig:
-    """The configuration of a run that goes on.
+    """The configuration of a run that is resumed.
 
     Args:
-        overrides: What was given; nothing but ``resume`` is allowed.
+        overrides: Hydra overrides; only ``resume`` and the number of processes are allowed.
         run_dir: The run's directory.
 
     Raises:
-        ConfigError: If it is no run's directory, or there are other overrides.
+        ConfigError: If it is not the directory of a run, or there are other overrides.
     """
+    from fellrec.config.compose import check, read_config
+
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"resume={run_dir}: no config.yaml there; give the directory of a run")
     others = [item for item in overrides if not item.startswith(("resume=", *_RANKS))]
     if others:
-        raise ConfigError(f"resume goes on with the run's own configuration; leave out {' '.join(others)}")
+        raise ConfigError(f"a resumed run keeps its own configuration; leave out {' '.join(others)}")
     config = read_config(run_dir)
     config.merge_with_dotlist([item for item in overrides if item.startswith(_RANKS)])
     check(config)
@@ -119,10 +148,14 @@ def _multirun(overrides: Sequence[str]) -> None:
     """Check every combination first, then let Hydra run them with the launcher that is configured."""
     import hydra
 
+    from fellrec.config.compose import compose, expand
+    from fellrec.config.paths import conf_dir
+    from fellrec.experiment import over_ranks
+
     for combination in expand(overrides):
         if over_ranks(compose(combination)):
-            raise ConfigError("-m runs in one process, and trainer.devices=1; start runs over several ranks one by one")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back to the CLI, which words them
+            raise ConfigError("-m needs trainer.devices=1; start runs with several processes one by one")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors, and the CLI reports them
     sys.argv = ["fellrec train", "--multirun", *overrides]
     decorate: Callable[[Any], Any] = hydra.main(str(conf_dir()), "config", version_base="1.3")
     decorate(train)()

@@ -1,4 +1,4 @@
-"""Lets a run that is told to stop end where little is lost, so that it can go on later."""
+"""Stops a run at a safe point after a signal, so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import Any
 from fellrec.errors import Preempted
 
 REQUEUE_CODE = 75
-"""Exit status of a run that SIGUSR1 stopped: it is to be started again (``EX_TEMPFAIL`` of sysexits.h)."""
+"""Exit status after SIGUSR1: the job is to be requeued (``EX_TEMPFAIL`` of sysexits.h)."""
 GRACE_VARIABLE = "FELLREC_GRACE_SECONDS"
-"""Environment variable: seconds from SIGUSR1 to the end; without it the run waits for its safe point."""
+"""Environment variable: seconds between SIGUSR1 and the end of the run; unset: until the next safe point."""
 _TERM_SECONDS = 5.0
-"""From SIGTERM to the end: SLURM kills after 30 seconds (``KillWait``), others after 10."""
+"""Seconds between SIGTERM and the end of the run: SLURM kills after 30 (``KillWait``), others after 10."""
 
 
 class StopSignals:
-    """While it is entered, SIGUSR1 and SIGTERM ask the run to stop instead of killing it.
+    """Context in which SIGUSR1 and SIGTERM stop the run at the next safe point instead of killing it.
 
-    The first of them is remembered, and `Preemption` ends the run at the next safe point. If none comes in time, the
-    run ends wherever it is, as after Ctrl-C, and the newest checkpoint counts. SIGUSR1 is SLURM's warning before a time
-    limit or pre-emption and allows ``FELLREC_GRACE_SECONDS``; SIGTERM comes shortly before SIGKILL.
+    The `Preemption` callback calls `stop_at` at safe points. If no safe point is reached in time, the run stops
+    immediately, as with Ctrl-C, and can be resumed from the newest checkpoint. SLURM sends SIGUSR1 before a time limit
+    or pre-emption; the run then has ``FELLREC_GRACE_SECONDS``. SIGTERM is followed by SIGKILL shortly afterwards.
 
-    Ctrl-C ends the run wherever it is. Where it strikes in a finaliser, Python drops the exception; then it is raised
+    Ctrl-C stops the run immediately. Python drops exceptions raised in finalisers, so a KeyboardInterrupt is raised
     again at the next safe point.
 
     Attributes:
-        received: The first signal; ``None`` before.
+        received: The first signal; ``None`` if there was none.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class StopSignals:
         self._is_interrupted = False
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
             for number, handler in (
                 (signal.SIGUSR1, self._on_signal),
                 (signal.SIGTERM, self._on_signal),
@@ -58,13 +58,14 @@ class StopSignals:
             signal.signal(number, handler)
 
     def stop_at(self, where: str) -> None:
-        """Stop here if a signal asked for it.
+        """Stop the run if a signal was received.
 
         Args:
-            where: For the message, such as ``after round 3``.
+            where: Position for the message, such as ``after round 3``.
 
         Raises:
-            Preempted: See above.
+            Preempted: If SIGUSR1 or SIGTERM was received.
+            KeyboardInterrupt: If Ctrl-C was received.
         """
         if self._is_interrupted:
             raise KeyboardInterrupt

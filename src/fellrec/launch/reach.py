@@ -1,4 +1,4 @@
-"""Whether processes of this machine can speak with each other: a tiny all-reduce, as distributed runs do it."""
+"""Checks that processes on this machine can communicate, with a small all-reduce."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _SECONDS = 60
 
 
 def check_all_reduce(backend: str, num_processes: int) -> str:
-    """Let new processes add up their ranks.
+    """Start processes that sum their ranks with an all-reduce.
 
     Args:
-        backend: ``"gloo"``, over the loopback interface unless ``GLOO_SOCKET_IFNAME`` says otherwise, or ``"nccl"``.
-        num_processes: At least 1; for NCCL no more than there are GPUs.
+        backend: ``"gloo"``, over the loopback interface unless ``GLOO_SOCKET_IFNAME`` is set, or ``"nccl"``.
+        num_processes: At least 1; for NCCL at most the number of GPUs.
 
     Returns:
-        What was found, in words.
+        Number of processes and network interface, as text.
 
     Raises:
-        RuntimeError: If they cannot reach each other.
+        RuntimeError: If the all-reduce fails.
     """
     interface = os.environ.get("GLOO_SOCKET_IFNAME") or ("lo" if sys.platform == "linux" else "lo0")
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": interface}
@@ -42,7 +42,7 @@ def check_all_reduce(backend: str, num_processes: int) -> str:
         try:
             errors = [process.communicate(timeout=2 * _SECONDS)[1].strip() for process in processes]
         except subprocess.TimeoutExpired as error:
-            raise RuntimeError(f"{backend}: {num_processes} processes did not meet within {2 * _SECONDS} s") from error
+            raise RuntimeError(f"{backend}: {num_processes} processes did not connect in {2 * _SECONDS} s") from error
         finally:
             for process in processes:
                 process.kill()
@@ -54,7 +54,7 @@ def check_all_reduce(backend: str, num_processes: int) -> str:
     return f"{num_processes} process{'es' if num_processes > 1 else ''}{where}"
 
 
-def _add_up(backend: str, rank: int, num_processes: int, store: str) -> None:
+def _all_reduce(backend: str, rank: int, num_processes: int, store: str) -> None:
     import torch
     import torch.distributed as dist
 
@@ -71,4 +71,4 @@ def _add_up(backend: str, rank: int, num_processes: int, store: str) -> None:
 
 
 if __name__ == "__main__":
-    _add_up(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    _all_reduce(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

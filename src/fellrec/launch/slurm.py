@@ -1,4 +1,4 @@
-"""From settings to the batch script that SLURM runs: text in, text out; every value is quoted."""
+"""Writes the batch script of a SLURM job from settings; every value is quoted."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fellrec.launch.preemption import GRACE_VARIABLE, REQUEUE_CODE
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 _FIRST_PORT, _NUM_PORTS = 20000, 12000
-"""Below the ports that Linux gives to outgoing connections."""
-_LEAST_SECONDS = 30
-"""Time of a run before its first warning; SLURM looks at time limits twice a minute."""
+"""Range of ports below those that Linux uses for outgoing connections."""
+_MIN_SECONDS = 30
+"""Minimum time of a run before the signal; SLURM checks time limits twice a minute."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Job:
     """One run of a batch script.
 
     Attributes:
-        run_dir: Its directory, absolute.
-        overrides: What it is trained with.
+        run_dir: Absolute path of the run directory.
+        overrides: Hydra overrides of the run.
     """
 
     run_dir: Path
@@ -34,7 +34,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Launcher:
-    """What is asked of SLURM; the fields are the keys of ``conf/launcher/default.yaml``."""
+    """The SLURM settings; the fields are the keys of ``conf/launcher/default.yaml``."""
 
     nodes: int
     gpus_per_node: int
@@ -59,11 +59,11 @@ class Launcher:
 
     @property
     def tasks(self) -> int:
-        """Processes on a node."""
+        """Processes per node."""
         return self.tasks_per_node or max(1, self.gpus_per_node)
 
     def check(self) -> None:
-        """Refuse what cannot stand in a script, and a warning that leaves no time to train.
+        """Check that all values can be written into a script, and that the time limit leaves time to train.
 
         Raises:
             ConfigError: With one line per problem.
@@ -74,20 +74,20 @@ class Launcher:
             if not _line(value)
         ]
         problems += [
-            f"launcher.environment has {name!r}, which is no name of a variable"
+            f"launcher.environment has {name!r}, which is not a valid variable name"
             for name in self.environment or {}
             if not re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII)
         ]
         problems += [
-            f"launcher.options has {name!r}, which is no name of an option of sbatch, such as constraint"
+            f"launcher.options has {name!r}, which is not the name of an sbatch option, such as constraint"
             for name in self.options or {}
             if not re.fullmatch(r"[a-z][a-z0-9-]*", str(name))
         ]
         limit = None if self.time is None else seconds_of(str(self.time))
-        if limit is not None and limit < self.signal_seconds + _LEAST_SECONDS:
+        if limit is not None and limit < self.signal_seconds + _MIN_SECONDS:
             problems.append(
-                f"launcher.signal_seconds={self.signal_seconds} leaves too little of launcher.time={self.time}: "
-                f"the limit must be at least {_LEAST_SECONDS} seconds more"
+                f"launcher.time={self.time} is too short for launcher.signal_seconds={self.signal_seconds}: "
+                f"it must be at least {_MIN_SECONDS} seconds longer"
             )
         if problems:
             raise ConfigError("\n".join(problems))
@@ -103,7 +103,7 @@ class Launcher:
 
 
 def seconds_of(time: str) -> int | None:
-    """Seconds of a time limit in SLURM's notation; ``None`` for a limit that is none, such as ``UNLIMITED``.
+    """Convert a time limit in SLURM's notation to seconds; ``None`` if there is no limit, as for ``UNLIMITED``.
 
     Example:
         >>> seconds_of("90"), seconds_of("12:00:00"), seconds_of("2-6"), seconds_of("1-00:30")
@@ -122,14 +122,14 @@ def seconds_of(time: str) -> int | None:
 
 @dataclass(frozen=True)
 class JobEnvironment:
-    """Where a job runs, and as what.
+    """The environment of a job.
 
     Attributes:
-        name: Of the job, unless the launcher has one.
-        folder: The current folder, absolute.
-        log: Where the output goes, a pattern of sbatch.
-        python: The interpreter that has fellrec.
-        processes: The overrides that tell a run how many processes it has, also when it goes on.
+        name: Job name, unless the launcher has one.
+        folder: Absolute path of the working directory.
+        log: Path of the output, as a pattern of sbatch.
+        python: Python interpreter in which fellrec is installed.
+        processes: Overrides that set the number of processes, also when a run is resumed.
     """
 
     name: str
@@ -139,35 +139,35 @@ class JobEnvironment:
     processes: Sequence[str] = ()
 
 
-def batch_script(launcher: Launcher, jobs: Sequence[Job], around: JobEnvironment) -> str:
+def batch_script(launcher: Launcher, jobs: Sequence[Job], environment: JobEnvironment) -> str:
     """The batch script of one run, or of a job array with one task per run.
 
     Args:
-        launcher: What is asked of SLURM.
-        jobs: The runs; more than one make an array.
-        around: Where, and as what.
+        launcher: The SLURM settings.
+        jobs: The runs; several runs make a job array.
+        environment: Working directory, output and interpreter.
 
     Raises:
-        ConfigError: If a path cannot stand in a script.
+        ConfigError: If a path contains a line break or other control characters.
     """
-    for path in (around.folder, *(job.run_dir for job in jobs)):
+    for path in (environment.folder, *(job.run_dir for job in jobs)):
         if not _line(str(path)):
             raise ConfigError(f"{str(path)!r} cannot be a run directory: its name must be one line of text")
     sections = [
-        ["#!/bin/bash", "# Written by `fellrec submit`; `sbatch THIS_FILE` submits it again, and the run goes on."],
-        _directives(launcher, len(jobs), around),
-        _WARNING.splitlines(),
+        ["#!/bin/bash", "# Written by `fellrec submit`; `sbatch THIS_FILE` submits it again and resumes the run."],
+        _directives(launcher, len(jobs), environment),
+        _SIGNAL.splitlines(),
         _runs(jobs),
         _environment(launcher),
         _RESUME.splitlines(),
-        _train(launcher, around),
+        _train(launcher, environment),
         _after(launcher),
     ]  # fmt: skip
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
 
 
 def hydra_value(text: str) -> str:
-    """Quote a value, where that is needed, so that Hydra takes it as it is.
+    """Quote a value if needed, so that Hydra reads it literally.
 
     Example:
         >>> print(hydra_value("runs/x"), hydra_value("a, b's"))
@@ -178,11 +178,11 @@ def hydra_value(text: str) -> str:
     return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
 
 
-def _directives(launcher: Launcher, num_jobs: int, around: JobEnvironment) -> list[str]:
+def _directives(launcher: Launcher, num_jobs: int, environment: JobEnvironment) -> list[str]:
     options: dict[str, Any] = {
-        "job-name": launcher.job_name or around.name,
-        "chdir": around.folder,
-        "output": around.log,
+        "job-name": launcher.job_name or environment.name,
+        "chdir": environment.folder,
+        "output": environment.log,
         "open-mode": "append",
         "nodes": launcher.nodes,
         "ntasks-per-node": launcher.tasks,
@@ -224,41 +224,41 @@ def _assignments(job: Job) -> list[str]:
 def _environment(launcher: Launcher) -> list[str]:
     grace = max(1, launcher.signal_seconds * 3 // 4)
     return [
-        "# Where the processes of the run meet: the first node, at a port that no other job has.",
+        "# Rendezvous of the processes: the first node, with a port derived from the job id.",
         'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         f"MASTER_PORT=$(({_FIRST_PORT} + SLURM_JOB_ID % {_NUM_PORTS}))",
-        f"{GRACE_VARIABLE}={grace}  # seconds from the warning to the end, wherever the run is",
+        f"{GRACE_VARIABLE}={grace}  # seconds between the signal and the end of the run",
         f"export MASTER_ADDR MASTER_PORT {GRACE_VARIABLE} OMP_NUM_THREADS=${{SLURM_CPUS_PER_TASK:-1}}",
         *(f"export {name}={shlex.quote(str(value))}" for name, value in (launcher.environment or {}).items()),
         *launcher.setup,
     ]
 
 
-_WARNING = """\
-# SLURM warns this shell before the time limit or a pre-emption, and the shell every process of the run.
-warned=
-trap 'warned=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+_SIGNAL = """\
+# SLURM signals this shell before the time limit or a pre-emption, and the shell signals every process of the run.
+signalled=
+trap 'signalled=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
 """
 _RESUME = """\
-# A run that has begun goes on where it stopped, from its own configuration.
+# A run that was started before is resumed with its own configuration.
 if [ -e "$run_dir/config.yaml" ]; then overrides=("resume=$run_dir"); fi
 """
 
 
-def _train(launcher: Launcher, around: JobEnvironment) -> list[str]:
+def _train(launcher: Launcher, environment: JobEnvironment) -> list[str]:
     step = ["srun", "--kill-on-bad-exit=1"]
     if launcher.cpus_per_task:
-        step.append(f"--cpus-per-task={launcher.cpus_per_task}")  # srun does not take it from sbatch
+        step.append(f"--cpus-per-task={launcher.cpus_per_task}")  # srun does not inherit it from sbatch
     if launcher.container:
         step += ["apptainer", "exec", *(["--nv"] if launcher.gpus_per_node else []), *launcher.container_options]
         step.append(launcher.container)
-    words = " ".join(shlex.quote(str(word)) for word in [*step, around.python, "-m", "fellrec", "train"])
-    end = " ".join(['"${overrides[@]}"', *map(shlex.quote, around.processes)])
+    words = " ".join(shlex.quote(str(word)) for word in [*step, environment.python, "-m", "fellrec", "train"])
+    end = " ".join(['"${overrides[@]}"', *map(shlex.quote, environment.processes)])
     return [
         f"{words} {end} &",
         "step=$!",
         'wait "$step"; code=$?',
-        'while kill -0 "$step" 2>/dev/null; do wait "$step"; code=$?; done  # a signal ends a wait, not the step',
+        'while kill -0 "$step" 2>/dev/null; do wait "$step"; code=$?; done  # a signal interrupts wait, not the step',
     ]
 
 
@@ -266,8 +266,8 @@ def _after(launcher: Launcher) -> list[str]:
     if not launcher.requeue:
         return ['exit "$code"']
     return [
-        f"# {REQUEUE_CODE}: stopped at a safe point; above 128: killed before one. A run with an error of its own: 1.",
-        f'if [ -n "$warned" ] && [ "$code" -ge {REQUEUE_CODE} ] && '
+        f"# Exit status {REQUEUE_CODE}: stopped at a safe point; above 128: killed before it; 1: error, not requeued.",
+        f'if [ -n "$signalled" ] && [ "$code" -ge {REQUEUE_CODE} ] && '
         f'[ "${{SLURM_RESTART_COUNT:-0}}" -lt {launcher.max_requeues} ]; then',
         '  scontrol requeue "$SLURM_JOB_ID"',
         "fi",
@@ -276,7 +276,7 @@ def _after(launcher: Launcher) -> list[str]:
 
 
 def _sbatch_value(value: Any) -> str:
-    """As sbatch reads it in a script: not as bash does."""
+    """Quote a value for sbatch, whose rules differ from those of bash."""
     text = str(value)
     if re.fullmatch(r"[\w@%+=:,./-]+", text, re.ASCII):
         return text
@@ -284,5 +284,5 @@ def _sbatch_value(value: Any) -> str:
 
 
 def _line(value: Any) -> bool:
-    """Whether a value can stand in one line of a script."""
+    """Whether a value is one line of printable text."""
     return isinstance(value, (str, int, float)) and str(value) != "" and str(value).isprintable()

@@ -246,7 +246,7 @@ def _part(model: nn.Module, arch: ArchSpec, cut: Cut, name: str) -> nn.Module:
 
 
 def bytes_of_parts(model: SplitModel, parameters: Mapping[str, Tensor]) -> dict[str, int]:
-    """Bytes of the parameters in each part; a tied one is listed once, under the embedding's name: the client's."""
+    """Bytes of the parameters in each part; a tied parameter counts once, as the embedding, on the client."""
     found = dict.fromkeys(PARTS, 0)
     for name, parameter in parameters.items():
         found[model.part_of(name)] += parameter.numel() * parameter.element_size()

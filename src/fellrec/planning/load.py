@@ -1,4 +1,4 @@
-"""What the clients of a round have to do: steps, tokens, and the largest micro-batch."""
+"""The load of a round: steps, tokens, and the largest micro-batch."""
 
 from __future__ import annotations
 
@@ -20,20 +20,19 @@ Batch = dict[str, Tensor]
 
 _BATCHES_PER_CLIENT = 200
 _BATCHES = 1000
-"""Batches that are really made, over all clients: a few seconds."""
+"""Maximum number of batches that are built, over all clients: a few seconds."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """A round's work, counted on real batches.
+    """The load of a round, counted on real batches.
 
     Attributes:
-        mean: Of one client, the mean over all clients.
+        mean: Load of one client, mean over all clients.
         largest_client: The client with the most steps.
-        largest_batch: The micro-batch with the most tokens of those that were seen, or that the longest rows of a
-            client could make.
-        num_tokens_largest: Its padded tokens.
-        is_sampled: Whether tokens were counted on some of the batches only and scaled to all; steps never are.
+        largest_batch: The micro-batch with the most tokens: one that was built, or the longest rows of a client.
+        num_tokens_largest: Padded tokens of ``largest_batch``.
+        is_sampled: Whether tokens were counted on a sample of the batches and scaled; steps are always exact.
     """
 
     mean: RoundLoad
@@ -49,20 +48,20 @@ def count_load(
     """Count steps and padded tokens of the first round.
 
     Args:
-        datamodule: Batches by client.
-        objective: Tells which token ids of a batch go through the model.
-        local: How a client trains.
-        max_batches: Batches to make at most, apart from one per client looked at.
+        datamodule: Batches of each client.
+        objective: Selects the token ids of a batch that go through the model.
+        local: Settings of local training.
+        max_batches: Maximum number of batches to build, in addition to one per sampled client.
     """
     num_clients = datamodule.data.num_clients
     work = [count_work(datamodule.num_batches(client), local) for client in range(num_clients)]
     steps, micro_batches = [steps for steps, _ in work], [number for _, number in work]
     stride = -(-num_clients // max_batches)
-    looked_at = range(0, num_clients, stride)
-    limit = max(1, min(_BATCHES_PER_CLIENT, max_batches // len(looked_at)))
+    sampled_clients = range(0, num_clients, stride)
+    limit = max(1, min(_BATCHES_PER_CLIENT, max_batches // len(sampled_clients)))
     tokens_seen, num_seen, per_client = 0, 0, []
     largest: tuple[int, Batch] = (0, {})
-    for client in looked_at:
+    for client in sampled_clients:
         counts = []
         for batch in islice(_batches(datamodule, local, client), min(limit, micro_batches[client])):
             counts.append(_num_tokens(objective, batch))
@@ -89,10 +88,10 @@ def count_work(num_batches: int, local: LocalSettings) -> tuple[int, int]:
 
     Args:
         num_batches: Batches of one pass over the client's data.
-        local: How it trains.
+        local: Settings of local training.
 
     Example:
-        Two epochs of five batches, two a step: steps of 2, 2, 1, 2, 2, 1. The fourth step is the last.
+        Two epochs of five batches, two per step, would be steps of 2, 2, 1, 2, 2, 1 batches; four steps are allowed.
 
         >>> local = LocalSettings(local_epochs=2, accumulate_grad_batches=2, max_local_steps=4)
         >>> count_work(5, local)
@@ -108,13 +107,13 @@ def count_work(num_batches: int, local: LocalSettings) -> tuple[int, int]:
 
 
 def _num_tokens(objective: Objective, batch: Batch) -> int:
-    """Padded tokens that go through the model, with a sample of items like those of the training."""
+    """Padded tokens that go through the model, with a sample of items as in training."""
     streams = LayerStreams({})
     with torch.random.fork_rng(devices=[]), streams.using(StreamPosition(0)):
         return sum(ids.numel() for ids in objective.inputs(drawn(objective, batch, streams)))
 
 
 def _batches(datamodule: FellrecDataModule, local: LocalSettings, client: int) -> Iterator[Batch]:
-    """In the order of the first round: what is padded depends on which rows meet in a batch."""
+    """Batches in the order of the first round: padding depends on which rows are in the same batch."""
     for epoch in range(local.local_epochs):
         yield from datamodule.train_loader(client, derive_seed(local.seed, "order", 0, client, epoch))

@@ -1,4 +1,4 @@
-"""Weights, adapters, activations and compute of each part, counted on a model without weights."""
+"""Counts weights, adapters, activations and FLOPs of head, body and tail, on a model without weights."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def measure_parts(
     """Attach the adapter to a model on the ``meta`` device and count each part.
 
     Args:
-        model: The cut model, before an adapter is attached.
-        adapter: What is trained.
-        objective: Local loss.
-        batch: One micro-batch; the activations are those of its shape.
+        model: The split model, before an adapter is attached.
+        adapter: The adapter to attach.
+        objective: The local loss.
+        batch: One micro-batch; activations are counted for its shape.
 
     Returns:
-        ``head``, ``body`` and ``tail``.
+        The costs of ``head``, ``body`` and ``tail``.
     """
     weights = bytes_of_parts(model, dict(model.model.named_parameters()))
     adapter.attach(model.model, model.arch, 0, model.part_of)
@@ -60,11 +60,11 @@ def measure_parts(
 
 @dataclass
 class Trace:
-    """What one part's forward pass left behind.
+    """Cost of the forward pass of one part.
 
     Attributes:
         flops: Floating point operations.
-        storages: Memory that the backward pass needs, parameters and buffers left out; each once.
+        storages: Storages that are saved for the backward pass, without parameters and buffers.
     """
 
     flops: int = 0
@@ -72,24 +72,24 @@ class Trace:
 
     @property
     def saved_bytes(self) -> int:
-        """Bytes of ``storages``."""
+        """Total size of ``storages``, in bytes."""
         return sum(storage.nbytes() for storage in self.storages.values())
 
 
 def trace(model: SplitModel, objective: Objective, batch: Mapping[str, Tensor]) -> dict[str, Trace]:
-    """Run the forward pass of one training step, part by part, and note what each part keeps for its backward pass.
+    """Run the forward pass of one training step and record the tensors that each part saves for its backward pass.
 
-    On a model without weights nothing is computed and nothing allocated. The parts are detached from each other, as
-    they are on two machines: what crosses a cut is kept on both sides if both need it.
+    On the ``meta`` device nothing is computed or allocated. The parts are detached from each other, as they are on two
+    machines: a tensor that crosses a cut is saved on both sides if both need it.
 
     Args:
-        model: The cut model with its adapter.
-        objective: Local loss; it belongs to the tail.
+        model: The split model with its adapter.
+        objective: The local loss; it belongs to the tail.
         batch: One micro-batch.
     """
     device = next(model.model.parameters()).device
     with torch.random.fork_rng(devices=[]), model.streams.using(StreamPosition(0)):
-        batch = drawn(objective, dict(batch), model.streams)  # numbers, which a model without weights has none of
+        batch = drawn(objective, dict(batch), model.streams)  # needs a device with real numbers, not meta
     on_device = {name: tensor.to(device) for name, tensor in batch.items()}
     traces: dict[str, Trace] = defaultdict(Trace)
     fixed = {StorageWeakRef(tensor.untyped_storage()) for tensor in _fixed_tensors(model.model)}
@@ -98,7 +98,7 @@ def trace(model: SplitModel, objective: Objective, batch: Mapping[str, Tensor]) 
     attention = FusedAttention() if device.type == "meta" else torch.enable_grad()
     with attention, torch.random.fork_rng(devices=[]), model.streams.using(StreamPosition(0)):
         if isinstance(objective, PreparesSteps):
-            objective.prepare_step(model, 0, 0)  # what it keeps is there in a step, and made without gradients
+            objective.prepare_step(model, 0, 0)  # tensors cached for the step, computed without gradients
         hidden = []
         for ids in objective.inputs(on_device):
             hidden_BLD = ids
@@ -121,7 +121,7 @@ def _fixed_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _received(hidden_BLD: Tensor) -> Tensor:
-    """The hidden state on the other side of a cut: a leaf of its own that asks for a gradient if one is needed."""
+    """The hidden state on the other side of a cut: a leaf that requires a gradient if the original does."""
     if not hidden_BLD.is_floating_point():
         return hidden_BLD
     return hidden_BLD.detach().requires_grad_(hidden_BLD.requires_grad)
@@ -133,7 +133,7 @@ def _tracing(found: Trace, fixed: set[StorageWeakRef]) -> Iterator[None]:
         storage = tensor.untyped_storage()
         key = StorageWeakRef(storage)
         if key not in fixed:
-            found.storages[key] = storage  # kept alive: a freed storage's identity would be given to another
+            found.storages[key] = storage  # keep it alive: the address of a freed storage would be reused
 
     def never(packed: None) -> Tensor:
         raise AssertionError("a traced forward pass has no backward pass")
@@ -144,34 +144,33 @@ def _tracing(found: Trace, fixed: set[StorageWeakRef]) -> Iterator[None]:
 
 
 class FusedAttention(TorchFunctionMode):
-    """Lets attention on the ``meta`` device keep what it keeps where training runs.
+    """Makes attention on the ``meta`` device save the same tensors as on the device of a run.
 
-    For ``meta`` PyTorch chooses the mathematical fallback, which keeps two L x L matrices per head. The fused kernels
-    that run on GPUs, and on CPUs for plain causal attention, keep their inputs, their output and one float32 per
-    query. Which of them runs does not matter: this is what all of them keep.
+    On ``meta`` PyTorch uses the mathematical fallback, which saves two L x L matrices per head. The fused kernels that
+    are used on GPUs, and on CPUs for plain causal attention, save their inputs, their output and one float32 per query.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is Tensor.__bool__ and args[0].device.type == "meta":
-            # Transformers asks data whether rows are packed or padded. Batches are neither: they get no mask, and
-            # what little an encoder keeps for the mask of padding is left out.
+            # transformers inspects data to find packed or padded rows. True means neither, so no mask is used; the
+            # small tensors that an encoder saves for its padding mask are not counted.
             return True
         if func is F.scaled_dot_product_attention:
             query, key, value, *rest = args
             mask = rest[0] if rest else kwargs.get("attn_mask")
             return _Fused.apply(query, key, value, mask)
-        if func in _ABOUT_GLOBAL_TOKENS and len(args) == 1 and args[0].device.type == "meta":
-            return _ABOUT_GLOBAL_TOKENS[func](*args)
+        if func in _GLOBAL_TOKENS and len(args) == 1 and args[0].device.type == "meta":
+            return _GLOBAL_TOKENS[func](*args)
         return func(*args, **kwargs)
 
 
-_ABOUT_GLOBAL_TOKENS: dict[Any, Callable[..., Any]] = {
+_GLOBAL_TOKENS: dict[Any, Callable[..., Any]] = {
     Tensor.item: lambda tensor: True,
     Tensor.max: lambda tensor: 1,
     Tensor.nonzero: lambda tensor: tensor.new_zeros(tensor.dim(), len(tensor), dtype=torch.long).unbind(),
 }
-"""A Longformer asks data whether there are global tokens, how many a row at most, and where: one a row, the first."""
+"""Answers for Longformer, which inspects data to find the global tokens: one per row, the first."""
 
 
 class _Fused(torch.autograd.Function):
@@ -180,9 +179,9 @@ class _Fused(torch.autograd.Function):
         """Queries ``[B, H, L, E]``, keys and values ``[B, H or fewer, L, E]``."""
         groups = query.shape[1] // key.shape[1]
         scores = query @ key.repeat_interleave(groups, dim=1).transpose(-2, -1)
-        scores @ value.repeat_interleave(groups, dim=1)  # for the count of operations
+        scores @ value.repeat_interleave(groups, dim=1)  # for the FLOP counter
         batch, heads, length, _ = query.shape
-        # Laid out as the kernels do, so that merging the heads makes no copy.
+        # The memory layout of the kernels, so that merging the heads makes no copy.
         output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
         log_sums = query.new_empty(batch, heads, length, dtype=torch.float32)
         ctx.save_for_backward(query, key, value, output, log_sums, *(() if mask is None else (mask,)))
@@ -190,5 +189,5 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        """Nothing has a backward pass here."""
+        """Never called."""
         raise AssertionError("a traced forward pass has no backward pass")

@@ -1,4 +1,4 @@
-"""What a run will cost, from its configuration alone: no weights are read and nothing is trained."""
+"""The cost of a run, computed from its configuration: no weights are loaded and nothing is trained."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """Settings of the configuration that decide how the figures are to be read.
+    """Settings that the notes below the tables depend on.
 
     Attributes:
-        precision: ``trainer.precision``; the activations know nothing of its casts.
+        precision: ``trainer.precision``; its casts are not part of the activations.
         transport: ``split.transport``; with ``none`` a run keeps all parts in one process.
-        in_flight: ``split.in_flight``: clients that the server has under way at the same time.
-        keeps_item_vectors: Whether there are rounds in which the objective keeps item vectors from step to step.
+        in_flight: ``split.in_flight``: number of clients that the server trains at the same time.
+        keeps_item_vectors: Whether the objective caches item vectors across steps in some rounds.
     """
 
     precision: str
@@ -51,19 +51,19 @@ class Plan:
     Attributes:
         data: Name of the data set.
         backbone: Name of the backbone.
-        num_parameters: Of the backbone.
+        num_parameters: Number of parameters of the backbone.
         num_clients: C.
-        cohort_size: Clients of a round.
+        cohort_size: Number of clients per round.
         head: The client's first part.
         body: The server's part.
         tail: The client's last part.
         load: Steps and tokens of a round.
-        traffic: Of one client and round, the mean over clients.
-        checkpoint_bytes: One checkpoint on disk.
-        micro_batch: Rows and tokens of the largest micro-batch, which the activations are of.
-        settings: Settings that the notes below a table mention.
+        traffic: Traffic per client and round, mean over clients.
+        checkpoint_bytes: Size of one checkpoint on disk.
+        micro_batch: Rows and tokens of the largest micro-batch, for which activations are counted.
+        settings: Settings that the notes below the tables depend on.
         has_own_tokenizer: Whether tokens were counted with the backbone's own tokenizer.
-        seconds_per_round: Of training, all clients one after the other; ``None`` without a probe.
+        seconds_per_round: Training time of a round with clients one after another; ``None`` without a probe.
     """
 
     data: str
@@ -94,22 +94,22 @@ class Plan:
 
     @property
     def client_peak_bytes(self) -> int:
-        """Memory of one client."""
+        """Peak memory of one client."""
         return self.client.peak_bytes()
 
     @property
     def server_peak_bytes(self) -> int:
-        """Memory of the server, with as many clients under way as ``split.in_flight`` allows; 0 without a body."""
+        """Peak memory of the server with ``split.in_flight`` clients at the same time; 0 without a body."""
         return self.server.peak_bytes(self.settings.in_flight)
 
     @property
     def client_weight_share(self) -> float:
-        """Share of the backbone's weights that the client stores, in [0, 1]."""
+        """Fraction of the backbone's weights that the client stores, in [0, 1]."""
         return share(self.client.weight_bytes, self.client.weight_bytes + self.server.weight_bytes)
 
     @property
     def client_compute_share(self) -> float:
-        """Share of the forward pass that the client computes, in [0, 1]."""
+        """Fraction of the forward FLOPs on the client, in [0, 1]."""
         return share(self.client.forward_flops, self.client.forward_flops + self.server.forward_flops)
 
     @property
@@ -119,13 +119,13 @@ class Plan:
 
     @property
     def cut_to_adapter_ratio(self) -> float | None:
-        """Traffic through the cuts over that of adapters; ``None`` if the client has no adapter."""
+        """Traffic through the cuts divided by traffic of adapters; ``None`` if the client has no adapter."""
         if not self.traffic.adapter_bytes:
             return None
         return (self.traffic.hidden_bytes + self.traffic.gradient_bytes) / self.traffic.adapter_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers: bytes, counts, seconds, and shares in [0, 1]."""
+        """JSON values: bytes, counts, seconds, and fractions in [0, 1]."""
         return {
             "data": self.data,
             "backbone": self.backbone,
@@ -158,28 +158,28 @@ def _with_derived(part: PartCost, peak_bytes: int) -> dict[str, int]:
 
 
 class Planner:
-    """Plans configurations one after the other; what several share is read and counted once."""
+    """Plans several configurations; data and load that they have in common are computed once."""
 
     def __init__(self) -> None:
-        self._known: dict[str, Any] = {}
+        self._cache: dict[str, Any] = {}
 
     def plan(self, config: DictConfig, probe_steps: int | None = None) -> Plan:
-        """Gather the facts of one configuration and work out its cost.
+        """Compute the cost of one configuration.
 
         Args:
-            config: Composed; ``backbone.path`` may be missing if ``backbone.config`` is given.
+            config: Composed configuration; ``backbone.path`` may be missing if ``backbone.config`` is given.
             probe_steps: Local steps to time; ``None`` for none.
 
         Raises:
-            ConfigError: If settings do not fit together, or a probe is wanted for a backbone without weights.
+            ConfigError: If settings contradict each other, or ``probe_steps`` is given for a backbone without weights.
             DataError: If the data cannot be used.
-            BackboneError: If the backbone cannot be read, cut, or adapted.
+            BackboneError: If the backbone cannot be read, split, or adapted.
         """
         if probe_steps is not None:
             _check_probe(config, probe_steps)
         data = self._once(config, ("data", "holdout", "partition"), lambda: build_data(config))
         backbone, is_own = empty_backbone(config, data.catalogue)
-        num_parameters = backbone.num_parameters  # before the adapter's come on top
+        num_parameters = backbone.num_parameters  # without those of the adapter
         model = SplitModel(backbone.model, config.split.head_layers, config.split.tail_layers)
         objective, batches = build_batches(config, backbone, data)
         objective.check(model)
@@ -212,25 +212,25 @@ class Planner:
         groups = ("data", "holdout", "partition", "backbone", "objective", "trainer", "seed")
         return self._once(config, groups, lambda: count_load(batches, objective, _local(config)))
 
-    def _once(self, config: DictConfig, groups: tuple[str, ...], make_it: Callable[[], T]) -> T:
-        """What only depends on some groups of the configuration."""
+    def _once(self, config: DictConfig, groups: tuple[str, ...], function: Callable[[], T]) -> T:
+        """Call a function once for all configurations with the same values in these groups."""
         plain = as_dict(config)
         key = repr([(name, plain[name]) for name in groups])
-        if key not in self._known:
-            self._known[key] = make_it()
-        found: T = self._known[key]
+        if key not in self._cache:
+            self._cache[key] = function()
+        found: T = self._cache[key]
         return found
 
 
 def _check_probe(config: DictConfig, num_steps: int) -> None:
     if not has_weights(config):
         raise ConfigError(
-            f"--probe {num_steps} needs weights to train, and backbone.config={config.backbone.config} has none; "
-            "give backbone.path=… or leave --probe out"
+            f"--probe {num_steps} needs weights, and backbone.config={config.backbone.config} has none; "
+            "give backbone.path=… or leave out --probe"
         )
     if config.split.transport == "distributed":
         raise ConfigError(
-            f"--probe {num_steps} runs in one process; give split.transport=none or inprocess, not distributed"
+            f"--probe {num_steps} runs in one process; use split.transport=none or inprocess, not distributed"
         )
 
 
@@ -245,7 +245,7 @@ def _wire(config: DictConfig, model: Any, exchanges_adapters: bool) -> Wire:
     hidden, gradient = config.split.hidden_dtype, config.split.gradient_dtype
     return Wire(
         hidden_size=model.config.hidden_size,
-        hidden_dtype=own if hidden == "float32" else hidden,  # what is narrower already is not widened
+        hidden_dtype=own if hidden == "float32" else hidden,  # never cast to a wider type
         gradient_dtype=own if gradient == "float32" else gradient,
         clips_gradients=config.trainer.gradient_clip is not None,
         exchanges_adapters=exchanges_adapters,

@@ -1,4 +1,4 @@
-"""How long a round takes here: a few real steps of the largest client."""
+"""Times a few local steps of the largest client."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 
 
 class _Clock(FederatedCallback):
-    """Notes when each step ended."""
+    """Records the end time of each step."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_step_end(self, loop: FederatedLoop, loss: float) -> None:
-        """The loss is a number by now, so that a GPU has finished too."""
+        """Record the time; the loss is a number, so a GPU has finished the step."""
         self.ends.append(time.perf_counter())
 
 
 def seconds_per_step(config: DictConfig, data: PreparedData, client: int, num_steps: int) -> float:
-    """Median wall seconds of a local step, after one step to warm up.
+    """Median wall-clock seconds of a local step, after one warm-up step.
 
     Args:
-        config: The run's configuration; its backbone must have weights, and its client and server be one process.
+        config: The configuration of the run; its backbone has weights, and client and server are in one process.
         data: The prepared data set.
-        client: Whose batches are used.
+        client: The client that trains.
         num_steps: Steps to time, at least 1.
     """
     wanted = num_steps + 1

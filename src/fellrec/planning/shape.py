@@ -1,4 +1,4 @@
-"""A backbone without its weights: built on PyTorch's ``meta`` device, where tensors have a shape and no memory."""
+"""Builds a backbone without weights, on PyTorch's ``meta`` device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.m
 
 
 def has_weights(config: DictConfig) -> bool:
-    """Whether the configured backbone could be trained: it is more than a shape.
+    """Whether the configured backbone has weights, so that it can be trained.
 
     Raises:
         ConfigError: If the backbone has neither ``path`` nor ``config``, or both.
@@ -35,13 +35,13 @@ def has_weights(config: DictConfig) -> bool:
     has_path = not OmegaConf.is_missing(config.backbone, "path")
     if has_path and config.backbone.config is not None:
         raise ConfigError(
-            f"backbone.path={config.backbone.path} and backbone.config={config.backbone.config} name two models; "
-            "give one"
+            f"backbone.path={config.backbone.path} and backbone.config={config.backbone.config} exclude each other; "
+            "give one of them"
         )
     if not has_path and config.backbone.config is None:
         raise ConfigError(
-            "backbone.path needs a value: give backbone.path=…, or backbone.config=… to plan for a model whose weights "
-            f"are not here: {', '.join(model_configs())}, a config.json, or a folder with one"
+            "backbone.path needs a value: give backbone.path=…, or backbone.config=… to plan for a model without its "
+            f"weights: {', '.join(model_configs())}, a config.json, or a directory with one"
         )
     return has_path
 
@@ -51,14 +51,14 @@ def empty_backbone(config: DictConfig, catalogue: Catalogue) -> tuple[Backbone, 
 
     Args:
         config: The whole configuration.
-        catalogue: For the stand-in tokenizer where the backbone has none here, and for that of the tiny backbone.
+        catalogue: Texts to train the tokenizer of the tiny backbone, or of a backbone without tokenizer files.
 
     Returns:
-        The backbone, and whether its tokenizer is its own.
+        The backbone, and whether its tokenizer is the original one.
 
     Raises:
-        ConfigError: If the backbone's name or sizes cannot be used.
-        BackboneError: If its configuration cannot be read or its architecture is not known.
+        ConfigError: If the backbone's name or sizes are not allowed.
+        BackboneError: If its configuration cannot be read or its architecture is not supported.
     """
     settings = as_dict(config.backbone)
     if settings["name"] == "tiny":
@@ -87,33 +87,33 @@ def empty_backbone(config: DictConfig, catalogue: Catalogue) -> tuple[Backbone, 
 
 
 def find_config(given: str) -> Path:
-    """The file that ``backbone.config`` means: a file, a folder's ``config.json``, or one of `model_configs`.
+    """Resolve ``backbone.config``: a file, a directory with a ``config.json``, or a name in `model_configs`.
 
     Raises:
-        ConfigError: If there is none; names those that are shipped, the nearest first.
+        ConfigError: If there is no such file; lists the included configurations, the nearest name first.
     """
     path = Path(given).expanduser()
     for candidate in (path, path / "config.json", _configs_dir() / f"{given}.json"):
         if candidate.is_file():
             return candidate
-    raise ConfigError(f"{unknown('backbone.config', given, model_configs())}, a config.json, or a folder with one")
+    raise ConfigError(f"{unknown('backbone.config', given, model_configs())}, a config.json, or a directory with one")
 
 
 def model_configs() -> list[str]:
-    """Names of the model configurations that are shipped."""
+    """Names of the included model configurations."""
     return sorted(path.stem for path in _configs_dir().glob("*.json"))
 
 
 def read_config(file: Path) -> Any:
-    """A Hugging Face configuration from its ``config.json``.
+    """Read a Hugging Face configuration from its ``config.json``.
 
     Raises:
-        BackboneError: If it is none, or of an architecture that cannot be cut.
+        BackboneError: If the file is not a valid configuration, or its architecture is not supported.
     """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise BackboneError(f"backbone.config={file} is no JSON: {error}") from error
+        raise BackboneError(f"backbone.config={file} is not valid JSON: {error}") from error
     model_type = values.pop("model_type", None) if isinstance(values, dict) else None
     if model_type not in ARCHITECTURES:
         raise BackboneError(f"backbone.config={file}: {unknown('model_type', model_type, ARCHITECTURES)}")
@@ -134,7 +134,7 @@ def _on_meta(shape: Any, dtype: torch.dtype, tokenizer: Any, name: str) -> Backb
 
 
 def _catalogue_tokenizer(catalogue: Catalogue, vocab_size: int = 4000) -> Any:
-    """What the tiny backbone reads and writes with."""
+    """Train the tokenizer of the tiny backbone on the catalogue."""
     return build_tokenizer([f"{text}\n" for text in catalogue.texts()], vocab_size)
 
 

@@ -1,6 +1,6 @@
-"""Sends outboxes to the tracking server. Every operation may be sent twice: that changes nothing there.
+"""Sends outboxes to the MLflow server. Operations are idempotent: sending one twice has no effect.
 
-MLflow takes seconds to import, so it is imported where it is needed.
+Importing MLflow takes seconds, so functions import it when they need it.
 """
 
 from __future__ import annotations
@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fellrec.errors import FellrecError
 from fellrec.tracking.outbox import Operation, Sent, first_operation, operations, read_sent, sending, write_sent
@@ -21,21 +20,19 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 UID_TAG = "fellrec.run_uid"
-"""Names a run before the server has given it an id, so that a run that was made already is found again."""
+"""Tag that identifies a run before the server assigns an id; it prevents creating the same run twice."""
 PARENT_TAG = "mlflow.parentRunId"
-_MOST_METRICS, _MOST_PARAMS = 1000, 100
-"""Most that MLflow takes in one batch."""
-_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 30.0
+_FIRST_PAUSE_SECONDS, _MAX_PAUSE_SECONDS = 1.0, 30.0
 
 _log = logging.getLogger(__name__)
 
 
 class OutboxError(FellrecError):
-    """The tracking server does not answer, or refuses an operation; the outbox keeps it and all that follow."""
+    """The MLflow server is unreachable or rejects an operation; it and all later operations stay in the outbox."""
 
 
-class EarlyError(OutboxError):
-    """The comparison that a run belongs to is still on its way to the server: no reason to warn anybody."""
+class ParentNotFoundError(OutboxError):
+    """The parent run of a comparison is not on the server yet; this is expected and not worth a warning."""
 
 
 class OutboxClient:
@@ -43,7 +40,7 @@ class OutboxClient:
 
     Args:
         folder: The outbox.
-        uri: Where to; ``None`` for the store that the run was started with.
+        uri: MLflow tracking URI; ``None`` for the one that the run was started with.
     """
 
     def __init__(self, folder: Path, uri: str | None = None) -> None:
@@ -52,13 +49,13 @@ class OutboxClient:
         self._client: MlflowClient | None = None
 
     def send(self) -> int:
-        """Send what is left, in order.
+        """Send the remaining operations in order.
 
         Returns:
-            Operations sent.
+            Number of operations sent.
 
         Raises:
-            OutboxError: When the server does not take one of them.
+            OutboxError: If an operation fails.
         """
         number = 0
         with sending(self.folder):
@@ -76,42 +73,45 @@ class OutboxClient:
                 sent = replace(sent, run_id=_create(client, self.uri, operation))
             else:
                 assert sent.run_id is not None
-                _SENDERS[operation.kind](client, sent.run_id, self.folder.parent, operation)
+                _deliver(client, sent.run_id, self.folder.parent, operation)
         except OutboxError:
             raise
-        except Exception as error:  # MLflow, SQLAlchemy and requests each raise their own
+        except Exception as error:  # MLflow, SQLAlchemy and requests raise different types
             first_line = next(iter(str(error).splitlines()), type(error).__name__)
-            what = f"{self.uri} did not take operation {operation.number} ({operation.kind})"
-            raise OutboxError(f"{what}: {first_line}") from error
+            failed = f"{self.uri}: operation {operation.number} ({operation.kind}) failed"
+            raise OutboxError(f"{failed}: {first_line}") from error
         return replace(sent, number=operation.number + 1, end=operation.end)
 
 
 class Sender:
-    """Sends an outbox in a thread while the run goes on, so that no round waits for the server.
+    """Sends an outbox in a background thread, so that no round waits for the server.
 
-    When the server does not answer, it tries again after a second, then after twice that, up to half a minute.
+    After a failure it retries after 1, 2, 4, … seconds, at most 30.
 
     Args:
-        delivery: Of the outbox.
+        client: Client of the outbox.
+
+    Attributes:
+        error: The last error; ``None`` after a success.
     """
 
-    def __init__(self, delivery: OutboxClient) -> None:
+    def __init__(self, client: OutboxClient) -> None:
         self.error: OutboxError | None = None
-        self._delivery = delivery
+        self._client = client
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
-        """There is something to send; a server that did not answer is left alone until its pause is over."""
+        """Send new operations; after a failure this waits for the next retry."""
         if self.error is None:
             self._wake.set()
 
     def finish(self, limit_seconds: float | None = None) -> None:
-        """Wait until everything is sent, or the server has failed once more.
+        """Try to send the remaining operations once more, then end the thread.
 
         Args:
-            limit_seconds: Longest wait.
+            limit_seconds: Maximum wait; ``None`` for no limit.
         """
         self._closing.set()
         self._wake.set()
@@ -124,36 +124,36 @@ class Sender:
             self._wake.wait(None if self.error is None else pause)
             self._wake.clear()
             is_last = self._closing.is_set()
-            has_failed, was_away = self.error is not None, self._is_away
+            has_failed, was_unreachable = self.error is not None, self._is_unreachable
             try:
-                self._delivery.send()
+                self._client.send()
                 self.error, pause = None, _FIRST_PAUSE_SECONDS
             except (FellrecError, OSError) as error:
-                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS) if has_failed else _FIRST_PAUSE_SECONDS
+                pause = min(2 * pause, _MAX_PAUSE_SECONDS) if has_failed else _FIRST_PAUSE_SECONDS
                 self.error = error if isinstance(error, OutboxError) else OutboxError(str(error))
-            if was_away != self._is_away and not is_last:
-                self._tell()
+            if was_unreachable != self._is_unreachable and not is_last:
+                self._warn()
 
     @property
-    def _is_away(self) -> bool:
-        return self.error is not None and not isinstance(self.error, EarlyError)
+    def _is_unreachable(self) -> bool:
+        return self.error is not None and not isinstance(self.error, ParentNotFoundError)
 
-    def _tell(self) -> None:
+    def _warn(self) -> None:
         if self.error is None:
-            _log.warning("%s answers again; all that was kept is sent", self._delivery.uri)
+            _log.warning("%s is reachable again; all recorded operations were sent", self._client.uri)
         else:
-            _log.warning("%s; the run goes on, and what it logs is kept in %s", self.error, self._delivery.folder)
+            _log.warning("%s; the run continues, and its metrics are recorded in %s", self.error, self._client.folder)
 
 
 def _first(folder: Path) -> Operation:
     first = first_operation(folder)
     if first is None:
-        raise FellrecError(f"{folder} holds no complete operation: the run stopped before it logged anything")
+        raise FellrecError(f"{folder} has no complete operation: the run stopped before it logged anything")
     return first
 
 
 def _create(client: MlflowClient, uri: str, operation: Operation) -> str:
-    """Make the run, unless it was made before its acknowledgement was lost."""
+    """Create the run, unless an earlier attempt created it and its response was lost."""
     fields = operation.fields
     experiment_id = ensure_experiment(client, uri, fields["experiment"])
     uid, parent_uid = fields["uid"], fields["parent_uid"]
@@ -164,7 +164,7 @@ def _create(client: MlflowClient, uri: str, operation: Operation) -> str:
     if parent_uid is not None:
         parent = _find(client, experiment_id, parent_uid)
         if parent is None:
-            raise EarlyError(f"{uri} does not hold the comparison that the run belongs to yet; send that first")
+            raise ParentNotFoundError(f"{uri} does not have the run's comparison yet; send the comparison first")
         tags[PARENT_TAG] = parent
     run = client.create_run(experiment_id, start_time=operation.time, tags=tags, run_name=fields["run_name"])
     return str(run.info.run_id)
@@ -175,71 +175,38 @@ def _find(client: MlflowClient, experiment_id: str, uid: str) -> str | None:
     return str(found[0].info.run_id) if found else None
 
 
-def _send_params(client: MlflowClient, run_id: str, run_dir: Path, operation: Operation) -> None:
-    from mlflow.entities import Param
-
-    for chunk in _chunks(operation.fields["params"], _MOST_PARAMS):
-        client.log_batch(run_id, params=[Param(key, value) for key, value in chunk])
-
-
-def _send_metrics(client: MlflowClient, run_id: str, run_dir: Path, operation: Operation) -> None:
-    from mlflow.entities import Metric
-
-    step = operation.fields["step"]
-    for chunk in _chunks(operation.fields["metrics"], _MOST_METRICS):
-        client.log_batch(run_id, metrics=[Metric(key, value, operation.time, step) for key, value in chunk])
-
-
-def _send_tag(client: MlflowClient, run_id: str, run_dir: Path, operation: Operation) -> None:
-    client.set_tag(run_id, operation.fields["key"], operation.fields["value"])
-
-
-def _send_dataset(client: MlflowClient, run_id: str, run_dir: Path, operation: Operation) -> None:
-    from mlflow.entities import Dataset, DatasetInput, InputTag
+def _deliver(client: MlflowClient, run_id: str, run_dir: Path, operation: Operation) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 
     fields = operation.fields
-    entity = Dataset(
-        name=fields["name"],
-        digest=fields["digest"],
-        source_type="local",
-        source=json.dumps({"uri": fields["source"]}),
-        profile=json.dumps(fields["statistics"]),
-    )
-    client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
+    match operation.kind:
+        case "params":
+            client.log_batch(run_id, params=[Param(key, value) for key, value in fields["params"].items()])
+        case "metrics":
+            values, step = fields["metrics"].items(), fields["step"]
+            client.log_batch(run_id, metrics=[Metric(key, value, operation.time, step) for key, value in values])
+        case "tag":
+            client.set_tag(run_id, fields["key"], fields["value"])
+        case "dataset":
+            source, profile = json.dumps({"uri": fields["source"]}), json.dumps(fields["statistics"])
+            dataset = Dataset(fields["name"], fields["digest"], "local", source, profile=profile)
+            client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+        case "artifact":
+            _upload(client, run_id, run_dir / fields["path"], fields["folder"])
+        case "reopen":
+            client.update_run(run_id, status="RUNNING")
+            if "error" in client.get_run(run_id).data.tags:
+                client.delete_tag(run_id, "error")
+        case "terminate":
+            client.set_terminated(run_id, fields["status"], end_time=operation.time)
+        case unexpected:
+            raise ValueError(f"unexpected operation {unexpected}")
 
 
-def _send_artifact(client: MlflowClient, run_id: str, run_dir: Path, operation: Operation) -> None:
-    path = run_dir / operation.fields["path"]
+def _upload(client: MlflowClient, run_id: str, path: Path, folder: str | None) -> None:
     if path.is_dir():
-        client.log_artifacts(run_id, str(path), operation.fields["folder"])
+        client.log_artifacts(run_id, str(path), folder)
     elif path.is_file():
-        client.log_artifact(run_id, str(path), operation.fields["folder"])
+        client.log_artifact(run_id, str(path), folder)
     else:
-        _log.warning("%s is gone and cannot be sent", path)
-
-
-def _send_reopen(client: MlflowClient, run_id: str, run_dir: Path, operation: Operation) -> None:
-    client.update_run(run_id, status="RUNNING")
-    if "error" in client.get_run(run_id).data.tags:
-        client.delete_tag(run_id, "error")
-
-
-def _send_terminate(client: MlflowClient, run_id: str, run_dir: Path, operation: Operation) -> None:
-    client.set_terminated(run_id, operation.fields["status"], end_time=operation.time)
-
-
-_SENDERS: dict[str, Callable[[MlflowClient, str, Path, Operation], None]] = {
-    "params": _send_params,
-    "metrics": _send_metrics,
-    "tag": _send_tag,
-    "dataset": _send_dataset,
-    "artifact": _send_artifact,
-    "reopen": _send_reopen,
-    "terminate": _send_terminate,
-}
-
-
-def _chunks(items: Mapping[str, Any], size: int) -> Iterator[list[tuple[str, Any]]]:
-    pairs = list(items.items())
-    for start in range(0, len(pairs), size):
-        yield pairs[start : start + size]
+        _log.warning("%s was deleted and is not uploaded", path)

@@ -1,9 +1,9 @@
-"""The outbox of a run: all that its MLflow run is made of, in order, on disk before anything is sent.
+"""The outbox of a run: every MLflow operation of the run, in order, written to disk before it is sent.
 
-``outbox/operations.jsonl`` only grows, one JSON object per line, each on disk before the run goes on.
-``outbox/sent.json`` says how many of them the tracking server has acknowledged, and the id of the run there. A process
-may die between an acknowledgement and this note; so an operation can be sent twice, and each is one for which that
-changes nothing.
+``outbox/operations.jsonl`` is append-only, with one JSON object per line, and is flushed after each line.
+``outbox/sent.json`` has the number of operations that the MLflow server acknowledged and the id of the run there. A
+process can die after an acknowledgement and before this file is written, so an operation can be sent twice; all
+operations are idempotent.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from pathlib import Path
 from typing import Any
 
 from fellrec.errors import ConfigError, TrainingError
+from fellrec.state.files import sync_folder, write_json
 
 _OPERATIONS, _SENT, _LOCK = "operations.jsonl", "sent.json", "lock"
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One thing to tell the tracking server.
+    """One call of the MLflow API.
 
     Attributes:
         number: From 0, without gaps.
-        kind: What is done, such as ``"metrics"``.
-        time: Milliseconds since 1970 when it was logged; the server gets this time whenever it is sent.
-        fields: What the kind needs.
-        end: Bytes of the file up to the end of this operation.
+        kind: Type of the operation, such as ``"metrics"``.
+        time: Milliseconds since 1970 when it was logged; MLflow gets this time however late it is sent.
+        fields: Arguments of the operation.
+        end: Offset in the file after this operation, in bytes.
     """
 
     number: int
@@ -44,12 +45,12 @@ class Operation:
 
 @dataclass(frozen=True)
 class Sent:
-    """How far the tracking server knows the outbox.
+    """How much of an outbox was sent.
 
     Attributes:
-        number: Operations it has acknowledged.
-        end: Bytes of the file up to there.
-        run_id: The run's id on the server; ``None`` before it was made.
+        number: Number of operations that the server acknowledged.
+        end: Offset in the file after them, in bytes.
+        run_id: The run's id on the server; ``None`` until it is created there.
     """
 
     number: int = 0
@@ -58,14 +59,14 @@ class Sent:
 
 
 class Outbox:
-    """The one writer of an outbox; what was cut off by a crash is dropped when it is opened.
+    """The only writer of an outbox; opening it removes a line that a crash left incomplete.
 
     Args:
-        folder: Made if absent.
+        folder: Directory of the outbox; created if absent.
 
     Raises:
-        ConfigError: If another process writes it, or the folder cannot be written.
-        TrainingError: If it is damaged anywhere but at its end.
+        ConfigError: If another process has the outbox open, or the directory cannot be written.
+        TrainingError: If a line before the last one is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -78,34 +79,34 @@ class Outbox:
         except OSError as error:
             raise ConfigError(f"{folder} cannot be written: {error}") from error
         try:
-            self._take()
+            self._lock()
             for operation in operations(folder):
                 self._number, self._end = operation.number + 1, operation.end
                 self._once.add(operation.fields.get("once", ""))
             os.ftruncate(self._file, self._end)
-            _sync_folder(folder)
+            sync_folder(folder)
         except BaseException:
             self.close()
             raise
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was ever added."""
+        """Whether the outbox has no operation."""
         return self._number == 0
 
     def append(self, kind: str, once: str | None = None, **fields: Any) -> bool:
-        """Add one operation; it is on disk when this returns.
+        """Add one operation and flush it to disk.
 
         Args:
-            kind: What is done.
-            once: A name under which it is done once in the run's life: a resumed run repeats rounds that were logged.
-            **fields: Plain JSON values.
+            kind: Type of the operation.
+            once: A key that is added at most once: a resumed run may repeat rounds that were logged.
+            **fields: JSON values.
 
         Returns:
-            Whether it was added; ``False`` if the outbox has one of that name.
+            Whether it was added; ``False`` if the outbox has this key.
 
         Raises:
-            TrainingError: If the disk does not take it; the outbox stays as it was.
+            TrainingError: If it cannot be written; the outbox is unchanged.
         """
         if once is not None and once in self._once:
             return False
@@ -125,24 +126,28 @@ class Outbox:
         return True
 
     def close(self) -> None:
-        """Let another process write."""
+        """Close the file and release its lock."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
 
-    def _take(self) -> None:
+    def _lock(self) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if isinstance(error, BlockingIOError):  # others: a file system without locks
+            if isinstance(error, BlockingIOError):  # other errors: the file system has no locks
                 raise ConfigError(f"{self.folder.parent} is being written by another process") from error
 
 
 def operations(folder: Path, start: Sent | None = None) -> Iterator[Operation]:
-    """The operations after ``start``, up to the last one that is complete.
+    """Iterate over the complete operations of an outbox.
+
+    Args:
+        folder: The outbox.
+        start: Where to start; ``None`` for the first operation.
 
     Raises:
-        TrainingError: If a line that is not the last cannot be read.
+        TrainingError: If a line before the last one cannot be read.
     """
     start = start or Sent()
     number, end = start.number, start.end
@@ -155,43 +160,37 @@ def operations(folder: Path, start: Sent | None = None) -> Iterator[Operation]:
             if record is None or record.pop("n", None) != number:
                 if line.endswith(b"\n") and file.read(1):
                     raise TrainingError(f"{folder / _OPERATIONS} is damaged: operation {number} cannot be read")
-                return  # cut off by a crash, or being written at this moment
+                return  # incomplete: after a crash, or while another process writes
             number, end = number + 1, end + len(line)
             yield Operation(number - 1, record.pop("kind"), record.pop("time"), record, end)
 
 
 def first_operation(folder: Path) -> Operation | None:
-    """How the run is made; ``None`` if the outbox has nothing."""
+    """The operation that creates the run; ``None`` if the outbox is empty."""
     return next(operations(folder), None)
 
 
 def read_sent(folder: Path) -> Sent:
-    """How far the server knows the outbox."""
+    """Read how much of the outbox was sent."""
     path = folder / _SENT
     return Sent(**json.loads(path.read_text())) if path.is_file() else Sent()
 
 
 def write_sent(folder: Path, sent: Sent) -> None:
-    """Note how far the server knows the outbox; the note is the old one or the new one, whatever happens."""
-    draft = folder / f".{_SENT}.{os.getpid()}"
-    with draft.open("w") as file:
-        file.write(json.dumps(asdict(sent)) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(folder / _SENT)
-    _sync_folder(folder)
+    """Write how much of the outbox was sent, atomically."""
+    write_json(folder / _SENT, asdict(sent), indent=None)
 
 
 def num_left(folder: Path) -> int:
-    """Operations that the server has not acknowledged."""
+    """Number of operations that were not sent."""
     return sum(1 for _ in operations(folder, read_sent(folder)))
 
 
 @contextmanager
 def sending(folder: Path) -> Iterator[None]:
-    """Only one process sends at a time; another one waits for it."""
+    """Hold the lock of the sender; another process waits for it."""
     with (folder / _LOCK).open("a") as file:
-        with suppress(OSError):  # a file system without locks: what two processes send twice changes nothing
+        with suppress(OSError):  # without file locks two processes may send an operation twice, which has no effect
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -208,11 +207,3 @@ def _write_all(file: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(file, view) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

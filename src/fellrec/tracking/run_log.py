@@ -1,4 +1,4 @@
-"""What a run tells MLflow: written to the run's outbox at once, sent while the run goes on, or later."""
+"""The MLflow run of a run: operations are written to the outbox first and sent in the background."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from fellrec.tracking.delivery import OutboxClient, Sender
 from fellrec.tracking.outbox import Outbox, first_operation, num_left, read_sent
 from fellrec.tracking.store import absolute
 
-_LONGEST_PARAM, _LONGEST_TAG = 250, 500
+_MAX_PARAM_LENGTH, _MAX_TAG_LENGTH = 250, 500
 _SECONDS_AFTER_FAILURE = 30.0
-"""Longest wait for a server that answers when a run was stopped: whoever stopped it may not wait longer."""
+"""Maximum wait for the server after a run failed or was stopped."""
 
 
 @dataclass(frozen=True)
 class NewRun:
-    """How a run is made on the server.
+    """What is needed to create a run on the server.
 
     Attributes:
         uri: MLflow tracking URI.
-        experiment: Made if absent.
-        name: Shown in the UI.
-        tags: Beside those that say who ran what.
-        parent_uid: `RunLog.uid` of the run that it belongs to.
+        experiment: Name of the experiment; created if absent.
+        name: Name of the run in the UI.
+        tags: Tags in addition to MLflow's own, such as user and source.
+        parent_uid: `RunLog.uid` of the parent run.
     """
 
     uri: str
@@ -42,14 +42,14 @@ class NewRun:
 
 
 class RunLog:
-    """One MLflow run, or what is to become one when the server answers.
+    """One MLflow run.
 
-    Only the process that leads the run makes one. A run directory with an outbox goes on with it: the same run on the
-    server, and nothing that it has already is logged again.
+    Only the coordinating process creates one. If the run directory has an outbox, the same MLflow run is continued, and
+    nothing is logged twice.
 
     Args:
-        run_dir: Everything that is uploaded lies in it.
-        new: How the run is made, if the directory has no outbox yet.
+        run_dir: The run directory; it contains all uploaded files.
+        new: Used to create the run if the directory has no outbox.
     """
 
     def __init__(self, run_dir: Path, new: NewRun) -> None:
@@ -67,54 +67,54 @@ class RunLog:
 
     @property
     def uid(self) -> str:
-        """The run's name before the server has given it an id."""
+        """Identifies the run before the server assigns an id."""
         return str(self._fields["uid"])
 
     @property
     def run_id(self) -> str | None:
-        """The run's id on the server; ``None`` until it was made there."""
+        """The run's id on the server; ``None`` until it is created there."""
         return read_sent(self._outbox.folder).run_id
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log the settings, once in the run's life."""
-        values = {key: str(value)[:_LONGEST_PARAM] for key, value in params.items()}
+        """Log the settings, once per run."""
+        values = {key: str(value)[:_MAX_PARAM_LENGTH] for key, value in params.items()}
         self._append("params", once="params", params=values)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, once: str) -> None:
-        """Log a step's metrics.
+        """Log metrics of a step.
 
         Args:
-            metrics: Name → value; what MLflow does not allow in a name is left out.
+            metrics: Name → value; characters that MLflow does not allow are removed from names.
             step: The round.
-            once: Name of this part of the step: a resumed run that comes to it again does not log it again.
+            once: Key of these metrics within the step; a resumed run that repeats the step does not log them again.
         """
         values = {re.sub(r"[^\w/. -]", "", key, flags=re.ASCII): float(value) for key, value in metrics.items()}
         self._append("metrics", once=f"{once} {step}", step=step, metrics=values)
 
     def log_dataset(self, name: str, digest: str, source: str, statistics: Mapping[str, Any]) -> None:
-        """Log what the run is trained on, once in its life."""
+        """Log the data set, once per run."""
         plain = json.loads(json.dumps(dict(statistics), default=str))
         self._append("dataset", once="dataset", name=name, digest=digest, source=source, statistics=plain)
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
-        """Upload a file or what is in a folder of the run directory, if it exists; it must not change any more.
+        """Upload a file, or the content of a directory, if it exists; it must not change afterwards.
 
         Args:
-            path: Below the run directory.
-            folder: Of the run's artefacts.
+            path: Path inside the run directory.
+            folder: Destination among the run's artefacts.
         """
         if path.exists():
             self._append("artifact", path=str(path.relative_to(self.run_dir)), folder=folder)
 
     def set_tag(self, key: str, value: str) -> None:
         """Set a tag."""
-        self._append("tag", key=key, value=value[:_LONGEST_TAG])
+        self._append("tag", key=key, value=value[:_MAX_TAG_LENGTH])
 
     def close(self, status: str = "FINISHED") -> None:
-        """End the run, and say how to send what the server did not take.
+        """End the run, and print how to send operations that remain.
 
-        A comparison that is finished sends what its runs have left, too: one may have ended before the server knew the
-        comparison, or while it was away.
+        A finished comparison also sends the remaining operations of its runs: a run can end before the comparison is
+        on the server, or while the server is unreachable.
 
         Args:
             status: ``"FINISHED"``, ``"FAILED"`` or ``"KILLED"``.
@@ -128,11 +128,10 @@ class RunLog:
             for folder in filter(num_left, outboxes(self.run_dir)[1:]):
                 Sender(OutboxClient(folder)).finish()
         left = sum(map(num_left, outboxes(self.run_dir)))
-        if left and self._fields["parent_uid"] is None:  # a comparison speaks for its runs
-            why = f"{self._sender.error}\n" if self._sender.error else ""
+        if left and self._fields["parent_uid"] is None:  # a comparison reports for its runs
+            reason = f"{self._sender.error}\n" if self._sender.error else ""
             sys.stderr.write(
-                f"\n{why}{left} operations for MLflow are kept in {self.run_dir}; "
-                f"send them by: fellrec sync {self.run_dir}\n"
+                f"\n{reason}{left} MLflow operations were not sent; send them with: fellrec sync {self.run_dir}\n"
             )
 
     def _append(self, kind: str, once: str | None = None, **fields: Any) -> None:
@@ -142,7 +141,7 @@ class RunLog:
 
 @contextmanager
 def parent_run(run_dir: Path, new: NewRun) -> Iterator[RunLog]:
-    """The run that groups a comparison; it is closed as finished, failed or killed."""
+    """The parent run of a comparison; it is closed as finished, failed or killed."""
     log = RunLog(run_dir, new)
     try:
         yield log
@@ -153,15 +152,15 @@ def parent_run(run_dir: Path, new: NewRun) -> Iterator[RunLog]:
 
 
 def outbox_dir(run_dir: Path) -> Path:
-    """Where a run keeps what it tells MLflow."""
+    """The outbox of a run."""
     return run_dir / "outbox"
 
 
 def outboxes(run_dir: Path) -> list[Path]:
-    """The run's outbox, and after it those of the runs that a comparison keeps below itself.
+    """The outbox of a run; of a comparison, its own outbox and then those of its runs.
 
     Raises:
-        ConfigError: If the directory is no run's.
+        ConfigError: If it is not the directory of a run.
     """
     own = outbox_dir(run_dir)
     if not own.is_dir():

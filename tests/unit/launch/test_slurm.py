@@ -1,4 +1,4 @@
-"""The batch script: what SLURM's notation means, what bash makes of odd names, what is refused."""
+"""The batch script: SLURM's notation, quoting of unusual names, rejected values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fellrec.errors import ConfigError
 from fellrec.launch.slurm import Job, JobEnvironment, Launcher, batch_script, seconds_of
 
 ODD = """a b'c"d;$(touch hacked)`touch hacked`$HOME\\&|#%=,{x}[y]é"""
-"""A name with what bash, sbatch and Hydra have a meaning for."""
+"""A name with special characters of bash, sbatch and Hydra."""
 
 
 def launcher(**settings: Any) -> Launcher:
@@ -46,12 +46,12 @@ def options_of(script: str) -> dict[str, str]:
         ("UNLIMITED", None),
     ],
 )
-def test_time_limits_are_read_as_sbatch_reads_them(text: str, seconds: int | None) -> None:
+def test_time_limits_are_parsed_like_sbatch(text: str, seconds: int | None) -> None:
     """The six forms of ``man sbatch``: min, min:s, h:min:s, d-h, d-h:min, d-h:min:s."""
     assert seconds_of(text) == seconds
 
 
-def test_one_process_per_gpu_unless_told_otherwise() -> None:
+def test_one_process_per_gpu_by_default() -> None:
     job = [Job(Path("/run"), [])]
     assert "gpus-per-node" not in options_of(script_of(job))
     assert options_of(script_of(job))["ntasks-per-node"] == "1"
@@ -60,7 +60,7 @@ def test_one_process_per_gpu_unless_told_otherwise() -> None:
     assert options_of(script_of(job, gpus_per_node=4, tasks_per_node=1))["ntasks-per-node"] == "1"
 
 
-def test_every_setting_reaches_sbatch() -> None:
+def test_every_setting_is_an_sbatch_option() -> None:
     found = options_of(
         script_of(
             [Job(Path("/run"), [])],
@@ -93,12 +93,12 @@ def test_a_container_runs_the_same_command() -> None:
 
 
 @pytest.mark.parametrize("task", [0, 1])
-def test_bash_hands_over_every_value_as_it_was_given(task: int, tmp_path: Path) -> None:
-    """The script up to the start of the run, executed by bash: what would the run be started with?"""
+def test_bash_passes_every_value_unchanged(task: int, tmp_path: Path) -> None:
+    """Bash executes the script up to the start of the run, and prints the run's arguments."""
     given = [["seed=1", f"data.root='{number} $(touch hacked); `touch hacked` \"$HOME\" *'"] for number in range(2)]
     jobs = [Job(tmp_path / f"{number}{ODD}", words) for number, words in enumerate(given)]
     script = script_of(jobs, folder=tmp_path / ODD, environment={"A_NAME": ODD}, job_name=ODD)
-    runs = script[: script.index("# Where the processes")]
+    runs = script[: script.index("# Rendezvous")]
     exports = re.search(r"^export A_NAME=.*$", script, re.MULTILINE)
     assert exports
     show = "import json, os, sys; print(json.dumps([os.environ['A_NAME'], *sys.argv[1:]]))"
@@ -115,11 +115,11 @@ def test_bash_hands_over_every_value_as_it_was_given(task: int, tmp_path: Path) 
     assert value == ODD
     assert run_dir == str(jobs[task].run_dir)
     assert words == given[task]
-    assert compose([own]).run_dir == str(jobs[task].run_dir), "and Hydra reads the path as it is"
-    assert not list(tmp_path.iterdir()), "nothing in a name was executed"
+    assert compose([own]).run_dir == str(jobs[task].run_dir), "Hydra reads the path literally"
+    assert not list(tmp_path.iterdir()), "no part of a name was executed"
 
 
-def test_a_sweep_is_an_array() -> None:
+def test_a_sweep_is_a_job_array() -> None:
     jobs = [Job(Path(f"/{number}"), []) for number in range(6)]
     assert options_of(script_of(jobs))["array"] == "0-5"
     assert options_of(script_of(jobs, max_parallel=2))["array"] == "0-5%2"
@@ -132,15 +132,15 @@ def test_a_sweep_is_an_array() -> None:
         ({"job_name": "a\nb"}, "launcher.job_name='a\\nb' is not allowed: one line of text"),
         ({"partition": "a\n#SBATCH --uid=0"}, "launcher.partition="),
         ({"setup": ["module load x", "a\nb"]}, "launcher.setup='a\\nb'"),
-        ({"environment": {"A B": 1}}, "launcher.environment has 'A B', which is no name of a variable"),
+        ({"environment": {"A B": 1}}, "launcher.environment has 'A B', which is not a valid variable name"),
         ({"environment": {"A": "x\ny"}}, "launcher.environment.A='x\\ny'"),
-        ({"options": {"a b": 1}}, "launcher.options has 'a b', which is no name of an option of sbatch"),
+        ({"options": {"a b": 1}}, "launcher.options has 'a b', which is not the name of an sbatch option"),
         ({"options": {"constraint": ["a"]}}, "launcher.options.constraint=['a']"),
-        ({"time": "1:00"}, "launcher.signal_seconds=120 leaves too little of launcher.time=1:00"),
-        ({"time": 2}, "launcher.signal_seconds=120 leaves too little of launcher.time=2"),
+        ({"time": "1:00"}, "launcher.time=1:00 is too short for launcher.signal_seconds=120"),
+        ({"time": 2}, "launcher.time=2 is too short for launcher.signal_seconds=120"),
     ],
 )
-def test_what_cannot_stand_in_a_script_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_values_that_cannot_be_written_into_a_script_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         launcher(**settings)
     assert message in str(caught.value)
@@ -151,7 +151,7 @@ def test_a_path_with_a_line_break_is_refused() -> None:
         script_of([Job(Path("/a\nb"), [])])
 
 
-def test_neighbouring_jobs_meet_at_different_ports() -> None:
+def test_consecutive_jobs_use_different_ports() -> None:
     (line,) = re.findall(r"^MASTER_PORT=.*$", script_of([Job(Path("/run"), [])]), re.MULTILINE)
     jobs = (1, 2, 11999, 12000, 4294900000)
     commands = [["bash", "-c", f"SLURM_JOB_ID={job}; {line}; echo $MASTER_PORT"] for job in jobs]

@@ -1,4 +1,4 @@
-"""``fellrec plan``: counts against models that are really built, activations against a real forward pass."""
+"""``fellrec plan``: counts compared with real models, activations with a real forward pass."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from fellrec.cli.main import main
-from fellrec.cli.plan import plan, print_plans
+from fellrec.cli.plan import plan
 from fellrec.config.compose import compose
 from fellrec.experiment import build_data, build_loop, build_recommender
 from fellrec.federated.checkpoint import save_state
@@ -38,6 +38,7 @@ from fellrec.planning.load import count_load
 from fellrec.planning.measure import bytes_of_parts, measure_parts, trace
 from fellrec.planning.plan import Planner
 from fellrec.planning.shape import find_config, model_configs, read_config
+from fellrec.planning.table import print_plans
 from fellrec.state.bank import AdapterBank
 
 SHAPE = {
@@ -68,7 +69,7 @@ CONFIGS = {
 
 
 class LanguageModelling:
-    """Every next token, through the LM head."""
+    """Next-token prediction through the LM head."""
 
     one_target_per_row = True
 
@@ -82,7 +83,7 @@ class LanguageModelling:
 
 OBJECTIVE, BATCH = LanguageModelling(), {"input_ids": torch.arange(3 * 16).reshape(3, 16)}
 LONG = {"input_ids": (torch.arange(2 * 128) % 97).reshape(2, 128)}
-"""Long enough that two L x L matrices a head would show."""
+"""Long enough to detect two L x L matrices per head."""
 
 
 def built(config: object, device: str = "cpu", dtype: torch.dtype = torch.float32) -> SplitModel:
@@ -97,7 +98,7 @@ def measured(
     return measure_parts(built(config, "meta", dtype), adapter, OBJECTIVE, batch)  # type: ignore[arg-type]
 
 
-def test_every_architecture_is_here() -> None:
+def test_every_architecture_is_covered() -> None:
     encoders = {name for name, arch in ARCHITECTURES.items() if not arch.is_causal}  # in test_plan_encoders.py
     assert set(ARCHITECTURES) == {config.model_type for config in CONFIGS.values()} | encoders
 
@@ -111,7 +112,7 @@ def test_counts_equal_those_of_a_real_model(name: str, kind: type, dtype: torch.
     assert {part: cost.weight_bytes for part, cost in found.items()} == bytes_of_parts(
         real, dict(real.model.named_parameters())
     )
-    # Tied weights are saved once and Hugging Face counts its own memory.
+    # Tied weights count once; transformers computes its own memory footprint.
     assert together(found.values()).weight_bytes == real.model.get_memory_footprint(return_buffers=False)
     adapter = kind()
     adapter.attach(real.model, real.arch, 0, real.part_of)
@@ -126,7 +127,7 @@ def test_counts_equal_those_of_a_real_model(name: str, kind: type, dtype: torch.
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_activations_are_those_of_a_real_forward_pass(kind: str, dropout: float) -> None:
-    """On a CPU the same forward pass really runs, with the fused kernel that keeps no L x L matrix."""
+    """On the CPU the same forward pass runs, with the fused kernel that saves no L x L matrix."""
     config = LlamaConfig(**{**SHAPE, "num_key_value_heads": 4, "hidden_size": 64, "head_dim": 16})
     saved = {}
     for device in ("meta", "cpu"):
@@ -138,8 +139,8 @@ def test_activations_are_those_of_a_real_forward_pass(kind: str, dropout: float)
         assert math.isclose(saved["meta"][part], num_bytes, rel_tol=0.25), part
 
 
-def test_a_real_pass_over_the_whole_model_keeps_the_same_memory() -> None:
-    """Independent of ``trace``: PyTorch's own hooks around Hugging Face's own forward pass."""
+def test_a_real_pass_over_the_whole_model_saves_the_same_memory() -> None:
+    """Independent of ``trace``: PyTorch's hooks around the forward pass of transformers."""
     config = LlamaConfig(**{**SHAPE, "num_key_value_heads": 4})
     found = together(measured(config, FullAdapter(), batch=LONG).values()).activation_bytes
     model = built(config).model
@@ -152,8 +153,8 @@ def test_a_real_pass_over_the_whole_model_keeps_the_same_memory() -> None:
     assert math.isclose(found, expected, rel_tol=0.25)
 
 
-def test_compute_is_two_operations_a_weight_and_token() -> None:
-    """Forward of a Llama: 2 · tokens · weights of its matrices, and 2 · 2 · B · L² · D a layer for attention."""
+def test_compute_is_two_operations_per_weight_and_token() -> None:
+    """Forward pass of a Llama: 2 · tokens · matrix weights, and 2 · 2 · B · L² · D per layer for attention."""
     config = LlamaConfig(**SHAPE)
     found = measured(config, FullAdapter())
     queries, keys = 4 * 8, 2 * 8
@@ -164,7 +165,7 @@ def test_compute_is_two_operations_a_weight_and_token() -> None:
     assert [cost.forward_flops for cost in found.values()] == [2 * one, 2 * one, one + lm_head]
 
 
-def test_a_frozen_head_keeps_nothing_for_a_backward_pass() -> None:
+def test_a_frozen_head_saves_nothing_for_the_backward_pass() -> None:
     found = measured(CONFIGS["llama"], LoraAdapter(layers="body+tail"))
     assert found["head"].activation_bytes == found["head"].adapter_bytes == 0
     assert found["body"].activation_bytes > 0
@@ -177,10 +178,10 @@ PUBLISHED = {
     "qwen2_7b": 7_615_616_512,
     "gpt2": 124_439_808,
 }
-"""Parameters that the models' cards give."""
+"""Numbers of parameters in the model cards."""
 
 
-def test_shipped_configurations_have_the_published_sizes() -> None:
+def test_included_configurations_have_the_published_sizes() -> None:
     assert set(PUBLISHED) == set(model_configs())
     for name, expected in PUBLISHED.items():
         with torch.device("meta"):
@@ -215,31 +216,31 @@ def test_llama_7b(head_layers: int, percent: int) -> None:
         ["objective=generative", "participation.rate=0.5"],
     ],
 )
-def test_traffic_is_what_the_ledger_of_an_executed_round_books(overrides: list[str], tiny_overrides: list[str]) -> None:
-    """The ledger measures the messages that really cross; here it must agree to the byte."""
+def test_traffic_equals_the_ledger_of_an_executed_round(overrides: list[str], tiny_overrides: list[str]) -> None:
+    """The ledger measures real messages; the plan agrees with it to the byte."""
     config = compose([*tiny_overrides, "backbone.num_layers=3", "split=executed", *overrides])
     found = Planner().plan(config)
     loop = build_loop(config, build_recommender(config, build_data(config)), ())
     loop.execution.start(loop)
     loop.run_round(0)
-    booked = {
+    measured_bytes = {
         (kind, way): loop.execution.ledger.total(round=0, phase="train", direction=way, kind=kind)
         for kind in ("hidden_state", "gradient", "adapter", "scalar")
         for way in ("up", "down")
     }
     planned = {
         (kind, way): getattr(found.traffic, f"{kind.removesuffix('_state')}_{way}_bytes") * found.cohort_size
-        for kind, way in booked
+        for kind, way in measured_bytes
     }
     if found.cohort_size == 3:
-        assert planned == pytest.approx(booked)
+        assert planned == pytest.approx(measured_bytes)
     else:  # two of three clients: the plan is the mean over all
-        assert planned == pytest.approx(booked, rel=0.3)
-    assert booked["hidden_state", "up"] > 0
+        assert planned == pytest.approx(measured_bytes, rel=0.3)
+    assert measured_bytes["hidden_state", "up"] > 0
 
 
 def test_steps_tokens_and_checkpoint_are_those_of_a_real_run(tiny_overrides: list[str], tmp_path: Path) -> None:
-    """A run's own trainer says how many steps it took, its batches how many tokens, its checkpoint how large it is."""
+    """Compared with the steps, tokens and checkpoint size of a real run."""
     overrides = [*tiny_overrides, "trainer.local_epochs=2", "trainer.max_local_steps=3"]
     config = compose(overrides)
     recommender = build_recommender(config, build_data(config))
@@ -263,11 +264,11 @@ def test_steps_tokens_and_checkpoint_are_those_of_a_real_run(tiny_overrides: lis
     assert found.num_parameters == recommender.backbone.num_parameters
     save_state(tmp_path, loop.state)
     on_disk = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
-    assert found.checkpoint_bytes <= on_disk, "names and shapes come on top"
+    assert found.checkpoint_bytes <= on_disk, "the files also contain names and shapes"
     assert math.isclose(found.checkpoint_bytes, on_disk, rel_tol=0.15)
 
 
-def test_a_sample_is_scaled_and_says_so(tiny_overrides: list[str]) -> None:
+def test_a_sample_is_scaled_and_marked(tiny_overrides: list[str]) -> None:
     config = compose([*tiny_overrides, "trainer.batch_size=2"])
     recommender = build_recommender(config, build_data(config))
     exact = count_load(recommender.datamodule, recommender.module.objective, LocalSettings())
@@ -277,7 +278,7 @@ def test_a_sample_is_scaled_and_says_so(tiny_overrides: list[str]) -> None:
     assert math.isclose(sample.mean.num_tokens, exact.mean.num_tokens, rel_tol=0.2)
 
 
-def test_what_does_not_vary_is_counted_once(tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_is_counted_once_for_all_cuts(tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(
         "fellrec.planning.plan.count_load", lambda *arguments: calls.append(arguments) or count_load(*arguments)
@@ -319,7 +320,7 @@ def test_the_verb_prints_json_and_probes(tiny_overrides: list[str], capsys: pyte
     assert found["storage_saved"] == pytest.approx(1 - found["client_weight_share"])
 
 
-def test_types_on_the_way_come_from_the_configuration(tiny_overrides: list[str]) -> None:
+def test_dtypes_of_messages_come_from_the_configuration(tiny_overrides: list[str]) -> None:
     config = compose(tiny_overrides)
     plain = Planner().plan(config).traffic
     packed = Planner().plan(compose([*tiny_overrides, "split.hidden_dtype=int8", "split.gradient_dtype=bfloat16"]))
@@ -327,10 +328,10 @@ def test_types_on_the_way_come_from_the_configuration(tiny_overrides: list[str])
     assert packed.traffic.gradient_up_bytes == plain.gradient_up_bytes / 2
 
 
-def test_items_whose_vectors_are_kept_are_in_no_step(
+def test_items_with_cached_vectors_are_not_part_of_a_step(
     tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Otherwise all 60 texts go through the model in every micro-batch."""
+    """Without the cache all 60 texts go through the model in every micro-batch."""
     towers = [*tiny_overrides, "objective.item_encoder=encoded"]
     each, kept, later, tokens = (
         plan([*towers, *more])[0].plan
@@ -342,19 +343,19 @@ def test_items_whose_vectors_are_kept_are_in_no_step(
         )
     )
     assert kept.load.mean == tokens.load.mean
-    assert later.load.mean == each.load.mean, "the first round is as without a table"
+    assert later.load.mean == each.load.mean, "the first round does not use the cache"
     data = build_data(compose(towers))
     width = build_recommender(compose(towers), data).module.objective.item_text.tokens.shape[1]  # type: ignore[union-attr]
     more = each.load.mean.num_tokens - kept.load.mean.num_tokens
     assert more == pytest.approx(60 * width * each.load.mean.num_steps)
     assert kept.client.activation_bytes < each.client.activation_bytes
     main(["plan", *towers, "objective.refresh_items=3"])
-    assert "Item vectors that are kept are made without gradients" in capsys.readouterr().out
+    assert "Cached item vectors are computed without gradients" in capsys.readouterr().out
     main(["plan", *towers])
-    assert "Item vectors that are kept" not in capsys.readouterr().out
+    assert "Cached item vectors" not in capsys.readouterr().out
 
 
-def test_a_model_folder_needs_its_configuration_only(tiny_overrides: list[str], tmp_path: Path) -> None:
+def test_a_model_directory_needs_only_its_configuration(tiny_overrides: list[str], tmp_path: Path) -> None:
     CONFIGS["llama"].save_pretrained(tmp_path)
     hf = [item for item in tiny_overrides if not item.startswith("backbone.")] + ["backbone=hf", "adapter=full"]
     rows = plan([*hf, f"backbone.config={tmp_path}"])
@@ -372,7 +373,7 @@ def test_a_model_folder_needs_its_configuration_only(tiny_overrides: list[str], 
     [
         (["backbone=hf"], "backbone.path needs a value: give backbone.path=…, or backbone.config=…"),
         (["backbone=hf", "backbone.config=llama_2"], "unknown backbone.config 'llama_2'; choose from: llama_2_7b, "),
-        (["backbone=hf", "backbone.config=gpt2", "backbone.path=x"], "name two models"),
+        (["backbone=hf", "backbone.config=gpt2", "backbone.path=x"], "exclude each other"),
         (["backbone=hf", "backbone.config=gpt2", "--probe", "3"], "--probe 3 needs weights"),
         (["split.transport=distributed", "--probe", "3"], "--probe 3 runs in one process"),
         (["--probe", "0"], "--probe 0 is not allowed: a whole number of at least 1"),
@@ -380,7 +381,7 @@ def test_a_model_folder_needs_its_configuration_only(tiny_overrides: list[str], 
         (["backbone=hf", "backbone.config=gpt2", "backbone.dtype=int4"], "unknown backbone.dtype 'int4'"),
     ],
 )
-def test_mistakes_get_one_message(
+def test_errors_are_one_message(
     overrides: list[str], message: str, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as done:
@@ -394,14 +395,14 @@ def test_mistakes_get_one_message(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no JSON"),
+        ("{", "is not valid JSON"),
         ("[]", "unknown model_type 'None'; choose from: "),
         ("{}", "unknown model_type 'None'; choose from: "),
         ('{"model_type": "gpt-2"}', "unknown model_type 'gpt-2'; choose from: gpt2, "),
         ('{"model_type": "llama", "hidden_size": "large"}', "hidden_size"),
     ],
 )
-def test_a_file_that_is_no_configuration(content: str, message: str, tmp_path: Path) -> None:
+def test_invalid_configuration_files(content: str, message: str, tmp_path: Path) -> None:
     from fellrec.errors import BackboneError
 
     file = tmp_path / "config.json"
@@ -410,7 +411,7 @@ def test_a_file_that_is_no_configuration(content: str, message: str, tmp_path: P
         read_config(find_config(str(tmp_path)))
 
 
-def test_train_still_needs_weights(capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_needs_weights(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["train", "backbone=hf", "backbone.config=gpt2"])
     assert "backbone.path needs a value" in capsys.readouterr().err

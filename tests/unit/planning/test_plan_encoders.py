@@ -1,4 +1,4 @@
-"""``fellrec plan`` for encoders: counts against real modules, activations and compute against a real forward pass."""
+"""``fellrec plan`` for encoders: counts compared with real models, activations and FLOPs with a real forward pass."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def built(name: str, device: str) -> SplitModel:
     return SplitModel(model, 2, 1)
 
 
-def test_every_encoder_is_here() -> None:
+def test_every_encoder_is_covered() -> None:
     assert set(ENCODERS) == {name for name, arch in ARCHITECTURES.items() if not arch.is_causal}
 
 
@@ -60,19 +60,19 @@ def test_counts_equal_those_of_a_real_model(name: str, kind: type) -> None:
 @pytest.mark.parametrize("kind", [LoraAdapter, FullAdapter])
 @pytest.mark.parametrize("name", ENCODERS)
 def test_activations_are_those_of_a_real_forward_pass(name: str, kind: Any) -> None:
-    """60 tokens, which a Longformer pads to 64, and of which one in a row is global."""
+    """60 tokens, which a Longformer pads to 64; one token per row is global."""
     saved = []
     for device in ("meta", "cpu"):
         model, adapter = built(name, device), kind()
         adapter.attach(model.model, model.arch, 0, model.part_of)
         found = trace(model, OBJECTIVE, BATCH)
         saved.append([part.saved_bytes for part in found.values()])
-        if name == "longformer":  # the fused kernels that the others run on a CPU count no operations
+        if name == "longformer":  # the FLOP counter does not see the fused CPU kernels of the others
             saved[-1] += [part.flops for part in found.values()]
     assert saved[0] == pytest.approx(saved[1], rel=0.02)
 
 
-def test_compute_is_two_operations_a_weight_and_token() -> None:
+def test_compute_is_two_operations_per_weight_and_token() -> None:
     """A layer of a BERT has 4 D² + 2 D F weights in matrices; attention adds 2 · 2 · B · L² · D."""
     found = measure_parts(built("bert", "meta"), FullAdapter(), OBJECTIVE, BATCH)
     rows, length = BATCH["input_ids"].shape
@@ -84,14 +84,14 @@ PUBLISHED = {
     "roberta": (RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1), 124_645_632),
     "longformer": (LongformerConfig(vocab_size=50265, max_position_embeddings=4098, type_vocab_size=1), 148_659_456),
 }
-"""roberta-base and longformer-base-4096 with their pooler."""
+"""roberta-base and longformer-base-4096, including the pooler."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_plan_counts_a_published_model(
     name: str, tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A published count has the pooler's D² + D, which is not used here."""
+    """The published count includes the pooler's D² + D parameters, which are not used here."""
     config, published = PUBLISHED[name]
     config.save_pretrained(tmp_path)
     overrides = [item for item in tiny_overrides if not item.startswith("backbone.")]

@@ -1,4 +1,4 @@
-"""The planned peak memory against what PyTorch's profiler saw being allocated in real local training."""
+"""The planned peak memory compared with the allocations that PyTorch's profiler records in local training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fellrec.planning.plan import Planner
 
 
 def peak_of(prof: profile) -> int:
-    """Largest sum of what was allocated and not yet freed."""
+    """Maximum of the memory that is allocated at one time."""
     events = [event for event in prof.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -26,8 +26,8 @@ def peak_of(prof: profile) -> int:
      ["adapter=lora", "objective.item_encoder=encoded", "objective.refresh_items=round", "objective.chunk_items=20"]],
     ids=" ".join,
 )  # fmt: skip
-def test_peak_memory_is_as_planned(overrides: list[str], tiny_overrides: list[str]) -> None:
-    """One client of a model that is large enough for its activations to count; the weights were there before."""
+def test_planned_peak_memory_equals_the_profile(overrides: list[str], tiny_overrides: list[str]) -> None:
+    """One client, with a model whose activations dominate; the weights are allocated before profiling."""
     shape = ["backbone.hidden_size=96", "backbone.num_heads=4", "backbone.num_layers=8", "trainer.batch_size=64"]
     how = ["trainer.max_local_steps=2", "backbone.pretrain.steps=1", "split.in_flight=1"]
     config = compose([*tiny_overrides, *shape, *how, *overrides])

@@ -1,4 +1,4 @@
-"""An outbox keeps what was added, in order, once, whatever happens to its writer or to the server."""
+"""The outbox keeps operations in order and without duplicates across crashes of the writer and of the server."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def filled(folder: Path) -> bytes:
     return (folder / "operations.jsonl").read_bytes()
 
 
-def test_an_outbox_cut_off_at_any_byte_keeps_its_complete_lines_and_goes_on(tmp_path: Path) -> None:
+def test_an_outbox_truncated_at_any_byte_keeps_its_complete_lines_and_accepts_new_ones(tmp_path: Path) -> None:
     whole = filled(tmp_path)
     for length in [0, *range(whole.index(b"kind_2"), len(whole) + 1)]:
         (tmp_path / "operations.jsonl").write_bytes(whole[:length])
         complete = whole[:length].count(b"\n")
-        assert len(kinds(tmp_path)) == complete, "a reader does not see half a line"
+        assert len(kinds(tmp_path)) == complete, "a reader skips an incomplete line"
         outbox = Outbox(tmp_path)
         assert [outbox.append("again", once=f"round {number}") for number in range(4)] == [
             number >= complete for number in range(4)
@@ -45,8 +45,8 @@ def test_an_outbox_cut_off_at_any_byte_keeps_its_complete_lines_and_goes_on(tmp_
         assert [operation.number for operation in operations(tmp_path)] == [0, 1, 2, 3]
 
 
-def test_zeros_at_the_end_are_dropped(tmp_path: Path) -> None:
-    """What some file systems leave of a file that was growing when the power failed."""
+def test_trailing_zeros_are_removed(tmp_path: Path) -> None:
+    """Some file systems append zeros to a file that was being written during a power failure."""
     whole = filled(tmp_path)
     (tmp_path / "operations.jsonl").write_bytes(whole + bytes(500))
     assert len(kinds(tmp_path)) == 4
@@ -54,17 +54,17 @@ def test_zeros_at_the_end_are_dropped(tmp_path: Path) -> None:
     assert (tmp_path / "operations.jsonl").read_bytes() == whole
 
 
-def test_damage_before_the_end_is_named_and_left_as_it_is(tmp_path: Path) -> None:
+def test_damage_before_the_last_line_is_reported_and_the_file_is_unchanged(tmp_path: Path) -> None:
     lines = filled(tmp_path).splitlines(keepends=True)
     damaged = b"".join([lines[0], b"x" + lines[1], *lines[2:]])
     (tmp_path / "operations.jsonl").write_bytes(damaged)
-    for _ in range(2):  # the refusal lets go of the outbox
+    for _ in range(2):  # the error releases the lock
         with pytest.raises(TrainingError, match=r"operations.jsonl is damaged: operation 1 cannot be read"):
             Outbox(tmp_path)
     assert (tmp_path / "operations.jsonl").read_bytes() == damaged
 
 
-def test_two_writers_are_refused(tmp_path: Path) -> None:
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     first = Outbox(tmp_path / "outbox")
     with pytest.raises(ConfigError, match=f"{tmp_path} is being written by another process"):
         Outbox(tmp_path / "outbox")
@@ -74,7 +74,7 @@ def test_two_writers_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_files() -> Iterator[None]:
-    """No file may grow above 300 bytes: what a full disk does to a write."""
+    """Limit files to 300 bytes, to simulate a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
@@ -83,7 +83,7 @@ def small_files() -> Iterator[None]:
     signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_disk_that_is_full_leaves_no_half_line(tmp_path: Path, small_files: None) -> None:
+def test_a_full_disk_leaves_no_incomplete_line(tmp_path: Path, small_files: None) -> None:
     outbox = Outbox(tmp_path)
     outbox.append("fits")
     with pytest.raises(TrainingError, match=r"operations.jsonl cannot be written: .*File too large"):
@@ -93,15 +93,15 @@ def test_a_disk_that_is_full_leaves_no_half_line(tmp_path: Path, small_files: No
     assert (tmp_path / "operations.jsonl").read_bytes().endswith(b"}\n")
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="file/outbox cannot be written"):
         Outbox(tmp_path / "file" / "outbox")
 
 
 @pytest.fixture
-def mute(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A server that lets everybody in and says nothing; yields its address."""
+def silent_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server that accepts connections and never responds; yields its address."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -109,19 +109,21 @@ def mute(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-def test_a_server_that_hangs_holds_nothing_up(tmp_path: Path, mute: str, capsys: pytest.CaptureFixture[str]) -> None:
-    log = RunLog(tmp_path, NewRun(mute, "fellrec", "run", {"data": "none"}))
+def test_a_server_that_hangs_does_not_block_the_run(
+    tmp_path: Path, silent_server: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = RunLog(tmp_path, NewRun(silent_server, "fellrec", "run", {"data": "none"}))
     for step in range(50):
         log.log_metrics({"loss": 1 / (step + 1), "not: allowed": 1}, step, once="round")
     assert read_sent(tmp_path / "outbox").number == 0
     log.close()
     assert num_left(tmp_path / "outbox") == 52
     shown = capsys.readouterr().err
-    assert "did not take operation 0 (create)" in shown
-    assert f"52 operations for MLflow are kept in {tmp_path}; send them by: fellrec sync {tmp_path}" in shown
+    assert "operation 0 (create) failed" in shown
+    assert f"52 MLflow operations were not sent; send them with: fellrec sync {tmp_path}" in shown
 
 
-def test_a_resumed_run_logs_what_is_new(tmp_path: Path) -> None:
+def test_a_resumed_run_logs_only_new_operations(tmp_path: Path) -> None:
     new = NewRun(f"sqlite:///{tmp_path / 'mlflow.db'}", "fellrec", "run", {"data": "none"})
     for rounds in (range(3), range(2, 5)):
         log = RunLog(tmp_path, new)
@@ -147,19 +149,19 @@ def test_a_resumed_run_logs_what_is_new(tmp_path: Path) -> None:
     assert run.info.start_time == next(iter(operations(tmp_path / "outbox"))).time
 
 
-def test_a_store_that_does_not_hold_the_run_says_so_and_nothing_is_dropped(tmp_path: Path) -> None:
+def test_a_store_without_the_run_is_an_error_and_operations_are_kept(tmp_path: Path) -> None:
     log = RunLog(tmp_path, NewRun(f"sqlite:///{tmp_path / 'mlflow.db'}", "fellrec", "run", {}))
     log.close()
     outbox = Outbox(tmp_path / "outbox")
     outbox.append("tag", key="late", value="tag")
     outbox.close()
     before = read_sent(outbox.folder)
-    with pytest.raises(OutboxError, match=rf"did not take operation 2 \(tag\).*{before.run_id}"):
+    with pytest.raises(OutboxError, match=rf"operation 2 \(tag\) failed.*{before.run_id}"):
         OutboxClient(outbox.folder, uri=f"sqlite:///{tmp_path / 'other.db'}").send()
     assert (read_sent(outbox.folder), num_left(outbox.folder)) == (before, 1)
 
 
-def test_the_note_of_what_was_sent_is_replaced_as_a_whole(tmp_path: Path) -> None:
+def test_the_progress_file_is_replaced_atomically(tmp_path: Path) -> None:
     filled(tmp_path)
     for operation in operations(tmp_path):
         write_sent(tmp_path, type(read_sent(tmp_path))(operation.number + 1, operation.end, "id"))
@@ -168,22 +170,22 @@ def test_the_note_of_what_was_sent_is_replaced_as_a_whole(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 
-def test_only_a_run_has_an_outbox(tmp_path: Path) -> None:
+def test_a_directory_without_an_outbox_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no outbox; give the directory of a run"):
         outboxes(tmp_path)
 
 
-def test_a_comparison_sends_what_a_run_left_that_ended_before_the_server_knew_it(
+def test_a_comparison_sends_the_operations_of_a_run_that_ended_before_it_was_on_the_server(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing is wrong on the way, so nothing is said."""
+    """This is the normal order of events, so no warning is logged."""
     from mlflow.tracking import MlflowClient
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     both = tmp_path / "both"
     for folder in (both / "outbox", both / "one"):
         folder.mkdir(parents=True)
-    with sending(both / "outbox"):  # what the comparison has to say waits
+    with sending(both / "outbox"):  # the comparison cannot send yet
         parent = RunLog(both, NewRun(uri, "fellrec", "both", {}))
         child = RunLog(both / "one", NewRun(uri, "fellrec", "one", {}, parent.uid))
         child.log_params({"seed": 0})

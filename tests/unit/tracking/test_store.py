@@ -1,4 +1,4 @@
-"""Stores that cannot be used are refused at once, and nothing is touched."""
+"""Stores that cannot be used are refused immediately, without side effects."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fellrec.tracking.store import check_reachable, make_client, ui_command
 
 
 @pytest.mark.parametrize("name", ["folder", "file.txt/mlflow.db", "file.txt"])
-def test_a_sqlite_path_that_cannot_be_opened_is_refused_at_once(
+def test_a_sqlite_path_that_cannot_be_opened_is_refused_immediately(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -30,34 +30,34 @@ def test_a_sqlite_path_that_cannot_be_opened_is_refused_at_once(
     assert (tmp_path / "file.txt").read_text() == "a note"
 
 
-def test_a_new_store_is_not_made_by_the_check(tmp_path: Path) -> None:
+def test_the_check_does_not_create_a_store(tmp_path: Path) -> None:
     check_reachable(f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_server_that_does_not_answer_is_refused_within_seconds() -> None:
+def test_an_unreachable_server_is_refused_within_seconds() -> None:
     started = time.monotonic()
     with pytest.raises(ConfigError, match=r"tracking.uri=http://127.0.0.1:9 cannot be used"):
         check_reachable("http://127.0.0.1:9")
     assert time.monotonic() - started < 30
 
 
-def test_a_server_that_does_not_answer_may_be_away_if_the_user_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreachable_server_is_accepted_if_the_user_allows_it(caplog: pytest.LogCaptureFixture) -> None:
     check_reachable("http://127.0.0.1:9", may_be_away=True)
-    assert "http://127.0.0.1:9 does not answer" in caplog.text
+    assert "http://127.0.0.1:9 is unreachable" in caplog.text
     with pytest.raises(ConfigError, match="tracking.on_unreachable=keep"):
         check_reachable("http://127.0.0.1:9")
 
 
 @pytest.mark.parametrize("uri", ["http://", "http://127.0.0.1:port", "htp://127.0.0.1:9"])
-def test_an_address_that_no_server_can_have_is_refused_all_the_same(uri: str) -> None:
+def test_an_invalid_address_is_always_refused(uri: str) -> None:
     with pytest.raises(ConfigError, match="cannot be used") as refused:
         check_reachable(uri, may_be_away=True)
     assert "on_unreachable" not in str(refused.value)
 
 
-@pytest.mark.parametrize(("code", "is_away"), [(403, False), (404, False), (502, True), (503, True)])
-def test_a_server_that_refuses_is_not_away(code: int, is_away: bool) -> None:
+@pytest.mark.parametrize(("code", "is_unreachable"), [(403, False), (404, False), (502, True), (503, True)])
+def test_an_error_response_does_not_count_as_unreachable(code: int, is_unreachable: bool) -> None:
     class Refusing(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             self.send_error(code)
@@ -68,7 +68,7 @@ def test_a_server_that_refuses_is_not_away(code: int, is_away: bool) -> None:
     with HTTPServer(("127.0.0.1", 0), Refusing) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         uri = f"http://127.0.0.1:{server.server_port}"
-        if is_away:
+        if is_unreachable:
             check_reachable(uri, may_be_away=True)
         else:
             with pytest.raises(ConfigError, match=str(code)):
@@ -76,13 +76,13 @@ def test_a_server_that_refuses_is_not_away(code: int, is_away: bool) -> None:
         server.shutdown()
 
 
-def test_the_ui_serves_artefacts_from_beside_the_database(tmp_path: Path) -> None:
+def test_the_ui_serves_artefacts_stored_beside_the_database(tmp_path: Path) -> None:
     command = ui_command(f"sqlite:///{tmp_path / 'mlflow.db'}", "127.0.0.1", 5000)
     assert (tmp_path / "mlartifacts").as_uri() in command
 
 
-def test_a_new_sqlite_store_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
-    """Two processes make it at once and are killed the moment it is there: it has every table, and can be used."""
+def test_a_new_sqlite_store_is_created_atomically(tmp_path: Path) -> None:
+    """Two processes create it at the same time and are killed as soon as the file exists; it has every table."""
     path = tmp_path / "mlflow.db"
     code = f"from fellrec.tracking.store import connect; connect('sqlite:///{path}'); import time; time.sleep(600)"
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
@@ -96,12 +96,12 @@ def test_a_new_sqlite_store_is_there_as_a_whole_or_not_at_all(tmp_path: Path) ->
         for process in processes:
             process.kill()
             process.wait()
-    make_client(f"sqlite:///{tmp_path / 'undisturbed.db'}")
+    make_client(f"sqlite:///{tmp_path / 'reference.db'}")
     schemas = []
-    for name in ("mlflow.db", "undisturbed.db"):
+    for name in ("mlflow.db", "reference.db"):
         with sqlite3.connect(tmp_path / name) as database:
             tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master ORDER BY name")]
-            # Not their SQL: MLflow writes the values of a check in the order of a set, another in each process.
+            # Not their SQL: MLflow writes the values of a CHECK in the order of a set, which differs between processes.
             schemas.append({name: database.execute(f"PRAGMA table_info('{name}')").fetchall() for name in tables})
             assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     assert schemas[0] == schemas[1]

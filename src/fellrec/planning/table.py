@@ -1,0 +1,179 @@
+"""The tables that ``fellrec plan`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from fellrec.functional.cost import PartCost, human_bytes
+from fellrec.planning.plan import Plan
+
+_SHOWN_BY_CUT = ("split.head_layers", "split.tail_layers")
+"""Overrides without a column of their own: the column ``cut`` shows them."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One combination of values and its cost.
+
+    Attributes:
+        values: The overrides that vary over the combinations, key → value.
+        plan: The cost.
+    """
+
+    values: dict[str, str]
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class _Column:
+    heading: str
+    cell: Callable[[Plan], str]
+
+
+def print_plans(rows: Sequence[Row], console: Console) -> None:
+    """Print one line per combination; a table that is wider than the console becomes several tables."""
+    console.print(_heading(rows), highlight=False)
+    console.print()
+    has_probe = rows[0].plan.seconds_per_round is not None
+    for title, columns in (("storage and memory", _STORAGE), ("traffic of a round", _traffic_columns(has_probe))):
+        for table in _fitting(rows, title, columns, console):
+            console.print(table)
+            console.print()
+    console.print(_notes(rows), highlight=False)
+
+
+def _heading(rows: Sequence[Row]) -> str:
+    plans = [row.plan for row in rows]
+    models = {f"{plan.backbone} with {plan.num_parameters:,} parameters" for plan in plans}
+    data = {f"{plan.data} with {plan.num_clients} clients, {plan.cohort_size} a round" for plan in plans}
+    loads = {
+        f"{plan.load.mean.num_steps:,.0f} steps and {plan.load.mean.num_tokens:,.0f} padded tokens a client and round"
+        for plan in plans
+    }
+    return "; ".join(found.pop() for found in (models, data, loads) if len(found) == 1)
+
+
+def _cut(plan: Plan) -> str:
+    return f"{plan.head.num_layers}+{plan.body.num_layers}+{plan.tail.num_layers}"
+
+
+def _both(of_part: Callable[[PartCost], float]) -> Callable[[Plan], str]:
+    return lambda plan: _two(of_part(plan.client), of_part(plan.server))
+
+
+def _two(first: float, second: float) -> str:
+    return f"{human_bytes(first)}\n{human_bytes(second)}"
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.0f} %"
+
+
+def _fractions(client: float) -> str:
+    return f"{_percent(client)}\n{_percent(1 - client)}"
+
+
+_STORAGE = (
+    _Column("", lambda plan: "client\nserver"),
+    _Column("weights", _both(lambda part: part.weight_bytes)),
+    _Column("fraction", lambda plan: _fractions(plan.client_weight_share)),
+    _Column("saved", lambda plan: _percent(1 - plan.client_weight_share)),
+    _Column("adapter", _both(lambda part: part.adapter_bytes)),
+    _Column("optimiser", _both(lambda part: part.optimizer_bytes)),
+    _Column("gradients", _both(lambda part: part.gradient_bytes)),
+    _Column("activations", _both(lambda part: part.activation_bytes)),
+    _Column("peak memory", lambda plan: _two(plan.client_peak_bytes, plan.server_peak_bytes)),
+    _Column("compute", lambda plan: _fractions(plan.client_compute_share)),
+)
+
+
+def _traffic_columns(has_probe: bool) -> tuple[_Column, ...]:
+    columns = (
+        _Column("", lambda plan: "up\ndown"),
+        _Column("hidden", lambda plan: _two(plan.traffic.hidden_up_bytes, plan.traffic.hidden_down_bytes)),
+        _Column("gradients", lambda plan: _two(plan.traffic.gradient_up_bytes, plan.traffic.gradient_down_bytes)),
+        _Column("adapters", lambda plan: _two(plan.traffic.adapter_up_bytes, plan.traffic.adapter_down_bytes)),
+        _Column("scalars", lambda plan: _two(plan.traffic.scalar_up_bytes, plan.traffic.scalar_down_bytes)),
+        _Column("per client", lambda plan: _two(plan.traffic.up_bytes, plan.traffic.down_bytes)),
+        _Column("all clients", _of_all_clients),
+        _Column("cuts/adapters", _ratio),
+        _Column("checkpoint", lambda plan: human_bytes(plan.checkpoint_bytes)),
+    )
+    return (*columns, _Column("s/round", lambda plan: f"{plan.seconds_per_round:.3g}")) if has_probe else columns
+
+
+def _of_all_clients(plan: Plan) -> str:
+    return _two(plan.traffic.up_bytes * plan.cohort_size, plan.traffic.down_bytes * plan.cohort_size)
+
+
+def _ratio(plan: Plan) -> str:
+    ratio = plan.cut_to_adapter_ratio
+    return "" if ratio is None else f"{ratio:,.3g}" if ratio < 100 else f"{ratio:,.0f}"
+
+
+def _fitting(rows: Sequence[Row], title: str, columns: Sequence[_Column], console: Console) -> list[Table]:
+    """One table, or several with some of the columns each, so that no number is truncated."""
+    table = _table(rows, title, columns)
+    width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+    if width <= console.width or len(columns) <= 2:
+        return [table]
+    label, *others = columns
+    half = (len(others) + 1) // 2
+    rest = title if title.endswith("continued") else f"{title}, continued"
+    return [
+        *_fitting(rows, title, [label, *others[:half]], console),
+        *_fitting(rows, rest, [label, *others[half:]], console),
+    ]
+
+
+def _table(rows: Sequence[Row], title: str, columns: Sequence[_Column]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    swept = [key for key in rows[0].values if key not in _SHOWN_BY_CUT]
+    for heading in (*(key.rpartition(".")[2] for key in swept), "cut"):
+        table.add_column(heading, no_wrap=True)
+    for column in columns:
+        table.add_column(column.heading, justify="right" if column.heading else "left", no_wrap=True)
+    for row in rows:
+        cells = [column.cell(row.plan) for column in columns]
+        table.add_row(*(row.values[key] for key in swept), _cut(row.plan), *cells)
+    return table
+
+
+def _notes(rows: Sequence[Row]) -> str:
+    plans = [row.plan for row in rows]
+    shapes = sorted({plan.micro_batch for plan in plans})
+    shown = ", ".join(f"{num_rows} x {tokens}" for num_rows, tokens in shapes)
+    in_flight = ", ".join(str(number) for number in sorted({plan.settings.in_flight for plan in plans}))
+    notes = [
+        "cut: layers of head + body + tail. Head and tail are on the client, with embedding, norm and LM head.",
+        "hidden, gradients: hidden states and their gradients, which cross the two cuts. cuts/adapters: traffic "
+        "through the cuts divided by traffic of adapters.",
+        "Exact: weights, adapter, optimiser (AdamW), gradients, checkpoint, steps, bytes of every message. "
+        "Traffic is the mean over clients, without evaluation.",
+        f"Estimated: activations (saved for the backward pass of the largest micro-batch, {shown} tokens, with fused "
+        "attention), peak memory (activations, weights, adapter, optimiser and gradients; on the server for "
+        f"{in_flight} clients at a time), compute (fraction of the forward FLOPs).",
+    ]
+    if any(plan.settings.transport == "none" for plan in plans):
+        notes.append("split.transport=none runs all parts in one process; the numbers are those of a split deployment.")
+    for precision in sorted({plan.settings.precision for plan in plans} - {"32-true"}):
+        notes.append(f"Activations are counted in backbone.dtype, without the casts of trainer.precision={precision}.")
+    if any(plan.settings.keeps_item_vectors for plan in plans):
+        notes.append(
+            "Cached item vectors are computed without gradients, outside the local steps; their tokens, memory and "
+            "compute are not counted. With objective.freeze_items_after above 0 the numbers are of the first rounds."
+        )
+    if any(plan.load.is_sampled for plan in plans):
+        notes.append("Tokens were counted on a sample of the batches and scaled to all.")
+    if not all(plan.has_own_tokenizer for plan in plans):
+        notes.append(
+            "Tokens are estimates: the model has no tokenizer files here, one trained on the catalogue is used."
+        )
+    if any(plan.seconds_per_round is not None for plan in plans):
+        notes.append("s/round: median step of the largest client times the number of steps, on this machine.")
+    return "\n".join(notes)
