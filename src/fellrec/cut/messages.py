@@ -443,30 +443,15 @@ class Score(AmongClients):
 
 @dataclass(frozen=True)
 class Scored(AmongClients):
-    """Metrics of single users, as ``ClientRankingMetrics`` keeps them.
+    """Metrics of single users.
 
     Attributes:
-        users: See ``UserMetrics``; the same for those that follow.
-        clients: As above.
-        values: As above.
-        items: As above.
-        scores: As above.
-        is_tied: As above.
+        users: From ``FellrecModule.take_users``: one ``UserMetrics`` for each of the ranker's choices.
         ledger: Rows of the process's ledger since it was last asked.
     """
 
-    users: Tensor
-    clients: Tensor
-    values: Tensor
-    items: Tensor
-    scores: Tensor
-    is_tied: Tensor
+    users: tuple[tuple[Tensor, ...], ...]
     ledger: tuple[tuple[Any, ...], ...]
-
-    @property
-    def of_users(self) -> tuple[Tensor, ...]:
-        """All but the ledger, for ``ClientRankingMetrics.add``."""
-        return self.users, self.clients, self.values, self.items, self.scores, self.is_tied
 
 
 def _subclasses(cls: type[Message]) -> list[type[Message]]:

@@ -173,8 +173,8 @@ class LeadExecution(SplitExecution):
         super().score(loop, stage, round_index, bank, self._by_rank(rows).get(LEAD, ()))
         for rank in busy:
             answer = self._hear(loop, rank, Scored)
-            if answer is not None and len(answer.users):
-                loop.module.metrics.add(*answer.of_users)
+            if answer is not None:
+                loop.module.add_users(answer.users)
 
     def keep_best(self, population: bool, clients: tuple[int, ...], rows: tuple[int, ...]) -> None:
         """Tell everybody."""
@@ -334,7 +334,7 @@ class Worker:
         return Trained(updates, failures, self._ledger())
 
     def _scored(self) -> Message:
-        return Scored(*self.loop.module.metrics.take(), self._ledger())
+        return Scored(self.loop.module.take_users(), self._ledger())
 
     def _ledger(self) -> tuple[tuple[Any, ...], ...]:
         return tuple(tuple(row) for row in self.execution.ledger.take())

@@ -163,6 +163,7 @@ def build_recommender(config: DictConfig, data: PreparedData) -> Recommender:
         title_groups=torch.from_numpy(data.catalogue.title_groups),
         optimizer=OptimizerSettings(config.trainer.learning_rate, config.trainer.weight_decay),
         candidates=_candidates(config),
+        choice_metric=config.trainer.metric,
     )
     initial = copy_adapter(trainable)
     datamodule = _datamodule(config, data, objective)
@@ -289,19 +290,21 @@ def _candidates(config: DictConfig) -> SampledCandidates | None:
 
 def _metrics(
     config: DictConfig, data: PreparedData, ranker: Ranker, groups: Mapping[str, Mapping[str, Tensor]]
-) -> ClientRankingMetrics:
-    reporting = ranker if isinstance(ranker, ReportingRanker) else None
-    return ClientRankingMetrics(
-        data.num_clients,
-        tuple(config.trainer.cutoffs),
-        groups,
-        reported=reporting.reported if reporting else (),
-        num_choices=max(1, len(reporting.choices)) if reporting else 1,
-        metric=config.trainer.metric,
-        num_candidates=config.trainer.sampled_candidates,
-        # Without replicas the first process collects what the others have.
-        sync_on_compute=config.split.transport != "distributed" and not over_ranks(config),
-    )
+) -> list[ClientRankingMetrics]:
+    """One for each of the ranker's choices."""
+    reported, choices = (ranker.reported, ranker.choices) if isinstance(ranker, ReportingRanker) else ((), ())
+    return [
+        ClientRankingMetrics(
+            data.num_clients,
+            tuple(config.trainer.cutoffs),
+            groups,
+            reported,
+            config.trainer.sampled_candidates,
+            # Without replicas the first process collects what the others have.
+            sync_on_compute=config.split.transport != "distributed" and not over_ranks(config),
+        )
+        for _ in choices or (None,)
+    ]
 
 
 def _datamodule(config: DictConfig, data: PreparedData, objective: Objective) -> FellrecDataModule:

@@ -136,8 +136,7 @@ class RankedExecution(WholeExecution):
         def accept(answer: Message) -> None:
             if not isinstance(answer, Scored):
                 raise SplitError(f"a rank answered the scoring of row {what.row} with {type(answer).__name__}")
-            if len(answer.users):
-                loop.module.metrics.add(*answer.of_users)
+            loop.module.add_users(answer.users)
 
         return Job(
             order=lambda: ScoreClients(
@@ -221,7 +220,7 @@ class RankWorker:
         self._put_in(order.adapter)
         self.loop.module.eval()
         self.loop.score_row(order.stage, order.row, order.bank, order.part, order.num_parts)
-        return Scored(*self.loop.module.metrics.take(), ())
+        return Scored(self.loop.module.take_users(), ())
 
     def _put_in(self, adapter: Adapter) -> None:
         AdapterBank.replicate(adapter, 1).copy_to(self.loop.module.trainable, 0)
