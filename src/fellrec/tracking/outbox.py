@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fellrec.errors import ConfigError, TrainingError
+from fellrec.state.files import sync_folder, write_json
 
 _OPERATIONS, _SENT, _LOCK = "operations.jsonl", "sent.json", "lock"
 
@@ -83,7 +84,7 @@ class Outbox:
                 self._number, self._end = operation.number + 1, operation.end
                 self._once.add(operation.fields.get("once", ""))
             os.ftruncate(self._file, self._end)
-            _sync_folder(folder)
+            sync_folder(folder)
         except BaseException:
             self.close()
             raise
@@ -172,14 +173,12 @@ def read_sent(folder: Path) -> Sent:
 
 
 def write_sent(folder: Path, sent: Sent) -> None:
-    """Note how far the server knows the outbox; the note is the old one or the new one, whatever happens."""
-    draft = folder / f".{_SENT}.{os.getpid()}"
-    with draft.open("w") as file:
-        file.write(json.dumps(asdict(sent)) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(folder / _SENT)
-    _sync_folder(folder)
+    """Record how far the server knows the outbox.
+
+    Raises:
+        StorageError: If it cannot be written; the old record stays.
+    """
+    write_json(folder / _SENT, asdict(sent), indent=None)
 
 
 def num_left(folder: Path) -> int:
@@ -208,11 +207,3 @@ def _write_all(file: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(file, view) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
