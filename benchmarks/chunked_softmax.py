@@ -24,7 +24,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from fellrec.data.readers import MicroLensShapedReader
+from fellrec.data.readers import SyntheticReader
 from fellrec.data.schema import Catalogue
 from fellrec.models.objectives.retrieval import RetrievalObjective
 from fellrec.models.split import SplitModel
@@ -64,7 +64,8 @@ def main() -> None:
 
 def compare(num_items: int, num_rows: int) -> dict[str, Cost]:
     """The cost of a step of each case with a catalogue of this size."""
-    titles = MicroLensShapedReader(num_users=1000, num_items=num_items).read().items["title"].tolist()
+    reader = SyntheticReader("micro_lens_shaped", num_users=1000, num_items=num_items)
+    titles = reader.read().items["title"].tolist()
     catalogue = Catalogue(tuple(map(str, range(num_items))), tuple(titles), pd.DataFrame(index=range(num_items)))
     backbone = build_tiny(titles[:2000], hidden_size=64, num_layers=2, vocab_size=500)
     model = SplitModel(backbone.model, 1, 1)

@@ -232,4 +232,4 @@ def test_a_missing_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
         main(["prepare", "data=ml_1m", "data.root=nowhere", f"cache_dir={tmp_path}"])
     assert done.value.code == 1
     assert "data.root=" in (shown := capsys.readouterr().err)
-    assert "nowhere is no folder" in shown
+    assert "nowhere is not a directory" in shown

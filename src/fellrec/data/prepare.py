@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from fellrec.data.ragged import IntArray, Ragged
 from fellrec.data.schema import Catalogue, RawData, Reader, clean
 from fellrec.errors import DataError
 from fellrec.functional.rng import derive_seed
+from fellrec.state.files import new_folder
 
 log = logging.getLogger(__name__)
 
@@ -132,11 +132,7 @@ def _prepare(reader: Reader, settings: DataSettings, holdout: Holdout, partition
     _check_clients(data)
     stage_counts = {name: int((stages == stage).sum()) for stage, name in enumerate(_STAGES)}
     statistics = {**counts, "duplicates_dropped": num_duplicates, **filtered, **stage_counts, **_statistics(data)}
-    return PreparedData(**{**_fields(data), "statistics": statistics})
-
-
-def _fields(data: PreparedData) -> dict[str, Any]:
-    return {name: getattr(data, name) for name in PreparedData.__dataclass_fields__}
+    return replace(data, statistics=statistics)
 
 
 def _counts(interactions: pd.DataFrame) -> dict[str, int]:
@@ -260,24 +256,16 @@ def _statistics(data: PreparedData) -> dict[str, Any]:
 
 
 def _save(data: PreparedData, folder: Path) -> None:
-    """Write an entry beside its place and rename it; no pickles."""
-    draft = folder.with_name(f".{folder.name}-{os.getpid()}")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
     arrays = {
         f"{name}_{part}": getattr(getattr(data, name), part) for name in _RAGGED for part in ("values", "offsets")
     }
-    np.savez(draft / "arrays.npz", train_targets=data.train_targets, client_of_user=data.client_of_user, **arrays)
-    catalogue = data.catalogue
-    items = pd.DataFrame({"item_id": catalogue.item_ids, "title": catalogue.titles})
-    pd.concat([items, catalogue.attributes], axis=1).to_parquet(draft / "items.parquet", index=False)
-    data.users.to_parquet(draft / "users.parquet", index=False)
+    items = pd.DataFrame({"item_id": data.catalogue.item_ids, "title": data.catalogue.titles})
     scalars = {name: getattr(data, name) for name in ("name", "num_clients", "max_history", "key")}
-    (draft / "data.json").write_text(json.dumps({**scalars, "statistics": dict(data.statistics)}))
-    try:
-        draft.rename(folder)
-    except OSError:  # another process was faster; its entry is the same
-        shutil.rmtree(draft)
+    with new_folder(folder) as draft:
+        np.savez(draft / "arrays.npz", train_targets=data.train_targets, client_of_user=data.client_of_user, **arrays)
+        pd.concat([items, data.catalogue.attributes], axis=1).to_parquet(draft / "items.parquet", index=False)
+        data.users.to_parquet(draft / "users.parquet", index=False)
+        (draft / "data.json").write_text(json.dumps({**scalars, "statistics": dict(data.statistics)}))
 
 
 def _load(folder: Path) -> PreparedData:

@@ -1,11 +1,9 @@
-"""Backbones that are made here, once for a catalogue, and cached: the pre-trained tiny one, and SASRec."""
+"""Backbones that are built for a catalogue and cached: the pre-trained tiny language model, and SASRec."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +24,10 @@ from fellrec.models.pretrain import PretrainSettings, catalogue_tokens, pretrain
 from fellrec.models.sasrec import build_sasrec
 from fellrec.models.split import SplitModel
 from fellrec.models.tiny import build_tiny
+from fellrec.state.files import new_folder
 
 _FORMAT = 1
-"""Raise it when pre-training changes, so that backbones of the old kind are not taken from the cache."""
+"""To be increased when pre-training changes, so that cached backbones of the old kind are not used."""
 
 
 def tiny_backbone(
@@ -38,15 +37,15 @@ def tiny_backbone(
     data: PreparedData,
     client_cut: tuple[int, int] | None = None,
 ) -> Backbone:
-    """Take the pre-trained tiny backbone from the cache, or make it.
+    """Load the pre-trained tiny backbone from the cache, or pre-train it.
 
     Args:
-        cache: Folder of pre-trained backbones; each is an ordinary Hugging Face folder.
-        settings: What shapes it, as plain values: the ``backbone`` group under this name, and all that the objective
-            is made from.
+        cache: Directory of backbones; each is an ordinary Hugging Face model directory.
+        settings: All settings that affect it, as plain values: the ``backbone`` group under this name, and the groups
+            that the objective is built from.
         make_objective: Builds the run's objective for a backbone.
         data: Catalogue and public users.
-        client_cut: Layers of head and tail, to load the client's share only; ``None`` for the whole model.
+        client_cut: Layers of head and tail, to load the client's part only; ``None`` for the whole model.
     """
     folder = cache / _key(settings, data)
     if not folder.is_dir():
@@ -57,7 +56,7 @@ def tiny_backbone(
 def sasrec_backbone(
     cache: Path, settings: Mapping[str, Any], data: PreparedData, client_cut: tuple[int, int] | None = None
 ) -> Backbone:
-    """Take the untrained SASRec backbone from the cache, or make it; it is a folder, as other processes read theirs.
+    """Load the untrained SASRec backbone from the cache, or build it; other processes read it from there.
 
     Args:
         cache: As in `tiny_backbone`.
@@ -66,7 +65,7 @@ def sasrec_backbone(
         client_cut: As in `tiny_backbone`.
 
     Raises:
-        ConfigError: If the objective shows the model text: it only knows items.
+        ConfigError: If the objective's input is text: the model has a token for each item only.
         DataError: If an item id cannot be a token.
     """
     check_reads_items(settings["objective"])
@@ -79,24 +78,24 @@ def sasrec_backbone(
 
 
 def check_reads_items(objective: Mapping[str, Any]) -> None:
-    """Refuse objectives that show a backbone anything but item ids.
+    """Check that an objective's inputs are item ids only, as a backbone without text requires.
 
     Args:
         objective: The ``objective`` group, plain values.
 
     Raises:
-        ConfigError: If a field is another, or there are none.
+        ConfigError: If another field is used, or none.
     """
     fields = [objective.get(name) for name in ("history_fields", "item_fields")]
     if any(field != ["item_id"] for field in fields):
         raise ConfigError(
-            f"backbone=sasrec knows items, not their text, and objective.history_fields={fields[0]}, "
+            f"backbone=sasrec has item tokens only, but objective.history_fields={fields[0]} and "
             f"objective.item_fields={fields[1]}; both must be [item_id], as with objective=items"
         )
 
 
 def _key(settings: Mapping[str, Any], data: PreparedData) -> str:
-    """Hash of everything that shapes the result: settings, texts of prompt and catalogue, public users' histories."""
+    """Hash of everything that affects the result: settings, texts of prompt and catalogue, public users' histories."""
     public = data.train.take((data.client_of_user < 0).nonzero()[0])
     digest = hashlib.sha256(json.dumps({**settings, "format": _FORMAT}, sort_keys=True).encode())
     digest.update("\n".join(data.catalogue.texts()).encode())
@@ -143,15 +142,9 @@ def _make(
 
 
 def _save(backbone: Backbone, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f".{folder.name}-{os.getpid()}")
-    draft.mkdir()
-    # Not the model's save_pretrained: it writes nothing in a process whose rank is not 0, which may be a client's.
-    backbone.model.config.save_pretrained(draft)
-    weights = {name: parameter.detach() for name, parameter in backbone.model.named_parameters()}  # shared ones once
-    save_file(weights, draft / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
-    backbone.tokenizer.save_pretrained(draft)
-    try:
-        draft.rename(folder)
-    except OSError:  # another process was faster; its backbone is the same
-        shutil.rmtree(draft)
+    # Not the model's save_pretrained: that writes nothing in a process that is not the first, which may be a client's.
+    weights = {name: parameter.detach() for name, parameter in backbone.model.named_parameters()}  # tied ones once
+    with new_folder(folder) as draft:
+        backbone.model.config.save_pretrained(draft)
+        save_file(weights, draft / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        backbone.tokenizer.save_pretrained(draft)

@@ -155,6 +155,7 @@ def build_recommender(config: DictConfig, data: PreparedData, fabric: Fabric | N
         title_groups=torch.from_numpy(data.catalogue.title_groups),
         optimizer=OptimizerSettings(config.trainer.learning_rate, config.trainer.weight_decay),
         candidates=_candidates(config),
+        choice_metric=config.trainer.metric,
     )
     return Recommender(
         fabric=fabric,
@@ -308,19 +309,20 @@ def _candidates(config: DictConfig) -> SampledCandidates | None:
 
 def _metrics(
     config: DictConfig, data: PreparedData, ranker: Ranker, groups: Mapping[str, Mapping[str, Tensor]]
-) -> ClientRankingMetrics:
-    reporting = ranker if isinstance(ranker, ReportingRanker) else None
-    return ClientRankingMetrics(
-        data.num_clients,
-        tuple(config.trainer.cutoffs),
-        groups,
-        reported=reporting.reported if reporting else (),
-        num_choices=max(1, len(reporting.choices)) if reporting else 1,
-        metric=config.trainer.metric,
-        num_candidates=config.trainer.sampled_candidates,
-        # The coordinator collects the metrics of all processes.
-        sync_on_compute=False,
-    )
+) -> list[ClientRankingMetrics]:
+    """One for each of the ranker's choices."""
+    reported, choices = (ranker.reported, ranker.choices) if isinstance(ranker, ReportingRanker) else ((), ())
+    return [
+        ClientRankingMetrics(
+            data.num_clients,
+            tuple(config.trainer.cutoffs),
+            groups,
+            reported,
+            config.trainer.sampled_candidates,
+            sync_on_compute=False,  # the coordinator collects the metrics of all processes
+        )
+        for _ in choices or (None,)
+    ]
 
 
 def _datamodule(config: DictConfig, data: PreparedData, objective: Objective) -> FellrecDataModule:

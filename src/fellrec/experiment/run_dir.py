@@ -1,4 +1,4 @@
-"""The run directory: what a finished or interrupted run leaves on disk."""
+"""The run directory: the files that a run writes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from fellrec.data.guards import check_template
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError
 from fellrec.models.module import Objective
-from fellrec.state.files import write_atomically, write_json
+from fellrec.state.files import write_atomically, write_json, write_parquet
 from fellrec.state.lock import is_lock
 from fellrec.types import Evaluation
 
 SLURM_FOLDER = "slurm"
-"""Where ``fellrec submit`` keeps scripts and output of a run's jobs, in the run directory."""
+"""Subdirectory for the scripts and output of a run's SLURM jobs, see ``fellrec submit``."""
 _VERSIONS = "versions.json"
 _PACKAGES = ("fellrec", "torch", "lightning", "transformers", "peft", "torchmetrics", "hydra-core", "mlflow")
 
@@ -50,28 +50,28 @@ def free_run_dir(requested: str | None, label: str) -> Path:
 
 
 def new_run_dir(requested: str | None, label: str) -> Path:
-    """Make the run directory, see `free_run_dir`.
+    """Create the run directory, see `free_run_dir`.
 
     Raises:
-        ConfigError: If it holds something or cannot be made.
+        ConfigError: If it is not empty or cannot be created.
     """
     folder = free_run_dir(requested, label)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"run_dir={folder} cannot be made: {error}") from error
+        raise ConfigError(f"run_dir={folder} cannot be created: {error}") from error
     return folder.resolve()
 
 
 def check_new(folder: Path) -> None:
-    """Refuse a run directory that holds something; in a job, its own script and output do not count.
+    """Check that a run directory is empty; in a SLURM job, its own script and output do not count.
 
     Raises:
-        ConfigError: See above.
+        ConfigError: If it is not.
     """
     if folder.exists() and (not folder.is_dir() or any(not _is_around_run(path) for path in folder.iterdir())):
         raise ConfigError(
-            f"run_dir={folder} exists and is not empty; choose another, or go on with it by resume={folder}"
+            f"run_dir={folder} exists and is not empty; choose another, or resume it with resume={folder}"
         )
 
 
@@ -79,24 +79,24 @@ def _is_around_run(path: Path) -> bool:
     return is_lock(path) or (path.name == SLURM_FOLDER and "SLURM_JOB_ID" in os.environ)
 
 
-def write_start(run_dir: Path, config: DictConfig, data: PreparedData, facts: Mapping[str, str]) -> None:
-    """Write what shaped the run: resolved configuration, versions, data statistics, partition.
+def write_start(run_dir: Path, config: DictConfig, data: PreparedData, prompt: Mapping[str, str]) -> None:
+    """Write what defines the run: resolved configuration, versions, data statistics, partition.
 
     Args:
         run_dir: Of the run.
         config: Resolved.
         data: The prepared data set.
-        facts: Versions beside those of packages: of the objective's texts.
+        prompt: Versions of the objective's texts, see ``Objective.facts``.
     """
     write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(config, resolve=True).encode())
-    write_json(run_dir / _VERSIONS, {**versions(), **facts})
+    write_json(run_dir / _VERSIONS, {**versions(), **prompt})
     write_json(run_dir / "data.json", {"key": data.key, "name": data.name, "statistics": data.statistics})
     partition = pd.DataFrame({"user_id": data.users["user_id"], "client": data.client_of_user})
-    write_atomically(run_dir / "partition.parquet", partition.to_parquet(None, index=False))
+    write_parquet(run_dir / "partition.parquet", partition)
 
 
 def check_prompt(run_dir: Path, objective: Objective) -> None:
-    """Refuse to go on with, or evaluate, a run by another prompt than it was trained with.
+    """Check that a run to resume or evaluate has the prompt that it was trained with.
 
     Raises:
         ConfigError: If the objective's texts have changed.
@@ -114,13 +114,13 @@ def write_evaluation(run_dir: Path, evaluation: Evaluation, extra: Mapping[str, 
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that shape the numbers, and the git commit of the folder, if any."""
+    """Versions of Python and of the packages that affect results, and the git commit of the current directory."""
     found = {name: version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), **found, "git_commit": git_commit()}
 
 
 def git_commit() -> str:
-    """The commit of the current folder's repository, ``unknown`` outside one."""
+    """The commit of the current directory's repository; ``unknown`` outside one."""
     try:
         done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -13,7 +13,7 @@ from fellrec.functional.ranking import check_cutoffs, ranking_metrics, target_ra
 
 
 class RankingMetric(Metric):
-    """Base: remembers the ranks of all targets, from which every metric at every cutoff follows.
+    """Base class: keeps the ranks of all targets, from which every metric at every cutoff is computed.
 
     All subclasses keep the same states, so that in a ``MetricCollection`` they form one compute group and the ranks
     are computed once.
@@ -57,7 +57,7 @@ class RankingMetric(Metric):
             title_groups: ``[I]`` int64, items with one title share a number.
 
         Raises:
-            ConfigError: If the cutoff is no integer from 1 to ``I``.
+            ConfigError: If the cutoff is not an integer from 1 to ``I``.
             TrainingError: If a score is NaN.
             DataError: If a row has the same target twice.
         """
@@ -67,7 +67,7 @@ class RankingMetric(Metric):
         self.num_targets.append(torch.bincount(target_rows, minlength=len(scores)))
 
     def compute(self) -> Tensor:
-        """Mean over all users with targets, float64 scalar; NaN if there is none."""
+        """Mean over all users with targets, float64 scalar; NaN without such users."""
         ranks, num_targets = dim_zero_cat(self.ranks), dim_zero_cat(self.num_targets)
         rows = torch.repeat_interleave(num_targets)
         name = f"{self.metric_name}_at_{self.cutoff}"
@@ -81,13 +81,13 @@ class NDCG(RankingMetric):
 
 
 class Recall(RankingMetric):
-    """Share of a user's targets among the first K items."""
+    """Fraction of a user's targets that are among the first K items."""
 
     metric_name = "recall"
 
 
 class HitRate(RankingMetric):
-    """Share of users with at least one target among the first K items."""
+    """Fraction of users with at least one target among the first K items."""
 
     metric_name = "hr"
 

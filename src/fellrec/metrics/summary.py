@@ -1,4 +1,4 @@
-"""From one value per user to values per client and the flat figures that are logged."""
+"""From one value per user to values per client and the flat summary that is logged."""
 
 from __future__ import annotations
 
@@ -42,25 +42,6 @@ def user_mean(values: Tensor) -> float:
     return float(np.mean(values.cpu().double().numpy())) if len(values) else float("nan")
 
 
-def best_choice(values: Tensor, client_of_user: Tensor, num_clients: int) -> int:
-    """The setting with the best mean over clients, each of which counts once; the first of equals.
-
-    Args:
-        values: ``[U, G]`` a metric of every user with every setting, higher is better.
-        client_of_user: ``[U]`` int64.
-        num_clients: C.
-
-    Returns:
-        From 0 to G - 1; 0 if there are no users.
-
-    Example:
-        >>> best_choice(torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]), torch.tensor([0, 0, 1]), num_clients=2)
-        0
-    """
-    means = torch.stack([client_means(column, client_of_user, num_clients).nanmean() for column in values.T])
-    return int(means.nan_to_num(nan=-torch.inf).argmax())
-
-
 def summarise(
     per_user: Mapping[str, Tensor],
     client_of_user: Tensor,
@@ -82,7 +63,7 @@ def summarise(
     Returns:
         The record. Its summary has for each metric ``/mean`` (each client counts once), ``/pooled`` (each user counts
         once) and all balance statistics, over the clients that have evaluated users; and ``num_users`` and
-        ``num_clients_without_users``, which says how many clients were left out (their ``per_client`` is NaN).
+        ``num_clients_without_users``, the number of clients that were left out (their ``per_client`` is NaN).
 
     Example:
         >>> evaluation = summarise({"hr_at_1": torch.tensor([0.0, 1.0, 1.0])}, torch.tensor([0, 0, 1]), 2, "val", 0)
@@ -105,11 +86,11 @@ def summarise(
 
 
 def group_figures(per_user: Mapping[str, Tensor], groups: Mapping[str, Tensor]) -> dict[str, float]:
-    """Metrics over some of the users only, under names of their own.
+    """Metrics of groups of users, each under the group's name.
 
     Args:
         per_user: Metric name → ``[U]``, one value per evaluated user.
-        groups: Name → ``[U]`` bool, who belongs to it.
+        groups: Name → ``[U]`` bool, membership of each user.
 
     Returns:
         ``GROUP/num_users`` and, if there are any, ``GROUP/METRIC/pooled``: the mean over its users.

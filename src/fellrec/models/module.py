@@ -15,7 +15,7 @@ from fellrec.errors import ConfigError
 from fellrec.functional.candidates import SampledCandidates
 from fellrec.functional.first_items import first_items
 from fellrec.functional.ranking import target_ranks
-from fellrec.metrics.clients import ClientRankingMetrics
+from fellrec.metrics.clients import ClientRankingMetrics, UserMetrics
 from fellrec.models.split import SplitModel
 from fellrec.models.streams import LayerStreams
 from fellrec.types import Evaluation
@@ -134,10 +134,12 @@ class FellrecModule(LightningModule):
         trainable: The adapter's parameters in the model, by name.
         objective: Local loss.
         ranker: Scores of all items.
-        metrics: Accumulates every evaluated user's metrics.
-        title_groups: ``[I]`` int64; items with the same title share a number.
+        metrics: Accumulate every evaluated user's metrics, one for each of the ranker's choices; one if there are none.
+        title_groups: ``[I]`` int64; items with the same title have the same number.
         optimizer: AdamW's settings.
         candidates: Draws what targets are ranked among, beside full ranking; ``None`` for full ranking alone.
+        choice_metric: Name of the metric by whose mean over clients validation selects among the ranker's choices;
+            ``None`` for the first.
     """
 
     def __init__(
@@ -146,20 +148,23 @@ class FellrecModule(LightningModule):
         trainable: dict[str, nn.Parameter],
         objective: Objective,
         ranker: Ranker,
-        metrics: ClientRankingMetrics,
+        metrics: Sequence[ClientRankingMetrics],
         title_groups: Tensor,
         optimizer: OptimizerSettings,
         candidates: SampledCandidates | None = None,
+        choice_metric: str | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.trainable = trainable
         self.objective = objective
         self.ranker = ranker
-        self.metrics = metrics
+        # Registered as submodules, so they move to the model's device.
+        self.metrics: Sequence[ClientRankingMetrics] = nn.ModuleList(metrics)  # type: ignore[assignment]
         self.title_groups = title_groups
         self.optimizer_settings = optimizer
         self.candidates = candidates
+        self.choice_metric = choice_metric
         self._choice: int | None = None
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int = 0) -> dict[str, Any]:
@@ -210,34 +215,31 @@ class FellrecModule(LightningModule):
             LeakError: If a target is masked, or an item of a history is not.
         """
         check_batch(batch, scores.shape[-1])
-        of_choices = [scores_BI.float() for scores_BI in (scores if scores.dim() == 3 else scores[None])]
         titles = self.title_groups.to(scores.device)
         targets = batch["target_rows"], batch["target_items"]
         masked = batch["masked_rows"], batch["masked_items"]
-        ranks_GT = torch.stack([target_ranks(scores_BI, *targets, *masked, titles) for scores_BI in of_choices])
-        first = None
-        if keep_rankings:
-            longest = max(self.metrics.cutoffs)
-            first = [first_items(scores_BI, targets, masked, titles, longest) for scores_BI in of_choices]
-        sampled_GT = None
+        drawn_BI = None
         if self.candidates is not None:
             allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
             for rows, items in (masked, targets):
                 allowed[rows, items] = False
             drawn_BI = self.candidates.draw(batch["users"], allowed)
-            sampled = [target_ranks(scores_BI, *targets, *masked, titles, drawn_BI) for scores_BI in of_choices]
-            sampled_GT = torch.stack(sampled)
-        self.metrics.update(batch["users"], batch["clients"], ranks_GT, batch["target_rows"], report, first, sampled_GT)
+        for metric, choice_BI in zip(self.metrics, scores if scores.dim() == 3 else scores[None], strict=False):
+            scores_BI = choice_BI.float()
+            ranks = target_ranks(scores_BI, *targets, *masked, titles)
+            longest = max(metric.cutoffs)
+            first = first_items(scores_BI, targets, masked, titles, longest) if keep_rankings else None
+            sampled = None if drawn_BI is None else target_ranks(scores_BI, *targets, *masked, titles, drawn_BI)
+            metric.update(batch["users"], batch["clients"], ranks, targets[0], report, first, sampled)
 
-    def take_metrics(self) -> tuple[tuple[Tensor, ...], ...]:
-        """All users' metrics so far, which are removed here; for the process that evaluates."""
-        return (tuple(self.metrics.take()),)
+    def take_users(self) -> tuple[UserMetrics, ...]:
+        """The states of all metrics, which are reset: for ``add_users`` in another process."""
+        return tuple(metric.take() for metric in self.metrics)
 
-    def add_metrics(self, taken: Sequence[Sequence[Tensor]]) -> None:
-        """Add what another process's `take_metrics` gave."""
-        for users in taken:
-            if len(users[0]):
-                self.metrics.add(*users)
+    def add_users(self, taken: Sequence[Sequence[Tensor]]) -> None:
+        """Add what ``take_users`` returned in another process."""
+        for metric, states in zip(self.metrics, taken, strict=True):
+            metric.add(*states)
 
     @property
     def chooses_on_validation(self) -> bool:
@@ -247,34 +249,44 @@ class FellrecModule(LightningModule):
     def finish_evaluation(self, stage: str, round_index: int) -> Evaluation:
         """Close the evaluation: gather the users of all processes, summarise, reset.
 
-        A validation chooses the ranker's open setting, if there is one; a test takes what the last validation chose.
+        A validation selects among the ranker's choices, if any; a test uses what the last validation selected.
 
         Raises:
-            ConfigError: If there was none.
+            ConfigError: If there was no validation.
         """
         if not self.chooses_on_validation:
             return self._close(stage, round_index, 0)
-        if stage == "test" and self._choice is None:
-            raise ConfigError("the ranker has a setting that validation chooses, and there was no validation")
-        evaluation = self._close(stage, round_index, self._choice if stage == "test" else None)
-        self._choice = evaluation.choice
-        return evaluation
+        if stage != "test":
+            self._choice = self._best_choice()
+        elif self._choice is None:
+            raise ConfigError("the ranker has a setting that validation selects, and there was no validation")
+        return self._close(stage, round_index, self._choice)
 
     def finish_reference(self, stage: str) -> Evaluation:
-        """The same after ``add_scores`` from another ranker, in which nothing is to be chosen."""
+        """The same after ``add_scores`` of another ranker, which has no choices."""
         return self._close(stage, -1, 0)
 
-    def _close(self, stage: str, round_index: int, choice: int | None) -> Evaluation:
-        evaluation = self.metrics.evaluation(stage, round_index, choice)
-        self.metrics.reset()
+    def _best_choice(self) -> int:
+        """The choice with the best mean over clients; the first of equals, and 0 without users."""
+        name = self.choice_metric or self.metrics[0].names[0]
+        means = [metric.compute()["per_client"][name].nanmean() for metric in self.metrics]
+        return int(torch.stack(means).nan_to_num(nan=-torch.inf).argmax())
+
+    def _close(self, stage: str, round_index: int, choice: int) -> Evaluation:
+        evaluation = replace(self.metrics[choice].evaluation(stage, round_index), choice=choice)
+        self._reset_metrics()
         if not isinstance(self.ranker, ReportingRanker) or _is_silent(evaluation.reported):
             return evaluation
-        figures = self.ranker.figures(evaluation.reported, evaluation.choice)
+        figures = self.ranker.figures(evaluation.reported, choice)
         return replace(evaluation, summary={**evaluation.summary, **figures})
+
+    def _reset_metrics(self) -> None:
+        for metric in self.metrics:
+            metric.reset()
 
     def on_validation_epoch_start(self) -> None:
         """Lightning's hook."""
-        self.metrics.reset()
+        self._reset_metrics()
         self.ranker.refresh(self.model)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int = 0) -> None:

@@ -169,7 +169,7 @@ class PoolExecutor:
             if not isinstance(answer, Scored):
                 raise SplitError(f"unexpected message {type(answer).__name__} for the scoring of client {job.row}")
             self.ledger.merge(answer.ledger)
-            evaluator.module.add_metrics(answer.metrics)
+            evaluator.module.add_users(answer.users)
 
         def message(process: int) -> ScoreClients:
             changes = self._new_changes(job.base, process)
@@ -252,7 +252,7 @@ class Worker:
         job = ScoreJob(message.row, StoredTensors(message.adapter), message.clients, base)
         evaluator = self.local.evaluator
         evaluator.score(job, message.stage, message.round_index, message.part, message.num_parts)
-        return Scored(evaluator.module.take_metrics(), self._rows())
+        return Scored(evaluator.module.take_users(), self._rows())
 
     def _rows(self) -> tuple[tuple[Any, ...], ...]:
         return tuple(tuple(row) for row in self.ledger.take())

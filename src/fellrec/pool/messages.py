@@ -151,9 +151,9 @@ class Scored(Message):
     """Metrics of single users.
 
     Attributes:
-        metrics: What the module's metrics object gave, see ``FellrecModule.take_metrics``.
+        users: From ``FellrecModule.take_users``: metrics of users for each of the ranker's choices.
         ledger: As in ``ClientTrained``.
     """
 
-    metrics: tuple[tuple[Tensor, ...], ...]
+    users: tuple[tuple[Tensor, ...], ...]
     ledger: Rows = ()

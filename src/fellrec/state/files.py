@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all: a draft beside them, flushed to the disk, renamed."""
+"""Files and directories that exist complete or not at all: a draft beside them, flushed to the disk, renamed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from fellrec.errors import CheckpointError, StorageError
 
 DRAFT = "."
-"""First letter of a draft's name: no pattern without it finds one."""
+"""First letter of a draft's name, which glob patterns without it do not match."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that, whatever happens, the old one or the new one is there, never a part of it.
+    """Write a file so that at any moment the old or the new content is there, never a part of it.
 
     Raises:
         StorageError: If it cannot be written; the old file stays.
@@ -36,37 +38,50 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def draft_of(path: Path) -> Path:
-    """Where a file is written before it gets its name."""
+    """Where a file or directory is written before it gets its name."""
     return path.with_name(f"{DRAFT}{path.name}.{os.getpid()}")
 
 
 def commit(draft: Path, path: Path) -> None:
-    """Flush a draft to the disk and give it its name; ``sync_folder`` makes the name last."""
-    handle = os.open(draft, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Flush a draft to the disk and rename it; ``sync_folder`` makes the new name durable."""
+    _flush(draft)
     draft.replace(path)
 
 
 def discard(draft: Path) -> None:
-    """Remove a draft, if it is there and the disk lets it go."""
+    """Remove a draft, if it exists and can be removed."""
     with suppress(OSError):
         draft.unlink()
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Flush the names in a directory to the disk."""
+    _flush(folder)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Write a directory beside its place and rename it; if another process was faster, its directory stays.
+
+    Yields:
+        The directory to fill.
+    """
+    draft = draft_of(folder)
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
     try:
-        os.fsync(handle)
+        yield draft
+        try:
+            draft.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
     finally:
-        os.close(handle)
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder that may exist.
+    """Make a directory that may exist.
 
     Raises:
         StorageError: If it cannot be made.
@@ -77,7 +92,7 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say which file could not be written, why, and how much space is left.
+    """Report which file could not be written, why, and how much space is left.
 
     Raises:
         StorageError: In place of an ``OSError``.
@@ -90,10 +105,10 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def explaining_full_disks(folder: Path) -> Iterator[None]:
-    """For writers that are not ours: a message where the disk is full or read-only, any other error as it is.
+    """For code of other libraries: a message if the disk is full or read-only, any other error unchanged.
 
     Args:
-        folder: Named where the error names no file.
+        folder: Named if the error names no file.
 
     Raises:
         StorageError: In place of such an ``OSError``.
@@ -103,8 +118,8 @@ def explaining_full_disks(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
-        path = Path(error.filename or folder)
-        raise StorageError(f"cannot write {path}: {error.strerror}{_space_left(path)}") from error
+        with writing(Path(error.filename or folder)):
+            raise
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
@@ -127,10 +142,10 @@ def write_checked(path: Path, value: Any) -> None:
 
 
 def read_checked(path: Path) -> Any:
-    """What `write_checked` was given.
+    """Read JSON of `write_checked`.
 
     Raises:
-        CheckpointError: If the file is absent or is not what was written.
+        CheckpointError: If the file is missing or differs from what was written.
     """
     try:
         whole = json.loads(path.read_bytes())
@@ -142,6 +157,23 @@ def read_checked(path: Path) -> Any:
     if _checksum(_compact(content)) != expected:
         raise CheckpointError(f"{path} is damaged: its checksum differs")
     return content
+
+
+def write_parquet(path: Path, frame: pd.DataFrame) -> None:
+    """Write a table atomically, without its index.
+
+    Raises:
+        StorageError: If it cannot be written.
+    """
+    write_atomically(path, frame.to_parquet(None, index=False))
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _compact(value: Any) -> str:

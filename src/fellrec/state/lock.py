@@ -1,8 +1,9 @@
-"""One run directory, one process: a lock file that works on the file systems of clusters.
+"""One process per run directory: a file that names the owner, on any file system of a cluster.
 
 ``fcntl`` and ``flock`` need a lock daemon, which NFS and Lustre are often mounted without; then they fail, or lock on
-one node only. Here a lock is a file that is created exclusively, which all of them do atomically, and that says who
-holds it.
+one node only. `filelock.SoftFileLock` needs only exclusive file creation, which is atomic on all of them. It records
+host and process but no SLURM job, so a lock that a killed job left on another node would stay forever. It is therefore
+held only while the owner's record is read and replaced, and the record decides who has the run directory.
 """
 
 from __future__ import annotations
@@ -11,151 +12,111 @@ import json
 import os
 import socket
 import subprocess
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fellrec.errors import ConfigError
+from filelock import SoftFileLock, Timeout
 
-_PREFIX = ".lock-"
-_PATIENCE_SECONDS = 2.0
-"""A file stays empty for an instant while its owner writes its name."""
-_OVER = {
-    "PENDING",
-    "BOOT_FAIL",
-    "CANCELLED",
-    "COMPLETED",
-    "DEADLINE",
-    "FAILED",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "TIMEOUT",
-}
-"""States in which a job of SLURM has no process."""
+from fellrec.errors import ConfigError
+from fellrec.state.files import write_json
+
+_OWNER, _GUARD = ".lock-owner", ".lock-guard"
+_GUARD_SECONDS = 60.0
+"""Longest wait for processes that read or replace the record; one of them may have to ask ``squeue``."""
+_OVER = set("PENDING BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY TIMEOUT".split())
+"""States in which a SLURM job has no process."""
 
 
 @contextmanager
 def hold(run_dir: Path) -> Iterator[None]:
-    """Hold a run directory.
-
-    The files are numbered and the highest number counts; it is released by a word in it and stays. So of several
-    processes that find a lock whose owner is dead, just one can create the next number.
+    """Hold a run directory. If several processes find the record of a dead owner, exactly one of them takes over.
 
     Raises:
-        ConfigError: If another process holds the directory, or nobody here can tell whether it still runs.
+        ConfigError: If another process holds the directory, or it cannot be determined whether its owner still runs.
+        StorageError: If the record cannot be written.
     """
-    path = _take(run_dir)
+    me = _current_process()
+    try:
+        with SoftFileLock(run_dir / _GUARD, timeout=_GUARD_SECONDS):
+            check_free(run_dir)
+            write_json(run_dir / _OWNER, me)
+    except Timeout as error:
+        raise ConfigError(f"{run_dir / _GUARD} is left from a process that died; delete it") from error
+    except OSError as error:
+        raise ConfigError(f"run directory {run_dir} cannot be used: {error}") from error
     try:
         yield
     finally:
-        with suppress(OSError):
-            path.write_text(json.dumps({"released": True}))
+        with suppress(OSError, ConfigError):
+            if _owner(run_dir) == me:
+                (run_dir / _OWNER).unlink()
 
 
-def check_free(run_dir: Path) -> int:
+def check_free(run_dir: Path) -> None:
     """Refuse a directory that is held.
-
-    Returns:
-        The number of its last lock, 0 before the first.
 
     Raises:
         ConfigError: See `hold`.
     """
-    last = _last(run_dir)
-    if not last:
-        return 0
-    path = run_dir / f"{_PREFIX}{last}"
-    owner = _owner(path)
-    if owner is None or owner.get("released"):
-        return last
-    alive = _is_alive(owner)
-    if alive is False:
-        return last
+    owner = _owner(run_dir)
+    is_alive = False if owner is None else _is_alive(owner)
+    if owner is None or is_alive is False:
+        return
     who = f"process {owner['pid']} on {owner['host']}" + (f", SLURM job {owner['job']}" if owner["job"] else "")
-    if alive:
+    if is_alive:
         raise ConfigError(f"run directory {run_dir} is in use by {who}; wait for it, or choose another run_dir")
     raise ConfigError(
-        f"run directory {run_dir} was taken by {who}, and whether that still runs cannot be seen from here; "
-        f"if it does not, delete {path}"
+        f"run directory {run_dir} was taken by {who}; whether that process still runs cannot be determined from this "
+        f"machine. If it does not, delete {run_dir / _OWNER}"
     )
 
 
 def is_lock(path: Path) -> bool:
-    """Whether a file of a run directory is a lock."""
-    return path.name.startswith(_PREFIX)
+    """Whether a file of a run directory belongs to its lock."""
+    return path.name.lstrip(".").startswith("lock-")
 
 
-def _take(run_dir: Path) -> Path:
-    while True:
-        number = check_free(run_dir) + 1
-        path = run_dir / f"{_PREFIX}{number}"
-        try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            continue  # another process was faster: see who it is
-        except OSError as error:
-            raise ConfigError(f"run directory {run_dir} cannot be used: {error}") from error
-        with os.fdopen(handle, "w") as file:
-            file.write(json.dumps(_myself()))
-            file.flush()
-            os.fsync(file.fileno())
-        if _last(run_dir) != number:  # a listing from a cache was too old
-            path.unlink()
-            continue
-        for old in range(1, number):
-            (run_dir / f"{_PREFIX}{old}").unlink(missing_ok=True)
-        return path
-
-
-def _last(run_dir: Path) -> int:
-    return max((int(path.name.removeprefix(_PREFIX)) for path in run_dir.glob(f"{_PREFIX}*")), default=0)
-
-
-def _owner(path: Path) -> dict[str, Any] | None:
-    """What a lock says; ``None`` if it is gone.
+def _owner(run_dir: Path) -> dict[str, Any] | None:
+    """The record of the owner; ``None`` without one.
 
     Raises:
-        ConfigError: If it says nothing: its owner died in the instant of taking it.
+        ConfigError: If it is damaged.
     """
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while True:
-        try:
-            return dict(json.loads(path.read_text()))
-        except FileNotFoundError:
-            return None
-        except ValueError:
-            if time.monotonic() > deadline:
-                raise ConfigError(
-                    f"{path} does not say who holds the run directory; if nobody does, delete it"
-                ) from None
-            time.sleep(0.05)
+    path = run_dir / _OWNER
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        problem = f"{path} does not name the owner of the run directory; if no process uses it, delete it"
+        raise ConfigError(problem) from error
 
 
-def _myself() -> dict[str, Any]:
+def _current_process() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "started": _started(os.getpid()),
+        "started": _start_of(os.getpid()),
         "job": os.environ.get("SLURM_JOB_ID"),
         "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
     }
 
 
 def _is_alive(owner: Mapping[str, Any]) -> bool | None:
-    """Whether a lock's owner still runs; ``None`` if that cannot be seen from here."""
-    me = _myself()
+    """Whether the owner still runs; ``None`` if that cannot be determined from this machine."""
+    me = _current_process()
     if owner["job"] is not None and owner["job"] == me["job"] and owner["restart"] < me["restart"]:
-        return False  # SLURM starts a job again only after its processes are gone
+        return False  # SLURM restarts a job only after its processes have ended
     if owner["host"] == me["host"]:
-        started = _started(owner["pid"])
-        return started is not None and started == owner["started"]
+        start = _start_of(owner["pid"])
+        return start is not None and start == owner["started"]
     return None if owner["job"] is None else _job_runs(owner["job"])
 
 
-def _started(pid: int) -> str | None:
-    """What tells a process from later ones with its number; ``None`` if there is none."""
+def _start_of(pid: int) -> str | None:
+    """What distinguishes a process from later ones with the same id; ``None`` if there is no such process."""
     try:
         os.kill(pid, 0)
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -164,7 +125,7 @@ def _started(pid: int) -> str | None:
     except ProcessLookupError:
         return None
     except OSError:
-        return "no /proc"  # not Linux: its number must do
+        return "no /proc"  # not Linux: only the id is compared
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return None if fields[0] in "ZX" else f"{boot} {fields[19]}"
 

@@ -177,7 +177,11 @@ def read_sent(folder: Path) -> Sent:
 
 
 def write_sent(folder: Path, sent: Sent) -> None:
-    """Write how much of the outbox was sent, atomically."""
+    """Write how much of the outbox was sent, atomically.
+
+    Raises:
+        StorageError: If it cannot be written; the old record stays.
+    """
     write_json(folder / _SENT, asdict(sent), indent=None)
 
 

@@ -44,8 +44,10 @@ EXAMPLES: list[m.Message] = [
     m.Refresh(1, (0, 2)),
     m.Score("val", 1, "best", (0,)),
     m.Scored(
-        *(torch.tensor([3]), torch.tensor([0]), torch.rand(1, 2).double()),
-        *(torch.tensor([7, 2]), torch.tensor([0.5, 0.25]), torch.tensor([True])),
+        (
+            (torch.tensor([3]), torch.tensor([0]), torch.rand(1, 2).double()),
+            (torch.tensor([7, 2]), torch.tensor([0.5, 0.25]), torch.tensor([True])),
+        ),
         (),
     ),
     r.Begin("seed: 0\n", {"torch version": "2"}),

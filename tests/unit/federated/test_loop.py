@@ -229,7 +229,7 @@ def test_parts_of_a_rows_users_are_together_all_of_them(make_anew: Make) -> None
     """Batches are dealt out, so every user's figures are the same to the last bit."""
     loop = make_anew("trainer.eval_batch_size=7")
     loop.state.bank.copy_to(loop.module.trainable, 0)
-    metrics = loop.module.metrics
+    (metrics,) = loop.module.metrics
     loop.module.eval()
     loop.score_row("val", 0, "current")
     users, clients, values, *_ = metrics.take()

@@ -107,37 +107,26 @@ def test_reset_forgets(script):
     assert result["items"].numel() == 0, "rankings were not given this time"
 
 
-def with_choices():
-    return ClientRankingMetrics(3, (1, 2), reported=("length",), num_choices=2, metric="hr_at_1")
-
-
-def test_choices_and_reports_are_gathered_with_the_users():
-    """Client 0 has two users, client 1 has one. The first choice is best for more users, the second for the clients:
-    hits at 1 of users 0, 1, 2 are 1, 0, 0 and 0, 0, 1; so means over clients are 1/4 and 1/2."""
+def test_reports_are_gathered_with_the_users():
+    """Client 0 has two users, client 1 has one. Hits at 1 are 1, 0, 0, so means over clients are 1/2 and 0."""
     users, clients, rows = torch.arange(3), torch.tensor([0, 0, 1]), torch.arange(3)
-    ranks = torch.tensor([[0, 1, 1], [1, 5, 0]])
-    report = torch.tensor([[7.0], [8.0], [9.0]])
-    whole = with_choices()
+    ranks, report = torch.tensor([0, 1, 1]), torch.tensor([[7.0], [8.0], [9.0]])
+    whole, first, second = (ClientRankingMetrics(3, (1, 2), reported=("length",)) for _ in range(3))
     whole.update(users, clients, ranks, rows, report)
-    assert whole.evaluation("val", 0).choice == 1
-    assert whole.evaluation("val", 0).summary["hr_at_1/mean"] == 0.5
-    given = whole.evaluation("test", 0, choice=0)
-    assert (given.choice, given.summary["hr_at_1/mean"]) == (0, 0.25)
-    assert given.summary["hr_at_2/pooled"] == 1
+    expected = whole.evaluation("val", 0)
+    assert expected.summary["hr_at_1/mean"] == 0.25
+    assert expected.summary["hr_at_2/pooled"] == 1
 
-    first, second = with_choices(), with_choices()
-    first.update(users[2:], clients[2:], ranks[:, 2:], rows[:1], report[2:])
-    second.update(users[:2], clients[:2], ranks[:, :2], rows[:2], report[:2])
+    first.update(users[2:], clients[2:], ranks[2:], rows[:1], report[2:])
+    second.update(users[:2], clients[:2], ranks[:2], rows[:2], report[:2])
     second.add(*first.take())
     evaluation = second.evaluation("val", 0)
     assert evaluation.reported["length"].tolist() == [7, 8, 9]
-    assert_same(dict(evaluation.summary), dict(whole.evaluation("val", 0).summary))
+    assert_same(dict(evaluation.summary), dict(expected.summary))
     assert [len(part) for part in first.take()] == [0] * 6, "taken once"
 
 
-def test_equal_choices_take_the_first_and_other_rankers_report_nothing():
-    metric = with_choices()
+def test_other_rankers_report_nothing():
+    metric = ClientRankingMetrics(3, (1, 2), reported=("length",))
     metric.update(torch.arange(2), torch.tensor([0, 1]), torch.tensor([0, 1]), torch.arange(2))
-    evaluation = metric.evaluation("val", 0)
-    assert evaluation.choice == 0
-    assert evaluation.reported["length"].isnan().all()
+    assert metric.evaluation("val", 0).reported["length"].isnan().all()

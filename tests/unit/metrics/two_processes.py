@@ -29,24 +29,24 @@ def filled(metric, chosen, batch_size=13):
         inside = position[rows] >= 0
         items = users[batch, None] * 10 + torch.arange(3)
         first = FirstItems(items, -items.float(), users[batch] % 2 == 0)
-        metric.update(users[batch], clients[batch], ranks[inside], position[rows][inside], first=[first])
+        metric.update(users[batch], clients[batch], ranks[inside], position[rows][inside], first=first)
     return metric
 
 
 def main(rank, num_processes, store, output, case):
-    """Evaluate a share of the users and save what all processes get together."""
+    """Evaluate some of the users and save what all processes get together."""
     from fellrec.metrics import NDCG, ClientRankingMetrics
 
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=num_processes)
     everyone = torch.arange(200)
-    shares = {
+    parts = {
         "interleaved": [everyone[0::2], everyone[1::2]],
         "padded": [everyone[:101], everyone[100:]],  # user 100 twice, as a padding sampler does
         "one_idle": [everyone, everyone[:0]],
     }
     metric = ClientRankingMetrics(4, (5, 10))
-    share = shares[case][rank]
-    result = (filled(metric, share) if len(share) else metric).compute()
+    part = parts[case][rank]
+    result = (filled(metric, part) if len(part) else metric).compute()
 
     scores = torch.randn(20, 50, generator=torch.Generator().manual_seed(1))
     none = torch.tensor([], dtype=torch.long)

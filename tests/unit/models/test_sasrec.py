@@ -147,7 +147,7 @@ def test_the_cut_is_executed_with_the_same_figures(cache: Path) -> None:
 
 
 def test_an_objective_that_shows_text_is_refused(cache: Path) -> None:
-    with pytest.raises(ConfigError, match=r"backbone=sasrec knows items, not their text, and objective.history_fields"):
+    with pytest.raises(ConfigError, match=r"backbone=sasrec has item tokens only, but objective.history_fields"):
         build(cache, "objective=generative")
     with pytest.raises(ConfigError, match=r"objective.item_fields=\['title', 'genre'\]; both must be \[item_id\]"):
         build(cache, "objective=retrieval")

@@ -113,8 +113,8 @@ def test_validation_chooses_gamma_and_the_test_does_not(tiny: Backbone, model: S
     ranker = ranker_of(tiny, ["Alien"], reweight="popularity", gamma=[0, 100])
     module = FellrecModule(
         model, {}, ranker.objective, ranker,
-        ClientRankingMetrics(1, (1, 2), None, ranker.reported, len(ranker.choices), "ndcg_at_2"),
-        torch.arange(4), OptimizerSettings(),
+        [ClientRankingMetrics(1, (1, 2), None, ranker.reported) for _ in ranker.choices],
+        torch.arange(4), OptimizerSettings(), choice_metric="ndcg_at_2",
     )  # fmt: skip
     assert isinstance(ranker, ReportingRanker)
     assert module.chooses_on_validation
@@ -128,7 +128,7 @@ def test_validation_chooses_gamma_and_the_test_does_not(tiny: Backbone, model: S
     ranker._prior = PopularityRanker(counts.numpy())
     with pytest.raises(ConfigError, match="there was no validation"):
         evaluate(module, "test", nearest)
-    module.metrics.reset()
+    module.take_users()
     valid = evaluate(module, "val", popular)
     assert valid["generation/gamma"] == 100
     assert valid["hr_at_2/mean"] == 1
@@ -137,6 +137,29 @@ def test_validation_chooses_gamma_and_the_test_does_not(tiny: Backbone, model: S
     assert test["hr_at_2/mean"] == 0
     assert evaluate(module, "val", nearest)["generation/gamma"] == 0
     assert evaluate(module, "test", nearest)["hr_at_2/mean"] == 1
+
+
+@pytest.mark.parametrize(("ranks", "best"), [([[0, 1, 1], [1, 5, 0]], 1), ([[0, 1, 1], [0, 1, 1]], 0)])
+def test_a_choice_is_made_by_the_mean_over_clients(
+    tiny: Backbone, model: SplitModel, ranks: list[list[int]], best: int
+) -> None:
+    """Client 0 has two users, client 1 has one. Hits at 1 are 1, 0, 0 and 0, 0, 1: the first choice is as good for
+    users, the second is better for clients, 1/4 and 1/2. Of equal choices it is the first."""
+    ranker = ranker_of(tiny, reweight="popularity", gamma=[0, 5])
+    metrics = [ClientRankingMetrics(3, (1, 2), None, ranker.reported) for _ in ranker.choices]
+    module = FellrecModule(
+        model, {}, ranker.objective, ranker, metrics, torch.arange(4), OptimizerSettings(), choice_metric="hr_at_1"
+    )
+    for metric, of_choice in zip(metrics, ranks, strict=True):
+        metric.update(torch.arange(3), torch.tensor([0, 0, 1]), torch.tensor(of_choice), torch.arange(3))
+    taken = module.take_users()
+    module.add_users(taken)
+    evaluation = module.finish_evaluation("val", 0)
+    assert evaluation.choice == best
+    assert evaluation.summary["hr_at_1/mean"] == (0.5 if best else 0.25)
+    module.add_users(taken)
+    assert module.finish_evaluation("test", 0).choice == best
+    assert not len(module.take_users()[0].users), "an evaluation starts without users"
 
 
 def ranker_scores(ranker: GroundingRanker, model: SplitModel) -> torch.Tensor:

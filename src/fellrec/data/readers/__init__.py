@@ -2,14 +2,12 @@
 
 from fellrec.data.readers.atomic import AtomicReader
 from fellrec.data.readers.micro_lens import MicroLensReader
-from fellrec.data.readers.micro_lens_shaped import MicroLensShapedReader
 from fellrec.data.readers.movielens import MovieLens1MReader, MovieLens100KReader
 from fellrec.data.readers.synthetic import SyntheticReader
 
 __all__ = [
     "AtomicReader",
     "MicroLensReader",
-    "MicroLensShapedReader",
     "MovieLens1MReader",
     "MovieLens100KReader",
     "SyntheticReader",

@@ -1,4 +1,4 @@
-"""RecBole's atomic files, the generic door: ``<name>.inter``, ``<name>.item`` and, if present, ``<name>.user``."""
+"""RecBole's atomic files, the generic format: ``<name>.inter``, ``<name>.item`` and, if present, ``<name>.user``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ TITLES = ("title", "movie_title", "item_name", "name")
 
 @dataclass(frozen=True)
 class AtomicReader:
-    """Tab-separated UTF-8 files whose header names and types the columns, such as ``user_id:token``.
+    """Tab-separated UTF-8 files whose header has name and type of each column, such as ``user_id:token``.
 
     Attributes:
-        root: Folder of the files.
+        root: Directory of the files.
         name: Their stem; ``None`` takes the only ``.inter`` file.
-        title_column: Column of the item file that holds the title; ``None`` looks for the usual names.
+        title_column: Column of the item file that holds the title; ``None`` tries the usual names.
     """
 
     root: str
@@ -58,7 +58,7 @@ class AtomicReader:
     def _paths(self) -> tuple[Path, Path, Path]:
         folder = Path(self.root).expanduser()
         if not folder.is_dir():
-            raise DataError(f"data.root={self.root} is no folder")
+            raise DataError(f"data.root={self.root} is not a directory")
         found = sorted(folder.glob("*.inter"))
         if self.name is None and len(found) != 1:
             raise DataError(f"{folder} holds {len(found)} .inter files, expected one; name it by data.reader.name")

@@ -21,7 +21,7 @@ class MicroLensReader:
     of those published are, so ``data.on_empty_title`` must be ``item_id`` for them.
 
     Attributes:
-        root: Folder of the files.
+        root: Directory of the files.
     """
 
     root: str

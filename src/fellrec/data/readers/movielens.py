@@ -23,7 +23,7 @@ class MovieLens100KReader:
     """``u.data``, ``u.item`` and ``u.user``; every rating is an interaction.
 
     Attributes:
-        root: Folder of the files.
+        root: Directory of the files.
     """
 
     root: str
@@ -58,16 +58,16 @@ class MovieLens1MReader:
     """``ratings.dat``, ``movies.dat`` and ``users.dat``, or RecBole's atomic files; every rating is an interaction.
 
     Attributes:
-        root: Folder of the files.
+        root: Directory of the files.
     """
 
     root: str
 
     def read(self) -> RawData:
-        """Read whichever form is there.
+        """Read the published files or the atomic ones.
 
         Raises:
-            DataError: If neither is, or a line is malformed.
+            DataError: If neither exists, or a line is malformed.
         """
         if self._is_atomic():
             return AtomicReader(self.root).read()

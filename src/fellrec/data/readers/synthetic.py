@@ -1,6 +1,7 @@
-"""The embedded data set: readable, seeded, and heterogeneous because it was made so.
+"""Synthetic data sets: seeded, readable, with planted differences between groups of users.
 
-It shows the mechanism of federated training and is no evidence about real data.
+They demonstrate the mechanism of federated training; results on them say nothing about real data. Shape letters:
+U users, I items, G groups of users, N interactions.
 """
 
 from __future__ import annotations
@@ -9,11 +10,19 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
+from fellrec.data.ragged import IntArray
 from fellrec.data.schema import RawData
-from fellrec.errors import ConfigError
+from fellrec.errors import ConfigError, unknown
 
-_GENRES = ("Drama", "Comedy", "Thriller", "Romance", "Sci-Fi", "Western", "Horror", "Musical")
+FloatArray = NDArray[np.float64]
+
+MICRO_LENS_ITEMS_PER_USER = 19_738 / 100_000
+"""From MicroLens-100k's published counts."""
+MIN_LENGTH = 5
+"""Fewest interactions of a user, in both presets."""
+
 _ADJECTIVES = (
     "Silent Golden Broken Hidden Crimson Distant Frozen Burning Gentle Hollow Velvet Restless Bitter Emerald Paper "
     "Lonely Electric Wild Sacred Midnight"
@@ -22,125 +31,273 @@ _NOUNS = (
     "Harbour Garden Mirror Orchard Station Lantern Compass Canyon Letter Sparrow Bridge Engine Island Winter Circus "
     "Ladder Empire Forest Signal River Tower Feather Market Shadow Anchor"
 ).split()
+_FILM_TITLES = [f"The {adjective} {noun}" for adjective in _ADJECTIVES for noun in _NOUNS]
+_GENRES = ("Drama", "Comedy", "Thriller", "Romance", "Sci-Fi", "Western", "Horror", "Musical")
+
+_SUBJECTS = {
+    "anime": ("the masked swordsman", "a paper dragon", "the blue cat", "the last wizard", "my favourite villain"),
+    "cooking": ("a bowl of noodles", "the street cook", "grandma's dumpling", "a burnt cake", "my spicy soup"),
+    "gaming": ("the final boss", "a lucky player", "my worst team", "the hidden level", "a broken controller"),
+    "pets": ("the lazy puppy", "a hungry parrot", "my neighbour's cat", "the brave hamster", "a tiny goat"),
+    "travel": ("the night train", "a mountain village", "my old motorhome", "the frozen lake", "a desert road"),
+    "music": ("the street singer", "a broken piano", "my first concert", "the silent drummer", "an old melody"),
+    "sports": ("the young goalkeeper", "a tired runner", "the record jump", "my gym partner", "the rainy final"),
+    "comedy": ("my angry boss", "the clumsy waiter", "a strange wedding", "the wrong number", "dad's new haircut"),
+}
+_OPENINGS = (
+    "See how", "Wait until", "Episode two:", "The day", "Nobody expected this:", "Watch closely how", "In ten minutes",
+    "For the first time",
+)  # fmt: skip
+_ACTIONS = (
+    "saves the day", "changes everything", "gets lost again", "meets an old friend", "wins at last",
+    "refuses to leave", "learns a new trick", "surprises everyone", "breaks all the rules", "goes completely wrong",
+    "finds a way home", "makes everyone laugh", "starts from nothing", "disappears without a trace",
+    "becomes a legend", "returns after years",
+)  # fmt: skip
+_ENDINGS = (
+    "in the rain", "on a busy street", "before breakfast", "with no money", "at midnight", "in front of everyone",
+    "in the countryside", "behind the school", "during the holidays", "on the rooftop", "in a small kitchen",
+    "under pressure", "on live camera", "with a stranger", "in slow motion", "without any help",
+)  # fmt: skip
+_TITLE_PARTS = (len(_OPENINGS), 5, len(_ACTIONS), len(_ENDINGS))
+_VIDEOS_PER_TOPIC = int(np.prod(_TITLE_PARTS))
+
+
+class _Films:
+    """Few films with genres and short titles; every user knows all of them."""
+
+    most_items, user_id, first_number = len(_FILM_TITLES), "user{:04d}", 0
+
+    def topics(self, generator: np.random.Generator, count: int) -> tuple[IntArray, IntArray]:
+        """``[I]``: what `items` needs to know of each item, and its topic."""
+        genre = generator.integers(len(_GENRES), size=count)
+        return genre, genre
+
+    def weights(self, taste: FloatArray, place: IntArray) -> FloatArray:
+        """``[G, I]``: from the groups' taste for each item, and the items' places by popularity."""
+        popularity = 1.0 / (1.0 + place) ** 0.8
+        weights = popularity[None, :] * taste + 0.02 * popularity[None, :]
+        return weights / weights.sum(axis=1, keepdims=True)
+
+    def lengths(self, generator: np.random.Generator, reader: SyntheticReader, num_items: int) -> IntArray:
+        """``[U]`` interactions of each user."""
+        lengths = generator.poisson(reader.mean_length, size=reader.num_users)
+        return np.clip(lengths, MIN_LENGTH, int(2 * reader.mean_length))
+
+    def walk(
+        self,
+        generator: np.random.Generator,
+        reader: SyntheticReader,
+        group: IntArray,
+        weights: FloatArray,
+        successors: IntArray,
+        num_steps: int,
+    ) -> IntArray:
+        """``[U, num_steps]`` distinct items of each user. All take a step at a time; what was seen has weight 0."""
+        everyone, num_items = np.arange(reader.num_users), weights.shape[1]
+        seen = np.zeros((reader.num_users, num_items), dtype=bool)
+        films = np.full((reader.num_users, num_steps), -1, dtype=np.int64)
+        for step in range(num_steps):
+            cumulative = (weights[group] * ~seen).cumsum(axis=1)
+            draw = generator.random(reader.num_users)[:, None] * cumulative[:, -1:]
+            chosen = np.minimum((draw > cumulative).sum(axis=1), num_items - 1)
+            if step > 0:
+                habit = successors[group, films[:, step - 1]]
+                follows = (generator.random(reader.num_users) < reader.habit_rate) & ~seen[everyone, habit]
+                chosen = np.where(follows, habit, chosen)
+            films[:, step] = chosen
+            seen[everyone, chosen] = True
+        return films
+
+    def items(self, generator: np.random.Generator, genre: IntArray) -> pd.DataFrame:
+        """The catalogue."""
+        titles = [_FILM_TITLES[index] for index in generator.permutation(len(_FILM_TITLES))[: len(genre)]]
+        item_ids = _ids("film{:03d}", len(genre), 0)
+        return pd.DataFrame({"item_id": item_ids, "title": titles, "genre": [_GENRES[index] for index in genre]})
+
+    def times(self, generator: np.random.Generator, inside: NDArray[np.bool_]) -> FloatArray:
+        """Seconds, about an hour apart, where ``[U, num_steps]`` is true."""
+        owner, position = np.nonzero(inside)
+        starts = generator.uniform(0, 1e6, size=len(inside))
+        steps = generator.exponential(3600, size=len(owner)) + 1.0
+        return np.round(starts[owner] + pd.Series(steps).groupby(owner).cumsum().to_numpy() + position, 3)
+
+
+class _Videos:
+    """Many videos in the shape of MicroLens, at any size; the methods are those of `_Films`."""
+
+    most_items, user_id, first_number = len(_SUBJECTS) * _VIDEOS_PER_TOPIC, "{}", 1
+
+    def topics(self, generator: np.random.Generator, count: int) -> tuple[IntArray, IntArray]:
+        numbers = generator.permutation(self.most_items)[:count]
+        return numbers, numbers // _VIDEOS_PER_TOPIC
+
+    def weights(self, taste: FloatArray, place: IntArray) -> FloatArray:
+        return 1.0 / (10.0 + place) * (taste + 0.02)
+
+    def lengths(self, generator: np.random.Generator, reader: SyntheticReader, num_items: int) -> IntArray:
+        """``MIN_LENGTH`` and a geometric number more, at most half of the catalogue."""
+        more = generator.geometric(1 / (1 + reader.mean_length - MIN_LENGTH), size=reader.num_users) - 1
+        return np.minimum(MIN_LENGTH + more, num_items // 2)
+
+    def walk(
+        self,
+        generator: np.random.Generator,
+        reader: SyntheticReader,
+        group: IntArray,
+        weights: FloatArray,
+        successors: IntArray,
+        num_steps: int,
+    ) -> IntArray:
+        """All users take a step at a time; one who would watch a video twice draws again, and not by habit."""
+        cumulative = weights.cumsum(axis=1)
+        videos = np.full((reader.num_users, num_steps), -1, dtype=np.int64)
+        for step in range(num_steps):
+            left, may_follow = np.arange(reader.num_users), step > 0
+            while len(left):
+                kind = generator.random(len(left))
+                chosen = _draw(generator, group[left], cumulative)
+                anything = generator.integers(weights.shape[1], size=len(left))
+                chosen = np.where(kind >= 1 - reader.random_rate, anything, chosen)
+                if may_follow:
+                    habit = successors[group[left], videos[left, step - 1]]
+                    chosen = np.where(kind < reader.habit_rate, habit, chosen)
+                again = (videos[left, :step] == chosen[:, None]).any(axis=1)
+                videos[left[~again], step] = chosen[~again]
+                left, may_follow = left[again], False
+        return videos
+
+    def items(self, generator: np.random.Generator, numbers: IntArray) -> pd.DataFrame:
+        """Distinct titles; the topic shows in the subject and the hashtag."""
+        names = [tuple(_SUBJECTS)[topic] for topic in numbers // _VIDEOS_PER_TOPIC]
+        parts = np.unravel_index(numbers % _VIDEOS_PER_TOPIC, _TITLE_PARTS)
+        titles = [
+            f"{_OPENINGS[opening]} {_SUBJECTS[name][subject]} {_ACTIONS[action]} {_ENDINGS[ending]} # {name}"
+            for name, opening, subject, action, ending in zip(names, *parts, strict=True)
+        ]
+        return pd.DataFrame({"item_id": _ids("{}", len(numbers), 1), "title": titles})
+
+    def times(self, generator: np.random.Generator, inside: NDArray[np.bool_]) -> FloatArray:
+        """Milliseconds: over about a year, hours to days apart."""
+        start = generator.uniform(0, 365 * 24, size=(len(inside), 1))
+        hours = start + generator.exponential(48, size=inside.shape).cumsum(axis=1)
+        return (1_640_000_000_000 + np.floor(hours * 3_600_000) + np.arange(inside.shape[1]))[inside]
+
+
+_PRESETS: dict[str, _Films | _Videos] = {"films": _Films(), "micro_lens_shaped": _Videos()}
 
 
 @dataclass(frozen=True)
 class SyntheticReader:
-    """Films with genres, and groups of users whose tastes differ and whose habits partly contradict each other.
+    """Users in groups whose tastes differ and whose habits partly contradict each other.
 
-    A user picks the next film either by habit (the group's successor of the last film) or by taste (a genre that the
-    group likes, popular films first). Some of the habits are shared by all groups; the others send the same film to
-    different successors in different groups, so no single model can serve all groups perfectly.
+    A user picks the next item by habit (the group's successor of the last item), by taste (a topic that the group
+    likes, popular items first), or at random. Some of the habits are common to all groups; the others send the same
+    item to different successors in different groups, so no single model can serve all groups perfectly.
+
+    The preset ``films`` has a small catalogue with genres, and times in seconds. ``micro_lens_shaped`` scales to
+    MicroLens's size and has its shape: more users the shorter the history, few videos that many watch and many that
+    few do, titles of a dozen words with a hashtag and no other attributes, ids from 1, times in milliseconds. The
+    configurations ``data=synthetic`` and ``data=micro_lens_shaped`` have settings that suit them.
 
     Attributes:
-        num_users: U.
-        num_items: I, at most 500 (the titles there are).
-        num_groups: User groups; sizes fall geometrically.
-        mean_length: Mean number of interactions of a user, at least 6.
-        habit_rate: Share of steps that follow a habit.
-        shared_rate: Share of films whose habit is the same in all groups.
-        seed: Of everything.
+        preset: ``films`` or ``micro_lens_shaped``.
+        num_users: U; 100,000 is MicroLens's size.
+        num_items: I, at least 20; ``None`` keeps MicroLens's proportion to the users.
+        num_groups: G, a column of the users; sizes fall geometrically.
+        mean_length: Mean number of interactions of a user, at least 6 and at most half of the items.
+        habit_rate: Fraction of steps that follow a habit.
+        random_rate: Fraction of steps that are random; must be 0 for ``films``.
+        shared_rate: Fraction of items whose habit is the same in all groups.
+        seed: Of all random choices.
     """
 
+    preset: str = "films"
     num_users: int = 1000
-    num_items: int = 400
+    num_items: int | None = 400
     num_groups: int = 5
-    mean_length: int = 24
+    mean_length: float = 24
     habit_rate: float = 0.6
+    random_rate: float = 0.0
     shared_rate: float = 0.5
     seed: int = 0
 
     def read(self) -> RawData:
-        """Make the data.
+        """Generate the data.
 
         Raises:
             ConfigError: If a setting is out of range.
         """
-        self._check()
-        generator = np.random.default_rng(self.seed)
-        genre = generator.integers(len(_GENRES), size=self.num_items)
-        popularity = 1.0 / (1.0 + generator.permutation(self.num_items)) ** 0.8
+        num_items = self._checked_items()
+        preset, generator = _PRESETS[self.preset], np.random.default_rng(self.seed)
+        numbers, topic = preset.topics(generator, num_items)
+        place = generator.permutation(num_items)
         sizes = 0.7 ** np.arange(self.num_groups)
         group = generator.choice(self.num_groups, size=self.num_users, p=sizes / sizes.sum())
         taste = generator.dirichlet([0.25] * len(_GENRES), size=self.num_groups)
-        by_taste = popularity[None, :] * taste[:, genre] + 0.02 * popularity[None, :]
-        by_taste /= by_taste.sum(axis=1, keepdims=True)
-        successors = self._successors(generator)
-        sequences = self._walk(generator, group, by_taste, successors)
-        return RawData(*self._frames(generator, sequences, group, genre))
+        weights = preset.weights(taste[:, topic], place)
+        successors = self._successors(generator, num_items)
+        lengths = preset.lengths(generator, self, num_items)
+        walks = preset.walk(generator, self, group, weights, successors, int(lengths.max()))
+        inside = np.arange(walks.shape[1])[None, :] < lengths[:, None]
+        items = preset.items(generator, numbers)
+        user_ids = _ids(preset.user_id, self.num_users, preset.first_number)
+        users = pd.DataFrame({"user_id": user_ids, "group": [f"group{number}" for number in group]})
+        interactions = pd.DataFrame(
+            {
+                "user_id": users["user_id"].to_numpy()[np.nonzero(inside)[0]],
+                "item_id": items["item_id"].to_numpy()[walks[inside]],
+                "timestamp": preset.times(generator, inside),
+            }
+        )
+        return RawData(interactions, items, users)
 
     def fingerprint(self) -> str:
         """All settings."""
-        return f"synthetic-1:{sorted(asdict(self).items())}"
+        return f"synthetic-2:{sorted(asdict(self).items())}"
 
-    def _check(self) -> None:
-        most = len(_ADJECTIVES) * len(_NOUNS)
-        if not 20 <= self.num_items <= most:
-            raise ConfigError(f"data.reader.num_items={self.num_items} must be from 20 to {most}")
-        if self.num_users < 1 or self.num_groups < 1 or self.mean_length < 6:
-            raise ConfigError("data.reader needs at least 1 user, 1 group and a mean_length of 6")
-        if 2 * self.mean_length > self.num_items:
-            raise ConfigError(f"data.reader.mean_length={self.mean_length} must be at most half of num_items")
+    def _checked_items(self) -> int:
+        """The number of items."""
+        if self.preset not in _PRESETS:
+            raise ConfigError(unknown("data.reader.preset", self.preset, _PRESETS))
+        num_items = round(MICRO_LENS_ITEMS_PER_USER * self.num_users) if self.num_items is None else self.num_items
+        most_items, most_random = _PRESETS[self.preset].most_items, 0.0 if self.preset == "films" else 1.0
+        allowed = {
+            "num_groups": (1, self.num_groups, None),
+            "num_users": (1, self.num_users, None),
+            "num_items": (20, num_items, most_items),
+            "mean_length": (MIN_LENGTH + 1, self.mean_length, num_items / 2),
+            "habit_rate": (0, self.habit_rate, 1 - self.random_rate),
+            "random_rate": (0, self.random_rate, most_random),
+            "shared_rate": (0, self.shared_rate, 1),
+        }
+        for name, (least, value, most) in allowed.items():
+            if value < least or (most is not None and value > most):
+                is_derived = name == "num_items" and self.num_items is None
+                derived = f" from data.reader.num_users={self.num_users}" if is_derived else ""
+                limit = f"at least {least}" if most is None else f"from {least:g} to {most:g}"
+                raise ConfigError(f"data.reader.{name}={value}{derived} must be {limit}")
+        return num_items
 
-    def _successors(self, generator: np.random.Generator) -> np.ndarray:
-        """``[G, I]``: the film that each group likes to see after each film; permutations."""
-        shared = generator.permutation(self.num_items)
+    def _successors(self, generator: np.random.Generator, num_items: int) -> IntArray:
+        """``[G, I]``: the item that each group prefers after each item; permutations."""
+        shared = generator.permutation(num_items)
+        own = np.flatnonzero(generator.random(num_items) >= self.shared_rate)
         successors = np.tile(shared, (self.num_groups, 1))
-        own = np.flatnonzero(generator.random(self.num_items) >= self.shared_rate)
         for group in range(self.num_groups):
             successors[group, own] = shared[generator.permutation(own)]
         return successors
 
-    def _walk(
-        self, generator: np.random.Generator, group: np.ndarray, by_taste: np.ndarray, successors: np.ndarray
-    ) -> list[np.ndarray]:
-        """One sequence of distinct films per user; all users take a step at a time."""
-        lengths = np.clip(generator.poisson(self.mean_length, size=self.num_users), 5, 2 * self.mean_length)
-        seen = np.zeros((self.num_users, self.num_items), dtype=bool)
-        films = np.full((self.num_users, int(lengths.max())), -1, dtype=np.int64)
-        everyone = np.arange(self.num_users)
-        for step in range(films.shape[1]):
-            weights = by_taste[group] * ~seen
-            cumulative = weights.cumsum(axis=1)
-            draw = generator.random(self.num_users)[:, None] * cumulative[:, -1:]
-            chosen = np.minimum((draw > cumulative).sum(axis=1), self.num_items - 1)
-            if step > 0:
-                habit = successors[group, films[:, step - 1]]
-                follows = (generator.random(self.num_users) < self.habit_rate) & ~seen[everyone, habit]
-                chosen = np.where(follows, habit, chosen)
-            films[:, step] = chosen
-            seen[everyone, chosen] = True
-        return [films[user, : lengths[user]] for user in everyone]
 
-    def _frames(
-        self, generator: np.random.Generator, sequences: list[np.ndarray], group: np.ndarray, genre: np.ndarray
-    ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-        titles = [f"The {adjective} {noun}" for adjective in _ADJECTIVES for noun in _NOUNS]
-        chosen = generator.permutation(len(titles))[: self.num_items]
-        items = pd.DataFrame(
-            {
-                "item_id": [f"film{number:03d}" for number in range(self.num_items)],
-                "title": [titles[index] for index in chosen],
-                "genre": [_GENRES[index] for index in genre],
-            }
-        )
-        users = pd.DataFrame(
-            {
-                "user_id": [f"user{number:04d}" for number in range(self.num_users)],
-                "group": [f"group{number}" for number in group],
-            }
-        )
-        lengths = [len(films) for films in sequences]
-        starts = generator.uniform(0, 1e6, size=self.num_users)
-        steps = generator.exponential(3600, size=sum(lengths)) + 1.0
-        position = np.concatenate([np.arange(length) for length in lengths])
-        owner = np.repeat(np.arange(self.num_users), lengths)
-        clock = pd.Series(steps).groupby(owner).cumsum().to_numpy()
-        interactions = pd.DataFrame(
-            {
-                "user_id": users["user_id"].to_numpy()[owner],
-                "item_id": items["item_id"].to_numpy()[np.concatenate(sequences)],
-                "timestamp": np.round(starts[owner] + clock + position, 3),
-            }
-        )
-        return interactions, items, users
+def _ids(template: str, count: int, first: int) -> list[str]:
+    return [template.format(number) for number in range(first, first + count)]
+
+
+def _draw(generator: np.random.Generator, group: IntArray, cumulative: FloatArray) -> IntArray:
+    """One item for each entry of ``group``, from the group's weights with cumulative sums ``[G, I]``."""
+    uniform = generator.random(len(group)) * cumulative[group, -1]
+    chosen = np.empty(len(group), dtype=np.int64)
+    for number, sums in enumerate(cumulative):
+        of_group = group == number
+        chosen[of_group] = np.searchsorted(sums, uniform[of_group], side="right")
+    return np.minimum(chosen, cumulative.shape[1] - 1)

@@ -1,4 +1,4 @@
-"""Delimited text files, read strictly: a bad line is an error that names file and line."""
+"""Delimited text files, read strictly: a malformed line is an error that names file and line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read_table(
         separator: Between fields; quotes have no meaning.
         columns: Column names of a file without a header; ``None`` takes the first line.
         encoding: Of the file.
-        last_is_free: Whether the last of ``columns`` may hold the separator; a line then has no field too many.
+        last_is_free: Whether the last of ``columns`` may hold the separator; it is then not split further.
 
     Returns:
         All fields as text; row ``r`` is line ``r + 1`` of the file, or ``r + 2`` if it has a header.
@@ -52,7 +52,7 @@ def read_table(
     if wrong:
         raise DataError(
             f"{path}:{wrong[0] + 1} has {counts[wrong[0]]} fields instead of {len(names)} "
-            f"({', '.join(names)}); {len(wrong)} lines like that"
+            f"({', '.join(names)}); {len(wrong)} such lines"
         )
     return pd.read_csv(
         io.StringIO("\n".join(lines)),
@@ -73,23 +73,23 @@ def to_numbers(column: pd.Series, path: Path, first_line: int) -> pd.Series:
     Args:
         column: Text.
         path: File, for the message.
-        first_line: Line of the file that row 0 stands on.
+        first_line: Line of the file that row 0 comes from.
 
     Raises:
-        DataError: If a field is no number.
+        DataError: If a field is not a number.
     """
     numbers = pd.to_numeric(column, errors="coerce")
     if numbers.isna().any():
         row = int(numbers.isna().to_numpy().argmax())
-        raise DataError(f"{path}:{row + first_line}: {column.iloc[row]!r} is no number for {column.name}")
+        raise DataError(f"{path}:{row + first_line}: {column.iloc[row]!r} is not a number for {column.name}")
     return numbers.astype(float)
 
 
 def require_columns(table: pd.DataFrame, columns: Sequence[str], path: Path) -> None:
-    """Refuse a file whose header lacks columns.
+    """Check the columns of a file's header.
 
     Raises:
-        DataError: Naming them, and those that are there.
+        DataError: Naming the missing columns and those present.
     """
     missing = [name for name in columns if name not in table.columns]
     if missing:
@@ -102,14 +102,14 @@ def existing_files(root: str, names: Sequence[str], otherwise: str | None = None
     Args:
         root: The folder, ``data.root``.
         names: Of the files.
-        otherwise: What could be there instead, for the message.
+        otherwise: What is accepted instead, for the message.
 
     Raises:
         DataError: If the folder or any file is missing; all of them are named.
     """
     folder = Path(root).expanduser()
     if not folder.is_dir():
-        raise DataError(f"data.root={root} is no folder")
+        raise DataError(f"data.root={root} is not a directory")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         also = f", or {otherwise}" if otherwise else ""

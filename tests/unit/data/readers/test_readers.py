@@ -82,8 +82,8 @@ def test_published_100k_files(tmp_path: Path) -> None:
     ("kind", "text", "message"),
     [
         ("inter", INTER.replace("timestamp:float", "when:float"), r"films.inter:1 lacks the column timestamp"),
-        ("inter", INTER + "u2\ti2\n", r"films.inter:5 has 2 fields instead of 3 .*1 lines like that"),
-        ("inter", INTER + "u2\ti2\tsoon\n", r"films.inter:5: 'soon' is no number for timestamp"),
+        ("inter", INTER + "u2\ti2\n", r"films.inter:5 has 2 fields instead of 3 .*1 such lines"),
+        ("inter", INTER + "u2\ti2\tsoon\n", r"films.inter:5: 'soon' is not a number for timestamp"),
         ("inter", INTER + "u2\ti9\t3\nu1\ti9\t3\n", r"2 interactions are with an item .* first at .*films.inter:5"),
         ("inter", INTER + "u9\ti1\t3\n", r"1 interactions are of a user .* first at .*films.inter:5"),
         ("inter", INTER.splitlines()[0] + "\n", r"there are no interactions"),
@@ -110,7 +110,7 @@ def test_a_title_that_is_not_utf8_is_named(atomic: Path) -> None:
 
 
 def test_missing_files_are_named(atomic: Path) -> None:
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a directory"):
         read(atomic / "nowhere")
     (atomic / "films.item").unlink()
     with pytest.raises(DataError, match=r"films.item is missing"):
@@ -136,9 +136,11 @@ def test_repeated_interactions_keep_the_last_time(atomic: Path) -> None:
     assert times == {("u1", "i1"): 9.0, ("u1", "i2"): 6.0, ("u2", "i1"): 1.0}
 
 
-@pytest.mark.parametrize("settings", [{"num_items": 10}, {"num_items": 600}, {"mean_length": 300}, {"num_groups": 0}])
+@pytest.mark.parametrize(
+    "settings", [{"num_items": 10}, {"num_items": 600}, {"mean_length": 300}, {"num_groups": 0}, {"random_rate": 0.1}]
+)
 def test_synthetic_settings_are_checked(settings: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match="data.reader"):
+    with pytest.raises(ConfigError, match=f"data.reader.{next(iter(settings))}"):
         SyntheticReader(**settings).read()
 
 
