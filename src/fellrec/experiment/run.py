@@ -89,7 +89,7 @@ class Run:
         check_prompt(self.run_dir, recommender.module.objective)
         federation = build_federation(config, recommender, self.session)
         if not self._has_checkpoint:
-            write_start(self.run_dir, config, recommender.data, recommender.module.objective.facts)
+            write_start(self.run_dir, config, recommender.data, recommender.module.objective.metadata)
         log = self._run_log()
         callbacks = self._callbacks(federation, log)
         if self._has_checkpoint:
@@ -212,7 +212,7 @@ class Run:
             "data": data.name,
             "backbone": self.recommender.backbone.name,
             **({"variant": self.variant} if self.variant else {}),
-            **self.recommender.module.objective.facts,
+            **self.recommender.module.objective.metadata,
             **{name: value for name, value in versions().items() if name in ("fellrec", "git_commit")},
         }
         new = NewRun(config.tracking.uri, config.tracking.experiment, self.label, tags, self.parent_uid)
