@@ -88,8 +88,8 @@ class AggregationCallback(FederatedCallback):
             round_index: From 0.
 
         Returns:
-            ``[N, N]`` floats, receiver by sender, rows and columns as in ``updates.clients``; each row sums to 1. Or one
-            for each group of parameters, see `group_of`.
+            ``[N, N]`` floats, receiver by sender, rows and columns as in ``updates.clients``; each row sums to 1. Or
+            one for each group of parameters, see `group_of`.
         """
         raise NotImplementedError(f"{self.name} overrides aggregate and has no mixing matrix")
 

@@ -49,9 +49,11 @@ class RunOutputs(FederatedCallback):
         self._write_results(result, cost | failed)
         self.ledger.frame().to_csv(self.run_dir / "ledger.csv", index=False)
         save = self._save_adapter(result)
-        adapters = {"shared": result.served[0]} if result.is_shared else {
-            f"client_{client:02d}": stored for client, stored in enumerate(result.served)
-        }
+        adapters = (
+            {"shared": result.served[0]}
+            if result.is_shared
+            else {f"client_{client:02d}": stored for client, stored in enumerate(result.served)}
+        )
         for name, stored in adapters.items():
             tensors = stored.tensors()
             save({key: tensors[key] for key in sorted(tensors)}, self.run_dir / "adapters" / name)

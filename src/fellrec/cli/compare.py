@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fellrec.data.prepared import PreparedData
     from fellrec.experiment import Recommender
-    from fellrec.experiment.session import Ranks
+    from fellrec.experiment.session import Session
     from fellrec.experiment.variants import Label
     from fellrec.report.comparison import Comparison, RuleResult
     from fellrec.tracking.run_log import RunLog
@@ -51,20 +51,15 @@ def run(options: argparse.Namespace) -> None:
     """Entry point of the verb."""
     from omegaconf import OmegaConf
 
-    from fellrec.experiment.session import processes_to_start, run_ranks
+    from fellrec.experiment.session import run_processes
     from fellrec.experiment.variants import configurations
-    from fellrec.launch.local import other_ranks
 
     configs = configurations(options.overrides, options.run or ())
     if options.show_config:
         sys.stdout.write("---\n".join(OmegaConf.to_yaml(config) for config in configs))
         return
 
-    def lead(ranks: Ranks | None) -> None:
-        _report(*compare(configs, ranks), configs[0], options.format)
-
-    with other_ranks(processes_to_start(configs[0]), options.arguments):
-        run_ranks(configs[0], lead)
+    run_processes(configs[0], lambda session: _report(*compare(configs, session), configs[0], options.format))
 
 
 def _report(comparison: Comparison, run_dir: Path, config: DictConfig, output_format: str) -> None:
@@ -84,12 +79,12 @@ def _report(comparison: Comparison, run_dir: Path, config: DictConfig, output_fo
     console.print(finish_message(run_dir, config), highlight=False)
 
 
-def compare(configs: Sequence[DictConfig], ranks: Ranks | None = None) -> tuple[Comparison, Path]:
+def compare(configs: Sequence[DictConfig], session: Session | None = None) -> tuple[Comparison, Path]:
     """Run every configuration and collect the results.
 
     Args:
         configs: One per rule, setting, seed and cut; data, partition and backbone are the same in all.
-        ranks: The processes of the run, if there are several.
+        session: The processes of the command; ``None`` if there is one.
 
     Returns:
         The results, and the directory that holds every run.
@@ -113,7 +108,7 @@ def compare(configs: Sequence[DictConfig], ranks: Ranks | None = None) -> tuple[
         check_new(Path(first.run_dir))
     check_reachable(first.tracking.uri, may_be_away=first.tracking.on_unreachable == "keep")
     data = build_data(first)
-    recommenders = _Recommenders(data, ranks)
+    recommenders = _Recommenders(data, session)
     recommenders.of(first)
     run_dir = new_run_dir(first.run_dir, f"{first.data.name}-compare")
     tags = {"data": data.name, "kind": "comparison"}
@@ -124,7 +119,7 @@ def compare(configs: Sequence[DictConfig], ranks: Ranks | None = None) -> tuple[
             for config, label in zip(configs, labels(configs), strict=True)
         ]
         recommender = recommenders.of(first)
-        references = reference_results(first, recommender, build_loop(first, recommender, ()))
+        references = reference_results(first, recommender, build_loop(first, recommender, session=session))
         collected = collect(recommenders.of(first), [*learned, *references])
         comparison = with_significance(collected, table_cutoff(first))
         write_outputs(comparison, run_dir, table_cutoff(first))
@@ -189,9 +184,9 @@ def _metric_name(rule: str) -> str:
 class _Recommenders:
     """One recommender at a time, shared by all runs that differ only in their rule."""
 
-    def __init__(self, data: PreparedData, ranks: Ranks | None) -> None:
+    def __init__(self, data: PreparedData, session: Session | None) -> None:
         self._data = data
-        self._ranks = ranks
+        self.session = session
         self._current: tuple[str, Recommender] | None = None
 
     def of(self, config: DictConfig) -> Recommender:
@@ -201,8 +196,8 @@ class _Recommenders:
         key = recommender_key(config)
         if self._current is None or self._current[0] != key:
             self._current = None  # free the old backbone before the new one is loaded
-            make = build_recommender if self._ranks is None else self._ranks.lead
-            self._current = (key, make(config, self._data))
+            fabric = None if self.session is None else self.session.fabric
+            self._current = (key, build_recommender(config, self._data, fabric))
         return self._current[1]
 
 
@@ -213,4 +208,5 @@ def _one(config: DictConfig, label: Label, recommenders: _Recommenders, run_dir:
 
     own = OmegaConf.merge(config, {"run_dir": str(run_dir / label.name)})
     assert isinstance(own, DictConfig)
-    return Run(own, recommenders.of(config), parent_uid, label.rule, label.variant).execute()
+    recommender, session = recommenders.of(config), recommenders.session
+    return Run(own, recommender, parent_uid, label.rule, label.variant, session=session).execute()

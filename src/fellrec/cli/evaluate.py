@@ -51,21 +51,22 @@ def evaluate(run_dir: Path, stage: str) -> Comparison:
         ConfigError: If it is not the directory of a run, or the data or the prompt differ from those of training.
     """
     from fellrec.config.compose import read_config
-    from fellrec.experiment import build_data, build_loop, build_recommender
+    from fellrec.experiment import build_data, build_federation, build_recommender
     from fellrec.experiment.run import collect, reference_results, rule_name
     from fellrec.experiment.run_dir import check_prompt
+    from fellrec.federated.checkpoint import CHECKPOINTS, CheckpointFolder
     from fellrec.report.comparison import RuleResult
 
     config = read_config(run_dir)
+    config.split.transport = "none"  # one model gives the same figures, and needs no other process
     data = build_data(config)
     _check_same_data(run_dir, data)
     recommender = build_recommender(config, data)
     check_prompt(run_dir, recommender.module.objective)
-    loop = build_loop(config, recommender, ())
-    loop.execution.load(loop, run_dir)
-    bank, rows = loop.selected
-    evaluation = loop.evaluate(stage, loop.state.selection.round_index, bank, rows)
-    best_round = loop.state.selection.round_index
+    federation = build_federation(config, recommender)
+    CheckpointFolder(run_dir / CHECKPOINTS).load(federation.persisted)
+    loop, best_round = federation.loop(), federation.selection.round_index
+    evaluation = loop.evaluate(federation.selection.score_jobs(), stage, best_round)
     result = RuleResult(rule_name(config), config.seed, "learned", evaluation, best_round=best_round)
     return collect(recommender, [result, *reference_results(config, recommender, loop, stage)])
 

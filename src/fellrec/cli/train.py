@@ -18,8 +18,7 @@ from fellrec.tracking.store import check_reachable
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from fellrec.experiment.roles import Team
-    from fellrec.experiment.session import Ranks
+    from fellrec.experiment.session import Session
 
 PURPOSE = "one federated run (-m: a Hydra multirun over comma-separated values)"
 EXAMPLES = (
@@ -29,7 +28,7 @@ EXAMPLES = (
     "fellrec train resume=runs/RUN",
 )
 
-_RANKS = ("trainer.devices=", "trainer.num_nodes=")
+_PROCESSES = ("trainer.devices=", "trainer.num_nodes=")
 """Settings that a resumed run may change: they do not change the result."""
 
 
@@ -46,8 +45,6 @@ def run(options: argparse.Namespace) -> None:
     from omegaconf import OmegaConf
 
     from fellrec.config.compose import compose
-    from fellrec.experiment.session import processes_to_start
-    from fellrec.launch.local import other_ranks
 
     if options.multirun:
         _multirun(options.overrides)
@@ -57,8 +54,7 @@ def run(options: argparse.Namespace) -> None:
     if options.show_config:
         sys.stdout.write(OmegaConf.to_yaml(config))
         return
-    with other_ranks(processes_to_start(config), options.arguments):
-        train(config, options.format)
+    train(config, options.format)
 
 
 def train(config: DictConfig, output_format: str = "table") -> None:
@@ -70,9 +66,8 @@ def train(config: DictConfig, output_format: str = "table") -> None:
     """
     from fellrec.aggregation.build import build_aggregation
     from fellrec.config.compose import without_launcher
-    from fellrec.experiment.roles import run_role
     from fellrec.experiment.run_dir import check_new
-    from fellrec.experiment.session import run_ranks
+    from fellrec.experiment.session import run_processes
     from fellrec.state.lock import check_free
 
     with StopSignals() as signals:
@@ -82,32 +77,29 @@ def train(config: DictConfig, output_format: str = "table") -> None:
         elif config.run_dir:
             check_new(Path(config.run_dir))
         build_aggregation(config.aggregation)  # report its errors before the backbone is loaded
-        if config.split.transport == "distributed":
-            run_role(config, lambda team: _train(config, output_format, signals, team))
-        else:
-            run_ranks(config, lambda ranks: _train(config, output_format, signals, ranks))
+        run_processes(config, lambda session: _train(config, output_format, signals, session))
 
 
-def _train(config: DictConfig, output_format: str, signals: StopSignals, team: Team | Ranks | None = None) -> None:
+def _train(config: DictConfig, output_format: str, signals: StopSignals, session: Session | None) -> None:
     from fellrec.experiment import build_data, build_recommender
-    from fellrec.experiment.run import Run, absence_message, collect, finish_message, reference_results, table_cutoff
+    from fellrec.experiment.run import Run, collect, failure_message, finish_message, reference_results, table_cutoff
     from fellrec.report.cost_tables import print_run_cost
     from fellrec.report.tables import print_comparison, results_console
 
     check_reachable(config.tracking.uri, may_be_away=bool(config.resume) or config.tracking.on_unreachable == "keep")
     data = build_data(config)
-    recommender = build_recommender(config, data) if team is None else team.lead(config, data)
-    run = Run(config, recommender, signals=signals)
+    recommender = build_recommender(config, data, None if session is None else session.fabric)
+    run = Run(config, recommender, signals=signals, session=session)
     result = run.execute()
     assert run.loop is not None
+    assert run.result is not None
     comparison = collect(recommender, [result, *reference_results(config, recommender, run.loop)])
-    run.loop.execution.stop()
     if output_format == "json":
         sys.stdout.write(json.dumps(comparison.to_dict(), indent=1) + "\n")
         return
     console = results_console()
     print_comparison(comparison, console, table_cutoff(config))
-    if missing := absence_message(run.loop):
+    if missing := failure_message(run.result):
         console.print(missing, style="yellow", highlight=False)
     if result.cost is not None and config.split.transport != "none":
         print_run_cost(result.cost, console)
@@ -134,11 +126,11 @@ def resumed(overrides: Sequence[str], run_dir: Path) -> DictConfig:
 
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"resume={run_dir}: no config.yaml there; give the directory of a run")
-    others = [item for item in overrides if not item.startswith(("resume=", *_RANKS))]
+    others = [item for item in overrides if not item.startswith(("resume=", *_PROCESSES))]
     if others:
         raise ConfigError(f"a resumed run keeps its own configuration; leave out {' '.join(others)}")
     config = read_config(run_dir)
-    config.merge_with_dotlist([item for item in overrides if item.startswith(_RANKS)])
+    config.merge_with_dotlist([item for item in overrides if item.startswith(_PROCESSES)])
     check(config)
     config.run_dir, config.resume = str(run_dir), str(run_dir)
     return config
@@ -150,10 +142,10 @@ def _multirun(overrides: Sequence[str]) -> None:
 
     from fellrec.config.compose import compose, expand
     from fellrec.config.paths import conf_dir
-    from fellrec.experiment import over_ranks
 
     for combination in expand(overrides):
-        if over_ranks(compose(combination)):
+        trainer = compose(combination).trainer
+        if trainer.devices != 1 or trainer.num_nodes != 1:
             raise ConfigError("-m needs trainer.devices=1; start runs with several processes one by one")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors, and the CLI reports them
     sys.argv = ["fellrec train", "--multirun", *overrides]

@@ -33,8 +33,9 @@ class CutClientModel:
         begin, where = SlotState.of(job), (job.row, job.round_index, "train")
         own, body = self._divide(begin)
         self._change_base(job.base)
-        parts = body.adapter, body.optimizer, body.anchors, body.tensors, body.trains
-        self.link.send(OpenSlot(*where, *parts, base=len(job.base)))
+        self.link.send(
+            OpenSlot(*where, body.adapter, body.optimizer, body.anchors, body.tensors, body.trains, base=len(job.base))
+        )
         with self.link.on_behalf_of(*where):
             try:
                 with self.client.slot(own) as slot:

@@ -231,7 +231,7 @@ class BodyServer:
         gradients = [self._unpack(g, o.dtype) for g, o in zip(message.gradient, outputs, strict=True)]
         with_graph = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
         if with_graph:
-            torch.autograd.backward(*(list(column) for column in zip(*with_graph, strict=True)))
+            torch.autograd.backward([o for o, _ in with_graph], [g for _, g in with_graph])
         found = tuple(
             pack(torch.zeros_like(h) if h.grad is None else h.grad, self.settings.gradient_dtype)
             for h in inputs

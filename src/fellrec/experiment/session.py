@@ -87,10 +87,6 @@ class Session:
             return f"process {process}"
         return f"process {process} ({'the server' if process == self.server else 'a client process'})"
 
-    def recommender(self, config: DictConfig, data: PreparedData) -> Recommender:
-        """The coordinator's recommender."""
-        return build_recommender(config, data, self.fabric)
-
     def begin(self, config: DictConfig, recommender: Recommender, num_rows: int) -> dict[str, Tensor]:
         """Let all other processes prepare for a run; gives the body's initial adapter, if there is a server.
 

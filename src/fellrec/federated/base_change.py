@@ -80,9 +80,7 @@ def with_changes(weights: Mapping[str, Tensor], changes: Sequence[StoredTensors]
     return found
 
 
-def _changes(
-    weights: Mapping[str, Tensor], factors: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _changes(weights: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name, weight and its change, for those of the weights that are here."""
     for key, left in factors.items():
         name, _, side = key.partition("|")

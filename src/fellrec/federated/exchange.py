@@ -25,9 +25,12 @@ Meter = Callable[[float], Mapping[str, float]]
 class Rule(Protocol):
     """What the exchange must know of an aggregation rule."""
 
-    name: str
     sees: str
     """What the rule reads: ``"nothing"`` of the adapters, ``"sums"`` of them only, or all ``"adapters"``."""
+
+    @property
+    def name(self) -> str:
+        """For error messages."""
 
     def exchanges(self, name: str, round_index: int) -> bool:
         """Whether a parameter leaves the clients in a round."""
@@ -37,8 +40,8 @@ class Transform:
     """Base of what changes a client's update before it is sent: clipping, noise, quantisation, sparsification.
 
     Transforms form a chain: the payload of one is the input of the next. The receiver decodes in reverse order. A
-    transform that remembers something of a client (error feedback) keeps it by row and overrides `state_dict`. Entries of
-    a payload are named by the parameter, or ``parameter|what`` if it has several.
+    transform that remembers something of a client (error feedback) keeps it by row and overrides `state_dict`. Entries
+    of a payload are named by the parameter, or ``parameter|what`` if it has several.
     """
 
     def encode(self, payload: Mapping[str, Tensor], row: int, round_index: int) -> Mapping[str, Tensor]:

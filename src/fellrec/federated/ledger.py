@@ -48,8 +48,8 @@ class Ledger:
     def merge(self, rows: Iterable[Iterable[Any]]) -> None:
         """Add the rows of another process's ledger."""
         for *key, messages, num_bytes in rows:
-            self._bytes[tuple(key)] += num_bytes  # type: ignore[index]
-            self._messages[tuple(key)] += messages  # type: ignore[index]
+            self._bytes[tuple(key)] += num_bytes
+            self._messages[tuple(key)] += messages
 
     def rows(self) -> list[list[Any]]:
         """Plain rows: client, round, phase, direction, kind, messages, bytes; sorted."""

@@ -139,10 +139,11 @@ class FederatedLoop:
             else:
                 outcomes.append(recovered)
         for outcome in self.executor.train(left, self.events):
-            if isinstance(outcome, Trained):
-                outcome = self.population.keep(outcome)
-                self.events.call("on_client_end", outcome)
-            outcomes.append(outcome)
+            if isinstance(outcome, Failed):
+                outcomes.append(outcome)
+                continue
+            outcomes.append(self.population.keep(outcome))
+            self.events.call("on_client_end", outcomes[-1])
         return sorted(outcomes, key=lambda outcome: outcome.row)
 
     def validate(self, round_index: int) -> Evaluation:

@@ -45,7 +45,7 @@ class LocalTerm:
 
         >>> class Proximal(LocalTerm):
         ...     def loss(self, parameters, context):
-        ...         return sum(0.5 * 0.01 * (v - context.received[name]).square().sum() for name, v in parameters.items())
+        ...         return sum(0.005 * (v - context.received[k]).square().sum() for k, v in parameters.items())
     """
 
     def loss(self, parameters: Mapping[str, nn.Parameter], context: TermContext) -> Tensor | None:

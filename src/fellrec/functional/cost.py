@@ -56,22 +56,22 @@ class PartCost:
         """
         return 2 * self.adapter_bytes + _COUNT_BYTES * self.num_adapter_tensors
 
-    def peak_bytes(self, in_flight: int = 1) -> int:
+    def peak_bytes(self, num_clients: int = 1) -> int:
         """Peak memory: weights, adapters, gradients, optimiser state and activations.
 
         Args:
-            in_flight: Number of clients in training at the same time. Only the backbone's weights are common to them.
+            num_clients: Number of clients in training at the same time. Only the backbone's weights are common to them.
 
         Example:
             100 bytes of weights, 8 of LoRA, 8 of gradients, 16 of moments, 50 of activations. A second client adds
             all but the weights.
 
             >>> part = PartCost(weight_bytes=100, adapter_bytes=8, added_bytes=8, activation_bytes=50)
-            >>> part.peak_bytes(), part.peak_bytes(in_flight=2)
+            >>> part.peak_bytes(), part.peak_bytes(num_clients=2)
             (182, 264)
         """
         own = self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
-        return self.weight_bytes + self.added_bytes + in_flight * own + (in_flight - 1) * self.adapter_bytes
+        return self.weight_bytes + self.added_bytes + num_clients * own + (num_clients - 1) * self.adapter_bytes
 
 
 def total_cost(parts: Iterable[PartCost]) -> PartCost:

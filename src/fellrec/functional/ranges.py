@@ -1,7 +1,7 @@
 """What a setting may be, said by its type: checked when a dataclass of settings is made.
 
-``rounds: Count = 10`` is a whole number of at least 1, ``Count | None`` allows null too, ``Literal["stop", "skip"]`` is one
-of two words, and `bool`, `int` and `float` are what they say. Values of any other type are not checked here.
+``rounds: Count = 10`` is a whole number of at least 1, ``Count | None`` allows null too, ``Literal["stop", "skip"]`` is
+one of two words, and `bool`, `int` and `float` are what they say. Values of any other type are not checked here.
 """
 
 from __future__ import annotations

@@ -218,7 +218,7 @@ def remote_body(link: BodyLink, heads: Sequence[Tensor]) -> list[Tensor]:
     """The body's outputs ``[B, L, D]`` in training for the head's outputs of one micro-batch, differentiable."""
     if torch.is_grad_enabled() and (link.trains_body or any(head.requires_grad for head in heads)):
         trained = torch.zeros((), requires_grad=link.trains_body)
-        return list(_RemoteFunction.apply(link, trained, *heads))  # type: ignore[no-untyped-call]
+        return list(_RemoteFunction.apply(link, trained, *heads))
     outputs, _ = link.forward(tuple(heads), False, False)
     return list(outputs)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fellrec.data.datamodule import FellrecDataModule
-from fellrec.federated.local import LocalSettings
+from fellrec.federated.settings import TrainerSettings
 from fellrec.functional.cost import RoundLoad
 from fellrec.functional.rng import derive_seed
 from fellrec.models.module import Objective, drawn
@@ -43,7 +43,7 @@ class Load:
 
 
 def count_load(
-    datamodule: FellrecDataModule, objective: Objective, local: LocalSettings, max_batches: int = _BATCHES
+    datamodule: FellrecDataModule, objective: Objective, local: TrainerSettings, seed: int, max_batches: int = _BATCHES
 ) -> Load:
     """Count steps and padded tokens of the first round.
 
@@ -51,6 +51,7 @@ def count_load(
         datamodule: Batches of each client.
         objective: Selects the token ids of a batch that go through the model.
         local: Settings of local training.
+        seed: Of the run.
         max_batches: Maximum number of batches to build, in addition to one per sampled client.
     """
     num_clients = datamodule.data.num_clients
@@ -63,7 +64,7 @@ def count_load(
     largest: tuple[int, Batch] = (0, {})
     for client in sampled_clients:
         counts = []
-        for batch in islice(_batches(datamodule, local, client), min(limit, micro_batches[client])):
+        for batch in islice(_batches(datamodule, local, seed, client), min(limit, micro_batches[client])):
             counts.append(_num_tokens(objective, batch))
             if counts[-1] > largest[0]:
                 largest = (counts[-1], batch)
@@ -83,7 +84,7 @@ def count_load(
     )
 
 
-def count_work(num_batches: int, local: LocalSettings) -> tuple[int, int]:
+def count_work(num_batches: int, local: TrainerSettings) -> tuple[int, int]:
     """Optimiser steps and micro-batches of one client's round; an epoch's last step may have fewer micro-batches.
 
     Args:
@@ -93,7 +94,7 @@ def count_work(num_batches: int, local: LocalSettings) -> tuple[int, int]:
     Example:
         Two epochs of five batches, two per step, would be steps of 2, 2, 1, 2, 2, 1 batches; four steps are allowed.
 
-        >>> local = LocalSettings(local_epochs=2, accumulate_grad_batches=2, max_local_steps=4)
+        >>> local = TrainerSettings(local_epochs=2, accumulate_grad_batches=2, max_local_steps=4)
         >>> count_work(5, local)
         (4, 7)
     """
@@ -113,7 +114,7 @@ def _num_tokens(objective: Objective, batch: Batch) -> int:
         return sum(ids.numel() for ids in objective.inputs(drawn(objective, batch, streams)))
 
 
-def _batches(datamodule: FellrecDataModule, local: LocalSettings, client: int) -> Iterator[Batch]:
+def _batches(datamodule: FellrecDataModule, local: TrainerSettings, seed: int, client: int) -> Iterator[Batch]:
     """Batches in the order of the first round: padding depends on which rows are in the same batch."""
     for epoch in range(local.local_epochs):
-        yield from datamodule.train_loader(client, derive_seed(local.seed, "order", 0, client, epoch))
+        yield from datamodule.train_loader(client, derive_seed(seed, "order", 0, client, epoch))

@@ -13,7 +13,8 @@ from fellrec.config.compose import as_dict, make
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.errors import ConfigError
 from fellrec.experiment import build_batches, build_data
-from fellrec.federated.local import LocalSettings
+from fellrec.federated.population import OneForAll
+from fellrec.federated.settings import TrainerSettings
 from fellrec.functional.cost import PartCost, Traffic, TrafficSettings, checkpoint_bytes, fraction, total_cost, traffic
 from fellrec.functional.participation import cohort
 from fellrec.models.module import Objective
@@ -34,13 +35,13 @@ class PlanSettings:
     Attributes:
         precision: ``trainer.precision``; its casts are not part of the activations.
         transport: ``split.transport``; with ``none`` a run keeps all parts in one process.
-        in_flight: ``split.in_flight``: number of clients that the server trains at the same time.
+        clients_at_once: Clients that the server trains at the same time, one for each client process.
         keeps_item_vectors: Whether the objective caches item vectors across steps in some rounds.
     """
 
     precision: str
     transport: str
-    in_flight: int
+    clients_at_once: int
     keeps_item_vectors: bool
 
 
@@ -99,8 +100,8 @@ class Plan:
 
     @property
     def server_peak_bytes(self) -> int:
-        """Peak memory of the server with ``split.in_flight`` clients at the same time; 0 without a body."""
-        return self.server.peak_bytes(self.settings.in_flight)
+        """Peak memory of the server with ``clients_at_once``; 0 without a body."""
+        return self.server.peak_bytes(self.settings.clients_at_once)
 
     @property
     def client_weight_share(self) -> float:
@@ -201,9 +202,11 @@ class Planner:
             **parts,
             load=load,
             traffic=traffic(
-                **parts, load=load.mean, settings=_traffic_settings(config, backbone.model, rule.exchanges_adapters)
+                **parts, load=load.mean, settings=_traffic_settings(config, backbone.model, rule.sees != "nothing")
             ),
-            checkpoint_bytes=checkpoint_bytes(total_cost(parts.values()), data.num_clients, rule.pools_clients),
+            checkpoint_bytes=checkpoint_bytes(
+                total_cost(parts.values()), data.num_clients, issubclass(rule.population, OneForAll)
+            ),
             micro_batch=(rows, tokens),
             settings=_settings(config),
             has_own_tokenizer=is_own,
@@ -212,7 +215,12 @@ class Planner:
 
     def _load(self, config: DictConfig, objective: Objective, batches: FellrecDataModule) -> Load:
         groups = ("data", "holdout", "partition", "backbone", "objective", "trainer", "seed")
-        return self._once(config, groups, lambda: count_load(batches, objective, _local(config)))
+        trainer = TrainerSettings(**as_dict(config.trainer))
+        return self._once(
+            config,
+            groups,
+            lambda: count_load(batches, objective, trainer, config.seed),
+        )
 
     def _once(self, config: DictConfig, groups: tuple[str, ...], function: Callable[[], T]) -> T:
         """Call a function once for all configurations with the same values in these groups."""
@@ -239,7 +247,10 @@ def _check_probe(config: DictConfig, num_steps: int) -> None:
 def _settings(config: DictConfig) -> PlanSettings:
     objective = config.objective
     kept = objective.get("refresh_items", EVERY_STEP) != EVERY_STEP or objective.get("freeze_items_after") is not None
-    return PlanSettings(config.trainer.precision, config.split.transport, config.split.in_flight, kept)
+    devices, transport = config.trainer.devices, config.split.transport
+    several = transport == "distributed" and devices != "auto"
+    at_once = max(1, devices * config.trainer.num_nodes - 1) if several else 1
+    return PlanSettings(config.trainer.precision, transport, at_once, kept)
 
 
 def _traffic_settings(config: DictConfig, model: Any, exchanges_adapters: bool) -> TrafficSettings:
@@ -251,15 +262,4 @@ def _traffic_settings(config: DictConfig, model: Any, exchanges_adapters: bool) 
         gradient_dtype=own if gradient == "float32" else gradient,
         clips_gradients=config.trainer.gradient_clip is not None,
         exchanges_adapters=exchanges_adapters,
-    )
-
-
-def _local(config: DictConfig) -> LocalSettings:
-    trainer = config.trainer
-    return LocalSettings(
-        local_epochs=trainer.local_epochs,
-        max_local_steps=trainer.max_local_steps,
-        accumulate_grad_batches=trainer.accumulate_grad_batches,
-        gradient_clip=trainer.gradient_clip,
-        seed=config.seed,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -13,9 +12,7 @@ from fellrec.data.prepared import PreparedData
 from fellrec.errors import TrainingError
 from fellrec.experiment import build_loop, build_recommender
 from fellrec.federated.callback import FederatedCallback
-
-if TYPE_CHECKING:
-    from fellrec.federated.loop import FederatedLoop
+from fellrec.federated.records import Failed
 
 
 class _Clock(FederatedCallback):
@@ -24,7 +21,7 @@ class _Clock(FederatedCallback):
     def __init__(self) -> None:
         self.ends: list[float] = []
 
-    def on_step_end(self, loop: FederatedLoop, loss: float) -> None:
+    def on_step_end(self, loss: float) -> None:
         """Record the time; the loss is a number, so a GPU has finished the step."""
         self.ends.append(time.perf_counter())
 
@@ -46,8 +43,8 @@ def seconds_per_step(config: DictConfig, data: PreparedData, client: int, num_st
     assert isinstance(short, DictConfig)
     clock = _Clock()
     loop = build_loop(short, recommender, [clock])
-    row = 0 if loop.aggregation.pools_clients else client
-    outcome = loop.execution.train(loop, [row], 0)
-    if outcome.failures:
-        raise TrainingError(next(iter(outcome.failures.values())))
+    population = loop.population
+    (outcome,) = loop.train([population.job(population.served_by(client), 0)])
+    if isinstance(outcome, Failed):
+        raise TrainingError(outcome.reason)
     return statistics.median(after - before for before, after in pairwise(clock.ends))

@@ -148,7 +148,7 @@ def _notes(rows: Sequence[Row]) -> str:
     plans = [row.plan for row in rows]
     shapes = sorted({plan.micro_batch for plan in plans})
     shown = ", ".join(f"{num_rows} x {tokens}" for num_rows, tokens in shapes)
-    in_flight = ", ".join(str(number) for number in sorted({plan.settings.in_flight for plan in plans}))
+    at_once = ", ".join(str(number) for number in sorted({plan.settings.clients_at_once for plan in plans}))
     notes = [
         "cut: layers of head + body + tail. Head and tail are on the client, with embedding, norm and LM head.",
         "hidden, gradients: hidden states and their gradients, which cross the two cuts. cuts/adapters: traffic "
@@ -157,7 +157,7 @@ def _notes(rows: Sequence[Row]) -> str:
         "Traffic is the mean over clients, without evaluation.",
         f"Estimated: activations (saved for the backward pass of the largest micro-batch, {shown} tokens, with fused "
         "attention), peak memory (activations, weights, adapter, optimiser and gradients; on the server for "
-        f"{in_flight} clients at a time), compute (fraction of the forward FLOPs).",
+        f"{at_once} clients at a time), compute (fraction of the forward FLOPs).",
     ]
     if any(plan.settings.transport == "none" for plan in plans):
         notes.append("split.transport=none runs all parts in one process; the numbers are those of a split deployment.")

@@ -128,12 +128,6 @@ def _facts(cost: RunCost) -> list[str]:
         in_one = "client and server in one process " + human_bytes(max(peaks[0], peaks[1]))
         in_two = f"client {human_bytes(peaks[0])}, server {human_bytes(peaks[1])}"
         facts.append(f"peak memory: {in_one if cost.transport == 'inprocess' else in_two}")
-    cache = rounds.head_cache
-    if cache is not None:
-        facts.append(
-            f"head cache: {_percent(cache['saved_rate'])} of {cache['rows']:,.0f} rows were not computed again, "
-            f"{cache['saved_seconds']:.1f} s saved, {human_bytes(cache['used_bytes'])} kept"
-        )
     return facts
 
 

@@ -138,7 +138,7 @@ def _cold_text(comparison: Comparison) -> str:
     if not cold or "cold_items/num_users" not in summary:
         return ""
     return (
-        f" ColdStart: {cold['items']} items without a training interaction, targets of "
+        f" Cold: {cold['items']} items without a training interaction, targets of "
         f"{summary['cold_items/num_users']:.0f} users; {summary['cold_users/num_users']:.0f} users with fewer than "
         f"{cold['users_below']} training interactions."
     )
