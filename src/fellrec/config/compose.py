@@ -253,7 +253,6 @@ def check(config: DictConfig, optional: Collection[str] = ()) -> None:
             problems.append(f"{rule.key}={value} is not allowed: {rule.allowed}")
     problems += [f"{key} needs a value: give {key}=…" for key in _missing(config) if key not in optional]
     problems += _check_metric(config)
-    problems += _check_devices(config)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
 
@@ -262,19 +261,6 @@ def _missing(config: DictConfig) -> list[str]:
     plain = OmegaConf.to_container(config, resolve=False)
     assert isinstance(plain, dict)
     return [key for key, value in flatten(plain).items() if value == "???"]
-
-
-def _check_devices(config: DictConfig) -> list[str]:
-    """Clients are placed on ranks that have the whole model."""
-    trainer, transport = config.trainer, config.split.transport
-    several = [key for key in ("devices", "num_nodes", "devices_per_client") if trainer[key] not in (1, "auto")]
-    if transport == "none" or not several:
-        return []
-    settings = ", ".join(f"trainer.{key}={trainer[key]}" for key in several)
-    return [
-        f"{settings} is not allowed with split.transport={transport}: "
-        "split.transport=distributed takes its processes from torchrun or srun"
-    ]
 
 
 def _check_metric(config: DictConfig) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,6 +233,7 @@ def run_processes(config: DictConfig, coordinate: Callable[[Session | None], Non
     Raises:
         FellrecError: After the other processes were sent the reason why this one ends.
     """
+    _quieten_lightning()
     fabric = build_fabric(config)
     check_processes(config, fabric.world_size)
     if fabric.world_size == 1:
@@ -283,6 +286,14 @@ def check_processes(config: DictConfig, num_processes: int) -> None:
         raise ConfigError(f"trainer.devices_per_client={together} needs split.transport=none")
     if num_processes % together:
         raise ConfigError(f"trainer.devices_per_client={together} does not divide the {num_processes} processes")
+
+
+def _quieten_lightning() -> None:
+    """Lightning logs the start of every process; with --verbose this is shown."""
+    warnings.filterwarnings("ignore", message="The `srun` command is available")
+    if logging.getLogger().level > logging.INFO:
+        for name in ("lightning", "lightning.fabric", "lightning.pytorch"):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _launch(fabric: Fabric, config: DictConfig) -> None:
