@@ -59,9 +59,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_overrides: list
 
 
 def uid_of(run_dir: Path) -> str:
-    first = first_operation(run_dir / "outbox")
-    assert first is not None
-    return str(first.fields["uid"])
+    return str(first_operation(run_dir / "outbox").fields["uid"])
 
 
 def on(server: Server, run_dir: Path) -> Content:
