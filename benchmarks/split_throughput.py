@@ -1,9 +1,9 @@
-"""What the executed cut takes, as a ratio to the unsplit run, and what packing what crosses saves and costs.
+"""Time of the executed split relative to the unsplit run; traffic and accuracy by data type of hidden states.
 
 python benchmarks/split_throughput.py [--rounds N] [--repeats N] [--parts inprocess,distributed,packing] [OVERRIDES…]
 
-Rounds of all configurations are interleaved, so that other work on the machine meets all of them; figures are medians.
-``CPU ratio`` compares processor time, which other work hardly changes.
+Rounds of all configurations are interleaved, so that other jobs on the machine affect all of them; results are medians.
+``CPU ratio`` compares CPU time, which is less affected by other jobs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NO_EVALUATION = ["trainer.num_rounds=1000", "trainer.evaluate_every=1000"]
 
 
 class Records(FederatedCallback):
-    """Keeps what every round reported, and the processor time that it took in this process."""
+    """Stores the record and the CPU time of every round."""
 
     def __init__(self) -> None:
         self.records: list[RoundRecord] = []
@@ -49,15 +49,15 @@ class Records(FederatedCallback):
         self.rounds = self.rounds.plus(record, time.process_time() - self._started)
 
     def seconds(self) -> float:
-        """Median of a round, the first one left out."""
+        """Median of all rounds except the first."""
         return median(self.rounds.round_seconds[1:])
 
     def cpu_seconds(self) -> float:
-        """Median of a round, the first one left out; meant for rounds without an evaluation."""
+        """Median of all rounds except the first; for rounds without an evaluation."""
         return median(self.rounds.cpu_seconds[1:])
 
     def busy_rate(self) -> float:
-        """Of the server, over all rounds."""
+        """Busy rate of the server over all rounds."""
         return self.rounds.busy_rate("server") or 0.0
 
 
@@ -69,14 +69,14 @@ def new_loop(overrides: Sequence[str]) -> tuple[FederatedLoop, Records]:
 
 
 def interleave(loops: Sequence[FederatedLoop], num_rounds: int) -> None:
-    """One round of each in turn, every other time in reverse."""
+    """Run one round of each loop in turn, every second time in reverse order."""
     for number in range(num_rounds):
         for loop in loops if number % 2 == 0 else reversed(loops):
             loop.run_round(loop.state.round_index)
 
 
 def in_process(overrides: Sequence[str], options: argparse.Namespace) -> pd.DataFrame:
-    """An executed round against an unsplit one, both in this process."""
+    """Compare an executed round with an unsplit one, both in this process."""
     base = [*overrides, *NO_EVALUATION]
     cuts = [["split.transport=inprocess", f"split.in_flight={number}"] for number in IN_FLIGHT]
     (whole, unsplit), *split = (new_loop([*base, *cut]) for cut in ([], *cuts))
@@ -89,7 +89,7 @@ def in_process(overrides: Sequence[str], options: argparse.Namespace) -> pd.Data
 
 
 def distributed(overrides: Sequence[str], options: argparse.Namespace) -> pd.DataFrame:
-    """Runs under torchrun against unsplit rounds of this process, which are run between the launches."""
+    """Compare runs started by torchrun with unsplit rounds of this process, which run between the launches."""
     base = [*overrides, f"trainer.num_rounds={options.rounds + 1}", "trainer.evaluate_every=1000"]
     whole, unsplit = new_loop([*overrides, *NO_EVALUATION])
     interleave([whole], 1)
@@ -107,7 +107,7 @@ def distributed(overrides: Sequence[str], options: argparse.Namespace) -> pd.Dat
 
 
 def _launch(overrides: Sequence[str], processes: int, in_flight: int) -> tuple[float, float]:
-    """Median seconds of a round, the first one left out, and the server's busy share."""
+    """Median seconds of all rounds except the first, and the server's busy rate."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command += ["-m", "fellrec", "train", *overrides, "split.transport=distributed", f"split.in_flight={in_flight}"]
@@ -133,7 +133,7 @@ def _row(processes: str, in_flight: int, seconds: float, unsplit: float, busy: f
 
 
 def packing(overrides: Sequence[str], options: argparse.Namespace) -> pd.DataFrame:
-    """The same run with what crosses packed in each way; accuracy on the test holdout."""
+    """The same run with each data type of hidden states and gradients; accuracy on the test split."""
     base = [*overrides, "split.transport=inprocess", f"trainer.num_rounds={options.rounds}"]
     loops = [
         (name, *new_loop([*base, f"split.hidden_dtype={name}", f"split.gradient_dtype={name}"])) for name in PACKINGS
@@ -149,7 +149,7 @@ def packing(overrides: Sequence[str], options: argparse.Namespace) -> pd.DataFra
         loss, plain_loss = (sum(update.loss for update in updates) / len(updates) for updates in losses)
         rows.append(
             {
-                "packing": name,
+                "data type": name,
                 "MB a round": f"{crossing / options.rounds / 1e6:.1f}",
                 "s/round": f"{records.seconds():.2f}",
                 "last loss": f"{loss:.5f}",
@@ -171,8 +171,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each run")
     parser.add_argument("--repeats", type=int, default=2, help="launches of each distributed run")
-    parser.add_argument("--parts", default=",".join(PARTS), help="which tables")
-    parser.add_argument("overrides", nargs="*", help="as for fellrec train")
+    parser.add_argument("--parts", default=",".join(PARTS), help="tables to produce")
+    parser.add_argument("overrides", nargs="*", help="overrides of fellrec train")
     options = parser.parse_args()
     for part in options.parts.split(","):
         sys.stdout.write(f"{part}\n\n{markdown(PARTS[part](options.overrides, options))}\n")

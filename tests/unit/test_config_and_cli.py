@@ -157,7 +157,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_help_starts_at_once() -> None:
-    """No heavy import stands between the user and the help text."""
+    """The help text of every verb needs no heavy import."""
     code = "import sys; import fellrec.cli.main; fellrec.cli.main._parser(); print(sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     for module in ("torch", "hydra", "mlflow", "transformers", "pandas"):
