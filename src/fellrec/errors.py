@@ -1,4 +1,4 @@
-"""The errors a user can cause. The CLI turns each into one message and a non-zero exit status."""
+"""Exceptions for user errors. The CLI prints their message and exits with a non-zero status."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from difflib import get_close_matches
 
 
 class FellrecError(Exception):
-    """Base of every error whose message is written for the user.
+    """Base class of all user errors.
 
     Attributes:
-        already_reported: Whether another process of the run shows the message.
+        already_reported: Whether another process of the run prints the message.
     """
 
     already_reported = False
@@ -25,7 +25,7 @@ class DataError(FellrecError):
 
 
 class LeakError(DataError):
-    """A model would see, or be selected by, what it is tested on, or could be asked for what it cannot rank."""
+    """Held-out targets would be used in training, in the input of an evaluation or for selection."""
 
 
 class BackboneError(FellrecError):
@@ -33,27 +33,27 @@ class BackboneError(FellrecError):
 
 
 class TrainingError(FellrecError):
-    """Training cannot go on; the last good state is kept."""
+    """Training cannot continue; the last valid state is kept."""
 
 
 class StorageError(FellrecError):
-    """A file of a run cannot be written: the disk is full, or the folder is not ours to write to."""
+    """A file cannot be written: the disk is full, or the permission is missing."""
 
 
 class CheckpointError(FellrecError):
-    """A checkpoint is damaged, or one of its files is absent."""
+    """A checkpoint is damaged or incomplete."""
 
 
 class SplitError(TrainingError):
-    """Processes cannot go on together: a wrong message, another version, or one of them is gone."""
+    """Communication between processes failed: unexpected message, different version, or lost process."""
 
 
 class Preempted(KeyboardInterrupt):
-    """The run was told to stop and can be resumed; like Ctrl-C, no failure that a policy could catch or count.
+    """The run was preempted and can be resumed. Like Ctrl-C, it does not count as a failure.
 
     Args:
-        message: What stopped it, and where.
-        exit_code: Of the process.
+        message: Cause and place of the interruption.
+        exit_code: Exit code of the process.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -62,7 +62,7 @@ class Preempted(KeyboardInterrupt):
 
 
 def nearest_first(value: str, choices: Iterable[str]) -> list[str]:
-    """Order ``choices`` for an error message: those that look like ``value`` first, the rest by name.
+    """Sort ``choices`` for an error message: close matches of ``value`` first, the others by name.
 
     Example:
         >>> nearest_first("fedavgg", ["local", "fellrec", "fedavg"])
@@ -74,7 +74,7 @@ def nearest_first(value: str, choices: Iterable[str]) -> list[str]:
 
 
 def unknown(kind: str, value: object, choices: Iterable[str]) -> str:
-    """Word the message for a name that is not among ``choices``.
+    """Format the error message for a name that is not in ``choices``.
 
     Example:
         >>> unknown("aggregation", "fedavgg", ["local", "fedavg"])

@@ -1,4 +1,4 @@
-"""Which training rows share a batch."""
+"""Batches of training rows of similar length."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import torch
 from torch import Tensor
 
 WINDOW_BATCHES = 50
-"""Batches whose rows are sorted by length together: more would save little padding and mix less."""
+"""Number of batches whose rows are sorted by length together. Larger windows save little padding and shuffle less."""
 
 
 def length_grouped_batches(
     lengths: Tensor, batch_size: int, generator: torch.Generator, window_batches: int = WINDOW_BATCHES
 ) -> list[list[int]]:
-    """Batches of rows of similar length, in random order: shuffle, sort inside windows, cut, shuffle the batches.
+    """Group rows of similar length into batches, in random order.
 
-    Every row is in one batch; all batches but one are full. A pure function of its arguments.
+    The rows are shuffled, sorted by length within windows and divided into batches; then the batches are shuffled.
+    Every row is in one batch. All batches but one are full.
 
     Args:
-        lengths: ``[N]`` int64 tokens of each row.
-        batch_size: Rows a batch.
-        generator: Of the order.
-        window_batches: Batches in a window.
+        lengths: ``[N]`` int64 number of tokens of each row.
+        batch_size: Rows per batch.
+        generator: Source of the order.
+        window_batches: Batches per window.
 
     Returns:
-        Positions of the rows of each batch.
+        Row indices of each batch.
 
     Example:
         >>> batches = length_grouped_batches(torch.tensor([1, 9, 2, 8]), 2, torch.Generator().manual_seed(0))

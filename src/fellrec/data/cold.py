@@ -1,4 +1,4 @@
-"""ColdStart items and cold users: what a recommender has seen nothing, or hardly anything, of in training."""
+"""Cold-start items and users: items and users with few or no training interactions."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fellrec.data.ragged import Ragged
 
 @dataclass(frozen=True)
 class ColdStart:
-    """Who and what is cold.
+    """Masks of the cold items and cold users.
 
     Attributes:
-        items: ``[I]`` bool: no training interaction of any client; those of public users do not count.
-        users: ``[U]`` bool: users of clients with fewer than ``users_below`` training interactions.
-        users_below: The bound.
+        items: ``[I]`` bool, items without training interactions at any client. Public users do not count.
+        users: ``[U]`` bool, clients' users with fewer than ``users_below`` training interactions.
+        users_below: The threshold.
     """
 
     items: NDArray[np.bool_]
@@ -36,7 +36,7 @@ class ColdStart:
         return cls(is_cold_item, is_private & (data.train.lengths < users_below), users_below)
 
     def groups(self, data: PreparedData) -> dict[str, dict[str, Tensor]]:
-        """Stage → group → ``[U]`` bool: users with at least one cold target, and cold users."""
+        """User groups for group metrics: stage → group → ``[U]`` bool (users with a cold target, cold users)."""
         stages = {"val": data.valid, "test": data.test}
         return {
             stage: {
@@ -47,7 +47,7 @@ class ColdStart:
         }
 
     def counts(self) -> dict[str, int]:
-        """For ``results.json``: cold items of the catalogue, cold users of all clients, and the bound."""
+        """Number of cold items in the catalogue, of cold users at all clients, and the threshold."""
         return {"items": int(self.items.sum()), "users": int(self.users.sum()), "users_below": self.users_below}
 
     def _has_cold_target(self, targets: Ragged) -> NDArray[np.bool_]:

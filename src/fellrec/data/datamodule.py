@@ -1,4 +1,4 @@
-"""Batches for training and evaluation, per client or pooled."""
+"""Batches for training and evaluation, per client or pooled over all clients."""
 
 from __future__ import annotations
 
@@ -20,31 +20,30 @@ from fellrec.data.ragged import IntArray, Ragged
 from fellrec.data.windows import TrainingRows, last_position_rows, windows
 from fellrec.functional.rng import derive_seed
 
-_KEPT = 128
-"""Clients whose training rows are kept; those of others are cut again when they are needed."""
+_CACHED_CLIENTS = 128
+"""Number of clients whose training rows are cached; the rows of other clients are rebuilt when requested."""
 
 Collate = Callable[[Tensor, Tensor], dict[str, Tensor]]
 Lengths = Callable[[Tensor, Tensor], Tensor | None]
 
 
 class _Rows(Dataset[Any]):
-    """Training rows that a loader reads a whole batch at a time."""
+    """Training rows, indexed by whole batches."""
 
-    def __init__(self, rows: TrainingRows, first_id: int = 0) -> None:
+    def __init__(self, rows: TrainingRows) -> None:
         self.items = torch.from_numpy(rows.items)
         self.is_target = torch.from_numpy(rows.is_target)
-        self.first_id = first_id
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         index = torch.tensor(indices)
-        return self.items[index], self.is_target[index], index + self.first_id
+        return self.items[index], self.is_target[index]
 
 
 class _Users(Dataset[Any]):
-    """Users to evaluate, read a whole batch at a time; nothing of all users is copied."""
+    """Users to evaluate, indexed by whole batches. Their interactions are gathered per batch, not copied up front."""
 
     def __init__(self, data: PreparedData, stage: str, users: IntArray) -> None:
         self.users = users
@@ -75,30 +74,29 @@ class _Users(Dataset[Any]):
 
 
 def evaluated_users(data: PreparedData, stage: str) -> IntArray:
-    """Users of clients who have a target and at least one earlier item, ascending."""
+    """Indices of the clients' users that have a target and at least one earlier item, ascending."""
     targets = data.valid if stage == "val" else data.test
     seen = data.train.lengths if stage == "val" else data.train.lengths + data.valid.lengths
     return np.flatnonzero((data.client_of_user >= 0) & (targets.lengths > 0) & (seen > 0))
 
 
 class FellrecDataModule(LightningDataModule):
-    """Training rows and users to evaluate, for one client or for all of them pooled.
+    """Training rows and users to evaluate, per client or pooled over all clients.
 
-    As a ``LightningDataModule`` it is the pooled data: ``Trainer().fit(module, datamodule.pooled())`` is the
-    centralised baseline.
+    Lightning's hooks give the pooled data: ``Trainer().fit(module, datamodule)`` trains the centralised baseline.
 
     Args:
         data: The prepared data set.
         collate: Turns ``items [B, W + 1]`` and ``is_target [B, W + 1]`` into a batch (an objective's ``collate``).
         one_target_per_row: Whether a training row has one target (its last item) or one at every position.
-        batch_size: Training rows a batch.
-        eval_batch_size: Users a batch.
-        seed: Seed of the order of the rows.
-        lengths: Gives the tokens ``[B]`` of the same rows (an objective's ``lengths``), if rows of similar length are
-            to share a batch; ``None`` if they are only shuffled.
+        batch_size: Training rows per batch.
+        eval_batch_size: Users per batch.
+        seed: Seed of the row order of ``train_dataloader``.
+        lengths: Returns the number of tokens ``[B]`` of the same rows (an objective's ``lengths``) to batch rows of
+            similar length together, or ``None`` to only shuffle the rows.
 
     Raises:
-        LeakError: If evaluation would see what it is to predict, or not know what users have seen.
+        LeakError: If the evaluation input contains a target, or lacks an interaction that precedes the targets.
     """
 
     def __init__(
@@ -120,33 +118,24 @@ class FellrecDataModule(LightningDataModule):
         self.seed = seed
         self._make_rows = last_position_rows if one_target_per_row else windows
         self._users = {stage: _Users(data, stage, evaluated_users(data, stage)) for stage in ("val", "test")}
-        self._first_ids: dict[int | None, int] = {}
-        self._num_ids = 0
-        self._recent: OrderedDict[int | None, _Rows] = OrderedDict()
-
-    def pooled(self) -> FellrecDataModule:
-        """The data of all clients together: what the centralised baseline trains on."""
-        return self
+        self._cache: OrderedDict[int | None, _Rows] = OrderedDict()
 
     def num_samples(self, client: int | None) -> int:
-        """Training targets of one client, or of all clients for ``None``."""
+        """Number of training targets of one client, or of all clients for ``None``."""
         return int(self._rows(client).is_target.sum())
 
     def num_batches(self, client: int | None) -> int:
-        """Training batches of one pass over a client's data, or over all clients' for ``None``."""
+        """Number of training batches per epoch of one client, or of the pooled data for ``None``."""
         return -(-len(self._rows(client)) // self.batch_size)
 
     def train_loader(self, client: int | None, seed: int) -> DataLoader[Any]:
-        """Shuffled training batches of one client, or of all clients for ``None``.
-
-        Beside what ``collate`` makes, a batch has ``row_ids [B]``: numbers that tell the rows of all clients apart.
-        """
+        """Shuffled training batches of one client, or of the pooled data for ``None``."""
         return self._loader(self._rows(client), seed)
 
     def longest_batch(self, client: int) -> dict[str, Tensor] | None:
-        """The batch of a client's longest rows; ``None`` if batches do not go by length, and are much alike.
+        """The batch of a client's longest rows, ``None`` if batches are not grouped by length.
 
-        No batch has more padded tokens, and few have as many: who only looks at some would miss it.
+        No other batch has more padded tokens, so it gives the peak memory of training.
         """
         rows = self._rows(client)
         lengths = self.lengths(rows.items, rows.is_target)
@@ -156,7 +145,7 @@ class FellrecDataModule(LightningDataModule):
         return self.collate(rows.items[longest], rows.is_target[longest])
 
     def public_loader(self, seed: int) -> DataLoader[Any]:
-        """Shuffled training batches of the public users; there must be some."""
+        """Shuffled training batches of the public users. Requires at least one public user."""
         users = np.flatnonzero(self.data.client_of_user < 0)
         rows = self._training_rows(users, np.ones(len(self.data.train.values), dtype=bool))
         return self._loader(_Rows(rows), seed)
@@ -165,11 +154,11 @@ class FellrecDataModule(LightningDataModule):
         """Users of the given clients (all for ``None``) with their targets; ``stage`` is ``"val"`` or ``"test"``."""
         users = self._users[stage]
         positions = range(len(users)) if clients is None else np.flatnonzero(np.isin(users.clients, clients)).tolist()
-        return DataLoader(users, batch_size=self.eval_batch_size, sampler=positions, collate_fn=_as_is)
+        return DataLoader(users, batch_size=self.eval_batch_size, sampler=positions, collate_fn=lambda batch: batch)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Lightning's hook: the pooled training batches."""
-        return self.train_loader(None, derive_seed(self.seed, "pooled"))
+        """Lightning's hook: pooled training batches, in the order of one pooled client's first federated epoch."""
+        return self.train_loader(None, derive_seed(self.seed, "order", 0, 0, 0))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Lightning's hook: all clients' users with their validation targets."""
@@ -180,18 +169,14 @@ class FellrecDataModule(LightningDataModule):
         return self.eval_loader("test")
 
     def _rows(self, client: int | None) -> _Rows:
-        if client not in self._recent:
+        if client not in self._cache:
             owner = self.data.client_of_user
             users = np.flatnonzero(owner >= 0 if client is None else owner == client)
-            rows = self._training_rows(users, self.data.train_targets)
-            if client not in self._first_ids:
-                self._first_ids[client] = self._num_ids
-                self._num_ids += len(rows)
-            self._recent[client] = _Rows(rows, self._first_ids[client])
-            while len(self._recent) > _KEPT:
-                self._recent.popitem(last=False)
-        self._recent.move_to_end(client)
-        return self._recent[client]
+            self._cache[client] = _Rows(self._training_rows(users, self.data.train_targets))
+            if len(self._cache) > _CACHED_CLIENTS:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(client)
+        return self._cache[client]
 
     def _training_rows(self, users: IntArray, is_target: np.ndarray) -> TrainingRows:
         flags = Ragged(is_target.view(np.int8), self.data.train.offsets).take(users)
@@ -200,17 +185,9 @@ class FellrecDataModule(LightningDataModule):
     def _loader(self, rows: _Rows, seed: int) -> DataLoader[Any]:
         generator = torch.Generator().manual_seed(seed)
         collate = self.collate
-
-        def batch(rows: Any) -> dict[str, Tensor]:
-            items, is_target, row_ids = rows
-            return {**collate(items, is_target), "row_ids": row_ids}
-
         lengths = self.lengths(rows.items, rows.is_target)
         if lengths is None:
-            return DataLoader(rows, self.batch_size, shuffle=True, generator=generator, collate_fn=batch)
-        batches = length_grouped_batches(lengths, self.batch_size, generator)
-        return DataLoader(rows, batch_sampler=batches, generator=generator, collate_fn=batch)
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
+            order: dict[str, Any] = {"batch_size": self.batch_size, "shuffle": True}
+        else:
+            order = {"batch_sampler": length_grouped_batches(lengths, self.batch_size, generator)}
+        return DataLoader(rows, generator=generator, collate_fn=lambda batch: collate(*batch), **order)

@@ -8,14 +8,14 @@ from fellrec.errors import DataError
 
 
 def k_core(interactions: pd.DataFrame, core: int) -> pd.DataFrame:
-    """Drop users and items with fewer than ``core`` interactions until none is left to drop.
+    """Drop users and items with fewer than ``core`` interactions, repeatedly until none is left (k-core filtering).
 
     Args:
         interactions: Columns ``user_id`` and ``item_id``.
-        core: Least number of interactions; 0 keeps everything.
+        core: Minimum number of interactions; 0 keeps everything.
 
     Raises:
-        DataError: If nothing is left.
+        DataError: If no interaction is left.
 
     Example:
         >>> frame = pd.DataFrame({"user_id": ["a", "a", "b"], "item_id": ["x", "y", "x"]})

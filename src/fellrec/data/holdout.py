@@ -1,4 +1,4 @@
-"""Holdouts: which interactions are for training, validation and test."""
+"""Holdouts: assign each interaction to training, validation or test."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ TRAIN, VALID, TEST = 0, 1, 2
 
 
 class Holdout(Protocol):
-    """What ``holdout`` provides."""
+    """Interface of ``holdout``."""
 
     def assign(self, histories: Ragged, times: NDArray[np.float64]) -> IntArray:
-        """``TRAIN``, ``VALID`` or ``TEST`` for each interaction, ``[total]``."""
+        """Return ``TRAIN``, ``VALID`` or ``TEST`` for each interaction, ``[total]``."""
 
 
 @dataclass(frozen=True)
 class LeaveOneOut:
-    """Each user's last interaction is for test, the one before for validation, the rest for training.
+    """Leave-one-out: each user's last interaction is the test target, the one before it the validation target.
 
-    Users with fewer than ``min_length`` interactions train only.
+    All interactions of users with fewer than ``min_length`` interactions are for training.
 
     Attributes:
-        min_length: Shortest history that is evaluated, at least 3.
+        min_length: Shortest history with a validation and a test target, at least 3.
     """
 
     min_length: int = 3
@@ -37,10 +37,13 @@ class LeaveOneOut:
         """See `Holdout.assign`.
 
         Raises:
-            ConfigError: If ``min_length`` is below 3, which would leave nothing to train on.
+            ConfigError: If ``min_length`` is below 3, which would leave no training interaction.
         """
         if self.min_length < 3:
-            raise ConfigError(f"holdout.min_length={self.min_length} must be at least 3: train, validation and test")
+            raise ConfigError(
+                f"holdout.min_length={self.min_length} must be at least 3: one training, one validation and one test "
+                "interaction"
+            )
         lengths = histories.lengths[histories.row_index]
         from_end = lengths - 1 - histories.positions
         stage = np.where(from_end == 0, TEST, np.where(from_end == 1, VALID, TRAIN))
@@ -49,11 +52,13 @@ class LeaveOneOut:
 
 @dataclass(frozen=True)
 class GlobalTime:
-    """The last interactions of all users together are for test, those before for validation (METHOD §5).
+    """Global temporal holdout: the latest interactions of all users are for test, those before for validation.
+
+    See METHOD §5.
 
     Attributes:
-        valid_rate: Share of interactions for validation.
-        test_rate: Share of interactions for test.
+        valid_rate: Fraction of the interactions for validation.
+        test_rate: Fraction of the interactions for test.
     """
 
     valid_rate: float = 0.1
@@ -63,18 +68,18 @@ class GlobalTime:
         """See `Holdout.assign`.
 
         Raises:
-            ConfigError: If the shares leave nothing for training.
-            DataError: If the timestamps are positions in each user's own order and not times.
+            ConfigError: If the rates leave no training interaction.
+            DataError: If the timestamps are positions within each user's history instead of times.
         """
         if min(self.valid_rate, self.test_rate) <= 0 or self.valid_rate + self.test_rate >= 1:
             raise ConfigError(
                 f"holdout.valid_rate={self.valid_rate} and holdout.test_rate={self.test_rate} "
-                "must be above 0 and together below 1"
+                "must be above 0 and their sum below 1"
             )
         if np.array_equal(times, histories.positions.astype(np.float64)):
             raise DataError(
-                "holdout=global_time needs times, but these timestamps are positions in each user's own order; "
-                "use holdout=leave_one_out"
+                "holdout=global_time needs timestamps, but this data set has only the position of each interaction in "
+                "its user's history; use holdout=leave_one_out"
             )
         order = np.argsort(times, kind="stable")
         num_valid, num_test = int(len(times) * self.valid_rate), int(len(times) * self.test_rate)

@@ -1,7 +1,7 @@
-"""Partitions: which users belong to which client.
+"""Partitions: assign users to clients.
 
-A partition sees the training interactions of all users at one place. That is a device of the simulation: in a real
-federation the clients are given.
+A partition reads the training interactions of all users centrally. This is part of the simulation: in a real federation
+the clients are given.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from fellrec.errors import ConfigError, unknown
 
 @dataclass(frozen=True)
 class PartitionInput:
-    """What a partition may look at; user ``u`` is row ``u`` of ``train`` and ``users``.
+    """Input of a partition; user ``u`` is row ``u`` of ``train`` and ``users``.
 
     Attributes:
-        train: Training interactions of the users to be divided.
-        users: Their attributes.
+        train: Training interactions of the users to assign.
+        users: Attributes of these users.
         catalogue: The items.
     """
 
@@ -37,22 +37,22 @@ class PartitionInput:
 
 
 class Partition(Protocol):
-    """What ``partition`` provides."""
+    """Interface of ``partition``."""
 
     def assign(self, given: PartitionInput) -> IntArray:
-        """A label per user, ``[U]``; labels need not be consecutive."""
+        """Return one label per user, ``[U]``; labels need not be consecutive."""
 
 
 @dataclass(frozen=True)
 class KMeansPartition:
     """k-means on length-normalised factors of the binary user-item matrix (METHOD §2).
 
-    Without the normalisation k-means sorts users by activity.
+    Without the normalisation k-means clusters users by their number of interactions.
 
     Attributes:
         num_clients: C.
         num_factors: Factors of the truncated SVD.
-        seed: Of SVD and k-means.
+        seed: Seed of SVD and k-means.
     """
 
     num_clients: int = 5
@@ -71,11 +71,11 @@ class KMeansPartition:
 
 @dataclass(frozen=True)
 class RandomPartition:
-    """Users at random, clients of nearly equal size.
+    """Random partition into clients of nearly equal size.
 
     Attributes:
         num_clients: C.
-        seed: Of the shuffle.
+        seed: Seed of the shuffle.
     """
 
     num_clients: int = 5
@@ -93,8 +93,8 @@ class AttributePartition:
     """One client per value of a user attribute, such as ``gender`` or ``occupation``.
 
     Attributes:
-        column: The attribute.
-        num_clients: Not used: the data decide; ``None``.
+        column: Name of the attribute.
+        num_clients: Not used; the attribute determines the number of clients.
     """
 
     column: str
@@ -104,7 +104,7 @@ class AttributePartition:
         """See `Partition.assign`.
 
         Raises:
-            ConfigError: If users have no such attribute.
+            ConfigError: If the users do not have this attribute.
         """
         if self.column not in given.users.columns:
             choices = [name for name in given.users.columns if name != "user_id"]
@@ -114,12 +114,14 @@ class AttributePartition:
 
 @dataclass(frozen=True)
 class DirichletPartition:
-    """Users who prefer the same genre go to clients in Dirichlet proportions; small concentrations are far from IID.
+    """Label-skewed partition: the users of each favourite genre are distributed over clients by a Dirichlet draw.
+
+    Smaller concentrations give less similar clients.
 
     Attributes:
         num_clients: C.
-        concentration: Of the Dirichlet distribution, above 0.
-        seed: Of the draws.
+        concentration: Concentration of the Dirichlet distribution, above 0.
+        seed: Seed of the draws.
     """
 
     num_clients: int = 5
@@ -130,11 +132,11 @@ class DirichletPartition:
         """See `Partition.assign`.
 
         Raises:
-            ConfigError: If the items have no genre or the concentration is not positive.
+            ConfigError: If the items have no genre, or the concentration is not positive.
         """
         _check_count(self.num_clients, given)
         if "genre" not in given.catalogue.attributes.columns:
-            raise ConfigError("partition=dirichlet needs a genre per item, which this data set does not have")
+            raise ConfigError("partition=dirichlet needs the item attribute genre, which this data set does not have")
         if not self.concentration > 0:
             raise ConfigError(f"partition.concentration={self.concentration} must be above 0")
         first_genre = given.catalogue.attributes["genre"].fillna("").astype(str).str.split().str[0]
@@ -143,8 +145,8 @@ class DirichletPartition:
         counts = np.zeros((len(given.train), genre.max() + 1), dtype=np.int64)
         np.add.at(counts, (given.train.row_index, genre[given.train.values]), 1)
         generator = np.random.default_rng(self.seed)
-        shares = generator.dirichlet([self.concentration] * self.num_clients, size=counts.shape[1])
-        bounds = shares.cumsum(axis=1)[counts.argmax(axis=1)]
+        proportions = generator.dirichlet([self.concentration] * self.num_clients, size=counts.shape[1])
+        bounds = proportions.cumsum(axis=1)[counts.argmax(axis=1)]
         draw = generator.random(len(given.train))[:, None] * bounds[:, -1:]
         return (draw > bounds).sum(axis=1).astype(np.int64)
 
@@ -154,7 +156,7 @@ class PerUserPartition:
     """One client per user.
 
     Attributes:
-        num_clients: Not used: the data decide; ``None``.
+        num_clients: Not used; every user is a client.
     """
 
     num_clients: int | None = None
@@ -165,13 +167,13 @@ class PerUserPartition:
 
 
 def user_item_matrix(train: Ragged, num_items: int) -> sparse.csr_matrix:
-    """The binary matrix of training interactions, ``[U, I]`` float32."""
+    """Binary matrix of the training interactions, ``[U, I]`` float32."""
     ones = np.ones(len(train.values), dtype=np.float32)
     return sparse.csr_matrix((ones, train.values, train.offsets), shape=(len(train), num_items))
 
 
 def by_size(labels: IntArray) -> IntArray:
-    """Number the clients from 0 by descending number of users; empty labels vanish.
+    """Renumber labels from 0 by descending number of users; labels without users are removed.
 
     Example:
         >>> by_size(np.array([7, 3, 7, 7])).tolist()
@@ -188,4 +190,6 @@ def _check_count(num_clients: int, given: PartitionInput) -> None:
     if num_clients is None or num_clients < 1:
         raise ConfigError(f"partition.num_clients={num_clients} must be at least 1")
     if num_clients > len(given.train):
-        raise ConfigError(f"partition.num_clients={num_clients} is more than the {len(given.train)} users to divide")
+        raise ConfigError(
+            f"partition.num_clients={num_clients} must be at most the number of users, {len(given.train)}"
+        )

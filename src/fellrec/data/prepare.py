@@ -1,4 +1,4 @@
-"""From a reader to the data of a run: filtered, held out, divided among clients, cached."""
+"""Data preparation: read, filter, hold out, partition into clients, cache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from fellrec.functional.rng import derive_seed
 log = logging.getLogger(__name__)
 
 _FORMAT = 1
-"""Raise it when preparation changes, so that older cache entries are not used, nor older runs evaluated on others."""
+"""Version of the preparation. Increment it when results change, to invalidate caches and older runs' data keys."""
 
 _STAGES = ("train", "valid", "test")
 _RAGGED = ("histories", *_STAGES)
@@ -36,16 +36,16 @@ _RAGGED = ("histories", *_STAGES)
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What shapes the data beside reader, holdout and partition.
+    """Settings of the preparation, beside reader, holdout and partition.
 
     Attributes:
-        name: Of the data set, for tables.
-        core: k-core filter; 0 keeps everything.
-        max_history: Longest history a model sees.
-        max_train_samples: Keep so many training targets, at random; ``None`` keeps all.
-        max_users: Keep so many users, at random, after the core filter; ``None`` keeps all.
-        public_user_rate: Share of the users who are public: in no client and no evaluation.
-        seed: Of these random choices.
+        name: Name of the data set, for tables.
+        core: Minimum of the k-core filter; 0 keeps everything.
+        max_history: Longest history in items that a model receives.
+        max_train_samples: Number of training targets to sample; ``None`` keeps all.
+        max_users: Number of users to sample after the k-core filter; ``None`` keeps all.
+        public_user_rate: Fraction of public users, which belong to no client and are not evaluated.
+        seed: Seed of the samples.
         on_empty_title: See `fellrec.data.schema.clean`.
     """
 
@@ -62,18 +62,18 @@ class DataSettings:
 def prepare(
     reader: Reader, settings: DataSettings, holdout: Holdout, partition: Partition, cache: Path | None
 ) -> PreparedData:
-    """Read, check, filter, hold out and divide, or take all that from the cache.
+    """Prepare a data set, or load it from the cache.
 
     Args:
-        reader: Where the data come from.
+        reader: Source of the data.
         settings: Filters and samples.
-        holdout: Train, validation, test.
-        partition: Users to clients.
-        cache: Folder of prepared data sets; ``None`` does not cache.
+        holdout: Assigns interactions to training, validation and test.
+        partition: Assigns users to clients.
+        cache: Folder of prepared data sets; ``None`` disables the cache.
 
     Raises:
-        DataError: If the data cannot be used.
-        LeakError: If what is held out is among what is trained on.
+        DataError: If the data are invalid.
+        LeakError: If held-out interactions are in the training data.
         ConfigError: If a setting does not fit the data.
     """
     key = _key(reader, settings, holdout, partition)
@@ -83,7 +83,7 @@ def prepare(
             check_holdout(data)
             return data
         except (OSError, ValueError, KeyError) as error:
-            log.warning("the cached data in %s are damaged or incomplete (%s) and are made again", cache / key, error)
+            log.warning("cached data in %s are damaged or incomplete (%s); preparing them again", cache / key, error)
             shutil.rmtree(cache / key)
     data = _prepare(reader, settings, holdout, partition, key)
     check_holdout(data)
@@ -132,11 +132,7 @@ def _prepare(reader: Reader, settings: DataSettings, holdout: Holdout, partition
     _check_clients(data)
     stage_counts = {name: int((stages == stage).sum()) for stage, name in enumerate(_STAGES)}
     statistics = {**counts, "duplicates_dropped": num_duplicates, **filtered, **stage_counts, **_statistics(data)}
-    return PreparedData(**{**_fields(data), "statistics": statistics})
-
-
-def _fields(data: PreparedData) -> dict[str, Any]:
-    return {name: getattr(data, name) for name in PreparedData.__dataclass_fields__}
+    return replace(data, statistics=statistics)
 
 
 def _counts(interactions: pd.DataFrame) -> dict[str, int]:
@@ -150,8 +146,8 @@ def _counts(interactions: pd.DataFrame) -> dict[str, int]:
 def _index(
     raw: RawData, kept: pd.DataFrame, settings: DataSettings
 ) -> tuple[Catalogue, pd.DataFrame, Ragged, NDArray[np.float64]]:
-    """Replace ids by indices in the order of the item and user files; sort each user by time."""
-    item_codes, item_ids = pd.factorize(kept["item_id"])  # comparing a million ids as text would take seconds
+    """Map ids to indices in the order of the item and user files; sort each user's interactions by time."""
+    item_codes, item_ids = pd.factorize(kept["item_id"])  # look up each distinct id once instead of each interaction
     user_codes, user_ids = pd.factorize(kept["user_id"])
     rated = raw.items[raw.items["item_id"].isin(item_ids)].reset_index(drop=True)
     users = raw.users[raw.users["user_id"].isin(user_ids)].reset_index(drop=True)
@@ -193,7 +189,7 @@ def _divide(
 ) -> IntArray:
     private = np.flatnonzero(~is_public)
     if len(private) == 0:
-        raise DataError("no users are left for the clients; lower data.public_user_rate")
+        raise DataError("all users are public, none is left for the clients; lower data.public_user_rate")
     given = PartitionInput(train.take(private), users.iloc[private].reset_index(drop=True), catalogue)
     client_of_user = np.full(len(users), -1, dtype=np.int64)
     client_of_user[private] = by_size(partition.assign(given))
@@ -212,10 +208,10 @@ def _train_targets(train: Ragged, client_of_user: IntArray, settings: DataSettin
 
 
 def _check_clients(data: PreparedData) -> None:
-    """Refuse clients that cannot train or be validated.
+    """Check that every client has training, validation and test targets.
 
     Raises:
-        DataError: Naming the first such client and how many there are.
+        DataError: If one has not. Gives the first such client and their number.
     """
     owner = data.client_of_user
     targets = Ragged(data.train_targets.astype(np.int64), data.train.offsets)
@@ -226,8 +222,8 @@ def _check_clients(data: PreparedData) -> None:
         if (having == 0).any():
             first = int((having == 0).argmax())
             raise DataError(
-                f"client {first} has no user with a {what} target ({int((having == 0).sum())} of {data.num_clients} "
-                "clients); use fewer clients, another partition, or more of the data"
+                f"client {first} has no {what} target ({int((having == 0).sum())} of {data.num_clients} clients have "
+                "none); use fewer clients, another partition or more data"
             )
 
 
@@ -260,7 +256,7 @@ def _statistics(data: PreparedData) -> dict[str, Any]:
 
 
 def _save(data: PreparedData, folder: Path) -> None:
-    """Write an entry beside its place and rename it; no pickles."""
+    """Write a cache entry to a temporary folder and rename it; no pickles."""
     draft = folder.with_name(f".{folder.name}-{os.getpid()}")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -276,7 +272,7 @@ def _save(data: PreparedData, folder: Path) -> None:
     (draft / "data.json").write_text(json.dumps({**scalars, "statistics": dict(data.statistics)}))
     try:
         draft.rename(folder)
-    except OSError:  # another process was faster; its entry is the same
+    except OSError:  # another process has written the same entry
         shutil.rmtree(draft)
 
 

@@ -1,4 +1,4 @@
-"""The data of a run, as ``fellrec.data.prepare`` makes them and everything else reads them."""
+"""The prepared data set of a run."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from fellrec.data.schema import Catalogue
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The data of a run; user ``u`` is row ``u`` everywhere.
+    """The prepared data set of a run; user ``u`` is row ``u`` in all fields. Built by ``fellrec.data.prepare``.
 
     Attributes:
-        name: Of the data set.
+        name: Name of the data set.
         catalogue: The items.
         users: ``user_id`` and attributes.
-        histories: All interactions before the holdout, oldest first; what guards compare the others with.
+        histories: All interactions, oldest first, before the holdout; the reference of the leak checks.
         train: Training interactions, oldest first.
         valid: Validation targets; empty for public users.
         test: Test targets; empty for public users.
-        train_targets: ``[len(train.values)]`` bool: which training interactions are predicted; a user's first never.
-        client_of_user: ``[U]`` int64; -1 is a public user.
+        train_targets: ``[len(train.values)]`` bool, training interactions that are targets; never a user's first one.
+        client_of_user: ``[U]`` int64 client of each user; -1 for public users.
         num_clients: C.
-        max_history: Longest history a model sees.
-        key: Hash of everything that shaped this.
-        statistics: Counts, for people.
+        max_history: Longest history in items that a model receives.
+        key: Hash of all settings and inputs of the preparation.
+        statistics: Counts for reports.
     """
 
     name: str

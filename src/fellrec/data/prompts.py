@@ -1,4 +1,4 @@
-"""Prompts of the generative family: one template per domain, the same for training and for inference."""
+"""Prompt templates of the generative objective: one per domain, used for training and for inference."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from fellrec.errors import ConfigError, unknown
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """An instruction, the history with one title a line, and the place where the answer begins.
+    """An instruction, the history with one title per line, and the beginning of the answer.
 
     Attributes:
-        version: Recorded with every run; a changed text needs a new one.
+        version: Name that is recorded with every run. A changed text needs a new version.
         before: Text before the history.
-        after: Text after the history; the title of the next item follows. It ends with a line break: after a blank,
-            tokenizers that put the blank into a word's token would see a title that begins unlike all others.
-        line: One title of the history; ``{title}`` stands for it.
+        after: Text after the history; the title of the next item follows. It must end with a line break: many
+            tokenizers merge a preceding space into the first token of a title, which would then differ from the first
+            token of the same title in the history.
+        line: One line of the history, with the placeholder ``{title}``.
     """
 
     version: str
@@ -27,28 +28,19 @@ class PromptTemplate:
     line: str = "- {title}\n"
 
     def history_lines(self, titles: Sequence[str]) -> list[str]:
-        """Each title as a line of the history."""
+        """Format each title as a line of the history."""
         return [self.line.replace("{title}", title) for title in titles]
 
     @property
     def line_end(self) -> str:
-        """What follows a title in its line."""
+        """Text after the title in a history line."""
         return self.line.partition("{title}")[2]
 
     @property
     def sha256(self) -> str:
-        """Hash of the text, so that a text that changed without a new version is seen."""
+        """Hash of the text, which detects a changed text under an unchanged version."""
         parts = (self.before, self.line, self.after)
         return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]
-
-    def render(self, titles: Sequence[str]) -> str:
-        """The whole prompt for a history, oldest title first.
-
-        Example:
-            >>> PromptTemplate("mine-1", before="Seen:\\n", after="Next:\\n").render(["Alien", "Heat"])
-            'Seen:\\n- Alien\\n- Heat\\nNext:\\n'
-        """
-        return "".join([self.before, *self.history_lines(titles), self.after])
 
 
 def _template(version: str, noun: str, verb: str, done: str) -> PromptTemplate:
@@ -65,14 +57,14 @@ TEMPLATES = {
         _template("video-1", "video", "watch", "Watched"),
     )
 }
-"""All templates by version. A version that runs were made with stays as it is; a better text is a new version."""
+"""All templates by version. Never change the text of a released version; add a new version instead."""
 
 
 def prompt_template(version: str) -> PromptTemplate:
-    """Look a template up.
+    """Return the template of a version.
 
     Raises:
-        ConfigError: If there is none of this version; names those that there are.
+        ConfigError: If the version is unknown; lists the known versions.
 
     Example:
         >>> prompt_template("game-1").after

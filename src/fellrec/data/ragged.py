@@ -1,4 +1,4 @@
-"""Rows of different length in one flat array, so that no code loops over users."""
+"""Ragged arrays: rows of different lengths in one flat array, for vectorised operations over users."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Ragged:
     """One row of item indices per user, oldest first.
 
     Attributes:
-        values: ``[total]`` int64, all rows one after the other.
+        values: ``[total]`` int64, all rows concatenated.
         offsets: ``[rows + 1]`` int64; row ``r`` is ``values[offsets[r]:offsets[r + 1]]``.
 
     Example:
@@ -29,7 +29,7 @@ class Ragged:
 
     @classmethod
     def from_rows(cls, rows: list[list[int]]) -> Ragged:
-        """Build from Python lists; meant for tests and small inputs."""
+        """Build from Python lists; for small inputs."""
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         values = np.array([value for row in rows for value in row], dtype=np.int64)
         return cls(values, offsets_of(lengths))
@@ -46,17 +46,17 @@ class Ragged:
 
     @property
     def lengths(self) -> IntArray:
-        """``[rows]`` int64, the number of values in each row."""
+        """``[rows]`` int64 number of values in each row."""
         return np.diff(self.offsets)
 
     @property
     def row_index(self) -> IntArray:
-        """``[total]`` int64, the row that each value belongs to."""
+        """``[total]`` int64 row of each value."""
         return np.repeat(np.arange(len(self), dtype=np.int64), self.lengths)
 
     @property
     def positions(self) -> IntArray:
-        """``[total]`` int64, each value's position inside its row, from 0."""
+        """``[total]`` int64 position of each value in its row, from 0."""
         return np.arange(len(self.values), dtype=np.int64) - np.repeat(self.offsets[:-1], self.lengths)
 
     def row(self, index: int) -> IntArray:

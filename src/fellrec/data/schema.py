@@ -1,4 +1,4 @@
-"""Interactions and catalogue: what a reader hands over, and the checks that all data pass."""
+"""Raw interactions and the item catalogue, and the validation of raw data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fellrec.data.ragged import IntArray
 from fellrec.errors import ConfigError, DataError, unknown
 
 Locate = Callable[[int], str]
-"""Row of a frame → ``file:line``, for messages."""
+"""Row of a frame → ``file:line``, for error messages."""
 
 ON_EMPTY_TITLE = ("error", "item_id")
 TEXT_STYLES = ("plain", "key_value")
@@ -22,7 +22,7 @@ TEXT_STYLES = ("plain", "key_value")
 
 @dataclass(frozen=True)
 class RawData:
-    """What a reader found, unchecked.
+    """Output of a reader, not yet validated.
 
     Attributes:
         interactions: Columns ``user_id`` and ``item_id`` (text) and ``timestamp`` (float), in file order.
@@ -40,22 +40,22 @@ class RawData:
 
 
 class Reader(Protocol):
-    """What ``data.reader`` provides."""
+    """Interface of ``data.reader``."""
 
     def read(self) -> RawData:
-        """Read everything."""
+        """Read the whole data set."""
 
     def fingerprint(self) -> str:
-        """A hash of all that ``read`` depends on."""
+        """Hash of the files and settings that ``read`` depends on."""
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The items, by index.
+    """The items; item ``i`` is entry ``i`` of all fields.
 
     Attributes:
-        item_ids: The ids of the data set.
-        titles: One title per item; a title is not an id.
+        item_ids: Item ids of the data set.
+        titles: One title per item, not necessarily unique.
         attributes: One row per item; text columns such as ``genre``.
     """
 
@@ -67,12 +67,12 @@ class Catalogue:
         return len(self.item_ids)
 
     def texts(self, fields: Sequence[str] = ("title", "genre"), style: str = "plain") -> list[str]:
-        """Each item's fields (``item_id``, ``title``, attributes) joined by a space; absent fields are left out.
+        """Join each item's fields (``item_id``, ``title``, attributes) with spaces; absent fields are skipped.
 
         Args:
-            fields: Names of fields, in the order in which they are written.
-            style: ``"plain"`` writes values only, ``"key_value"`` writes ``title: Heat genre: Crime``, as RecFormer
-                does (Li et al. 2023, section 2.1), and leaves out the names of values that are missing.
+            fields: Names of the fields, in output order.
+            style: ``"plain"`` writes values only; ``"key_value"`` writes ``title: Heat genre: Crime``, as RecFormer
+                does (Li et al. 2023, section 2.1), and skips missing values.
 
         Raises:
             ConfigError: If the data set has none of the fields, or the style is unknown.
@@ -95,22 +95,23 @@ class Catalogue:
 
     @cached_property
     def title_groups(self) -> IntArray:
-        """``[I]`` int64; items with the same title share a number."""
+        """``[I]`` int64 title index; equal for items with the same title."""
         return pd.factorize(pd.Series(self.titles, dtype=object))[0].astype(np.int64)
 
 
 def clean(raw: RawData, on_empty_title: str = "error") -> tuple[RawData, int]:
-    """Check what was read and drop repeated interactions, keeping the last of each user and item.
+    """Validate raw data and drop repeated interactions, keeping the last one of each user and item.
 
     Args:
-        raw: From a reader.
-        on_empty_title: ``"error"``, or ``"item_id"`` to call such items ``item <id>``.
+        raw: Output of a reader.
+        on_empty_title: ``"error"``, or ``"item_id"`` to use ``item <id>`` as the title of such items.
 
     Returns:
-        The same with unique interactions, and how many were dropped.
+        The data with unique interactions, and the number of dropped interactions.
 
     Raises:
-        DataError: Listing everything that is wrong, with counts and the first offending line.
+        ConfigError: If ``on_empty_title`` is unknown.
+        DataError: If the data are invalid; lists all problems with counts and the first offending line.
     """
     if on_empty_title not in ON_EMPTY_TITLE:
         raise ConfigError(unknown("data.on_empty_title", on_empty_title, ON_EMPTY_TITLE))
@@ -120,36 +121,35 @@ def clean(raw: RawData, on_empty_title: str = "error") -> tuple[RawData, int]:
         items.loc[empty, "title"] = "item " + items.loc[empty, "item_id"]
         empty &= False
     problems = [
-        _problem(len(raw.interactions) == 0, "there are no interactions"),
-        _first(empty, "items have an empty title (allow it by data.on_empty_title=item_id)", raw.where_item),
-        _first(items["item_id"].duplicated(), "item ids occur twice", raw.where_item),
+        "there are no interactions" if raw.interactions.empty else "",
+        _first(empty, "items have an empty title (set data.on_empty_title=item_id to allow it)", raw.where_item),
+        _first(items["item_id"].duplicated(), "item ids are duplicates", raw.where_item),
         _first(
             ~raw.interactions["item_id"].isin(items["item_id"]),
-            "interactions are with an item that is not in the catalogue",
+            "interactions have an item that is not in the catalogue",
             raw.where_interaction,
         ),
-        _first(~np.isfinite(raw.interactions["timestamp"]), "timestamps are no numbers", raw.where_interaction),
+        _first(~np.isfinite(raw.interactions["timestamp"]), "timestamps are not finite numbers", raw.where_interaction),
+        _first(
+            ~raw.interactions["user_id"].isin(raw.users["user_id"]),
+            "interactions have a user that is not in the user file",
+            raw.where_interaction,
+        ),
     ]
-    outside = ~raw.interactions["user_id"].isin(raw.users["user_id"])
-    problems.append(_first(outside, "interactions are of a user who is not in the user file", raw.where_interaction))
     found = [problem for problem in problems if problem]
     if found:
-        raise DataError("the data cannot be used: " + "; ".join(found))
+        raise DataError("invalid data: " + "; ".join(found))
     ordered = raw.interactions.sort_values("timestamp", kind="stable")
     kept = ordered.drop_duplicates(["user_id", "item_id"], keep="last").sort_index()
     return RawData(kept, items, raw.users, raw.where_interaction, raw.where_item), len(ordered) - len(kept)
 
 
 def _with_key(name: str, values: pd.Series) -> pd.Series:
-    """``name: value`` and a space, and nothing where there is no value."""
+    """Format as ``name: value`` and a space; empty where the value is missing."""
     text = values.fillna("").astype(str).str.strip()
     return (f"{name}: " + text + " ").where(text != "", "")
 
 
-def _problem(wrong: bool, what: str) -> str:
-    return what if wrong else ""
-
-
 def _first(wrong: pd.Series, what: str, locate: Locate) -> str:
     count = int(wrong.sum())
-    return f"{count} {what}, the first at {locate(int(np.flatnonzero(wrong)[0]))}" if count else ""
+    return f"{count} {what}, first at {locate(int(np.flatnonzero(wrong)[0]))}" if count else ""

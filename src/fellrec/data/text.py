@@ -1,4 +1,4 @@
-"""Texts as token ids, made once per run, and their assembly into batches without a loop over rows."""
+"""Tokenised texts and their vectorised assembly into batches."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from fellrec.errors import BackboneError
 
 
 class TokenizedTexts:
-    """One text per item as token ids.
+    """Token ids of one text per item.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
         texts: One text per item.
-        max_tokens: Longest text in tokens; longer ones are cut on the right.
-        ending: Tokens that a text ends with after it was cut, such as the line break that it lost.
-        prefix: Tokens that every text begins with, beside ``max_tokens``.
+        max_tokens: Maximum length in tokens; longer texts are truncated on the right.
+        ending: Last tokens of a truncated text, such as a line break; they count towards ``max_tokens``.
+        prefix: Tokens before every text, not counted in ``max_tokens``.
+        suffix: Tokens after every text, not counted in ``max_tokens``.
+        allow_empty: Whether a text may have no tokens.
 
     Attributes:
-        tokens: ``[I, T]`` int64, padded with 0 on the right.
-        inside: ``[I, T]`` bool, true for tokens.
-        lengths: ``[I]`` int64, at least 1.
+        tokens: ``[I, T]`` int64 token ids, padded with 0 on the right.
+        inside: ``[I, T]`` bool, true for tokens, false for padding.
+        lengths: ``[I]`` int64 number of tokens.
 
     Raises:
-        BackboneError: If the tokenizer turns a text into nothing.
+        BackboneError: If a text has no tokens and ``allow_empty`` is false.
     """
 
     def __init__(
@@ -37,27 +39,29 @@ class TokenizedTexts:
         max_tokens: int,
         ending: Sequence[int] = (),
         prefix: Sequence[int] = (),
+        suffix: Sequence[int] = (),
+        allow_empty: bool = False,
     ) -> None:
         encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         kept = max_tokens - len(ending)
         rows = [ids if len(ids) <= max_tokens else [*ids[:kept], *ending] for ids in encoded]
+        if not allow_empty and [] in rows:
+            empty = rows.index([])
+            raise BackboneError(f"item {empty} has no tokens: the tokenizer gives none for {texts[empty]!r}")
+        rows = [[*prefix, *ids, *suffix] for ids in rows]
         self.lengths = torch.tensor([len(ids) for ids in rows])
-        if int(self.lengths.min()) == 0:
-            empty = int(self.lengths.argmin())
-            raise BackboneError(f"item {empty} has no tokens: the tokenizer turns {texts[empty]!r} into nothing")
-        rows, self.lengths = [[*prefix, *ids] for ids in rows], self.lengths + len(prefix)
         self.inside = torch.arange(int(self.lengths.max()))[None, :] < self.lengths[:, None]
         self.tokens = torch.zeros(self.inside.shape, dtype=torch.long)
         self.tokens[self.inside] = torch.tensor([token for ids in rows for token in ids])
 
     def of(self, items: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens of each row's items one after the other.
+        """Concatenate the padded tokens of each row's items.
 
         Args:
-            items: ``[B, H]`` int64, -1 where there is none.
+            items: ``[B, H]`` int64 item indices, -1 for padding.
 
         Returns:
-            Tokens ``[B, H · T]`` and whether each place holds one ``[B, H · T]``.
+            Tokens ``[B, H · T]`` int64, and their mask ``[B, H · T]`` bool, false for padding.
         """
         known = items.clamp(min=0)
         inside = self.inside[known] & (items >= 0)[:, :, None]
@@ -65,15 +69,15 @@ class TokenizedTexts:
 
 
 def compact(tokens: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Push each row's tokens together, to the left.
+    """Remove the padding inside rows: move each row's tokens to the left.
 
     Args:
         tokens: ``[B, N]`` int64.
-        inside: ``[B, N]`` bool: which of them count.
+        inside: ``[B, N]`` bool, true for tokens, false for padding.
 
     Returns:
-        Token ids ``[B, L]``, right-padded with 0, L the longest row; and for each place of the input the position
-        ``[B, N]`` of the last counting token up to it.
+        Token ids ``[B, L]``, right-padded with 0, L the longest row; and for each position of the input the output
+        position ``[B, N]`` of the last token up to it.
 
     Example:
         >>> compact(torch.tensor([[5, 0, 6]]), torch.tensor([[True, False, True]]))
@@ -87,13 +91,13 @@ def compact(tokens: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def repeat_row(ids: Sequence[int], num_rows: int) -> tuple[Tensor, Tensor]:
-    """The same tokens for every row ``[num_rows, n]``, all of them counting."""
+    """Repeat a token sequence: tokens ``[num_rows, n]`` int64 and their mask ``[num_rows, n]`` bool, all true."""
     tokens = torch.tensor(list(ids), dtype=torch.long).expand(num_rows, len(ids))
     return tokens, torch.ones_like(tokens, dtype=torch.bool)
 
 
 def pad_left(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Move right-padded rows to the right end.
+    """Convert right-padded rows to left-padded rows.
 
     Args:
         ids: ``[B, L]`` int64, right-padded.

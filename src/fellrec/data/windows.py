@@ -1,4 +1,4 @@
-"""Training rows cut from users' sequences: histories with the positions to predict in them."""
+"""Training rows: windows of users' sequences with the positions to predict."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fellrec.data.ragged import IntArray, Ragged
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """Histories with the positions to predict, ready to be batched.
+    """Windows of users' sequences with the positions to predict.
 
     Attributes:
         items: ``[rows, W + 1]`` int64 item indices, oldest first, padded with -1 on the right.
@@ -23,24 +23,16 @@ class TrainingRows:
     items: IntArray
     is_target: NDArray[np.bool_]
 
-    def __len__(self) -> int:
-        return len(self.items)
-
-    @property
-    def num_targets(self) -> int:
-        """Number of (history, target) pairs in all rows."""
-        return int(self.is_target.sum())
-
 
 def windows(train: Ragged, is_target: NDArray[np.bool_], max_history: int) -> TrainingRows:
-    """Cut each sequence into pieces of ``max_history + 1`` items that share one item with their neighbour.
+    """Divide each sequence into windows of ``max_history + 1`` items; adjacent windows overlap by one item.
 
-    Every position but the first of a sequence is predicted in exactly one row, and never from more than
-    ``max_history`` items, so one forward pass trains up to ``max_history`` targets.
+    Every position but the first of a sequence is predicted in exactly one row, from at most ``max_history`` items.
+    One forward pass trains up to ``max_history`` targets per row.
 
     Args:
         train: One sequence per user.
-        is_target: ``[len(train.values)]``, the interactions to be predicted.
+        is_target: ``[len(train.values)]`` bool, interactions to predict.
         max_history: Longest history, at least 1.
 
     Example:
@@ -56,11 +48,11 @@ def windows(train: Ragged, is_target: NDArray[np.bool_], max_history: int) -> Tr
 
 
 def last_position_rows(train: Ragged, is_target: NDArray[np.bool_], max_history: int) -> TrainingRows:
-    """Make one row per target, with the ``max_history`` items before it.
+    """Build one row per target, with the ``max_history`` items before it.
 
     Args:
         train: One sequence per user.
-        is_target: ``[len(train.values)]``, the interactions to be predicted.
+        is_target: ``[len(train.values)]`` bool, interactions to predict.
         max_history: Longest history, at least 1.
 
     Example:

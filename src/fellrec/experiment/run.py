@@ -82,7 +82,7 @@ class Run:
         if self._has_checkpoint:
             checkpoint.resume(loop)
         else:
-            write_start(self.run_dir, config, recommender.data, recommender.module.objective.facts)
+            write_start(self.run_dir, config, recommender.data, recommender.module.objective.metadata)
         logging = self._mlflow()
         clock, meter = _Clock(), CostMeter(config.split.transport, lambda: storage_of(config, recommender))
         logging.costs = meter
@@ -133,7 +133,7 @@ class Run:
             "data": data.name,
             "backbone": self.recommender.backbone.name,
             **({"variant": self.variant} if self.variant else {}),
-            **self.recommender.module.objective.facts,
+            **self.recommender.module.objective.metadata,
             **{name: value for name, value in versions().items() if name in ("fellrec", "git_commit")},
         }
         new = NewRun(config.tracking.uri, config.tracking.experiment, self.label, tags, self.parent_uid)

@@ -102,7 +102,7 @@ def check_prompt(run_dir: Path, objective: Objective) -> None:
         ConfigError: If the objective's texts have changed.
     """
     recorded = json.loads((run_dir / _VERSIONS).read_text()) if (run_dir / _VERSIONS).is_file() else {}
-    check_template({name: recorded.get(name) for name in objective.facts}, objective.facts, str(run_dir))
+    check_template({name: recorded.get(name) for name in objective.metadata}, objective.metadata, str(run_dir))
 
 
 def write_evaluation(run_dir: Path, evaluation: Evaluation, extra: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ class Objective(Protocol):
     one_target_per_row: bool
 
     @property
-    def facts(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, str]:
         """What of it is recorded with a run beside its settings."""
 
     def lengths(self, items: Tensor, is_target: Tensor) -> Tensor | None:

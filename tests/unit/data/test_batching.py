@@ -11,6 +11,7 @@ from fellrec.data.holdout import LeaveOneOut
 from fellrec.data.partition import RandomPartition
 from fellrec.data.prepare import DataSettings, prepare
 from fellrec.data.readers import SyntheticReader
+from fellrec.functional.rng import derive_seed
 
 LENGTHS = torch.randint(20, 200, (1003,), generator=torch.Generator().manual_seed(1))
 
@@ -24,25 +25,25 @@ def padded(batches: list[list[int]]) -> int:
 
 
 @pytest.mark.parametrize("window_batches", [1, 3, 50])
-def test_every_row_comes_once_in_batches_of_the_wanted_size(window_batches: int) -> None:
+def test_every_row_is_in_one_batch_and_all_but_one_are_full(window_batches: int) -> None:
     batches = batches_of(0, window_batches=window_batches)
     assert sorted(row for batch in batches for row in batch) == list(range(1003))
     assert sorted(map(len, batches)) == [1003 % 16, *[16] * (1003 // 16)]
 
 
-def test_the_order_is_a_function_of_the_seed_and_random() -> None:
+def test_the_order_is_random_and_determined_by_the_seed() -> None:
     assert batches_of(3) == batches_of(3)
     assert batches_of(3) != batches_of(4)
     assert length_grouped_batches(torch.empty(0, dtype=torch.long), 4, torch.Generator()) == []
     first, second = ({frozenset(batch) for batch in batches_of(seed)} for seed in (3, 4))
-    assert len(first & second) == 0, "rows meet others in another epoch"
+    assert len(first & second) == 0, "batches differ between epochs"
     means = torch.tensor([float(LENGTHS[batch].float().mean()) for batch in batches_of(3)])
     trend = torch.corrcoef(torch.stack([means, torch.arange(len(means)).float()]))[0, 1]
-    assert abs(float(trend)) < 0.4, "short and long batches are mixed: of 63, |r| < 0.4 in 99.9 % of random orders"
+    assert abs(float(trend)) < 0.4, "short and long batches alternate: |r| < 0.4 in 99.9 % of random orders of 63"
 
 
-def test_one_window_over_all_rows_pads_as_little_as_sorting_does() -> None:
-    """Sorted rows cut into batches need the fewest padded tokens there are (exchange argument)."""
+def test_one_window_over_all_rows_has_the_padding_of_sorted_rows() -> None:
+    """Batches of sorted rows have the minimum number of padded tokens (exchange argument)."""
     best = padded([batch.tolist() for batch in LENGTHS.argsort(stable=True).split(16)])
     shuffled = padded([batch.tolist() for batch in torch.randperm(1003).split(16)])
     assert padded(batches_of(0, window_batches=1000)) == best
@@ -50,12 +51,15 @@ def test_one_window_over_all_rows_pads_as_little_as_sorting_does() -> None:
     assert padded(batches_of(0, window_batches=1)) > 0.9 * shuffled, "a window of one batch only shuffles"
 
 
-def test_a_client_trains_on_each_of_its_rows_once_an_epoch() -> None:
+def test_an_epoch_has_each_row_of_the_client_once() -> None:
     reader = SyntheticReader(num_users=60, num_items=50, mean_length=10)
     data = prepare(reader, DataSettings("synthetic"), LeaveOneOut(), RandomPartition(num_clients=2), None)
 
     def collate(items: torch.Tensor, is_target: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"lengths": (items >= 0).sum(dim=1)}
+        return {"items": items, "lengths": (items >= 0).sum(dim=1)}
+
+    def rows(batches: list[dict[str, torch.Tensor]]) -> list[list[int]]:
+        return torch.cat([batch["items"] for batch in batches]).tolist()
 
     module = FellrecDataModule(
         data, collate, one_target_per_row=True, batch_size=8, lengths=lambda items, is_target: (items >= 0).sum(dim=1)
@@ -63,14 +67,23 @@ def test_a_client_trains_on_each_of_its_rows_once_an_epoch() -> None:
     plain = FellrecDataModule(data, collate, one_target_per_row=True, batch_size=8)
     state = torch.get_rng_state()
     epochs = [list(module.train_loader(1, seed)) for seed in (5, 5, 6)]
-    assert torch.equal(torch.get_rng_state(), state), "the global generator is left alone"
-    ids = [torch.cat([batch["row_ids"] for batch in batches]) for batches in epochs]
-    assert torch.equal(ids[0], ids[1])
-    assert not torch.equal(ids[0], ids[2])
-    assert torch.equal(ids[0].sort().values, torch.cat([b["row_ids"] for b in plain.train_loader(1, 5)]).sort().values)
+    assert torch.equal(torch.get_rng_state(), state), "the global generator is not used"
+    assert rows(epochs[0]) == rows(epochs[1])
+    assert rows(epochs[0]) != rows(epochs[2])
+    assert sorted(rows(epochs[0])) == sorted(rows(list(plain.train_loader(1, 5))))
     assert len(epochs[0]) == module.num_batches(1) == plain.num_batches(1)
 
     def width(batches: list[dict[str, torch.Tensor]]) -> int:
         return sum(len(batch["lengths"]) * int(batch["lengths"].max()) for batch in batches)
 
     assert width(epochs[0]) < width(list(plain.train_loader(1, 5)))
+
+
+def test_lightnings_hook_has_the_order_of_the_first_federated_epoch_of_one_pooled_client() -> None:
+    """The row order of client 0, round 0, epoch 0 has the seed (seed, "order", 0, 0, 0)."""
+    reader = SyntheticReader(num_users=60, num_items=50, mean_length=10)
+    data = prepare(reader, DataSettings("synthetic"), LeaveOneOut(), RandomPartition(num_clients=1), None)
+    module = FellrecDataModule(data, lambda items, is_target: {"items": items}, batch_size=8, seed=3)
+    expected = module.train_loader(0, derive_seed(3, "order", 0, 0, 0))
+    for batch, other in zip(module.train_dataloader(), expected, strict=True):
+        assert torch.equal(batch["items"], other["items"])

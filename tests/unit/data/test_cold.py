@@ -1,4 +1,4 @@
-"""ColdStart items and users of a data set of six items and five users, counted by hand."""
+"""Cold items and users of a data set of six items and five users, counted by hand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fellrec.metrics import ClientRankingMetrics
 
 @pytest.fixture(scope="module")
 def data() -> PreparedData:
-    """User 4 is public: what only they saw, item 3, is cold for the clients; nobody saw items 4 and 5."""
+    """User 4 is public, so item 3, which only this user has, is cold. Items 4 and 5 have no interactions."""
     train = Ragged.from_rows([[0, 1, 2], [0, 1], [2], [], [3, 3, 0]])
     valid = Ragged.from_rows([[1], [3], [0], [2], []])
     test = Ragged.from_rows([[4, 0], [1], [2], [3], []])
@@ -41,7 +41,7 @@ def test_cold_items_and_users(data: PreparedData) -> None:
     assert cold.items.tolist() == [False, False, False, True, True, True]
     assert cold.users.tolist() == [False, False, True, True, False]
     assert cold.counts() == {"items": 3, "users": 2, "users_below": 2}
-    assert ColdStart.of(data, 4).users.tolist() == [True, True, True, True, False], "public users are no clients'"
+    assert ColdStart.of(data, 4).users.tolist() == [True, True, True, True, False], "public users do not count"
 
 
 def test_users_with_a_cold_target(data: PreparedData) -> None:
@@ -50,8 +50,8 @@ def test_users_with_a_cold_target(data: PreparedData) -> None:
     assert groups["test"]["cold_items"].tolist() == [True, False, False, True, False]
 
 
-def test_their_metrics_have_names_of_their_own(data: PreparedData) -> None:
-    """Ranks 0, 1, 2 and 9 at the cutoff 2: users 0 and 1 hit."""
+def test_group_metrics_are_in_the_summary(data: PreparedData) -> None:
+    """Ranks 0, 1, 2 and 9 with cutoff 2: users 0 and 1 have a hit."""
     metric = ClientRankingMetrics(2, (2,), ColdStart.of(data, 2).groups(data))
     metric.update(torch.tensor([3, 1, 0, 2]), torch.tensor([1, 0, 0, 1]), torch.tensor([9, 1, 0, 2]), torch.arange(4))
     summary = metric.evaluation("test", 0).summary
@@ -61,7 +61,7 @@ def test_their_metrics_have_names_of_their_own(data: PreparedData) -> None:
     assert summary["hr_at_2/pooled"] == 0.5
 
 
-def test_without_any_there_is_their_number_alone(data: PreparedData) -> None:
+def test_an_empty_group_has_only_its_number_of_users(data: PreparedData) -> None:
     metric = ClientRankingMetrics(2, (2,), ColdStart.of(data, 1).groups(data))
     metric.update(torch.tensor([2]), torch.tensor([1]), torch.tensor([0]), torch.tensor([0]))
     cold = {name: value for name, value in metric.evaluation("val", 0).summary.items() if name.startswith("cold")}

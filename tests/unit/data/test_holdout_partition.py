@@ -1,4 +1,4 @@
-"""Holdouts divide the interactions, partitions divide the users."""
+"""Holdouts of interactions and partitions of users."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROWS = st.lists(st.lists(st.integers(0, 50), max_size=8), min_size=1, max_size=8
 
 
 @given(ROWS)
-def test_leave_one_out_against_a_loop(rows: list[list[int]]) -> None:
+def test_leave_one_out_equals_a_loop_over_users(rows: list[list[int]]) -> None:
     histories = Ragged.from_rows(rows)
     stages = LeaveOneOut().assign(histories, np.zeros(len(histories.values)))
     expected = [
@@ -40,7 +40,7 @@ def test_leave_one_out_against_a_loop(rows: list[list[int]]) -> None:
 
 
 @given(st.lists(st.floats(0, 1e9), min_size=10, max_size=60, unique=True))
-def test_global_time_is_the_order_of_time(times: list[float]) -> None:
+def test_global_time_holds_out_the_latest_interactions(times: list[float]) -> None:
     half = len(times) // 2
     histories = Ragged.from_rows([[0] * half, [0] * (len(times) - half)])
     stages = GlobalTime().assign(histories, np.array(times) + 1.5)
@@ -49,14 +49,14 @@ def test_global_time_is_the_order_of_time(times: list[float]) -> None:
     assert by_time.tolist() == [TRAIN] * (len(times) - 2 * tenth) + [VALID] * tenth + [TEST] * tenth
 
 
-def test_global_time_refuses_positions() -> None:
+def test_global_time_refuses_positions_instead_of_timestamps() -> None:
     histories = Ragged.from_rows([[4, 5, 6], [7, 8]])
-    with pytest.raises(DataError, match="positions in each user's own order"):
+    with pytest.raises(DataError, match="needs timestamps, but this data set has only the position"):
         GlobalTime().assign(histories, np.array([0, 1, 2, 0, 1], dtype=float))
 
 
 @pytest.mark.parametrize("rates", [(0.0, 0.1), (0.6, 0.5)])
-def test_global_time_refuses_rates(rates: tuple[float, float]) -> None:
+def test_global_time_refuses_invalid_rates(rates: tuple[float, float]) -> None:
     with pytest.raises(ConfigError, match="holdout.valid_rate"):
         GlobalTime(*rates).assign(Ragged.from_rows([[1, 2]]), np.array([5.0, 9.0]))
 
@@ -65,10 +65,10 @@ def test_global_time_refuses_rates(rates: tuple[float, float]) -> None:
     st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=60, unique=True), st.integers(1, 3)
 )
 def test_k_core_is_the_largest_fixed_point(pairs: list[tuple[int, int]], core: int) -> None:
-    """Dropping one poor user or item at a time, in any order, must end at the same set."""
+    """Dropping one user or item with too few interactions at a time, in any order, ends at the same set."""
     left = set(pairs)
     while True:
-        poor = next(
+        dropped = next(
             (
                 {p for p in left if p[side] == value}
                 for side in (0, 1)
@@ -77,9 +77,9 @@ def test_k_core_is_the_largest_fixed_point(pairs: list[tuple[int, int]], core: i
             ),
             None,
         )
-        if not poor:
+        if not dropped:
             break
-        left -= poor
+        left -= dropped
     frame = pd.DataFrame(pairs, columns=["user_id", "item_id"])
     if not left:
         with pytest.raises(DataError, match="leaves no interactions"):
@@ -89,7 +89,7 @@ def test_k_core_is_the_largest_fixed_point(pairs: list[tuple[int, int]], core: i
 
 
 def planted(num_users: int = 90) -> tuple[PartitionInput, np.ndarray]:
-    """Three groups of users with items of their own, and users of very different activity."""
+    """Three groups of users with disjoint items, and numbers of interactions that vary within groups."""
     generator = np.random.default_rng(0)
     group = generator.permutation(np.repeat([0, 1, 2], num_users // 3))
     rows = [(generator.permutation(20)[: generator.integers(5, 20)] + 20 * g).tolist() for g in group]
@@ -102,14 +102,14 @@ def planted(num_users: int = 90) -> tuple[PartitionInput, np.ndarray]:
     return PartitionInput(Ragged.from_rows(rows), users, catalogue), group
 
 
-def test_kmeans_finds_planted_groups_whatever_the_activity() -> None:
+def test_kmeans_finds_planted_groups_independent_of_activity() -> None:
     given_data, group = planted()
     labels = KMeansPartition(num_clients=3, num_factors=8).assign(given_data)
     assert adjusted_rand_score(group, labels) > 0.95
     assert labels.tolist() == KMeansPartition(num_clients=3, num_factors=8).assign(given_data).tolist()
 
 
-def test_random_is_even_and_blind_to_groups() -> None:
+def test_random_clients_have_equal_sizes_and_ignore_groups() -> None:
     given_data, group = planted()
     labels = RandomPartition(num_clients=4).assign(given_data)
     sizes = np.bincount(labels)
@@ -117,7 +117,7 @@ def test_random_is_even_and_blind_to_groups() -> None:
     assert abs(adjusted_rand_score(group, labels)) < 0.1
 
 
-def test_attribute_follows_the_column() -> None:
+def test_attribute_clients_are_the_values_of_the_column() -> None:
     given_data, group = planted()
     labels = AttributePartition("gender").assign(given_data)
     assert adjusted_rand_score(group == 0, labels) == 1.0
@@ -130,8 +130,8 @@ def test_dirichlet_concentrates_genres() -> None:
     narrow = DirichletPartition(num_clients=5, concentration=0.05).assign(given_data)
     wide = DirichletPartition(num_clients=5, concentration=1000.0).assign(given_data)
     assert set(narrow) <= set(range(5))
-    shares = [pd.crosstab(group, labels, normalize="index").to_numpy().max(axis=1).mean() for labels in (narrow, wide)]
-    assert shares[0] > 0.6 > 0.4 > shares[1]
+    largest = [pd.crosstab(group, labels, normalize="index").to_numpy().max(axis=1).mean() for labels in (narrow, wide)]
+    assert largest[0] > 0.6 > 0.4 > largest[1]
 
 
 def test_one_client_per_user() -> None:
@@ -140,9 +140,9 @@ def test_one_client_per_user() -> None:
 
 
 @pytest.mark.parametrize("partition", [KMeansPartition, RandomPartition, DirichletPartition])
-def test_more_clients_than_users(partition: type) -> None:
+def test_more_clients_than_users_are_refused(partition: type) -> None:
     given_data, _ = planted()
-    with pytest.raises(ConfigError, match="partition.num_clients=91 is more than the 90 users"):
+    with pytest.raises(ConfigError, match="partition.num_clients=91 must be at most the number of users, 90"):
         partition(num_clients=91).assign(given_data)
 
 

@@ -1,4 +1,4 @@
-"""Preparation: what reaches the clients, what is public, what is cached."""
+"""Preparation of data: clients' users, public users, samples and cache."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def same(left: PreparedData, right: PreparedData) -> bool:
     )
 
 
-def test_every_interaction_is_somewhere_once() -> None:
+def test_every_interaction_is_in_exactly_one_stage() -> None:
     data, raw = make(), READER.read()
     joined = data.train.join(data.valid).join(data.test)
     private = data.client_of_user >= 0
@@ -75,7 +75,7 @@ def test_no_target_is_in_its_own_history() -> None:
             assert (batch["histories"][:, 0] >= 0).all()
 
 
-def test_validation_histories_do_not_hold_validation_items_and_test_histories_do() -> None:
+def test_test_histories_contain_the_validation_targets_and_validation_histories_do_not() -> None:
     data = make()
     module = FellrecDataModule(data, lambda items, is_target: {}, eval_batch_size=1000)
     val, test = next(iter(module.eval_loader("val"))), next(iter(module.eval_loader("test")))
@@ -83,14 +83,14 @@ def test_validation_histories_do_not_hold_validation_items_and_test_histories_do
     assert newest.tolist() == val["target_items"].tolist()
 
 
-def test_few_shot_keeps_exactly_so_many_targets_of_clients() -> None:
+def test_max_train_samples_is_the_number_of_the_clients_training_targets() -> None:
     data = make(dataclasses.replace(SETTINGS, max_train_samples=100))
     assert data.train_targets.sum() == 100
     assert (data.client_of_user[data.train.row_index[data.train_targets]] >= 0).all()
     assert (data.train.positions[data.train_targets] > 0).all()
 
 
-def test_max_users_leaves_the_catalogue_alone() -> None:
+def test_max_users_does_not_change_the_catalogue() -> None:
     data = make(dataclasses.replace(SETTINGS, max_users=50))
     assert len(data.users) == 50
     assert len(data.catalogue) == len(make().catalogue)
@@ -100,11 +100,13 @@ def test_max_users_leaves_the_catalogue_alone() -> None:
     "change",
     [{"core": 2}, {"max_history": 5}, {"max_train_samples": 99}, {"max_users": 99}, {"seed": 1}, {"name": "x"}],
 )
-def test_the_key_knows_every_setting(change: dict[str, object]) -> None:
+def test_the_key_depends_on_every_setting(change: dict[str, object]) -> None:
     assert make(dataclasses.replace(SETTINGS, **change)).key != make().key  # type: ignore[arg-type]
 
 
-def test_cached_data_equal_fresh_data_and_damage_is_mended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_cached_data_equal_fresh_data_and_a_damaged_cache_is_rebuilt(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     fresh, cached = make(cache=tmp_path), make(cache=tmp_path)
     assert same(fresh, cached)
     assert cached.statistics == fresh.statistics
@@ -115,7 +117,7 @@ def test_cached_data_equal_fresh_data_and_damage_is_mended(tmp_path: Path, caplo
     assert [path.name for path in tmp_path.iterdir()] == [fresh.key]
 
 
-def test_the_order_of_the_file_does_not_matter_where_times_differ() -> None:
+def test_the_order_of_the_file_does_not_matter_if_timestamps_differ() -> None:
     class Shuffled:
         def read(self) -> RawData:
             raw = READER.read()
@@ -128,7 +130,7 @@ def test_the_order_of_the_file_does_not_matter_where_times_differ() -> None:
     assert same(make(reader=Shuffled()), make())
 
 
-def test_a_client_without_validation_users_is_named() -> None:
+def test_a_client_without_validation_targets_is_refused() -> None:
     class Short:
         def read(self) -> RawData:
             raw = READER.read()
@@ -138,7 +140,7 @@ def test_a_client_without_validation_users_is_named() -> None:
         def fingerprint(self) -> str:
             return "short"
 
-    with pytest.raises(DataError, match=r"client 0 has no user with a validation target \(4 of 4 clients\)"):
+    with pytest.raises(DataError, match=r"client 0 has no validation target \(4 of 4 clients have none\)"):
         prepare(Short(), SETTINGS, LeaveOneOut(), RandomPartition(num_clients=4), None)
 
 
@@ -162,7 +164,7 @@ def ndcg(data: PreparedData, name: str) -> float:
     return float(ranking_metrics(ranks, batch["target_rows"], len(batch["users"]), [10])["ndcg_at_10"].mean())
 
 
-def test_the_synthetic_set_can_be_learned() -> None:
+def test_markov_beats_popularity_on_the_synthetic_data() -> None:
     data = prepare(SyntheticReader(), SETTINGS, LeaveOneOut(), KMeansPartition(), None)
     assert ndcg(data, "random") < ndcg(data, "popularity") < 0.5 * ndcg(data, "markov")
     assert pd.Series(data.catalogue.titles).is_unique
@@ -170,8 +172,8 @@ def test_the_synthetic_set_can_be_learned() -> None:
     assert max(sizes) > 1.5 * min(sizes)
 
 
-def test_the_micro_lens_shaped_set_can_be_learned_and_not_solved() -> None:
-    """A habit is followed in 35 % of the steps, and less than half of the others can be guessed."""
+def test_markov_beats_popularity_on_the_micro_lens_shaped_data_but_is_far_from_perfect() -> None:
+    """35 % of the steps follow a fixed transition; less than half of the others are predictable."""
     data = prepare(MicroLensShapedReader(), SETTINGS, LeaveOneOut(), KMeansPartition(), None)
     assert 2 * ndcg(data, "random") < ndcg(data, "popularity") < 0.5 * ndcg(data, "markov")
     assert 0.2 < ndcg(data, "markov") < 0.5
@@ -185,13 +187,12 @@ def test_the_micro_lens_shaped_set_can_be_learned_and_not_solved() -> None:
     ],
     ids=["synthetic", "micro_lens_shaped"],
 )
-def test_planted_groups_contradict_each_other(reader: SyntheticReader | MicroLensShapedReader) -> None:
+def test_planted_groups_have_different_transitions(reader: SyntheticReader | MicroLensShapedReader) -> None:
     """The most frequent successor of an item differs between groups for about half of the items."""
     raw = reader.read()
     joined = raw.interactions.merge(raw.users, on="user_id").sort_values(["user_id", "timestamp"])
     joined["next"] = joined.groupby("user_id")["item_id"].shift(-1)
     common = joined.dropna().groupby(["group", "item_id"])["next"].agg(lambda films: films.value_counts().index[0])
     first, second = (common[name] for name in ("group0", "group1"))
-    shared = first.index.intersection(second.index)
-    share = float((first[shared] == second[shared]).mean())
-    assert 0.3 < share < 0.7
+    in_both = first.index.intersection(second.index)
+    assert 0.3 < float((first[in_both] == second[in_both]).mean()) < 0.7

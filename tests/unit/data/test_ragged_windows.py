@@ -1,4 +1,4 @@
-"""The laws of ragged rows and training rows, against plain loops over lists."""
+"""Ragged arrays and training rows equal plain loops over lists."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROWS = st.lists(st.lists(st.integers(0, 50), max_size=12), min_size=1, max_size=
 
 
 @given(ROWS, st.integers(1, 5))
-def test_last_is_the_end_of_each_row(rows: list[list[int]], count: int) -> None:
+def test_last_returns_the_padded_end_of_each_row(rows: list[list[int]], count: int) -> None:
     padded = Ragged.from_rows(rows).last(count)
     for row, got in zip(rows, padded, strict=True):
         tail = row[-count:]
@@ -28,7 +28,7 @@ def test_join_appends_row_by_row(left: list[list[int]], right: list[list[int]]) 
 
 
 @given(ROWS, st.data())
-def test_take_keeps_order_and_repeats(rows: list[list[int]], data: st.DataObject) -> None:
+def test_take_keeps_the_given_order_and_repetitions(rows: list[list[int]], data: st.DataObject) -> None:
     chosen = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=10))
     taken = Ragged.from_rows(rows).take(np.array(chosen, dtype=np.int64))
     assert [taken.row(i).tolist() for i in range(len(chosen))] == [rows[i] for i in chosen]
@@ -55,8 +55,8 @@ def test_each_chosen_position_is_predicted_once(rows: list[list[int]], history: 
     one_each = last_position_rows(train, chosen, history)
     assert sorted(pairs(one_each.items, one_each.is_target)) == sorted(wanted)
     many = windows(train, chosen, history)
-    assert many.num_targets == len(wanted) == sum(chosen[i] for i in range(total) if i not in first)
-    # A window's target sees a suffix of the full history: never more than ``history`` items, always the newest.
+    assert many.is_target.sum() == len(wanted) == sum(chosen[i] for i in range(total) if i not in first)
+    # A target in a window is predicted from a suffix of its history, of at most ``history`` items.
     for (context, target), (full, same) in zip(
         pairs(many.items, many.is_target), pairs(one_each.items, one_each.is_target), strict=True
     ):

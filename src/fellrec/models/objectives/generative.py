@@ -105,7 +105,7 @@ class GenerativeObjective:
             )
 
     @property
-    def facts(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, str]:
         """What of the objective is recorded with a run beside its settings."""
         return {"prompt_template": self.template.version, "prompt_sha256": self.template.sha256}
 

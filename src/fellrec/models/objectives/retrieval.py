@@ -140,7 +140,7 @@ class RetrievalObjective:
         return self.item_encoder == "encoded" and not self.is_causal
 
     @property
-    def facts(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, str]:
         """Nothing: its texts are the catalogue's, and the rest is settings."""
         return {}
 

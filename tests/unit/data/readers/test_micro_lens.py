@@ -63,10 +63,10 @@ def test_published_files(published: Path) -> None:
         (PAIRS, "user,video,time\n7,1,5\n", r"pairs.csv:1 lacks the column item, timestamp; it has user, video, time"),
         (PAIRS, "user,item,timestamp\n7,1\n", r"pairs.csv:2 has 2 fields instead of 3"),
         (PAIRS, "user,item,timestamp\n7,1,soon\n", r"pairs.csv:2: 'soon' is no number for timestamp"),
-        (PAIRS, "user,item,timestamp\n7,8,5\n", r"1 interactions are with an item .* first at .*pairs.csv:2"),
+        (PAIRS, "user,item,timestamp\n7,8,5\n", r"1 interactions have an item .* first at .*pairs.csv:2"),
         (TITLES, "1, a\n2\n", r"title_en.csv:2 has 1 fields instead of 2"),
-        (TITLES, "1, a\n1, b\n2, c\n", r"1 item ids occur twice, the first at .*title_en.csv:2"),
-        (TITLES, "item,title\n1, a\n2,\n", r"1 items have an empty title \(allow it by .*title_en.csv:3"),
+        (TITLES, "1, a\n1, b\n2, c\n", r"1 item ids are duplicates, first at .*title_en.csv:2"),
+        (TITLES, "item,title\n1, a\n2,\n", r"1 items have an empty title \(set data.on_empty_title.*title_en.csv:3"),
     ],
 )
 def test_bad_lines_are_named(published: Path, file: str, text: str, message: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-from fellrec.data.prompts import TEMPLATES, prompt_template
+from fellrec.data.prompts import TEMPLATES, PromptTemplate, prompt_template
 from fellrec.data.schema import Catalogue
 from fellrec.errors import BackboneError, ConfigError
 from fellrec.models.adapters import LoraAdapter
@@ -104,13 +105,18 @@ GOLDEN_PROMPTS = Path(__file__).with_name("golden_prompts")
 TEMPLATE = prompt_template("product-1")
 
 
+def rendered(template: PromptTemplate, titles: Sequence[str]) -> str:
+    """The whole prompt for a history, oldest title first."""
+    return "".join([template.before, *(template.line.replace("{title}", title) for title in titles), template.after])
+
+
 @pytest.mark.parametrize("version", TEMPLATES)
 def test_the_prompt_is_the_templates_text_in_training_and_inference(tiny: Backbone, version: str) -> None:
     """The golden texts were written by hand; they end where the answer begins."""
     golden = (GOLDEN_PROMPTS / f"{version}.txt").read_text()
-    assert TEMPLATES[version].render(["Toy Story", "The Lonely Silver Garden"]) == golden
+    assert rendered(TEMPLATES[version], ["Toy Story", "The Lonely Silver Garden"]) == golden
     objective = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3, template=version)
-    assert objective.facts["prompt_template"] == version
+    assert objective.metadata["prompt_template"] == version
     ids, lengths = objective.prompts(HISTORIES)
     decode = tiny.tokenizer.decode
     assert decode(ids[2, : lengths[2]]) == "<s>" + golden
@@ -143,7 +149,7 @@ def test_truncation_drops_the_oldest_titles_and_nothing_else(tiny: Backbone) -> 
     lengths = [len(ids_of(tiny, f"- {TITLES[item]}\n")) for item in (1, 2)]
     objective._room = sum(lengths)
     ids, length = objective.prompts(HISTORIES[:1])
-    assert tiny.tokenizer.decode(ids[0, : length[0]]) == "<s>" + TEMPLATE.render(["Heat (1995)", "Amélie"])
+    assert tiny.tokenizer.decode(ids[0, : length[0]]) == "<s>" + rendered(TEMPLATE, ["Heat (1995)", "Amélie"])
 
 
 def test_a_title_longer_than_the_room_is_cut_and_keeps_its_line(tiny: Backbone) -> None:
@@ -155,12 +161,12 @@ def test_a_title_longer_than_the_room_is_cut_and_keeps_its_line(tiny: Backbone) 
     ids, lengths = objective.prompts(torch.tensor([[1, 0], [0, 1]]))
     kept = tiny.tokenizer.decode(ids_of(tiny, f"- {title}")[:19]).removeprefix("- ")
     for row, titles in enumerate((["Up", kept], [kept, "Up"])):
-        assert tiny.tokenizer.decode(ids[row, : lengths[row]]) == "<s>" + TEMPLATE.render(titles)
+        assert tiny.tokenizer.decode(ids[row, : lengths[row]]) == "<s>" + rendered(TEMPLATE, titles)
     longest = int(objective.lines.lengths.max())
     least = 240 - objective._room + longest
     alone = GenerativeObjective(tiny.tokenizer, catalogue, max_history=2, max_tokens=least, max_title_tokens=12)
     ids, lengths = alone.prompts(torch.tensor([[1, 0]]))
-    assert tiny.tokenizer.decode(ids[0, : lengths[0]]) == "<s>" + TEMPLATE.render([kept])
+    assert tiny.tokenizer.decode(ids[0, : lengths[0]]) == "<s>" + rendered(TEMPLATE, [kept])
     with pytest.raises(
         ConfigError, match=rf"leaves {longest - 1} tokens for the history .* one title can take {longest}"
     ):
