@@ -176,7 +176,7 @@ def test_wrong_words_exit_with_2(arguments: list[str], capsys: pytest.CaptureFix
     ("overrides", "message"),
     [
         (["partition.num_clients=99999"], "partition.num_clients=99999 must be at most the number of users"),
-        (["trainer.cutoffs=[5,10,100]"], "cutoff 100 cannot be used; allowed are integers from 1 to 60"),
+        (["trainer.cutoffs=[5,10,100]"], "invalid cutoff 100; allowed are integers from 1 to 60"),
         (["split.head_layers=9"], "split.head_layers=9 and split.tail_layers=1 do not fit"),
         (
             ["adapter=lora", "adapter.target_modules=[q_prj]"],

@@ -48,7 +48,7 @@ class UpdateMixing(AggregationCallback):
         """Move every client by (U3), and report ``mixing`` and ``similarity``."""
         similarity = self._similarity(updates)
         matrix = self._matrix(similarity)
-        moved = mixing.MovedAdapters(self.server_learning_rate * matrix, updates.start, updates.end)
+        moved = mixing.Mixture(self.server_learning_rate * matrix, updates.end, updates.start)
         return self.combine(updates, matrix, matrices={"similarity": similarity}, adapters=moved)
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""How evenly a metric is spread over clients. All functions take ``[C]`` values, one per client.
+"""Statistics of the distribution of a metric over clients. All functions take ``[C]`` values, one per client.
 
-Values are finite and not negative (a metric in [0, 1]); a vector of zeros counts as perfectly balanced; a vector
-without clients gives NaN.
+Values are finite and not negative (a metric in [0, 1]). A vector of zeros counts as perfectly balanced; an empty vector
+gives NaN.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def variance(values: Tensor) -> float:
-    """Population variance: the clients are all there are, not a sample of more.
+    """Population variance (divided by C).
 
     Example:
         >>> variance(torch.tensor([1.0, 3.0]))
@@ -35,7 +35,7 @@ def std(values: Tensor) -> float:
 
 
 def coefficient_of_variation(values: Tensor) -> float:
-    """Standard deviation over mean; 0 for zeros.
+    """Population standard deviation divided by the mean; 0 if the mean is 0.
 
     Example:
         >>> coefficient_of_variation(torch.tensor([1.0, 3.0]))
@@ -46,7 +46,7 @@ def coefficient_of_variation(values: Tensor) -> float:
 
 
 def worst(values: Tensor) -> float:
-    """The lowest value.
+    """Minimum.
 
     Example:
         >>> worst(torch.tensor([0.5, 0.25]))
@@ -56,18 +56,18 @@ def worst(values: Tensor) -> float:
 
 
 def worst_10_percent(values: Tensor) -> float:
-    """Mean of the lowest ``ceil(0.1 C)`` values: at least one client, whatever C is.
+    """Mean of the lowest ``ceil(0.1 C)`` values, at least one.
 
     Example:
         >>> worst_10_percent(torch.arange(1.0, 12.0))
         1.5
     """
-    count = -(-len(values) // 10)  # ceil in integers: 0.1 * 30 in floats would give 4
+    count = -(-len(values) // 10)  # integer ceil: math.ceil(0.1 * 30) is 4
     return float(values.double().sort().values[:count].mean())
 
 
 def gap(values: Tensor) -> float:
-    """Best minus worst value.
+    """Maximum minus minimum.
 
     Example:
         >>> gap(torch.tensor([0.5, 0.25, 0.75]))
@@ -77,9 +77,9 @@ def gap(values: Tensor) -> float:
 
 
 def gini(values: Tensor) -> float:
-    """Gini coefficient: 0 is even, ``1 - 1/C`` is one client for all.
+    """Gini coefficient: 0 for equal values, ``1 - 1/C`` if only one value is not zero.
 
-    It is the mean absolute difference of all pairs of clients over twice the mean.
+    It is the mean absolute difference of all pairs of clients divided by twice the mean.
 
     Example:
         >>> gini(torch.tensor([0.0, 0.0, 0.0, 1.0]))
@@ -87,45 +87,47 @@ def gini(values: Tensor) -> float:
     """
     if not len(values):
         return math.nan
-    shares = _shares(values)
-    ranks = torch.arange(1, len(shares) + 1, dtype=torch.float64, device=shares.device)
+    fractions = _fractions(values)
+    ranks = torch.arange(1, len(fractions) + 1, dtype=torch.float64, device=fractions.device)
     # Sorted ascending, the value of rank i is added i - 1 times and subtracted C - i times over all pairs.
-    return float(((2 * ranks - len(shares) - 1) * shares.sort().values).sum() / len(shares))
+    return float(((2 * ranks - len(fractions) - 1) * fractions.sort().values).sum() / len(fractions))
 
 
 def jain(values: Tensor) -> float:
-    """Jain's fairness index ``(sum x)^2 / (C sum x^2)``: 1 is even, ``1/C`` is one client for all.
+    """Jain's fairness index ``(sum x)^2 / (C sum x^2)``: 1 for equal values, ``1/C`` if only one is not zero.
 
     Example:
         >>> jain(torch.tensor([0.0, 0.0, 0.0, 1.0]))
         0.25
     """
-    shares = _shares(values)
-    return float(1 / (len(shares) * (shares**2).sum())) if len(shares) else math.nan
+    fractions = _fractions(values)
+    return float(1 / (len(fractions) * (fractions**2).sum())) if len(fractions) else math.nan
 
 
 def entropy(values: Tensor) -> float:
-    """Entropy of the shares over its maximum ``log C``: 1 is even, and a single client; 0 is one client for all.
+    """Normalised entropy of the values' fractions of their sum, divided by its maximum ``log C``.
+
+    1 for equal values and for a single client, 0 if only one of several values is not zero.
 
     Example:
         >>> entropy(torch.tensor([1.0, 1.0, 0.0, 0.0]))
         0.5
     """
-    shares = _shares(values)
-    if len(shares) < 2:
-        return 1.0 if len(shares) else math.nan
-    return float(torch.special.entr(shares).sum() / math.log(len(shares)))
+    fractions = _fractions(values)
+    if len(fractions) < 2:
+        return 1.0 if len(fractions) else math.nan
+    return float(torch.special.entr(fractions).sum() / math.log(len(fractions)))
 
 
 STATISTICS: dict[str, Callable[[Tensor], float]] = {
     function.__name__: function
     for function in (variance, std, coefficient_of_variation, worst, worst_10_percent, gap, gini, jain, entropy)
 }
-"""All balance statistics of METHOD section 5 by name."""
+"""Balance statistics of METHOD section 5 by name."""
 
 
 def balance(values: Tensor) -> dict[str, float]:
-    """All of `STATISTICS`.
+    """Compute all of `STATISTICS`.
 
     Args:
         values: ``[C]`` finite values, one per client.
@@ -137,31 +139,23 @@ def balance(values: Tensor) -> dict[str, float]:
     return {name: function(values) for name, function in STATISTICS.items()}
 
 
-def gain(values: Tensor, baseline: Tensor) -> dict[str, float]:
-    """What each client wins over another rule, as a rule over local-only training.
+def mean_gain(values: Tensor, baseline: Tensor) -> float:
+    """Mean difference of the clients' values to a baseline, such as local training.
 
     Args:
-        values: ``[C]`` values of the rule that is judged.
-        baseline: ``[C]`` values of the same clients under the other rule. Clients that are NaN in either are left out.
-
-    Returns:
-        ``gain_mean`` and ``gain_min`` (absolute differences, not ratios) and ``num_clients_losing``.
+        values: ``[C]`` values.
+        baseline: ``[C]`` values of the same clients under the baseline. Clients with NaN in either are left out.
 
     Example:
-        >>> gain(torch.tensor([0.5, 0.75]), torch.tensor([0.25, 1.0]))
-        {'gain_mean': 0.0, 'gain_min': -0.25, 'num_clients_losing': 1.0}
+        >>> mean_gain(torch.tensor([0.5, 1.0]), torch.tensor([0.25, 0.75]))
+        0.25
     """
     differences = values.double() - baseline.double()
-    differences = differences[~differences.isnan()]
-    return {
-        "gain_mean": float(differences.mean()),
-        "gain_min": worst(differences),
-        "num_clients_losing": float((differences < 0).sum()),
-    }
+    return float(differences[~differences.isnan()].mean())
 
 
-def _shares(values: Tensor) -> Tensor:
-    """``[C]`` float64 shares of the total, even for a vector of zeros."""
+def _fractions(values: Tensor) -> Tensor:
+    """``[C]`` float64 fractions of the sum; equal fractions for a vector of zeros."""
     wide = values.double()
     total = wide.sum()
     return wide / total if total > 0 else torch.full_like(wide, 1 / max(len(wide), 1))

@@ -1,7 +1,7 @@
-"""Ranking among a sample of candidates, as much of the literature does; never a substitute for full ranking.
+"""Sampled candidates for metrics that are comparable with papers that rank among sampled items.
 
-Sampled metrics need not order models as full ranking does (Krichene, Rendle 2020), so they have names of their own,
-`sampled_name`, and neither selection nor tables use them.
+Sampled metrics may order models differently from full ranking (Krichene, Rendle 2020). They have separate names
+(`sampled_name`) and are not used for selection or tables.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fellrec.functional.rng import derive_seed, scramble
 
 
 def sampled_name(metric: str, num_candidates: int) -> str:
-    """What a metric is called if targets stand among a sample.
+    """Name of a metric that is computed among sampled candidates.
 
     Example:
         >>> sampled_name("ndcg_at_10", 100)
@@ -28,28 +28,28 @@ def sampled_name(metric: str, num_candidates: int) -> str:
 
 @dataclass(frozen=True)
 class SampledCandidates:
-    """The items that a user's targets are ranked among, drawn uniformly without replacement.
+    """Items that a user's targets are ranked among, drawn uniformly without replacement.
 
-    They depend on the seed, the user and what is masked for the user, so that every model and rule of a comparison is
-    ranked among the same, in whatever batch or process.
+    They depend only on the seed, the user and the user's masked items. So all models and rules of a comparison are
+    evaluated with the same candidates, independent of batches and processes.
 
     Attributes:
-        num: Items drawn for each user beside the targets; all there are, if there are fewer.
-        seed: Of the run.
+        num: Number of items drawn per user, beside the targets; all allowed items if there are fewer.
+        seed: Seed of the run.
     """
 
     num: int
     seed: int
 
     def draw(self, users: Tensor, allowed: Tensor) -> Tensor:
-        """Draw for a batch of users.
+        """Draw candidates for a batch of users.
 
         Args:
             users: ``[B]`` int64 user indices.
-            allowed: ``[B, I]`` bool: what may be drawn, neither masked nor a target.
+            allowed: ``[B, I]`` bool, items that may be drawn: neither masked nor a target.
 
         Returns:
-            ``[B, I]`` bool, true for what was drawn.
+            ``[B, I]`` bool, true for the drawn items.
         """
         num_items = allowed.shape[1]
         of_items: NDArray[np.uint64] = np.arange(num_items).astype(np.uint64)

@@ -1,6 +1,6 @@
-"""What a cut costs: bytes of storage, memory and traffic. Pure arithmetic on counts; METHOD §4.
+"""Storage, memory and traffic of a split model, computed from counts (METHOD §4).
 
-Client: head and tail. Server: body. All sizes are bytes; counts per round may be means and are floats.
+The client has head and tail, the server has the body. Counts per round may be means and are floats.
 """
 
 from __future__ import annotations
@@ -9,28 +9,28 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-"""Bytes of one number."""
+"""Bytes per element."""
 
-_SCALE_BYTES = 4  # int8 travels with one float32 scale per token
-_NORM_BYTES = 4  # of the gradient of one of the body's tensors, float32
-_STEP_BYTES = 2 * 4  # clip factor and learning rate of one step, float32
-_FINISH_BYTES = 2 * 8  # loss and number of samples of one client and round
-_COUNT_BYTES = 4  # AdamW counts its steps per tensor, in float32
+_SCALE_BYTES = 4  # int8: one float32 scale per token
+_NORM_BYTES = 4  # float32 gradient norm of one tensor of the body
+_STEP_BYTES = 2 * 4  # float32 clip factor and learning rate of one step
+_FINISH_BYTES = 2 * 8  # loss and number of samples of one client in one round
+_COUNT_BYTES = 4  # float32 step count of AdamW, one per tensor
 
 
 @dataclass(frozen=True)
 class PartCost:
-    """What one part of the model, or several together, weighs.
+    """Sizes of one part of the model, or of several parts together.
 
     Attributes:
-        num_layers: Decoder layers.
-        weight_bytes: The backbone's own parameters; a tied one counts once.
+        num_layers: Number of decoder layers.
+        weight_bytes: Parameters of the backbone; tied parameters count once.
         adapter_bytes: Trainable parameters.
-        added_bytes: Those of ``adapter_bytes`` that come on top of ``weight_bytes``: all of LoRA, none of a full
-            adapter.
-        num_adapter_tensors: Trainable tensors.
-        activation_bytes: What the forward pass of one micro-batch keeps for the backward pass, parameters left out.
-        forward_flops: Floating point operations of one micro-batch's forward pass.
+        added_bytes: Part of ``adapter_bytes`` that is not in ``weight_bytes``: all of LoRA, nothing of a full adapter.
+        num_adapter_tensors: Number of trainable tensors.
+        activation_bytes: Activations that the forward pass of one micro-batch saves for the backward pass, without
+            parameters.
+        forward_flops: Floating point operations of the forward pass of one micro-batch.
     """
 
     num_layers: int = 0
@@ -43,12 +43,12 @@ class PartCost:
 
     @property
     def gradient_bytes(self) -> int:
-        """One gradient per trainable parameter, of the same type."""
+        """Gradients: one per trainable parameter, of the same dtype."""
         return self.adapter_bytes
 
     @property
     def optimizer_bytes(self) -> int:
-        """AdamW's two moments per trainable parameter, of the same type, and one step count per tensor.
+        """AdamW: two moments per trainable parameter, of the same dtype, and one step count per tensor.
 
         Example:
             >>> PartCost(adapter_bytes=4 * 1000, num_adapter_tensors=2).optimizer_bytes
@@ -57,14 +57,14 @@ class PartCost:
         return 2 * self.adapter_bytes + _COUNT_BYTES * self.num_adapter_tensors
 
     def peak_bytes(self, in_flight: int = 1) -> int:
-        """Memory at the end of the forward pass, plus gradients: everything above at once.
+        """Peak memory: weights, adapters, gradients, optimiser state and activations.
 
         Args:
-            in_flight: Clients under way at the same time; they share the backbone's weights, and nothing else.
+            in_flight: Number of clients in training at the same time. Only the backbone's weights are common to them.
 
         Example:
-            100 of weights, 8 of LoRA, 8 of gradients, 16 of moments, 50 of activations; a second client needs all but
-            the weights again.
+            100 bytes of weights, 8 of LoRA, 8 of gradients, 16 of moments, 50 of activations. A second client adds
+            all but the weights.
 
             >>> part = PartCost(weight_bytes=100, adapter_bytes=8, added_bytes=8, activation_bytes=50)
             >>> part.peak_bytes(), part.peak_bytes(in_flight=2)
@@ -74,11 +74,11 @@ class PartCost:
         return self.weight_bytes + self.added_bytes + in_flight * own + (in_flight - 1) * self.adapter_bytes
 
 
-def together(parts: Iterable[PartCost]) -> PartCost:
-    """Sum of several parts on one machine.
+def total_cost(parts: Iterable[PartCost]) -> PartCost:
+    """Sum of several parts.
 
     Example:
-        >>> together([PartCost(num_layers=1, weight_bytes=10), PartCost(num_layers=2)])
+        >>> total_cost([PartCost(num_layers=1, weight_bytes=10), PartCost(num_layers=2)])
         PartCost(num_layers=3, weight_bytes=10, adapter_bytes=0, added_bytes=0, num_adapter_tensors=0, \
 activation_bytes=0, forward_flops=0)
     """
@@ -86,15 +86,16 @@ activation_bytes=0, forward_flops=0)
     return PartCost(**{field.name: sum(getattr(part, field.name) for part in found) for field in fields(PartCost)})
 
 
-def share(part: float, whole: float) -> float:
-    """``part / whole``, and 0 where there is nothing to share.
+def fraction(part: float, whole: float) -> float:
+    """``part / whole``; 0 if ``whole`` is 0.
 
     Example:
-        A decoder layer of LLaMA-7B has 4·4096² + 3·4096·11008 + 2·4096 = 202,383,360 weights, embedding, final norm
-        and LM head together 2·32000·4096 + 4096 = 262,148,096; 32 layers. METHOD §4: 67 % for k + m = 21, 13 % for 3.
+        A decoder layer of LLaMA-7B has 4·4096² + 3·4096·11008 + 2·4096 = 202,383,360 weights. Embedding, final norm
+        and LM head have 2·32000·4096 + 4096 = 262,148,096. With k + m = 21 of 32 layers the client has 67 %, with 3
+        layers 13 % (METHOD §4).
 
         >>> layer, rest = 202_383_360, 262_148_096
-        >>> [round(share(kept * layer + rest, 32 * layer + rest), 3) for kept in (21, 3)]
+        >>> [round(fraction(kept * layer + rest, 32 * layer + rest), 3) for kept in (21, 3)]
         [0.67, 0.129]
     """
     return part / whole if whole else 0.0
@@ -102,11 +103,11 @@ def share(part: float, whole: float) -> float:
 
 @dataclass(frozen=True)
 class RoundLoad:
-    """What one client does in one round, the mean over clients.
+    """Local training of one client in one round, as a mean over clients.
 
     Attributes:
         num_steps: Optimiser steps.
-        num_tokens: Padded tokens B · L that go through the model, over all steps.
+        num_tokens: Padded tokens B · L in the input of the model, summed over all steps.
     """
 
     num_steps: float
@@ -114,15 +115,15 @@ class RoundLoad:
 
 
 @dataclass(frozen=True)
-class Wire:
-    """How things cross a cut.
+class TrafficSettings:
+    """What client and server exchange, and in which dtypes.
 
     Attributes:
         hidden_size: D.
-        hidden_dtype: Of hidden states: ``float32``, ``bfloat16`` or ``int8``.
-        gradient_dtype: Of gradients, likewise.
-        clips_gradients: Whether client and server agree on one gradient norm at every step.
-        exchanges_adapters: Whether the rule mixes adapters; if not, none leaves its client.
+        hidden_dtype: Dtype of transferred hidden states: ``float32``, ``bfloat16`` or ``int8``.
+        gradient_dtype: Dtype of transferred gradients, likewise.
+        clips_gradients: Whether gradients are clipped by their norm over all parts, which needs the body's norms.
+        exchanges_adapters: Whether the aggregation rule mixes adapters; if not, they are not transferred.
     """
 
     hidden_size: int
@@ -134,7 +135,7 @@ class Wire:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of one client and round; up is from the client to the server.
+    """Traffic of one client in one round; up is from the client to the server.
 
     Attributes:
         hidden_up_bytes: Outputs of the head.
@@ -142,9 +143,9 @@ class Traffic:
         gradient_up_bytes: Gradients of the body's outputs.
         gradient_down_bytes: Gradients of the head's outputs.
         adapter_up_bytes: The client's trained head and tail adapters.
-        adapter_down_bytes: The mixed ones.
+        adapter_down_bytes: The aggregated head and tail adapters.
         scalar_up_bytes: Clip factor and learning rate of every step; loss and number of samples.
-        scalar_down_bytes: Gradient norms.
+        scalar_down_bytes: Gradient norms of the body.
     """
 
     hidden_up_bytes: float = 0.0
@@ -158,37 +159,37 @@ class Traffic:
 
     @property
     def hidden_bytes(self) -> float:
-        """Hidden states, both ways."""
+        """Hidden states in both directions."""
         return self.hidden_up_bytes + self.hidden_down_bytes
 
     @property
     def gradient_bytes(self) -> float:
-        """Gradients, both ways."""
+        """Gradients in both directions."""
         return self.gradient_up_bytes + self.gradient_down_bytes
 
     @property
     def adapter_bytes(self) -> float:
-        """Adapters, both ways."""
+        """Adapters in both directions."""
         return self.adapter_up_bytes + self.adapter_down_bytes
 
     @property
     def up_bytes(self) -> float:
-        """Everything that the client sends."""
+        """Everything from the client to the server."""
         return self.hidden_up_bytes + self.gradient_up_bytes + self.adapter_up_bytes + self.scalar_up_bytes
 
     @property
     def down_bytes(self) -> float:
-        """Everything that the client receives."""
+        """Everything from the server to the client."""
         return self.hidden_down_bytes + self.gradient_down_bytes + self.adapter_down_bytes + self.scalar_down_bytes
 
     @property
     def total_bytes(self) -> float:
-        """Everything, both ways."""
+        """Everything in both directions."""
         return self.up_bytes + self.down_bytes
 
 
 def crossing_bytes(num_tokens: float, hidden_size: int, dtype: str) -> float:
-    """Bytes of ``num_tokens`` rows ``[D]`` that cross a cut once.
+    """Bytes to transfer ``num_tokens`` hidden states ``[D]`` across a cut once.
 
     Example:
         >>> [crossing_bytes(10, 64, dtype) for dtype in ("float32", "bfloat16", "int8")]
@@ -198,40 +199,39 @@ def crossing_bytes(num_tokens: float, hidden_size: int, dtype: str) -> float:
     return num_tokens * (hidden_size * ELEMENT_BYTES[dtype] + scale)
 
 
-def traffic(head: PartCost, body: PartCost, tail: PartCost, load: RoundLoad, wire: Wire) -> Traffic:
-    """Traffic of one client in one round of training; evaluation is not in it.
+def traffic(head: PartCost, body: PartCost, tail: PartCost, load: RoundLoad, settings: TrafficSettings) -> Traffic:
+    """Traffic of one client in one round of training, without evaluation.
 
-    Every micro-batch crosses the two cuts forward, and backward as far as something trains: gradients go up if head
-    or body has trainable parameters, and down again if the head has. Without a body nothing crosses but adapters.
+    The hidden states of every micro-batch cross both cuts. Gradients are sent up if head or body has trainable
+    parameters, and down if the head has. Without a body only adapters are transferred.
 
     Args:
         head: The head.
         body: The body.
         tail: The tail.
         load: Steps and tokens of the round.
-        wire: Types on the way.
+        settings: Dtypes and kinds of the transferred tensors.
 
     Example:
-        Two steps with 100 tokens together, D = 8, one trainable tensor of 40 bytes in each part. A crossing is
-        100 · 8 · 4 = 3200 bytes, and there are four. Up: 8 bytes a step and 16 at the end; down: 4 bytes a step.
+        Two steps with 100 tokens in total, D = 8, one trainable tensor of 40 bytes in each part. Each of the four
+        transfers has 100 · 8 · 4 = 3200 bytes. Scalars: 8 bytes per step and 16 per round up, 4 bytes per step down.
 
         >>> part = PartCost(num_layers=1, adapter_bytes=40, num_adapter_tensors=1)
-        >>> found = traffic(part, part, part, RoundLoad(2, 100), Wire(8, clips_gradients=True))
+        >>> found = traffic(part, part, part, RoundLoad(2, 100), TrafficSettings(8, clips_gradients=True))
         >>> found.hidden_bytes, found.gradient_bytes, found.adapter_bytes
         (6400, 6400, 160)
         >>> found.scalar_up_bytes, found.scalar_down_bytes
         (32, 8)
     """
     is_cut = body.num_layers > 0
-    hidden = crossing_bytes(load.num_tokens, wire.hidden_size, wire.hidden_dtype) if is_cut else 0
-    gradient = crossing_bytes(load.num_tokens, wire.hidden_size, wire.gradient_dtype) if is_cut else 0
-    goes_up = head.num_adapter_tensors + body.num_adapter_tensors > 0
-    norms = _NORM_BYTES * body.num_adapter_tensors if is_cut and wire.clips_gradients else 0
-    adapter = head.adapter_bytes + tail.adapter_bytes if wire.exchanges_adapters else 0
+    hidden = crossing_bytes(load.num_tokens, settings.hidden_size, settings.hidden_dtype) if is_cut else 0
+    gradient = crossing_bytes(load.num_tokens, settings.hidden_size, settings.gradient_dtype) if is_cut else 0
+    norms = _NORM_BYTES * body.num_adapter_tensors if is_cut and settings.clips_gradients else 0
+    adapter = head.adapter_bytes + tail.adapter_bytes if settings.exchanges_adapters else 0
     return Traffic(
         hidden_up_bytes=hidden,
         hidden_down_bytes=hidden,
-        gradient_up_bytes=gradient if goes_up else 0,
+        gradient_up_bytes=gradient if head.num_adapter_tensors or body.num_adapter_tensors else 0,
         gradient_down_bytes=gradient if head.num_adapter_tensors else 0,
         adapter_up_bytes=adapter,
         adapter_down_bytes=adapter,
@@ -241,7 +241,7 @@ def traffic(head: PartCost, body: PartCost, tail: PartCost, load: RoundLoad, wir
 
 
 def checkpoint_bytes(whole: PartCost, num_clients: int, pools_clients: bool = False) -> int:
-    """Tensors of one checkpoint, at most: adapters now, best, and best per client; every client's optimiser state.
+    """Maximum size of one checkpoint: current, best and best-per-client adapters, and all optimiser states.
 
     Args:
         whole: The whole model.
@@ -249,7 +249,7 @@ def checkpoint_bytes(whole: PartCost, num_clients: int, pools_clients: bool = Fa
         pools_clients: Whether the rule trains one adapter for all clients.
 
     Example:
-        Three clients, one tensor of 40 bytes: 3 · (3 · 40) adapters, 3 · (2 · 40 + 4) moments.
+        Three clients, one tensor of 40 bytes: 3 · (3 · 40) for adapters and 3 · (2 · 40 + 4) for optimiser states.
 
         >>> checkpoint_bytes(PartCost(adapter_bytes=40, num_adapter_tensors=1), num_clients=3)
         612
@@ -259,7 +259,7 @@ def checkpoint_bytes(whole: PartCost, num_clients: int, pools_clients: bool = Fa
 
 
 def human_bytes(num_bytes: float) -> str:
-    """Bytes for people: powers of 1000, three figures.
+    """Format bytes with three significant digits and units of powers of 1000.
 
     Example:
         >>> [human_bytes(number) for number in (0, 999, 1234, 26_953_662_464, 3.2e15)]
@@ -274,15 +274,15 @@ def human_bytes(num_bytes: float) -> str:
 
 
 def training_flops(forward_flops: float, trains_all: bool) -> float:
-    """Floating point operations of a forward and backward pass that training cannot do without.
+    """Floating point operations of a forward and backward pass.
 
-    Backward, every matrix product asks for the gradient of its input, which costs as much as the product, and for that
-    of its weight, which costs as much again, but only if the weight is trained. LoRA's own products are few per cent of
-    the frozen ones and are counted as if they were frozen. What is computed twice to save memory does not count.
+    In the backward pass, the gradient of a matrix product with respect to its input costs as much as the product, and
+    so does the gradient with respect to its weight, if the weight is trained. The products of LoRA are a few per cent
+    of the frozen ones and are counted as frozen. Recomputation for activation checkpointing is not counted.
 
     Args:
-        forward_flops: Of the forward pass.
-        trains_all: Whether all weights are trained; else a low-rank adapter beside frozen ones.
+        forward_flops: Operations of the forward pass.
+        trains_all: Whether all weights are trained, instead of a low-rank adapter.
 
     Example:
         >>> training_flops(10.0, trains_all=False), training_flops(10.0, trains_all=True)

@@ -1,6 +1,6 @@
-"""The first items of each ranking, in the order that the metrics count by.
+"""The first items of each ranking, in the order that the metrics use.
 
-Shape letters: B rows (users), I items, T targets, M masked pairs, K items kept.
+Shape letters: B rows (users), I items, T targets, M masked pairs, K returned items.
 """
 
 from __future__ import annotations
@@ -10,20 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fellrec.functional.ranking import TitleMembers, title_members
-
-_CELLS = 1 << 24
-"""Comparisons of a target with an item that are held in memory at once."""
+from fellrec.functional.ranking import MAX_COMPARISONS, TitleMembers, title_members
 
 
 class FirstItems(NamedTuple):
-    """The heads of several users' rankings.
+    """The first K items of several users' rankings.
 
     Attributes:
-        items: ``[B, K]`` int64, best first; -1 behind the last where fewer than K are ranked.
-        scores: ``[B, K]`` float32, descending; -inf behind the last.
-        is_tied: ``[B]`` bool: whether some target's score is that of an item which is no target. Only there does the
-            order follow from a rule about ties; anyone who breaks them otherwise may find other figures.
+        items: ``[B, K]`` int64, best first, padded with -1 if fewer than K items are ranked.
+        scores: ``[B, K]`` float32, descending, padded with -inf.
+        is_tied: ``[B]`` bool, whether a target has the same score as an item that is not a target. In these rows the
+            metrics depend on the order of ties.
     """
 
     items: Tensor
@@ -38,17 +35,17 @@ def first_items(
     title_groups: Tensor | None,
     count: int,
 ) -> FirstItems:
-    """The ``count`` best items of each row, every target at a place that ``fellrec.functional.ranking`` gives it.
+    """The ``count`` best items of each row, with every target at the rank that ``target_ranks`` gives.
 
-    So metrics of this list are those of ``target_ranks``, with its rules (METHOD section 5): items tied with a target
-    stand before it, and of the items with a target's title the target has the best place, whose score is given for it.
-    Among themselves, tied items stand in the order of their index.
+    Metrics of this list equal those of ``target_ranks`` (METHOD section 5). Items tied with a target precede it. Among
+    the items with the title of a target, the target takes the best rank, and the score of that rank. Other tied items
+    are in the order of their indices.
 
     Args:
         scores: ``[B, I]`` floats without NaN, higher is better; not changed.
         targets: ``[T]`` int64 row and ``[T]`` int64 item of each target.
-        masked: ``[M]`` int64 row and ``[M]`` int64 item of each pair to leave out; a target never is.
-        title_groups: ``[I]`` int64, items with one title share a number; ``None``: all titles differ.
+        masked: ``[M]`` int64 row and ``[M]`` int64 item of each pair to leave out; targets are never left out.
+        title_groups: ``[I]`` int64, equal for items with the same title; ``None`` if all titles differ.
         count: K, at most I.
 
     Example:
@@ -80,11 +77,11 @@ def first_items(
 
 
 def _targets_first(members: TitleMembers, labels: Tensor, is_target: Tensor) -> Tensor:
-    """Let items of one title change places, so that targets have the best of them.
+    """Permute the items of each title so that targets take the best ranks.
 
     Args:
-        members: Items that share a title with a target.
-        labels: ``[B, I]`` int64 which item stands in an item's place; changed.
+        members: Items with the title of a target.
+        labels: ``[B, I]`` int64 item at each item's rank; changed in place.
         is_target: ``[B, I]`` bool.
     """
     others = ~is_target[members.rows, members.items]
@@ -94,9 +91,9 @@ def _targets_first(members: TitleMembers, labels: Tensor, is_target: Tensor) -> 
 
 
 def _distinct_keys(scores: Tensor, comes_last: Tensor) -> Tensor:
-    """``[B, I]`` int64 in the order of score, then not ``comes_last``, then lower index.
+    """``[B, I]`` int64 sort keys: by score, then not ``comes_last``, then lower index.
 
-    The bits of a float, read as an integer, order floats of one sign; those of negative ones have to be turned round.
+    Float bits read as an integer are ordered for positive floats; for negative floats the bits are inverted.
     """
     bits = (scores + 0.0).view(torch.int32)  # -0.0 becomes 0.0
     by_score = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
@@ -105,9 +102,9 @@ def _distinct_keys(scores: Tensor, comes_last: Tensor) -> Tensor:
 
 
 def _tied_rows(scores: Tensor, others: Tensor, rows: Tensor, items: Tensor) -> Tensor:
-    """``[B]`` bool: rows in which an item of ``others [B, I]`` has the score of one of the items given."""
+    """``[B]`` bool, rows in which an item of ``others [B, I]`` has the same score as one of the given items."""
     is_tied = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-    block = max(1, _CELLS // scores.shape[1])
+    block = max(1, MAX_COMPARISONS // scores.shape[1])
     for start in range(0, len(rows), block):
         row, item = rows[start : start + block], items[start : start + block]
         found = ((scores[row] == scores[row, item][:, None]) & others[row]).any(dim=1)

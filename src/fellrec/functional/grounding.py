@@ -1,4 +1,4 @@
-"""Distances weighed by what is known of the items beside their titles: the second step of BIGRec.
+"""Weighted distances of BIGRec's second grounding step.
 
 Shape letters: B users, I items, G exponents.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def min_max(values: Tensor) -> Tensor:
-    """Each row moved and scaled to [0, 1]; a row of equal values becomes 0.
+    """Min-max normalisation of each row to [0, 1]; a row of equal values becomes 0.
 
     Args:
         values: ``[..., I]`` floats.
@@ -25,12 +25,12 @@ def min_max(values: Tensor) -> Tensor:
     return (values - low) / torch.where(high > low, high - low, 1)
 
 
-def weighed_distances(distances: Tensor, prior: Tensor, gammas: Sequence[float]) -> Tensor:
-    """Normalised distances, made smaller for items with a large prior.
+def weighted_distances(distances: Tensor, prior: Tensor, gammas: Sequence[float]) -> Tensor:
+    """Normalised distances, divided by a weight that grows with the items' prior.
 
-    With D̂ and P̂ the rows of distances and priors scaled to [0, 1], the result is D̂ / (1 + P̂)^γ (Bao et al., "A
-    Bi-Step Grounding Paradigm for Large Language Models in Recommendation Systems", arXiv 2308.08434; the exponent's
-    sign as in its released code). The nearest item has D̂ = 0 and stays first for every γ.
+    With D̂ and P̂ the min-max normalised rows of distances and priors, the result is D̂ / (1 + P̂)^γ (Bao et al., "A
+    Bi-Step Grounding Paradigm for Large Language Models in Recommendation Systems", arXiv 2308.08434; with the sign of
+    the exponent in its released code). The nearest item has D̂ = 0 and stays first for every γ.
 
     Args:
         distances: ``[B, I]`` floats, at least 0.
@@ -42,7 +42,7 @@ def weighed_distances(distances: Tensor, prior: Tensor, gammas: Sequence[float])
 
     Example:
         >>> distances, counts = torch.tensor([[2.0, 6.0, 4.0]]), torch.tensor([[0.0, 10.0, 5.0]])
-        >>> weighed_distances(distances, counts, [0, 1]).tolist()
+        >>> weighted_distances(distances, counts, [0, 1]).tolist()
         [[[0.0, 1.0, 0.5]], [[0.0, 0.5, 0.3333333432674408]]]
     """
     exponents = torch.tensor(list(gammas), dtype=distances.dtype, device=distances.device)

@@ -1,7 +1,7 @@
-"""Equations (1)-(4) of METHOD: from the updates of a round to the mixing matrix ``W[receiver, sender]``, and mixing.
+"""Equations (1)-(4) of METHOD: the mixing matrix ``W[receiver, sender]`` of a round, and mixing.
 
-Everything that is square or per client is float64 and small. Adapters are read in blocks of columns, so that neither
-their concatenation nor a float64 copy of them ever exists; with a ``LazyStack`` they themselves need not be in memory.
+``[N, N]`` and ``[N]`` tensors are float64. Adapters are read in blocks of columns: they are neither concatenated nor cast
+to float64 as a whole, and with a ``LazyStack`` they need not be in memory.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from fellrec.functional.stacks import AdapterStack, LazyStack, as_lazy
 
 @torch.no_grad()
 def gram_matrix(stack: AdapterStack, start: AdapterStack | None = None) -> Tensor:
-    """Inner products between the clients' adapters, or between their updates, over all parameters.
+    """Inner products of the clients' adapters, or of their updates, over all parameters.
 
     Args:
         stack: Adapters, name → ``[N, *shape]``.
-        start: Adapters before local training, same names and shapes; if given, the inner products are those of the
-            updates ``stack - start``.
+        start: Adapters before local training, same names and shapes. If given, the result is that of the updates
+            ``stack - start``.
 
     Returns:
         ``[N, N]`` float64 on the CPU.
@@ -41,10 +41,9 @@ def gram_matrix(stack: AdapterStack, start: AdapterStack | None = None) -> Tenso
 
 
 def cosine(gram: Tensor) -> Tensor:
-    """Cosines between vectors that are given by their inner products.
+    """Cosine similarities from inner products.
 
-    A zero vector has no direction: its cosine with every other vector is defined as 0, so it is neither alike nor
-    opposed to them.
+    The cosine of a zero vector with every other vector is defined as 0.
 
     Args:
         gram: ``[N, N]`` float64 inner products.
@@ -63,9 +62,9 @@ def cosine(gram: Tensor) -> Tensor:
 
 
 def similarity(gram: Tensor) -> Tensor:
-    """METHOD (1): ``(1 + cosine) / 2`` between vectors that are given by their inner products.
+    """METHOD (1): similarities ``(1 + cosine) / 2`` from inner products.
 
-    A zero vector (a client that did not move) has similarity 1/2 with every other one.
+    A zero vector (an unchanged client) has similarity 1/2 with every other one.
 
     Args:
         gram: ``[N, N]`` float64 inner products, see `gram_matrix`.
@@ -86,10 +85,10 @@ def difficulty(losses: Tensor, temperature: float) -> Tensor:
 
     Args:
         losses: ``[N]`` local losses.
-        temperature: Positive; the smaller, the more of the difficulty falls to the client with the highest loss.
+        temperature: Positive; smaller values concentrate the difficulty on the clients with the highest losses.
 
     Returns:
-        ``[N]`` float64, positive or zero, sum 1.
+        ``[N]`` float64, non-negative, with sum 1.
 
     Example:
         >>> difficulty(torch.tensor([2.091, 2.080, 2.211, 2.152, 2.089]), 0.05).numpy().round(3).tolist()
@@ -109,7 +108,7 @@ def heating_exponent(round_index: int, beta: float) -> float:
 
 
 def released_exponent(round_index: int, beta: float) -> float:
-    """The released code's exponent ``t + 1 / beta`` (a misplaced bracket, METHOD section 3).
+    """Exponent ``t + 1 / beta`` of the released code, which has a misplaced bracket (METHOD section 3).
 
     Example:
         >>> released_exponent(round_index=4, beta=5.0)
@@ -119,10 +118,10 @@ def released_exponent(round_index: int, beta: float) -> float:
 
 
 def learning_speed(difficulties: Tensor, alpha: float, exponent: float) -> Tensor:
-    """METHOD (3): ``tanh(alpha / p ** exponent)``, how much each client listens to the others.
+    """METHOD (3): ``tanh(alpha / p ** exponent)``, the weight of the other clients' adapters for each client.
 
-    Where ``p ** exponent`` underflows, the quotient is infinite and the speed is its limit 1. With ``alpha = 0`` no
-    client listens at all.
+    If ``p ** exponent`` underflows, the quotient is infinite and the result is the limit 1. With ``alpha = 0`` the
+    result is 0 for all clients.
 
     Args:
         difficulties: ``[N]`` difficulties ``p`` of METHOD (2), in [0, 1].
@@ -142,7 +141,7 @@ def learning_speed(difficulties: Tensor, alpha: float, exponent: float) -> Tenso
 
 
 def mixing_matrix(similarities: Tensor, speed: Tensor) -> Tensor:
-    """METHOD (4): own weight 1, ``speed[c] * similarity[c, n]`` for the others, rows divided by their sums.
+    """METHOD (4): own weight 1, weight ``speed[c] * similarity[c, n]`` for the others, rows normalised to sum 1.
 
     Args:
         similarities: ``[N, N]`` similarities of METHOD (1).
@@ -161,10 +160,10 @@ def mixing_matrix(similarities: Tensor, speed: Tensor) -> Tensor:
 
 
 def sequential_matrix(matrix: Tensor) -> Tensor:
-    """The matrix that does at once what mixing in place, client after client, does with ``matrix`` (released code).
+    """Mixing matrix that is equivalent to in-place mixing with ``matrix``, client after client (released code).
 
-    In place, client ``c`` reads the already mixed adapters of the clients before it: with ``matrix = L + R``, ``L``
-    strictly lower, the result ``M`` obeys ``M = L M + R``, hence ``M = (I - L)^-1 R``. Rows of ``M`` still sum to 1.
+    In place, client ``c`` reads the already mixed adapters of the clients before it. With ``matrix = L + R``, ``L``
+    strictly lower triangular, the result is ``M = L M + R``, hence ``M = (I - L)^-1 R``. Rows of ``M`` sum to 1.
 
     Args:
         matrix: ``[N, N]`` mixing matrix.
@@ -186,77 +185,38 @@ def sequential_matrix(matrix: Tensor) -> Tensor:
 class Mixture(LazyStack):
     """METHOD (4): ``adapter[c] = sum over n of matrix[c, n] * adapter[n]``, one matrix product per parameter.
 
-    Computed in float64: reduced-precision products (TF32) would shift adapters that are already equal. What is mixed
-    is made when it is read, block by block, so that it need not exist beside what it is made of.
+    With ``start``, updates are mixed instead: ``start[c] + sum over n of matrix[c, n] * (adapter[n] - start[n])``.
+    Computed in float64, because reduced-precision products (TF32) would change adapters that are already equal. Values
+    are computed block by block when they are read, so that the result need not be in memory beside its inputs.
 
     Args:
         matrix: ``[N, N]`` mixing matrix, receiver by sender.
-        stack: Adapters, name → ``[N, *shape]``; not changed, and not to be changed before the mixture was read.
+        stack: Adapters after local training, name → ``[N, *shape]``. Do not change them before the mixture is read.
+        start: Adapters before local training, same names and shapes; ``None`` mixes adapters.
+
+    Example:
+        >>> start, end = {"a": torch.tensor([[0.0], [10.0]])}, {"a": torch.tensor([[2.0], [14.0]])}
+        >>> matrix = torch.full((2, 2), 0.5)
+        >>> Mixture(matrix, end)["a"].tolist(), Mixture(matrix, end, start)["a"].tolist()
+        ([[8.0], [8.0]], [[3.0], [13.0]])
     """
 
-    def __init__(self, matrix: Tensor, stack: AdapterStack) -> None:
-        self._source = as_lazy(stack)
+    def __init__(self, matrix: Tensor, stack: AdapterStack, start: AdapterStack | None = None) -> None:
+        self._source, self._start = as_lazy(stack), None if start is None else as_lazy(start)
         super().__init__(self._source.shapes, self._source.num_rows)
         self._matrix = matrix
 
     @torch.no_grad()
     def block(self, name: str, columns: slice) -> Tensor:
-        """``[N, columns]`` in the type and on the device of the senders' tensors."""
+        """``[N, columns]`` in the dtype and on the device of ``stack``."""
         block = self._source.block(name, columns)
-        return (_widen(self._matrix.to(block.device)) @ _widen(block)).to(block.dtype)
-
-
-class MovedAdapters(LazyStack):
-    """``adapter[c] = start[c] + sum over n of matrix[c, n] * (end[n] - start[n])``: updates are mixed, not adapters.
-
-    Made when it is read, in float64, like a `Mixture`.
-
-    Args:
-        matrix: ``[N, N]``, receiver by sender.
-        start: Adapters that the clients started the round with, name → ``[N, *shape]``.
-        end: Adapters after local training, same names and shapes. Neither is changed, nor to be changed before what is
-            made of them was read.
-
-    Example:
-        >>> start, end = {"a": torch.tensor([[0.0], [10.0]])}, {"a": torch.tensor([[2.0], [14.0]])}
-        >>> MovedAdapters(torch.full((2, 2), 0.5), start, end)["a"]
-        tensor([[ 3.],
-                [13.]])
-    """
-
-    def __init__(self, matrix: Tensor, start: AdapterStack, end: AdapterStack) -> None:
-        self._start, self._end = as_lazy(start), as_lazy(end)
-        super().__init__(self._end.shapes, self._end.num_rows)
-        self._matrix = matrix
-
-    @torch.no_grad()
-    def block(self, name: str, columns: slice) -> Tensor:
-        """``[N, columns]`` in the type and on the device of the senders' tensors."""
-        end = self._end.block(name, columns)
-        start = _widen(self._start.block(name, columns).to(end.device))
-        moved = start + _widen(self._matrix.to(end.device)) @ (_widen(end) - start)
-        return moved.to(end.dtype)
-
-
-@torch.no_grad()
-def mix(matrix: Tensor, stack: AdapterStack) -> dict[str, Tensor]:
-    """All of a `Mixture` at once.
-
-    Args:
-        matrix: ``[N, N]`` mixing matrix, receiver by sender.
-        stack: Adapters, name → ``[N, *shape]``; not changed.
-
-    Returns:
-        New adapters, name → ``[N, *shape]``, each in the type and on the device it came in.
-
-    Example:
-        >>> mix(torch.tensor([[1.0, 0.0], [0.5, 0.5]]), {"a": torch.tensor([[2.0], [4.0]])})
-        {'a': tensor([[2.],
-                [3.]])}
-    """
-    return dict(Mixture(matrix, stack))
+        matrix, values = _widen(self._matrix.to(block.device)), _widen(block)
+        if self._start is None:
+            return (matrix @ values).to(block.dtype)
+        start = _widen(self._start.block(name, columns).to(block.device))
+        return (start + matrix @ (values - start)).to(block.dtype)
 
 
 def _widen(values: Tensor) -> Tensor:
-    """To float64, or to float32 on Apple's GPUs, which have no float64."""
+    """Cast to float64, or to float32 on MPS, which does not support float64."""
     return values.to(torch.float32 if values.device.type == "mps" else torch.float64)

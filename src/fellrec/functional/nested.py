@@ -1,4 +1,4 @@
-"""Nested settings as flat ones."""
+"""Nested dictionaries."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one flat dictionary with dotted keys.
+    """Flatten a nested dictionary to dotted keys.
 
     Example:
         >>> flatten({"trainer": {"num_rounds": 3}, "seed": 0})

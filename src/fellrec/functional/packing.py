@@ -1,4 +1,4 @@
-"""Tensors in fewer bytes for the way between client and server."""
+"""Compression of the tensors that are transferred between client and server."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 PACKINGS = ("float32", "bfloat16", "int8")
-"""As they are, halved, or one byte a number and a float32 scale a token."""
+"""Unchanged; cast to bfloat16; or quantised to int8 with one float32 scale per token."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A floating tensor ``[B, L, D]`` as it travels.
+    """A packed floating-point tensor ``[B, L, D]``.
 
     Attributes:
-        codes: ``[B, L, D]``, floating or int8.
-        scale: ``[B, L, 1]`` float32 where ``codes`` is int8, else ``None``.
+        codes: ``[B, L, D]``, floating-point or int8.
+        scale: ``[B, L, 1]`` float32 if ``codes`` is int8, else ``None``.
     """
 
     codes: Tensor
@@ -25,7 +25,7 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that travel."""
+        """Bytes to transfer."""
         return self.codes.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     @property
@@ -35,11 +35,11 @@ class Packed:
 
 
 def pack(tensor: Tensor, packing: str) -> Packed:
-    """Encode a tensor.
+    """Encode a tensor; detached from its graph.
 
     Args:
-        tensor: ``[B, L, D]``, floating.
-        packing: One of ``PACKINGS``. ``float32`` loses nothing: what is narrower already stays so.
+        tensor: ``[B, L, D]``, floating-point.
+        packing: One of ``PACKINGS``. ``float32`` is lossless: it keeps the tensor's dtype, which may be narrower.
 
     Example:
         >>> pack(torch.tensor([[[0.0, -2.54]]]), "int8")
@@ -55,7 +55,7 @@ def pack(tensor: Tensor, packing: str) -> Packed:
 
 
 def unpack(packed: Packed, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Decode to a floating type on a device.
+    """Decode to a floating-point dtype on a device.
 
     Example:
         >>> unpack(pack(torch.tensor([[[0.0, -2.5]]]), "int8"), torch.float32, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Which clients take part in a round: a pure function of the seed and the round."""
+"""Sampling of the clients that take part in a round."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fellrec.functional.rng import derive_seed
 
 
 def cohort(num_clients: int, rate: float, seed: int, round_index: int) -> tuple[int, ...]:
-    """Draw ``ceil(rate · num_clients)`` clients without replacement.
+    """Draw ``ceil(rate · num_clients)`` clients without replacement, from the seed and the round only.
 
     Args:
         num_clients: Size of the population.
-        rate: Share of the population that takes part, in (0, 1].
+        rate: Fraction of the population that takes part, in (0, 1].
         seed: Seed of the run.
         round_index: Round, from 0.
 

@@ -1,4 +1,4 @@
-"""Full ranking: the rank of each held-out target among all items, and the metrics that follow from ranks.
+"""Full ranking: ranks of the held-out targets among all items, and ranking metrics.
 
 Users and targets are ragged: target ``t`` belongs to row ``target_rows[t]`` and is item ``target_items[t]``.
 Shape letters: B rows (users), I items, T targets, M masked pairs, P (row, title) pairs, K candidates.
@@ -17,22 +17,22 @@ from fellrec.errors import ConfigError, DataError, TrainingError
 METRICS = ("ndcg", "recall", "hr", "mrr")
 """Metric names; with a cutoff they become ``ndcg_at_10`` and so on."""
 
-_CELLS = 1 << 24
-"""Comparisons of a target with an item that are held in memory at once."""
+MAX_COMPARISONS = 1 << 24
+"""Maximum number of (target, item) comparisons in memory at the same time."""
 
 
 def check_cutoffs(cutoffs: Sequence[int], num_items: int) -> tuple[int, ...]:
-    """Check cutoffs before anything expensive starts.
+    """Validate cutoffs.
 
     Args:
-        cutoffs: The K of Recall@K, NDCG@K, ….
-        num_items: Items in the catalogue.
+        cutoffs: The cutoffs K of Recall@K, NDCG@K, ….
+        num_items: Number of items in the catalogue.
 
     Returns:
-        The cutoffs, ascending, each once.
+        The distinct cutoffs, ascending.
 
     Raises:
-        ConfigError: If there is none, or one is not an integer from 1 to ``num_items``.
+        ConfigError: If there is no cutoff, or one is not an integer from 1 to ``num_items``.
 
     Example:
         >>> check_cutoffs([10, 5], num_items=100)
@@ -43,7 +43,7 @@ def check_cutoffs(cutoffs: Sequence[int], num_items: int) -> tuple[int, ...]:
         raise ConfigError(f"cutoffs is empty; {allowed}")
     for cutoff in cutoffs:
         if isinstance(cutoff, bool) or not isinstance(cutoff, int) or not 1 <= cutoff <= num_items:
-            raise ConfigError(f"cutoff {cutoff!r} cannot be used; {allowed}")
+            raise ConfigError(f"invalid cutoff {cutoff!r}; {allowed}")
     return tuple(sorted(set(cutoffs)))
 
 
@@ -59,12 +59,11 @@ def target_ranks(
     """Rank of every target among all items that are not masked (METHOD section 5).
 
     - A target is never masked.
-    - Ties are pessimistic: items tied with a target stand before it. Targets of one row that are tied with each
-      other get distinct ranks, so they are not all counted against each other.
-    - Distinct items with one title: the best rank among those that are not masked counts. If a row has several
-      targets with one title, the first takes the best of these ranks, the next the second best, and so on.
+    - Ties are pessimistic: items tied with a target precede it. Tied targets of one row get distinct ranks.
+    - Several items with the same title: a target takes the best rank among the unmasked ones. If a row has several
+      targets with the same title, the first takes the best of these ranks, the next the second best, and so on.
 
-    Ranks of one row are therefore always distinct.
+    The ranks in one row are therefore distinct.
 
     Args:
         scores: ``[B, I]`` floats, higher is better; not changed.
@@ -72,8 +71,8 @@ def target_ranks(
         target_items: ``[T]`` int64 item of each target.
         masked_rows: ``[M]`` int64 row of each pair to leave out, such as the user's earlier items.
         masked_items: ``[M]`` int64 item of each pair to leave out.
-        title_groups: ``[I]`` int64, items with one title share a number; ``None``: all titles differ.
-        candidates: ``[B, I]`` bool, the items beside the targets that are ranked; ``None``: all that are not masked.
+        title_groups: ``[I]`` int64, equal for items with the same title; ``None`` if all titles differ.
+        candidates: ``[B, I]`` bool, items that are ranked beside the targets; ``None`` for all unmasked items.
 
     Returns:
         ``[T]`` int64 ranks from 0.
@@ -104,20 +103,21 @@ def target_ranks(
 
 
 def ranking_metrics(ranks: Tensor, rows: Tensor, num_rows: int, cutoffs: Sequence[int]) -> dict[str, Tensor]:
-    """NDCG, recall, hit rate and reciprocal rank of each row at each cutoff, for one or several targets a row.
+    """NDCG, recall, hit rate and reciprocal rank of each row at each cutoff, for one or several targets per row.
 
-    With ``n`` targets in a row: NDCG divides by the gain of ``min(n, K)`` targets at the top; recall divides by ``n``;
-    hit rate is 1 if any target is among the first K; the reciprocal rank is that of the best target, 0 beyond K.
+    With ``n`` targets in a row: NDCG is normalised by the gain of ``min(n, K)`` targets at the top; recall is divided
+    by ``n``; the hit rate is 1 if any target is among the first K; the reciprocal rank is that of the best target, or
+    0 if it is not among the first K.
 
     Args:
         ranks: ``[T]`` int64 ranks from 0, distinct within a row.
         rows: ``[T]`` int64 row of each rank.
         num_rows: Number of rows B.
-        cutoffs: The K.
+        cutoffs: The cutoffs K.
 
     Returns:
-        ``{"ndcg_at_K", "recall_at_K", "hr_at_K", "mrr_at_K"}`` for each K, each ``[B]`` float64 on the CPU (where the
-        order of additions, and with it the result, is fixed). A row without targets is NaN.
+        ``{"ndcg_at_K", "recall_at_K", "hr_at_K", "mrr_at_K"}`` for each K, each ``[B]`` float64 on the CPU, where the
+        order of summation is deterministic. NaN for rows without targets.
 
     Example:
         >>> metrics = ranking_metrics(torch.tensor([0, 4, 1]), torch.tensor([0, 0, 1]), num_rows=2, cutoffs=[2])
@@ -156,18 +156,18 @@ def _check_scores_and_targets(scores: Tensor, target_rows: Tensor, target_items:
     twice = (pairs[1:] == pairs[:-1]).nonzero()
     if len(twice):
         row, item = divmod(int(pairs[twice[0]]), scores.shape[1])
-        raise DataError(f"{len(twice)} targets stand twice in their row, first item {item} in row {row}")
+        raise DataError(f"{len(twice)} targets are duplicates; first: item {item} in row {row}")
 
 
 class TitleMembers(NamedTuple):
-    """The items that share a title with a target of their row; a (row, title) pair's stand together, best first.
+    """Items with the title of a target in their row, sorted by (row, title) pair, then by score, then by index.
 
     Attributes:
-        pairs: ``[K]`` int64 pair of each, ascending.
-        rows: ``[K]`` int64 row of each.
-        items: ``[K]`` int64 item of each; by score, then by index.
+        pairs: ``[K]`` int64 index of the (row, title) pair, ascending.
+        rows: ``[K]`` int64 row.
+        items: ``[K]`` int64 item.
         pair_of_target: ``[T]`` int64 pair of each target.
-        shares_title: ``[B, I]`` bool: the same items, and those that are not ranked.
+        shares_title: ``[B, I]`` bool, items with the title of a target, including items that are not ranked.
     """
 
     pairs: Tensor
@@ -180,18 +180,18 @@ class TitleMembers(NamedTuple):
 def title_members(
     scores: Tensor, allowed: Tensor, target_rows: Tensor, target_items: Tensor, title_groups: Tensor
 ) -> TitleMembers:
-    """Find the items that compete for the places of a title.
+    """Find the items with the title of a target.
 
     Args:
         scores: ``[B, I]``.
-        allowed: ``[B, I]`` bool: items that are ranked.
+        allowed: ``[B, I]`` bool, items that are ranked.
         target_rows: ``[T]`` int64 row of each target.
         target_items: ``[T]`` int64 item of each target.
-        title_groups: ``[I]`` int64, items with one title share a number.
+        title_groups: ``[I]`` int64, equal for items with the same title.
 
     Example:
         >>> scores, row = torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([0])
-        >>> groups = torch.tensor([0, 1, 0])  # items 0 and 2 share a title
+        >>> groups = torch.tensor([0, 1, 0])  # items 0 and 2 have the same title
         >>> title_members(scores, torch.ones(1, 3).bool(), row, torch.tensor([0]), groups).items
         tensor([2, 0])
     """
@@ -204,7 +204,7 @@ def title_members(
 
     group_P = pairs_P % num_groups
     pair_K = torch.repeat_interleave(sizes[group_P])
-    item_K = members[firsts[group_P][pair_K] + _position_within(pair_K)]
+    item_K = members[firsts[group_P][pair_K] + position_within(pair_K)]
     row_K = (pairs_P // num_groups)[pair_K]
     shares_title = torch.zeros_like(allowed)
     shares_title[row_K, item_K] = True
@@ -217,16 +217,16 @@ def title_members(
 
 
 def _title_representatives(members: TitleMembers) -> Tensor:
-    """``[T]``: the item whose rank each target takes."""
+    """``[T]`` int64, item whose rank each target takes."""
     first_candidate_P = _starts(torch.bincount(members.pairs))
-    return members.items[first_candidate_P[members.pair_of_target] + _position_within(members.pair_of_target)]
+    return members.items[first_candidate_P[members.pair_of_target] + position_within(members.pair_of_target)]
 
 
 def _ranks_in_order(scores: Tensor, allowed: Tensor, shares_title: Tensor, rows: Tensor, items: Tensor) -> Tensor:
-    """Rank of item ``items[t]`` in row ``rows[t]``: by score, then sharing no target's title, then index."""
+    """``[T]`` rank of ``items[t]`` in row ``rows[t]``, by score, then items without a target's title, then index."""
     index_I = torch.arange(scores.shape[1], device=scores.device)
     ranks = torch.empty_like(rows)
-    block = max(1, _CELLS // scores.shape[1])
+    block = max(1, MAX_COMPARISONS // scores.shape[1])
     for start in range(0, len(rows), block):
         row, item = rows[start : start + block], items[start : start + block]
         own = scores[row, item][:, None]
@@ -237,13 +237,13 @@ def _ranks_in_order(scores: Tensor, allowed: Tensor, shares_title: Tensor, rows:
 
 
 def _ideal_gain(cutoff: int) -> Tensor:
-    """``[cutoff + 1]`` float64, discounted gain of 0, 1, … targets at the top."""
+    """``[cutoff + 1]`` float64 discounted gain of 0, 1, … targets at the top."""
     discounts = 1 / torch.log2(torch.arange(cutoff, dtype=torch.float64) + 2)
     return torch.cat([torch.zeros(1, dtype=torch.float64), discounts.cumsum(0)])
 
 
-def _position_within(groups: Tensor) -> Tensor:
-    """How many earlier entries of ``groups`` have the same value, for each entry."""
+def position_within(groups: Tensor) -> Tensor:
+    """Number of earlier entries with the same value, for each entry of ``groups [n]`` int64."""
     order = groups.argsort(stable=True)
     starts = _starts(torch.bincount(groups))
     position = torch.empty_like(groups)
@@ -252,5 +252,5 @@ def _position_within(groups: Tensor) -> Tensor:
 
 
 def _starts(sizes: Tensor) -> Tensor:
-    """First position of each group when groups of ``sizes`` stand one after the other."""
+    """Start offset of each group in a concatenation of groups of the given sizes."""
     return sizes.cumsum(0) - sizes

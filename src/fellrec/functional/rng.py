@@ -1,4 +1,4 @@
-"""Seeds derived from names and numbers, so that nothing depends on the order in which code ran."""
+"""Seeds derived from names and numbers, so that results do not depend on the order of execution."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Turn a path such as ``(seed, "train", round, client)`` into a 63-bit seed.
+    """Hash a path such as ``(seed, "train", round, client)`` to a 63-bit seed.
 
-    The same parts give the same seed on every machine; different parts give unrelated seeds.
+    Equal parts give equal seeds on every machine; different parts give independent seeds.
 
     Example:
         >>> derive_seed(0, "train", 1) == derive_seed(0, "train", 1)
@@ -24,7 +24,7 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def scramble(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): nearby integers to unrelated ones.
+    """Hash integers with the finaliser of SplitMix64 (Steele, Lea, Flood 2014).
 
     Example:
         >>> scramble(np.array([0, 1], dtype=np.uint64)).tolist()

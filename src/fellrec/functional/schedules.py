@@ -1,4 +1,4 @@
-"""How the learning rate falls over a run."""
+"""Learning rate schedules over the rounds of a run."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1 - progress,
     "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
 }
-"""By name, what the learning rate is multiplied by when a share of the run, in [0, 1], is over."""
+"""Schedules by name: progress of the run in [0, 1] → factor of the learning rate."""

@@ -1,4 +1,4 @@
-"""Count sketches of adapters: short vectors whose inner products are nearly those of the adapters."""
+"""Count sketches of updates: short vectors whose inner products approximate those of the updates."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from fellrec.functional.stacks import AdapterStack, as_lazy
 
 @torch.no_grad()
 def sketch_updates(end: AdapterStack, start: AdapterStack, num_buckets: int = 4096) -> Tensor:
-    """A count sketch of each client's update ``end - start`` (Charikar, Chen, Farach-Colton 2002).
+    """Count sketch of each client's update ``end - start`` (Charikar, Chen, Farach-Colton 2002).
 
-    Every entry of an adapter is added, with a sign, to one bucket; bucket and sign are a hash of its place. The sketch
-    is linear, and the inner product of two sketches is that of the updates on average, with a standard deviation of at
-    most ``sqrt(2 / num_buckets)`` times the product of their lengths. The same everywhere, whatever the block size.
+    Every entry of an update is added with a sign to one bucket; bucket and sign are a hash of its position. The sketch
+    is linear. The inner product of two sketches is an unbiased estimate of that of the updates, with a standard
+    deviation of at most ``sqrt(2 / num_buckets)`` times the product of their norms. The result does not depend on the
+    block size or the machine.
 
     Args:
         end: Adapters after local training, name → ``[N, *shape]``.
-        start: Adapters before it, same names and shapes.
+        start: Adapters before local training, same names and shapes.
         num_buckets: Length of a sketch, a power of two.
 
     Returns:

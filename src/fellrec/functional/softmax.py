@@ -1,8 +1,8 @@
-"""Cross-entropy over a large catalogue: exact without ever holding all logits, or estimated from sampled items.
+"""Cross-entropy over a large catalogue: exact in chunks of items, or estimated from sampled items.
 
-Shape letters: T targets, I items, D hidden size, S sampled items. All functions give the sum over targets of the
-negative log-likelihood of a softmax over the logits ``query_TD @ items_ID.T``. Under autocast the matrix products
-are in its type, as those of the full softmax; logarithms, exponentials and sums over items are in float32.
+Shape letters: T targets, I items, D hidden size, S sampled items. All functions return the sum over targets of the
+negative log-likelihood of a softmax over the logits ``query_TD @ items_ID.T``. Under autocast the matrix products use
+its dtype, like those of the full softmax; logarithms, exponentials and sums over items are in float32.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch.nn import functional as F
 
 
 def chunked_cross_entropy(query_TD: Tensor, items_ID: Tensor, targets_T: Tensor, chunk_items: int) -> Tensor:
-    """Cross-entropy over all items, equal to the full softmax's in value and gradients but for rounding.
+    """Cross-entropy over all items, with the value and gradients of the full softmax up to rounding.
 
-    Forward and backward pass make the logits of ``chunk_items`` items at a time; the backward pass makes them again,
-    so that ``[T, chunk_items]`` is all that is ever held of them.
+    The logits are computed for ``chunk_items`` items at a time and recomputed in the backward pass, so that at most
+    ``[T, chunk_items]`` of them are in memory.
 
     Args:
         query_TD: ``[T, D]``, divided by the temperature.
         items_ID: ``[I, D]``.
         targets_T: ``[T]`` int64 in ``[0, I)``.
-        chunk_items: Items a chunk, at least 1.
+        chunk_items: Items per chunk, at least 1.
 
     Example:
         >>> query, items, targets = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), torch.arange(2)
@@ -38,7 +38,7 @@ def chunked_cross_entropy(query_TD: Tensor, items_ID: Tensor, targets_T: Tensor,
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The maximum and the sum of exponentials are carried from chunk to chunk (Milakov, Gimelshein 2018)."""
+    """Online softmax: the log-sum-exp is accumulated over chunks (Milakov, Gimelshein 2018)."""
 
     @staticmethod
     def forward(ctx: Any, query_TD: Tensor, items_ID: Tensor, targets_T: Tensor, chunk_items: int) -> Tensor:
@@ -49,10 +49,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start, chunk in _chunks(items_ID, chunk_items, dtype):
             logits_TC = (query @ chunk.T).float()
             logsumexp_T = torch.logaddexp(logsumexp_T, logits_TC.logsumexp(dim=1))
-            # The same product as in the sum: one that is rounded otherwise could make the loss negative.
-            place_T1 = (targets_T - start)[:, None]
-            found_T1 = logits_TC.gather(1, place_T1.clamp(0, len(chunk) - 1))
-            inside_T1 = (place_T1 >= 0) & (place_T1 < len(chunk))
+            # The target's logit from the same product as in the sum: different rounding could make the loss negative.
+            position_T1 = (targets_T - start)[:, None]
+            found_T1 = logits_TC.gather(1, position_T1.clamp(0, len(chunk) - 1))
+            inside_T1 = (position_T1 >= 0) & (position_T1 < len(chunk))
             of_target_T = torch.where(inside_T1, found_T1, of_target_T[:, None])[:, 0]
         ctx.save_for_backward(query_TD, items_ID, targets_T, logsumexp_T)
         ctx.chunk_items, ctx.dtype = chunk_items, dtype
@@ -78,14 +78,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _product_dtype(device: str) -> torch.dtype:
-    """Of matrix products under autocast; float32 without, and on ``meta``, which has none."""
+    """Dtype of matrix products under autocast; float32 without autocast and on ``meta``, which does not support it."""
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return torch.float32
 
 
 def _chunks(items_ID: Tensor, chunk_items: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """Where each chunk starts, and the chunk."""
+    """Yield the start and the items of each chunk."""
     for start in range(0, len(items_ID), chunk_items):
         yield start, items_ID[start : start + chunk_items].to(dtype)
 
@@ -93,22 +93,21 @@ def _chunks(items_ID: Tensor, chunk_items: int, dtype: torch.dtype) -> Iterator[
 def sampled_cross_entropy(
     query_TD: Tensor, items_ID: Tensor, targets_T: Tensor, sampled_S: Tensor, expected_I: Tensor
 ) -> Tensor:
-    """Cross-entropy with the softmax's denominator estimated from sampled items, with the logQ correction.
+    """Sampled softmax: the denominator is estimated from sampled items with the logQ correction.
 
-    The target is in the sum with certainty and is not corrected. Every sampled item stands for as many as it is
-    unlikely to be drawn: the logarithm of the number of times that it is expected in the sample is taken off its logit
-    (Bengio, Senécal 2008; Yi et al. 2019). A sampled item that is the target itself does not count. So the estimated
-    denominator has the full one as its expectation, whatever the proposal.
+    The target is always in the sum and is not corrected. The logit of a sampled item is reduced by the logarithm of its
+    expected number of occurrences in the sample (Bengio, Senécal 2008; Yi et al. 2019). Sampled items that equal the
+    target are excluded. The estimate of the denominator is unbiased for every proposal distribution.
 
     Args:
         query_TD: ``[T, D]``, divided by the temperature.
         items_ID: ``[I, D]``.
         targets_T: ``[T]`` int64 in ``[0, I)``.
         sampled_S: ``[S]`` int64, drawn with replacement, the same for all targets.
-        expected_I: ``[I]`` float, above 0: how often each item is expected in the sample, S times its probability.
+        expected_I: ``[I]`` float, above 0, expected occurrences of each item in the sample: S times its probability.
 
     Example:
-        A sample with every item as often as it is expected gives the full softmax.
+        A sample in which each item occurs as often as expected gives the full softmax.
 
         >>> query, items, targets = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), torch.arange(2)
         >>> full = torch.nn.functional.cross_entropy(query @ items.T, targets, reduction="sum")
@@ -117,7 +116,7 @@ def sampled_cross_entropy(
         True
     """
     query, items = query_TD.float(), items_ID.float()
-    # Not by indexing, whose gradients are added up in any order.
+    # F.embedding instead of indexing, whose backward pass is not deterministic.
     of_target_T1 = (query * F.embedding(targets_T, items)).sum(dim=1, keepdim=True)
     logits_TS = (query @ F.embedding(sampled_S, items).T).float() - expected_I[sampled_S].log().float()
     logits_TS = logits_TS.masked_fill(targets_T[:, None] == sampled_S, float("-inf"))
@@ -129,7 +128,7 @@ def draw_items(cumulative_I: Tensor, num_items: int) -> Tensor:
 
     Args:
         cumulative_I: ``[I]`` float64 on the CPU, cumulative probabilities up to 1.
-        num_items: How many.
+        num_items: Number of items to draw.
 
     Returns:
         ``[num_items]`` int64.

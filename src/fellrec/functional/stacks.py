@@ -1,4 +1,6 @@
-"""Several clients' adapters that need not be in memory at the same time: read by parameter, and in blocks of columns.
+"""Stacks of several clients' adapters, which are read by parameter and in blocks of columns.
+
+A stack need not be in memory.
 
 Shape letters: N clients, P entries of one parameter.
 """
@@ -15,11 +17,11 @@ AdapterStack = Mapping[str, Tensor]
 """Several clients' adapters: parameter name → ``[clients, *shape]``."""
 
 BLOCK_BYTES = 32 << 20
-"""What a block of columns of all clients may take in float64: the more clients, the fewer columns."""
+"""Maximum size of a block of columns of all clients in float64."""
 
 
 class LazyStack(Mapping[str, Tensor]):
-    """Adapters as a mapping from names to tensors ``[N, *shape]``, each of which is made when it is asked for.
+    """A mapping from parameter names to tensors ``[N, *shape]``, which are computed or read on access.
 
     Args:
         shapes: Parameter name → shape of one client's tensor.
@@ -32,10 +34,10 @@ class LazyStack(Mapping[str, Tensor]):
 
     @abstractmethod
     def block(self, name: str, columns: slice) -> Tensor:
-        """``[N, columns]`` of the parameter's ``[N, P]``; its memory may be shared with others."""
+        """``[N, columns]`` of the parameter's ``[N, P]``, possibly a view."""
 
     def blocks(self, name: str) -> Iterator[tuple[slice, Tensor]]:
-        """The parameter's columns in blocks within ``BLOCK_BYTES``, with their place."""
+        """Yield the parameter's columns in blocks of at most ``BLOCK_BYTES``, with their slices."""
         for columns in column_blocks(self.num_rows, self.shapes[name].numel()):
             yield columns, self.block(name, columns)
 
@@ -53,11 +55,11 @@ class LazyStack(Mapping[str, Tensor]):
 
 
 class RowStack(LazyStack):
-    """A stack of adapters that lie one by one, in memory or in mapped files.
+    """A stack of separately stored adapters, in memory or in memory-mapped files.
 
     Args:
         shapes: Parameter name → shape of one client's tensor.
-        open_rows: Gives each client's tensors by name; called once, when something is read.
+        open_rows: One function per client that returns its tensors by name; called once, at the first access.
 
     Example:
         >>> stack = RowStack({"a": (2,)}, [lambda: {"a": torch.zeros(2)}, lambda: {"a": torch.ones(2)}])
@@ -81,7 +83,7 @@ class RowStack(LazyStack):
 
 
 class _Whole(LazyStack):
-    """Tensors ``[N, *shape]`` that are in memory."""
+    """A stack of tensors ``[N, *shape]`` in memory."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(
@@ -95,7 +97,7 @@ class _Whole(LazyStack):
 
 
 def as_lazy(stack: Mapping[str, Tensor]) -> LazyStack:
-    """The same stack, to be read in blocks.
+    """Wrap a stack so that it can be read in blocks.
 
     Example:
         >>> [block.tolist() for _, block in as_lazy({"a": torch.eye(2)}).blocks("a")]
@@ -105,7 +107,7 @@ def as_lazy(stack: Mapping[str, Tensor]) -> LazyStack:
 
 
 def column_blocks(num_rows: int, num_columns: int) -> Iterator[slice]:
-    """Slices of columns whose ``num_rows`` rows take at most ``BLOCK_BYTES`` in float64 (one column at least).
+    """Slices of columns whose ``num_rows`` rows need at most ``BLOCK_BYTES`` in float64; at least one column each.
 
     Example:
         >>> [block.stop for block in column_blocks(num_rows=BLOCK_BYTES // 8, num_columns=3)]

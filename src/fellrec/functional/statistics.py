@@ -1,6 +1,6 @@
-"""How sure a difference is: paired bootstrap, Wilcoxon's signed-rank test, Holm's correction.
+"""Statistics of paired differences: bootstrap intervals, Wilcoxon's signed-rank test, Holm's correction.
 
-Most take differences of pairs, one row per unit that is resampled or ranked (a user, or a client).
+Differences have one row per unit (a user or a client).
 """
 
 from __future__ import annotations
@@ -11,40 +11,35 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from fellrec.errors import ConfigError
-
 NUM_RESAMPLES = 10_000
-"""Resamples of a bootstrap."""
+"""Number of bootstrap resamples."""
 
 NUM_RESAMPLES_OF_SPREAD = 2_000
-"""The same for a spread, whose resamples cost more."""
+"""Number of bootstrap resamples of `spread_interval`, which are more expensive."""
 
 MIN_UNITS = 6
-"""With fewer pairs no test of their signs can tell a difference from none at the 5 % level: if all n differences point
-the same way, its two-sided p is ``2 / 2**n``, which is 0.0625 for five. An interval from them would claim too much."""
+"""Minimum number of pairs. With n pairs the smallest two-sided p of a sign test is ``2 / 2**n``, which is 0.0625 for
+five: no difference is significant at the 5 % level, and an interval would be too narrow."""
 
 _BLOCK = 1 << 22
-"""Random numbers that are drawn at once."""
+"""Maximum number of random numbers in memory at the same time."""
 
 
 def bootstrap_intervals(
     differences: Tensor, seed: int, num_resamples: int = NUM_RESAMPLES, level: float = 0.95
 ) -> Tensor:
-    """Percentile intervals of mean differences (Efron and Tibshirani 1993, chapter 13).
+    """Bootstrap percentile intervals of mean differences (Efron and Tibshirani 1993, chapter 13).
 
-    Units are drawn with replacement; all columns of a unit come together, so the columns share their resamples.
+    Units are resampled with replacement, with the same resamples for all columns.
 
     Args:
         differences: ``[n, M]`` differences of pairs, one row per unit and one column per comparison.
-        seed: Of the draws. They follow the order of the rows: sort the units for a result that does not depend on it.
-        num_resamples: How often.
-        level: Probability that an interval should have, in (0, 1).
+        seed: Seed of the resamples. The result depends on the order of the rows, so sort the units.
+        num_resamples: Number of resamples, at least 1.
+        level: Confidence level, in (0, 1).
 
     Returns:
         ``[M, 2]`` float64 lower and upper ends; NaN if there are fewer than `MIN_UNITS` units.
-
-    Raises:
-        ConfigError: If ``num_resamples`` is below 1 or ``level`` is not between 0 and 1.
 
     Example:
         >>> bootstrap_intervals(torch.ones(8, 1), seed=0)  # all units agree
@@ -52,7 +47,6 @@ def bootstrap_intervals(
         >>> bootstrap_intervals(torch.tensor([[1.0], [2.0], [3.0]]), seed=0)  # too few
         tensor([[nan, nan]], dtype=torch.float64)
     """
-    _check(num_resamples, level)
     num_units, num_columns = differences.shape
     if num_units < MIN_UNITS:
         return torch.full((num_columns, 2), math.nan, dtype=torch.float64)
@@ -75,32 +69,28 @@ def spread_interval(
     num_resamples: int = NUM_RESAMPLES_OF_SPREAD,
     level: float = 0.95,
 ) -> tuple[float, float]:
-    """Basic interval of the difference of two coefficients of variation over clients (Davison and Hinkley 1997, 5.2.1).
+    """Basic bootstrap interval of the difference of two coefficients of variation over clients.
 
-    Each client's users are drawn with replacement, as many as it has; a user's two values come together. Few users make
-    clients look less alike than they are, and resamples do so again: the basic interval ``2 · found - quantile`` takes
-    this bias away, percentiles would double it.
+    Each client's users are resampled with replacement, in pairs. The variation of the means within clients increases
+    the coefficient of variation, and resampling increases it again. The basic interval ``2 · estimate - quantile``
+    (Davison and Hinkley 1997, 5.2.1) removes this bias, while a percentile interval would double it.
 
     Args:
-        values: ``[n, 2]``, a user's metric under two rules.
-        clients: ``[n]`` integers, whose the users are.
-        seed: Of the draws; they follow the order of the rows within a client.
-        num_resamples: How often.
-        level: Probability that the interval should have, in (0, 1).
+        values: ``[n, 2]`` metric of each user under two rules.
+        clients: ``[n]`` integers, client of each user.
+        seed: Seed of the resamples. The result depends on the order of the rows within a client.
+        num_resamples: Number of resamples, at least 1.
+        level: Confidence level, in (0, 1).
 
     Returns:
-        Lower and upper end for the first rule's minus the second's; NaN if there is one client, or one that has fewer
-        than `MIN_UNITS` users.
-
-    Raises:
-        ConfigError: If ``num_resamples`` is below 1 or ``level`` is not between 0 and 1.
+        Lower and upper end for the first rule minus the second. NaN if there is only one client, or a client with
+        fewer than `MIN_UNITS` users.
 
     Example:
-        >>> values = torch.tensor([[1.0, 2.0], [3.0, 2.0]]).repeat_interleave(6, dim=0)  # nothing varies in a client
+        >>> values = torch.tensor([[1.0, 2.0], [3.0, 2.0]]).repeat_interleave(6, dim=0)  # constant within clients
         >>> spread_interval(values, torch.arange(2).repeat_interleave(6), seed=0)
         (0.5, 0.5)
     """
-    _check(num_resamples, level)
     _, owner, sizes = clients.cpu().unique(return_inverse=True, return_counts=True)
     if len(sizes) < 2 or int(sizes.min()) < MIN_UNITS:
         return math.nan, math.nan
@@ -112,7 +102,7 @@ def spread_interval(
         sums = torch.zeros(len(drawn), len(sizes), 2, dtype=torch.float64).index_add_(1, owner, ordered[drawn])
         means = sums / sizes[:, None]
         spread = means.std(dim=1, correction=0) / means.mean(dim=1)
-        first_rule, second_rule = spread.nan_to_num(0.0).unbind(dim=1)  # of zeros it is 0, as in functional.balance
+        first_rule, second_rule = spread.nan_to_num(0.0).unbind(dim=1)  # 0 if the mean is 0, as in functional.balance
         return first_rule - second_rule
 
     found, block = [], max(1, _BLOCK // len(owner))
@@ -125,23 +115,16 @@ def spread_interval(
     return low, high
 
 
-def _check(num_resamples: int, level: float) -> None:
-    if num_resamples < 1:
-        raise ConfigError(f"num_resamples is {num_resamples!r}; allowed are integers from 1")
-    if not 0 < level < 1:
-        raise ConfigError(f"level is {level!r}; allowed are numbers between 0 and 1")
-
-
 def wilcoxon_p(differences: Tensor) -> float:
-    """Two-sided p of Wilcoxon's signed-rank test (1945): are differences as often and as much above 0 as below?
+    """Two-sided p-value of Wilcoxon's signed-rank test (1945) for differences that are symmetric around 0.
 
-    Pairs without a difference are left out, as Wilcoxon did; ties get mean ranks.
+    Zero differences are left out, as in Wilcoxon's definition; ties get mean ranks.
 
     Args:
         differences: ``[n]`` differences of pairs.
 
     Returns:
-        In [0, 1]; 1 if no pair differs, NaN if there is no pair.
+        p-value in [0, 1]; 1 if all differences are 0, NaN if there are none.
 
     Example:
         >>> wilcoxon_p(torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]))  # 2 of 2**6 patterns of signs are as extreme
@@ -157,15 +140,15 @@ def wilcoxon_p(differences: Tensor) -> float:
 
 
 def holm(p_values: Tensor) -> Tensor:
-    """Adjust p for how many tests there are (Holm 1979): the chance of one false alarm among all stays below it.
+    """Adjust p-values for multiple tests (Holm 1979); controls the family-wise error rate.
 
-    The smallest of m is multiplied by m, the next by m - 1 and so on; none may become smaller than the one before it.
+    The smallest of m p-values is multiplied by m, the next by m - 1 and so on; the results are made monotone.
 
     Args:
-        p_values: ``[m]`` p of all tests, none NaN.
+        p_values: ``[m]`` p-values of all tests, none NaN.
 
     Returns:
-        ``[m]`` float64 adjusted p, in the same order, at most 1.
+        ``[m]`` float64 adjusted p-values, in the same order, at most 1.
 
     Example:
         >>> holm(torch.tensor([0.01, 0.04, 0.03])).numpy().round(4).tolist()
@@ -179,7 +162,7 @@ def holm(p_values: Tensor) -> Tensor:
 
 
 def relative_change(value: float, baseline: float) -> float:
-    """Change against a baseline in per cent; NaN if the baseline is 0.
+    """Relative change to a baseline in per cent; NaN if the baseline is 0.
 
     Example:
         >>> round(relative_change(0.12, 0.08), 6)

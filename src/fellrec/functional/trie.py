@@ -1,4 +1,4 @@
-"""A trie of token rows as flat tensors, so that many beams can be extended without a loop over them."""
+"""A trie of token sequences as flat tensors, for vectorised beam search."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from fellrec.functional.ranking import position_within
+
 
 @dataclass(frozen=True)
 class Trie:
-    """Every distinct prefix of some token rows is a node; the first nodes are roots, the empty prefixes.
+    """Trie with one node per distinct prefix of the given rows; the first nodes are the roots (empty prefixes).
 
-    N nodes, E distinct rows. The children of a node have consecutive numbers, ascending by token.
+    N nodes, E distinct rows ("ends"). The children of a node have consecutive indices, ascending by token.
 
     Attributes:
-        token: ``[N]`` int64, the last token of the prefix; -1 for an empty one.
-        first_child: ``[N]`` int64; anything where there are no children.
+        token: ``[N]`` int64 last token of the prefix; -1 for roots.
+        first_child: ``[N]`` int64 index of the first child; undefined for leaves.
         num_children: ``[N]`` int64.
-        end: ``[N]`` int64, number of the row that the node is the end of, in [0, E); -1 if a row ends elsewhere.
-        only_end: ``[N]`` int64, the number of the only row that goes through the node; -1 for roots and where there are
-            several.
-        end_of_row: ``[I]`` int64, the number of each given row; equal rows share it.
-        path: ``[I, T]`` int64, the node before each token of the given rows; anything outside of them.
-        place: ``[I, T]`` int64, which child of that node the token is, from 0; anything outside of them.
+        end: ``[N]`` int64 index in [0, E) of the row that ends at the node; -1 if none does.
+        only_end: ``[N]`` int64 index of the row if exactly one distinct row passes through the node; else, and for
+            roots, -1.
+        end_of_row: ``[I]`` int64 index of each given row, equal for equal rows.
+        path: ``[I, T]`` int64 node before each token of the given rows; undefined for padding.
+        place: ``[I, T]`` int64 position of each token among the children of that node, from 0; undefined for padding.
     """
 
     token: Tensor
@@ -37,21 +39,21 @@ class Trie:
 
     @property
     def num_ends(self) -> int:
-        """E, the distinct rows."""
+        """Number of distinct rows E."""
         return int(self.end.max()) + 1
 
     def to(self, device: torch.device) -> Trie:
-        """The same on a device."""
+        """Copy to a device."""
         return Trie(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def children(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """All children of some nodes.
+        """All children of the given nodes.
 
         Args:
             nodes: ``[n]`` int64.
 
         Returns:
-            For each child, the position of its parent in ``nodes`` ``[c]``, ascending, and the child ``[c]``.
+            The position of each child's parent in ``nodes``, ``[c]`` int64, ascending; and the children ``[c]`` int64.
         """
         counts = self.num_children[nodes]
         parent = torch.repeat_interleave(counts)
@@ -59,14 +61,14 @@ class Trie:
         return parent, self.first_child[nodes][parent] + within
 
     def of_children(self, values: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """Pick what belongs to the tokens that go on from some nodes, out of what all tokens have.
+        """Select the values of the tokens of each node's children.
 
         Args:
-            values: ``[n, V]``.
+            values: ``[n, V]``, one value per token of the vocabulary.
             nodes: ``[n]`` int64.
 
         Returns:
-            For each node's children, in their order, ``[n, C]``, -inf where there is none; and whether there is one.
+            Values of the children ``[n, C]``, padded with -inf; and their mask ``[n, C]`` bool, false for padding.
         """
         counts = self.num_children[nodes][:, None]
         place = torch.arange(int(counts.max()), device=nodes.device)
@@ -76,12 +78,12 @@ class Trie:
 
 
 def build_trie(tokens: Tensor, inside: Tensor, roots: Tensor | None = None) -> Trie:
-    """Make the trie of some rows, level by level.
+    """Build the trie of token rows, level by level.
 
     Args:
-        tokens: ``[I, T]`` int64, at least 0.
-        inside: ``[I, T]`` bool, true for the first tokens of a row, at least one.
-        roots: ``[I]`` int64, the root that each row starts from, all of 0, 1, …; ``None``: all start from node 0.
+        tokens: ``[I, T]`` int64 token ids.
+        inside: ``[I, T]`` bool, true for tokens, false for padding on the right; at least one token per row.
+        roots: ``[I]`` int64 root of each row, with every value in 0, 1, …; ``None`` for a single root.
 
     Example:
         >>> trie = build_trie(torch.tensor([[5, 7], [5, 9], [5, 7], [6, 0]]), torch.tensor([[1, 1]] * 3 + [[1, 0]]) > 0)
@@ -103,7 +105,7 @@ def build_trie(tokens: Tensor, inside: Tensor, roots: Tensor | None = None) -> T
         node = node.index_copy(0, rows, num_nodes + edge_of_row)
         path.append(node)
         num_nodes += len(edges)
-    parent = torch.cat(parents)  # of the nodes after the roots: ascending, as levels are, and edges within a level
+    parent = torch.cat(parents)  # of the nodes after the roots; ascending
     first_child = num_roots + torch.searchsorted(parent, torch.arange(num_nodes))
     ends, end_of_row = node.unique(return_inverse=True)
     end = torch.full((num_nodes,), -1)
@@ -127,7 +129,7 @@ def build_trie(tokens: Tensor, inside: Tensor, roots: Tensor | None = None) -> T
 
 
 def is_among_best(values: Tensor, groups: Tensor, count: int) -> Tensor:
-    """Which values are among the ``count`` largest of their group; of equal ones the first.
+    """Whether each value is among the ``count`` largest of its group; of equal values the first.
 
     Args:
         values: ``[c]`` floats.
@@ -142,9 +144,6 @@ def is_among_best(values: Tensor, groups: Tensor, count: int) -> Tensor:
         tensor([ True, False,  True,  True])
     """
     order = values.argsort(descending=True, stable=True)
-    order = order[groups[order].argsort(stable=True)]
-    sizes = torch.bincount(groups)
-    place = torch.arange(len(order), device=groups.device) - (sizes.cumsum(0) - sizes)[groups[order]]
     best = torch.zeros_like(groups, dtype=torch.bool)
-    best[order] = place < count
+    best[order] = position_within(groups[order]) < count
     return best

@@ -14,7 +14,7 @@ from fellrec.data.datamodule import FellrecDataModule
 from fellrec.errors import ConfigError
 from fellrec.experiment import build_batches, build_data
 from fellrec.federated.local import LocalSettings
-from fellrec.functional.cost import PartCost, Traffic, Wire, checkpoint_bytes, share, together, traffic
+from fellrec.functional.cost import PartCost, Traffic, TrafficSettings, checkpoint_bytes, fraction, total_cost, traffic
 from fellrec.functional.participation import cohort
 from fellrec.models.module import Objective
 from fellrec.models.objectives.item_table import EVERY_STEP
@@ -85,7 +85,7 @@ class Plan:
     @property
     def client(self) -> PartCost:
         """Head and tail."""
-        return together([self.head, self.tail])
+        return total_cost([self.head, self.tail])
 
     @property
     def server(self) -> PartCost:
@@ -105,12 +105,12 @@ class Plan:
     @property
     def client_weight_share(self) -> float:
         """Share of the backbone's weights that the client stores, in [0, 1]."""
-        return share(self.client.weight_bytes, self.client.weight_bytes + self.server.weight_bytes)
+        return fraction(self.client.weight_bytes, self.client.weight_bytes + self.server.weight_bytes)
 
     @property
     def client_compute_share(self) -> float:
         """Share of the forward pass that the client computes, in [0, 1]."""
-        return share(self.client.forward_flops, self.client.forward_flops + self.server.forward_flops)
+        return fraction(self.client.forward_flops, self.client.forward_flops + self.server.forward_flops)
 
     @property
     def round_bytes(self) -> float:
@@ -200,8 +200,10 @@ class Planner:
             cohort_size=cohort_size,
             **parts,
             load=load,
-            traffic=traffic(**parts, load=load.mean, wire=_wire(config, backbone.model, rule.exchanges_adapters)),
-            checkpoint_bytes=checkpoint_bytes(together(parts.values()), data.num_clients, rule.pools_clients),
+            traffic=traffic(
+                **parts, load=load.mean, settings=_traffic_settings(config, backbone.model, rule.exchanges_adapters)
+            ),
+            checkpoint_bytes=checkpoint_bytes(total_cost(parts.values()), data.num_clients, rule.pools_clients),
             micro_batch=(rows, tokens),
             settings=_settings(config),
             has_own_tokenizer=is_own,
@@ -240,10 +242,10 @@ def _settings(config: DictConfig) -> PlanSettings:
     return PlanSettings(config.trainer.precision, config.split.transport, config.split.in_flight, kept)
 
 
-def _wire(config: DictConfig, model: Any, exchanges_adapters: bool) -> Wire:
+def _traffic_settings(config: DictConfig, model: Any, exchanges_adapters: bool) -> TrafficSettings:
     own = str(model.dtype).removeprefix("torch.")
     hidden, gradient = config.split.hidden_dtype, config.split.gradient_dtype
-    return Wire(
+    return TrafficSettings(
         hidden_size=model.config.hidden_size,
         hidden_dtype=own if hidden == "float32" else hidden,  # what is narrower already is not widened
         gradient_dtype=own if gradient == "float32" else gradient,

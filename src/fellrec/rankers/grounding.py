@@ -10,7 +10,7 @@ from torch import Tensor
 from fellrec.data.ragged import Ragged
 from fellrec.data.text import TokenizedTexts, pad_left
 from fellrec.errors import ConfigError, unknown
-from fellrec.functional.grounding import weighed_distances
+from fellrec.functional.grounding import weighted_distances
 from fellrec.models.objectives.generative import GenerativeObjective, check_writes
 from fellrec.models.split import SplitModel
 from fellrec.rankers.reference import REFERENCE_DECAY, MarkovRanker, PopularityRanker, ReferenceRanker
@@ -26,7 +26,7 @@ class GroundingRanker:
     adapter switched off; with ``adapter=full`` there is no frozen backbone, and the trained model embeds both sides.
 
     The distances can be weighed by how often items occur, or how often they followed the user's last items, in
-    training; see ``fellrec.functional.grounding.weighed_distances``.
+    training; see ``fellrec.functional.grounding.weighted_distances``.
 
     Args:
         objective: The objective that the model was trained with; it makes the prompts.
@@ -97,7 +97,7 @@ class GroundingRanker:
         distances = torch.cdist(vectors, self._titles_ID, compute_mode="donot_use_mm_for_euclid_dist")
         if self._prior is None:
             return -distances
-        scores = -weighed_distances(distances, self._prior.scores(histories), self.gammas)
+        scores = -weighted_distances(distances, self._prior.scores(histories), self.gammas)
         return scores if self.choices else scores[0]
 
     def take_report(self) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fellrec.functional.balance import gain
+from fellrec.functional.balance import mean_gain
 from fellrec.report.costs import RunCost
 from fellrec.types import Evaluation
 
@@ -201,7 +201,7 @@ class Comparison:
     def gain(self, rule: str, metric: str) -> float | None:
         """Mean over clients and seeds of the difference to the baseline, paired by client and seed."""
         gains = [
-            gain(result.evaluation.per_client[metric], base.evaluation.per_client[metric])["gain_mean"]
+            mean_gain(result.evaluation.per_client[metric], base.evaluation.per_client[metric])
             for result, base in self.pairs(rule, self.baseline)
         ]
         return float(np.mean(gains)) if gains else None

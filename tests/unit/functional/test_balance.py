@@ -6,14 +6,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fellrec.functional.balance import STATISTICS, balance, gain
+from fellrec.functional.balance import STATISTICS, balance, mean_gain
 
 metric_vectors = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=12)
 
 
 @given(metric_vectors)
 def test_statistics_equal_their_definitions(values):
-    """Each definition written out over pairs or shares in NumPy."""
+    """Each definition in NumPy, over pairs of clients or fractions of the sum."""
     x = np.array(values, dtype=np.float64)
     result = balance(torch.tensor(values, dtype=torch.float64))
     assert result["variance"] == pytest.approx(np.var(x), abs=1e-12)
@@ -22,11 +22,11 @@ def test_statistics_equal_their_definitions(values):
     assert result["gap"] == np.ptp(x)
     assert result["worst_10_percent"] == pytest.approx(np.sort(x)[: math.ceil(len(x) / 10)].mean())
     if x.max() > 1e-30:
-        shares = x / x.sum()
+        fractions = x / x.sum()
         assert result["coefficient_of_variation"] == pytest.approx(np.std(x) / np.mean(x), abs=1e-6)
-        assert result["gini"] == pytest.approx(np.abs(shares[:, None] - shares).sum() / (2 * len(x)), abs=1e-9)
-        assert result["jain"] == pytest.approx(1 / (len(x) * (shares**2).sum()))
-        positive = shares[shares > 0]
+        assert result["gini"] == pytest.approx(np.abs(fractions[:, None] - fractions).sum() / (2 * len(x)), abs=1e-9)
+        assert result["jain"] == pytest.approx(1 / (len(x) * (fractions**2).sum()))
+        positive = fractions[fractions > 0]
         expected = -(positive * np.log(positive)).sum() / np.log(len(x)) if len(x) > 1 else 1.0
         assert result["entropy"] == pytest.approx(expected, abs=1e-9)
 
@@ -51,10 +51,9 @@ def test_no_client_gives_nan():
     assert all(math.isnan(value) for value in balance(torch.empty(0)).values())
 
 
-def test_worst_10_percent_does_not_round_up_by_floating_point():
+def test_worst_10_percent_has_no_floating_point_error():
     assert balance(torch.arange(30.0))["worst_10_percent"] == 1.0  # mean of 0, 1, 2; 0.1 * 30 is 3.0000000000000004
 
 
-def test_gain_leaves_out_clients_without_users():
-    result = gain(torch.tensor([0.5, math.nan, 0.25]), torch.tensor([0.25, 0.5, 0.5]))
-    assert result == {"gain_mean": 0.0, "gain_min": -0.25, "num_clients_losing": 1.0}
+def test_mean_gain_leaves_out_clients_without_users():
+    assert mean_gain(torch.tensor([0.5, math.nan, 0.25]), torch.tensor([0.25, 0.5, 0.0])) == 0.25

@@ -1,4 +1,4 @@
-"""Ranking among sampled candidates: laws of sampling without replacement."""
+"""Ranking among sampled candidates: properties of sampling without replacement."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fellrec.functional.ranking import target_ranks
 NONE = torch.tensor([], dtype=torch.long)
 
 
-def test_what_is_drawn_is_allowed_and_depends_on_seed_and_user_alone() -> None:
+def test_drawn_items_are_allowed_and_depend_on_seed_and_user_only() -> None:
     users = torch.tensor([3, 9, 4, 7])
     allowed = torch.rand(4, 60, generator=torch.Generator().manual_seed(0)) < 0.5
     allowed[3, 2:] = False
     drawn = SampledCandidates(10, seed=1).draw(users, allowed)
     assert not (drawn & ~allowed).any()
-    assert drawn.sum(dim=1).tolist() == [10, 10, 10, int(allowed[3].sum())], "all there are, if there are fewer"
+    assert drawn.sum(dim=1).tolist() == [10, 10, 10, int(allowed[3].sum())], "all allowed items if there are fewer"
     order = torch.tensor([2, 0, 3, 1])
     assert torch.equal(SampledCandidates(10, seed=1).draw(users[order], allowed[order]), drawn[order])
     assert not torch.equal(SampledCandidates(10, seed=2).draw(users, allowed), drawn)
@@ -31,14 +31,14 @@ def test_what_is_drawn_is_allowed_and_depends_on_seed_and_user_alone() -> None:
 def test_every_item_is_drawn_equally_often() -> None:
     drawn = SampledCandidates(7, seed=0).draw(torch.arange(3000), torch.ones(3000, 40, dtype=torch.bool))
     counts = drawn.sum(dim=0).numpy()
-    # Without replacement the variance is smaller than a chi-square test takes it to be, by (n - N) / (n - 1).
+    # Without replacement the variance is smaller than the chi-square test assumes, by (n - N) / (n - 1).
     statistic = chisquare(counts).statistic / (33 / 39)
     assert statistic < 74, "the 99.9 % point of chi-square with 39 degrees is 72.06; the seed is fixed"
     assert np.corrcoef(drawn[:-1].float().flatten(), drawn[1:].float().flatten())[0, 1] == pytest.approx(0, abs=0.01)
 
 
 def test_the_rank_among_a_sample_is_hypergeometric() -> None:
-    """Of n items a target has r before it; among N of them, N r / n on average."""
+    """If r of n items precede a target, N r / n of N sampled items precede it on average."""
     num_users, n, num, before = 4000, 50, 20, 12
     scores = torch.arange(n + 1.0).flip(0).expand(num_users, -1)
     rows, items = torch.arange(num_users), torch.full((num_users,), before)

@@ -1,4 +1,4 @@
-"""The first items of a ranking have the metrics of ``target_ranks``, whatever is tied, masked or has one title."""
+"""The first items of a ranking give the metrics of ``target_ranks``, with ties, masks and duplicate titles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Problem = tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def problem(num_levels: int, seed: int = 0) -> Problem:
-    """Scores of few levels (many ties) or many, one to three targets and five masked items a row."""
+    """Scores with the given number of levels (few levels give many ties), one to three targets and five masked items."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(-num_levels, num_levels, (NUM_ROWS, NUM_ITEMS), generator=generator) / 8
     chosen = torch.rand(NUM_ROWS, NUM_ITEMS, generator=generator).argsort(dim=1)
@@ -26,14 +26,16 @@ def problem(num_levels: int, seed: int = 0) -> Problem:
 
 
 def ranks_in(found: FirstItems, targets: tuple[Tensor, Tensor]) -> Tensor:
-    """Place of each target in its row's list; beyond the list where it is not in it."""
+    """Position of each target in its row's list; ``NUM_ITEMS`` if it is not in the list."""
     rows, items = targets
     is_here = found.items[rows] == items[:, None]
     return torch.where(is_here.any(dim=1), is_here.int().argmax(dim=1), NUM_ITEMS)
 
 
-@pytest.mark.parametrize("titles", [None, torch.arange(NUM_ITEMS) // 3], ids=["titles_differ", "three_share_one"])
-@pytest.mark.parametrize("num_levels", [2, 5, 100_000], ids=["hardly_differ", "ties", "no_ties"])
+@pytest.mark.parametrize(
+    "titles", [None, torch.arange(NUM_ITEMS) // 3], ids=["distinct_titles", "three_items_per_title"]
+)
+@pytest.mark.parametrize("num_levels", [2, 5, 100_000], ids=["many_ties", "ties", "no_ties"])
 def test_metrics_of_the_list_are_those_of_the_ranks(num_levels: int, titles: Tensor | None) -> None:
     scores, targets, masked = problem(num_levels)
     ranks = target_ranks(scores, *targets, *masked, titles)
@@ -57,7 +59,7 @@ def test_without_ties_and_titles_it_is_the_sorted_list() -> None:
     assert torch.equal(found.scores, expected.values[:, :12])
 
 
-def test_tied_rows_are_those_with_a_target_and_another_item_of_one_score() -> None:
+def test_a_row_is_tied_if_a_target_and_another_item_have_the_same_score() -> None:
     scores, targets, masked = problem(40)
     expected = []
     for row in range(NUM_ROWS):
@@ -68,14 +70,14 @@ def test_tied_rows_are_those_with_a_target_and_another_item_of_one_score() -> No
     assert first_items(scores, targets, masked, None, 5).is_tied.tolist() == expected
 
 
-def test_signs_of_zero_are_tied() -> None:
+def test_positive_and_negative_zero_are_tied() -> None:
     none = torch.empty(0, dtype=torch.int64)
     scores = torch.tensor([[0.0, -0.0, 1.0]])
     found = first_items(scores, (torch.tensor([0]), torch.tensor([0])), (none, none), None, 3)
     assert (found.items.tolist(), found.is_tied.tolist()) == ([[2, 1, 0]], [True])
 
 
-def test_places_behind_the_last_item_are_empty() -> None:
+def test_rows_with_fewer_items_are_padded() -> None:
     scores = torch.tensor([[0.5, 0.25, 0.75, 1.0]])
     masked = torch.tensor([0, 0]), torch.tensor([1, 3])
     found = first_items(scores, (torch.tensor([0]), torch.tensor([3])), masked, None, 4)

@@ -29,7 +29,7 @@ def test_gram_equals_that_of_the_concatenation(monkeypatch):
 
 
 def test_small_updates_of_large_adapters_keep_their_direction():
-    # Differences are taken in float64; in float32 products of the adapters they would drown.
+    # Differences are computed in float64 before the products, so they are not lost to rounding.
     start = {"a": torch.full((2, 2), 1000.0)}
     end = {"a": start["a"] + torch.tensor([[0.25, 0.0], [0.0, 0.25]])}
     np.testing.assert_allclose(mixing.similarity(mixing.gram_matrix(end, start)), [[1, 0.5], [0.5, 1]], atol=1e-12)
@@ -43,7 +43,7 @@ def test_similarity_of_alike_opposed_orthogonal_and_zero_vectors(other, expected
     np.testing.assert_allclose(mixing.similarity(gram), [[1, expected], [expected, 1]], atol=1e-15)
 
 
-def test_similarity_of_tiny_vectors_is_not_lost():
+def test_similarity_of_tiny_vectors_does_not_underflow():
     gram = mixing.gram_matrix({"a": torch.tensor([[1e-30, 0.0], [1e-30, 0.0]])})
     np.testing.assert_allclose(mixing.similarity(gram), np.ones((2, 2)))
 
@@ -86,7 +86,7 @@ def test_speed_is_one_where_the_power_underflows():
 
 
 @given(st.integers(1, 7), st.integers(0, 1000))
-def test_sequential_matrix_is_the_loop_in_place(num_clients, seed):
+def test_sequential_matrix_equals_in_place_mixing(num_clients, seed):
     rng = np.random.default_rng(seed)
     weights = rng.random((num_clients, num_clients)) + 0.01
     weights /= weights.sum(1, keepdims=True)
@@ -100,11 +100,11 @@ def test_sequential_matrix_is_the_loop_in_place(num_clients, seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_mix_is_a_matrix_product_per_parameter(dtype, monkeypatch):
+def test_a_mixture_is_a_matrix_product_per_parameter(dtype, monkeypatch):
     monkeypatch.setattr(stacks, "BLOCK_BYTES", 5 * 3 * 8)
     matrix = torch.softmax(torch.randn(3, 3, generator=torch.Generator().manual_seed(2)), dim=1)
     stack = {name: p.to(dtype) for name, p in random_stack(3).items()}
-    mixed = mixing.mix(matrix, stack)
+    mixed = mixing.Mixture(matrix, stack)
     for name, parameter in stack.items():
         expected = np.einsum("rs,s...->r...", matrix.double().numpy(), parameter.double().numpy())
         assert mixed[name].dtype == dtype
@@ -112,7 +112,7 @@ def test_mix_is_a_matrix_product_per_parameter(dtype, monkeypatch):
         torch.testing.assert_close(mixed[name], torch.from_numpy(expected).to(dtype), rtol=0, atol=0)
 
 
-def test_mix_takes_transposed_parameters():
+def test_a_mixture_accepts_transposed_parameters():
     parameter = torch.arange(6.0).reshape(3, 2).T  # [2 clients, 3], not contiguous
-    mixed = mixing.mix(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), {"a": parameter})["a"]
+    mixed = mixing.Mixture(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), {"a": parameter})["a"]
     torch.testing.assert_close(mixed, parameter.flip(0), rtol=0, atol=0)

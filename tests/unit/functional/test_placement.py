@@ -1,4 +1,4 @@
-"""Placement of clients on ranks: laws, and Graham's bound against the best placement."""
+"""Assignment of clients to workers: properties, and Graham's bound against the optimum."""
 
 from __future__ import annotations
 
@@ -17,40 +17,41 @@ def longest(costs: list[float], placed: tuple[tuple[int, ...], ...]) -> float:
 
 
 @given(COSTS, st.integers(1, 8))
-def test_every_job_has_one_rank_and_the_longest_comes_first(costs: list[float], num_ranks: int) -> None:
-    placed = place(costs, num_ranks)
-    assert len(placed) == num_ranks
+def test_every_job_has_one_worker_and_longer_jobs_come_first(costs: list[float], num_workers: int) -> None:
+    placed = place(costs, num_workers)
+    assert len(placed) == num_workers
     assert sorted(job for jobs in placed for job in jobs) == list(range(len(costs)))
     for jobs in placed:
         assert [costs[job] for job in jobs] == sorted((costs[job] for job in jobs), reverse=True)
 
 
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=7), st.integers(1, 3))
-def test_it_is_within_grahams_bound_of_the_best(costs: list[int], num_ranks: int) -> None:
-    """The best is found by trying all."""
+def test_the_makespan_is_within_grahams_bound(costs: list[int], num_workers: int) -> None:
+    """The optimum is found by exhaustive search."""
     best = min(
-        max(sum(cost for cost, rank in zip(costs, ranks) if rank == r) for r in range(num_ranks))
-        for ranks in product(range(num_ranks), repeat=len(costs))
+        max(sum(cost for cost, worker in zip(costs, workers) if worker == w) for w in range(num_workers))
+        for workers in product(range(num_workers), repeat=len(costs))
     )
     assert (
-        longest([float(cost) for cost in costs], place(costs, num_ranks)) <= (4 / 3 - 1 / (3 * num_ranks)) * best + 1e-9
+        longest([float(cost) for cost in costs], place(costs, num_workers))
+        <= (4 / 3 - 1 / (3 * num_workers)) * best + 1e-9
     )
 
 
 @given(st.lists(st.floats(1, 100), min_size=1, max_size=20), st.integers(1, 5))
-def test_no_rank_idles_while_another_has_two(costs: list[float], num_ranks: int) -> None:
-    sizes = [len(jobs) for jobs in place(costs, num_ranks)]
+def test_no_worker_is_idle_while_another_has_two_jobs(costs: list[float], num_workers: int) -> None:
+    sizes = [len(jobs) for jobs in place(costs, num_workers)]
     assert min(sizes) > 0 or max(sizes) <= 1
 
 
 @given(COSTS, st.integers(1, 8))
-def test_it_is_the_same_every_time(costs: list[float], num_ranks: int) -> None:
-    assert place(costs, num_ranks) == place(list(costs), num_ranks)
+def test_the_assignment_is_deterministic(costs: list[float], num_workers: int) -> None:
+    assert place(costs, num_workers) == place(list(costs), num_workers)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=10), st.floats(0.01, 10))
-def test_estimates_are_exact_where_seconds_follow_steps(steps: list[int], per_step: float) -> None:
-    """Half of the clients were measured; all take the same time per step."""
+def test_estimates_are_exact_if_all_clients_take_the_same_time_per_step(steps: list[int], per_step: float) -> None:
+    """Half of the clients were measured."""
     clients = list(range(len(steps)))
     measured = {client: steps[client] * per_step for client in clients[::2]}
     found = estimate_seconds(clients, dict(enumerate(steps)), measured)

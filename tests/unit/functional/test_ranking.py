@@ -80,7 +80,7 @@ def test_blocks_do_not_change_ranks(monkeypatch):
     scores = torch.randint(0, 9, (5, 30), generator=generator).float()
     rows, items = torch.arange(5).repeat(4), torch.arange(20)
     whole = target_ranks(scores, rows, items, NONE, NONE)
-    monkeypatch.setattr(ranking, "_CELLS", 70)
+    monkeypatch.setattr(ranking, "MAX_COMPARISONS", 70)
     torch.testing.assert_close(target_ranks(scores, rows, items, NONE, NONE), whole, rtol=0, atol=0)
 
 
@@ -96,7 +96,7 @@ def test_a_target_is_never_masked_and_masked_items_do_not_count():
     assert ranks_of([[3.0, 2.0, 1.0]], [(0, 1)], masked=[(0, 0), (0, 1)]) == [0]
 
 
-def test_masked_items_do_not_count_even_when_the_target_scores_minus_infinity():
+def test_masked_items_do_not_count_if_the_target_has_score_minus_infinity():
     assert ranks_of([[1.0, float("-inf"), float("-inf")]], [(0, 1)], masked=[(0, 0), (0, 2)]) == [0]
 
 
@@ -111,15 +111,15 @@ def test_nan_scores_are_refused():
         ranks_of([[0.0, 1.0], [float("nan"), 1.0]], [(0, 0)])
 
 
-def test_a_target_given_twice_is_refused():
-    with pytest.raises(DataError, match="first item 1 in row 0"):
+def test_duplicate_targets_are_refused():
+    with pytest.raises(DataError, match="1 targets are duplicates; first: item 1 in row 0"):
         ranks_of([[0.0, 1.0]], [(0, 1), (0, 1)])
 
 
 @pytest.mark.parametrize(
     ("cutoffs", "message"), [([], "empty"), ([0], "cutoff 0"), ([5, 11], "cutoff 11"), ([True], "True"), ([2.0], "2.0")]
 )
-def test_cutoffs_that_cannot_be_used(cutoffs, message):
+def test_invalid_cutoffs_are_refused(cutoffs, message):
     with pytest.raises(ConfigError, match=f"{message}.* from 1 to 10"):
         check_cutoffs(cutoffs, num_items=10)
 
@@ -136,7 +136,7 @@ def untied():
 
 
 @pytest.mark.parametrize("cutoff", [1, 5, 20])
-def test_agrees_with_torchmetrics_and_sklearn_where_nothing_ties(untied, cutoff):
+def test_metrics_equal_those_of_torchmetrics_and_scikit_learn_without_ties(untied, cutoff):
     scores, relevant, masked = untied
     pairs = [torch.from_numpy(index) for mask in (relevant, masked) for index in np.nonzero(mask)]
     ranks = target_ranks(torch.from_numpy(scores).float(), *pairs)

@@ -30,7 +30,7 @@ from fellrec.config.compose import compose
 from fellrec.experiment import build_data, build_loop, build_recommender
 from fellrec.federated.checkpoint import save_state
 from fellrec.federated.local import LocalSettings
-from fellrec.functional.cost import PartCost, share, together
+from fellrec.functional.cost import PartCost, fraction, total_cost
 from fellrec.models.adapters import FullAdapter, LoraAdapter, adapter_bytes
 from fellrec.models.architectures import ARCHITECTURES
 from fellrec.models.split import SplitModel
@@ -112,13 +112,13 @@ def test_counts_equal_those_of_a_real_model(name: str, kind: type, dtype: torch.
         real, dict(real.model.named_parameters())
     )
     # Tied weights are saved once and Hugging Face counts its own memory.
-    assert together(found.values()).weight_bytes == real.model.get_memory_footprint(return_buffers=False)
+    assert total_cost(found.values()).weight_bytes == real.model.get_memory_footprint(return_buffers=False)
     adapter = kind()
     adapter.attach(real.model, real.arch, 0, real.part_of)
     trainable = adapter.trainable(real.model)
     bank = AdapterBank.replicate(trainable, 1)
-    assert together(found.values()).adapter_bytes == adapter_bytes(trainable) == bank.adapter_bytes
-    assert together(found.values()).num_adapter_tensors == len(bank.kinds)
+    assert total_cost(found.values()).adapter_bytes == adapter_bytes(trainable) == bank.adapter_bytes
+    assert total_cost(found.values()).num_adapter_tensors == len(bank.kinds)
     assert all(cost.added_bytes == (cost.adapter_bytes if kind is LoraAdapter else 0) for cost in found.values())
     assert [cost.num_layers for cost in found.values()] == [2, 2, 1]
 
@@ -141,7 +141,7 @@ def test_activations_are_those_of_a_real_forward_pass(kind: str, dropout: float)
 def test_a_real_pass_over_the_whole_model_keeps_the_same_memory() -> None:
     """Independent of ``trace``: PyTorch's own hooks around Hugging Face's own forward pass."""
     config = LlamaConfig(**{**SHAPE, "num_key_value_heads": 4})
-    found = together(measured(config, FullAdapter(), batch=LONG).values()).activation_bytes
+    found = total_cost(measured(config, FullAdapter(), batch=LONG).values()).activation_bytes
     model = built(config).model
     weights, seen = {tensor.data_ptr() for tensor in model.parameters()}, []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: seen.append(tensor) or tensor, lambda tensor: tensor):
@@ -194,11 +194,11 @@ def test_llama_7b(head_layers: int, percent: int) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(read_config(find_config("llama_2_7b")), dtype=torch.bfloat16)
     parts = measure_parts(SplitModel(model, head_layers, 1), LoraAdapter(), OBJECTIVE, BATCH)  # type: ignore[arg-type]
-    whole, client = together(parts.values()), together([parts["head"], parts["tail"]])
+    whole, client = total_cost(parts.values()), total_cost([parts["head"], parts["tail"]])
     assert whole.weight_bytes == 2 * 6_738_415_616, "bfloat16"
     assert whole.adapter_bytes == 4 * 4_194_304, "LoRA stays in float32"
     assert client.adapter_bytes == (head_layers + 1) * 4 * 4 * 8 * 4096
-    assert round(100 * share(client.weight_bytes, whole.weight_bytes)) == percent
+    assert round(100 * fraction(client.weight_bytes, whole.weight_bytes)) == percent
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModel, LongformerConfig, RobertaConfig
 
 from fellrec.cli.main import main
-from fellrec.functional.cost import together
+from fellrec.functional.cost import total_cost
 from fellrec.models.adapters import FullAdapter, LoraAdapter, adapter_bytes
 from fellrec.models.architectures import ARCHITECTURES
 from fellrec.models.split import SplitModel
@@ -53,7 +53,7 @@ def test_counts_equal_those_of_a_real_model(name: str, kind: type) -> None:
     assert sum(parts.values()) == real.model.get_memory_footprint(return_buffers=False)
     adapter = kind()
     adapter.attach(real.model, real.arch, 0, real.part_of)
-    assert together(found.values()).adapter_bytes == adapter_bytes(adapter.trainable(real.model))
+    assert total_cost(found.values()).adapter_bytes == adapter_bytes(adapter.trainable(real.model))
     assert [cost.num_layers for cost in found.values()] == [2, 2, 1]
 
 

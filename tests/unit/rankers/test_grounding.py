@@ -11,7 +11,7 @@ import torch
 from fellrec.data.ragged import Ragged
 from fellrec.data.schema import Catalogue
 from fellrec.errors import ConfigError
-from fellrec.functional.grounding import min_max, weighed_distances
+from fellrec.functional.grounding import min_max, weighted_distances
 from fellrec.metrics import ClientRankingMetrics
 from fellrec.models.backbone import Backbone
 from fellrec.models.module import FellrecModule, OptimizerSettings, ReportingRanker
@@ -47,11 +47,11 @@ def ranker_of(tiny: Backbone, texts: Sequence[str] = (), **settings: object) -> 
     return ranker
 
 
-def test_weighed_distances_by_hand_for_three_items() -> None:
+def test_weighted_distances_by_hand_for_three_items() -> None:
     """D = (2, 3, 4), P = (0, 5, 10): D̂ = P̂ = (0, ½, 1), so D̂ / (1 + P̂)² = (0, ½ · 4/9, 1/4)."""
-    found = weighed_distances(torch.tensor([[2.0, 3.0, 4.0]]), torch.tensor([[0.0, 5.0, 10.0]]), [2.0, 0.0])
+    found = weighted_distances(torch.tensor([[2.0, 3.0, 4.0]]), torch.tensor([[0.0, 5.0, 10.0]]), [2.0, 0.0])
     torch.testing.assert_close(found, torch.tensor([[[0, 2 / 9, 1 / 4]], [[0, 1 / 2, 1]]]))
-    found = weighed_distances(torch.tensor([[2.0, 3.0, 4.0]]), torch.tensor([[10.0, 0.0, 10.0]]), [1.0])
+    found = weighted_distances(torch.tensor([[2.0, 3.0, 4.0]]), torch.tensor([[10.0, 0.0, 10.0]]), [1.0])
     torch.testing.assert_close(found, torch.tensor([[[0, 1 / 2, 1 / 2]]]))
     assert min_max(torch.full((2, 3), 7.0)).tolist() == [[0.0] * 3] * 2, "no division by zero"
 
@@ -78,7 +78,7 @@ def test_the_signals_are_counts_of_training(tiny: Backbone, model: SplitModel) -
     for ranker in (popular, followed):
         assert ranker.choices == ()
         prior = ranker._prior.scores(histories)  # type: ignore[union-attr]
-        order = weighed_distances(distances, prior, [1])[0, 0]
+        order = weighted_distances(distances, prior, [1])[0, 0]
         assert order[0] == 0
         assert order[1] == pytest.approx(1 / 2)
         ranker.refresh(model)
