@@ -35,7 +35,7 @@ from fellrec.experiment import (
 )
 from fellrec.functional.nested import flatten
 from fellrec.models.backbone import DTYPES
-from fellrec.models.partial import fingerprint, load_share
+from fellrec.models.partial import fingerprint, load_partial
 from fellrec.models.split import SplitModel
 
 _GRACE_SECONDS = 1.0
@@ -160,7 +160,7 @@ class Team:
     def _serve(self, folder: Path, num_clients: int) -> None:
         config, split = self.config, self.config.split
         dtype = DTYPES[config.backbone.get("dtype") or "float32"]
-        body = load_share(folder, "server", split.head_layers, split.tail_layers, dtype)
+        body = load_partial(folder, "server", split.head_layers, split.tail_layers, dtype)
         share = attach_server(config, SplitModel(body, split.head_layers, split.tail_layers), self.fabric)
         server = build_server(config, share, num_clients, self.fabric)
         self.wire.send(LEAD, Ready(tuple(sorted(share.trainable))))
