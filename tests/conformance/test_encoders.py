@@ -147,7 +147,7 @@ def test_every_encoder_loads_from_its_folder(name: str, kind: Any, tmp_path: Pat
     expected = own_forward(saved.base_model, ids, inside)
     assert torch.equal(own_forward(backbone.model.requires_grad_(False), ids, inside), expected)
     client_lm, server_lm = (load_partial(tmp_path, side, 2, 1, torch.float32) for side in ("client", "server"))
-    owned = [{key for key, _ in share.named_parameters()} for share in (client_lm, server_lm)]
+    owned = [{key for key, _ in part.named_parameters()} for part in (client_lm, server_lm)]
     assert not owned[0] & owned[1]
     assert owned[0] | owned[1] == {key for key, _ in backbone.model.named_parameters()}
     server = SplitModel(server_lm, 2, 1)

@@ -1,6 +1,6 @@
 """The executed cut equals the whole model for every architecture: forward, every gradient, and generation with a cache.
 
-The server has its own share only. What the tests compare with is transformers' own model, whole.
+The server has only its partial model. The reference is the whole Transformers model.
 """
 
 from __future__ import annotations
