@@ -122,7 +122,9 @@ class Exchange:
         """What the clients receive; the bytes that they receive are recorded."""
         received = Received(updates.clients, aggregated.adapters, aggregated.tensors, aggregated.base)
         if self.rule.sees != "nothing":
-            kept = [stack[name] for stack in aggregated.tensors.values() for name in stack if name not in self.at_server]
+            kept = [
+                stack[name] for stack in aggregated.tensors.values() for name in stack if name not in self.at_server
+            ]
             num_bytes = sum(tensor.nbytes // len(tensor) for tensor in kept)
             num_bytes += sum(size for name, size in self._sizes.items() if name in self._sent_back(aggregated))
             num_bytes += _num_bytes(aggregated.base, self.at_server)

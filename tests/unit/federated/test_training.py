@@ -451,12 +451,12 @@ def test_lightnings_trainer_is_the_centralised_baseline(recommender: Recommender
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, recommender.datamodule.pooled())
+    trainer.fit(module, recommender.datamodule)
     logged = float(trainer.callback_metrics["val/ndcg_at_10/mean"])
     loop.state.bank.store(0, module.trainable)
     evaluation = loop.evaluate("val", 0, "current", loop.row_of_client)
     assert logged == pytest.approx(evaluation.summary["ndcg_at_10/mean"], rel=1e-6)
     assert logged > start, "two epochs of training help"
-    tested = trainer.test(module, recommender.datamodule.pooled(), verbose=False)
+    tested = trainer.test(module, recommender.datamodule, verbose=False)
     test = loop.evaluate("test", 0, "current", loop.row_of_client)
     assert tested[0]["test/recall_at_10/pooled"] == pytest.approx(test.summary["recall_at_10/pooled"], rel=1e-6)
