@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from fellrec.aggregation.build import build_aggregation
 from fellrec.data.prepared import PreparedData
-from fellrec.experiment import Recommender, build_data, build_loop, build_recommender, recommender_key
+from fellrec.experiment import Recommender, build_data, build_loop, build_recommender, build_rule, recommender_key
 from fellrec.experiment.run import Run, collect, finish_message, reference_results, table_cutoff
 from fellrec.experiment.run_dir import check_new, new_run_dir
 from fellrec.experiment.session import Ranks, processes_to_start, run_ranks
@@ -72,7 +71,7 @@ def compare(configs: Sequence[DictConfig], ranks: Ranks | None = None) -> tuple[
     """
     check_comparable(configs)
     for config in configs:
-        build_aggregation(config.aggregation)  # a rule that cannot be built must not be found out an hour later
+        build_rule(config)  # a rule that cannot be built must not be found out an hour later
     first = configs[0]
     if first.run_dir:
         check_new(Path(first.run_dir))

@@ -12,7 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fellrec.config.compose import compose, expand
+from fellrec.config.compose import compose
+from fellrec.config.sweep import expand
 from fellrec.errors import ConfigError
 from fellrec.functional.cost import PartCost, human_bytes
 from fellrec.planning.plan import Plan, Planner
@@ -78,8 +79,9 @@ def plan(overrides: Sequence[str], probe_steps: int | None = None) -> list[Row]:
 
 def _varying(combinations: Sequence[Sequence[str]]) -> list[dict[str, str]]:
     split = [dict(override.partition("=")[::2] for override in combination) for combination in combinations]
-    keys = [key for key in split[0] if len({values[key] for values in split}) > 1]
-    return [{key: values[key] for key in keys} for values in split]
+    every = dict.fromkeys(key for values in split for key in values)
+    keys = [key for key in every if len({values.get(key) for values in split}) > 1]
+    return [{key: values.get(key, "") for key in keys} for values in split]
 
 
 def print_plans(rows: Sequence[Row], console: Console) -> None:
@@ -196,7 +198,6 @@ def _notes(rows: Sequence[Row]) -> str:
     plans = [row.plan for row in rows]
     shapes = sorted({plan.micro_batch for plan in plans})
     shown = ", ".join(f"{num_rows} x {tokens}" for num_rows, tokens in shapes)
-    in_flight = ", ".join(str(number) for number in sorted({plan.settings.in_flight for plan in plans}))
     notes = [
         "cut: layers of head + body + tail. Head and tail are on the client, with embedding, norm and LM head.",
         "hidden, gradients: hidden states and their gradients, which cross the two cuts. cuts/adapters: their traffic "
@@ -204,8 +205,8 @@ def _notes(rows: Sequence[Row]) -> str:
         "Exact: weights, adapter, optimiser (AdamW), gradients, checkpoint, steps; bytes of every crossing. "
         "Traffic is the mean over clients; evaluation comes on top.",
         f"Estimated: activations (what the largest micro-batch seen, {shown} tokens, keeps for its backward pass with "
-        "fused attention), peak memory (their sum with weights, adapter, optimiser and gradients; the server's with "
-        f"{in_flight} clients under way), compute (share of the forward pass).",
+        "fused attention), peak memory (their sum with weights, adapter, optimiser and gradients), compute (share of "
+        "the forward pass).",
     ]
     if any(plan.settings.transport == "none" for plan in plans):
         notes.append("All parts run in one process here: the figures are those of a client and a server of their own.")

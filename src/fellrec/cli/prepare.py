@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from fellrec.config.compose import as_dict, compose
+from fellrec.config.compose import compose
+from fellrec.config.instantiate import as_dict
 from fellrec.experiment import build_data, cache_dir
 
 

@@ -13,13 +13,16 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from fellrec.aggregation.build import build_aggregation
 from fellrec.cli.train import resume_dir, resumed
-from fellrec.config.compose import as_dict, compose, expand
-from fellrec.errors import ConfigError, unknown
+from fellrec.config.compose import compose
+from fellrec.config.instantiate import settings
+from fellrec.config.sweep import expand
+from fellrec.errors import ConfigError
+from fellrec.experiment import build_rule
 from fellrec.experiment.run import rule_name
 from fellrec.experiment.run_dir import SLURM_FOLDER, free_run_dir
-from fellrec.launch.slurm import Job, JobEnvironment, Launcher, batch_script
+from fellrec.launch.settings import LauncherSettings
+from fellrec.launch.slurm import Job, JobEnvironment, batch_script
 from fellrec.state.lock import check_free
 from fellrec.tracking.store import check_reachable, ensure_experiment, make_client
 
@@ -40,7 +43,7 @@ class Submission:
     """
 
     config: DictConfig
-    launcher: Launcher
+    launcher: LauncherSettings
     jobs: Sequence[Job]
     folder: Path
     label: str
@@ -103,9 +106,9 @@ def plan_submission(overrides: Sequence[str], is_sweep: bool) -> Submission:
         raise ConfigError("the runs of a sweep ask SLURM for different things; submit them one by one")
     processes = [_processes(config, launchers[0]) for config in configs]
     for config in configs:
-        build_aggregation(config.aggregation)
+        build_rule(config)
         if config.data.root is not None and not Path(config.data.root).is_dir():
-            raise ConfigError(f"data.root={config.data.root} is no folder")
+            raise ConfigError(f"data.root={config.data.root} is not a directory")
     labels = [f"{rule_name(config)}-s{config.seed}" for config in configs]
     first = configs[0]
     label = f"{first.data.name}-{'sweep' if is_sweep else labels[0]}"
@@ -157,19 +160,11 @@ def _continuation(experiment: Sequence[str], run_dir: Path, asked: DictConfig) -
     return Submission(config, launcher, [Job(folder, ())], folder, label, _processes(config, launcher))
 
 
-def _launcher(config: DictConfig) -> Launcher:
-    settings = as_dict(config.launcher)
-    for name in settings:
-        if name not in Launcher.__dataclass_fields__:
-            raise ConfigError(
-                unknown("setting", f"launcher.{name}", [f"launcher.{key}" for key in Launcher.__dataclass_fields__])
-            )
-    launcher = Launcher(**settings)
-    launcher.check()
-    return launcher
+def _launcher(config: DictConfig) -> LauncherSettings:
+    return settings(LauncherSettings, config.launcher, "launcher")
 
 
-def _processes(config: DictConfig, launcher: Launcher) -> list[str]:
+def _processes(config: DictConfig, launcher: LauncherSettings) -> list[str]:
     """The overrides that tell a run how many processes it has.
 
     Raises:
@@ -205,9 +200,7 @@ def _sbatch(script: Path) -> str:
     try:
         done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise ConfigError(
-            "sbatch is not to be found: submit where SLURM is, or look at the script by --dry-run"
-        ) from None
+        raise ConfigError("sbatch not found: run this on a SLURM login node, or use --dry-run") from None
     if done.returncode != 0:
         raise ConfigError(f"SLURM refuses the job: {done.stderr.strip()}")
     return done.stdout.strip().partition(";")[0]

@@ -12,11 +12,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from fellrec.aggregation.build import build_aggregation
-from fellrec.config.compose import check, compose, expand, read_config, without_launcher
+from fellrec.config.compose import check, compose, read_config, without_launcher
 from fellrec.config.paths import conf_dir
+from fellrec.config.sweep import expand, sweeps
 from fellrec.errors import ConfigError
-from fellrec.experiment import build_data, build_recommender, over_ranks
+from fellrec.experiment import build_data, build_recommender, build_rule, over_ranks
 from fellrec.experiment.roles import Team, run_role
 from fellrec.experiment.run import Run, absence_message, collect, finish_message, reference_results, table_cutoff
 from fellrec.experiment.run_dir import check_new
@@ -59,7 +59,7 @@ def train(config: DictConfig, output_format: str = "table") -> None:
             check_free(Path(config.run_dir))
         elif config.run_dir:
             check_new(Path(config.run_dir))
-        build_aggregation(config.aggregation)  # a mistake in it must show before the backbone is loaded
+        build_rule(config)  # a mistake in it must show before the backbone is loaded
         if config.split.transport == "distributed":
             run_role(config, lambda team: _train(config, output_format, signals, team))
         else:
@@ -122,7 +122,15 @@ def _multirun(overrides: Sequence[str]) -> None:
     for combination in expand(overrides):
         if over_ranks(compose(combination)):
             raise ConfigError("-m runs in one process, and trainer.devices=1; start runs over several ranks one by one")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back to the CLI, which words them
-    sys.argv = ["fellrec train", "--multirun", *overrides]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back to the CLI, which phrases them
     decorate: Callable[[Any], Any] = hydra.main(str(conf_dir()), "config", version_base="1.3")
-    decorate(train)()
+    for sweep in sweeps(overrides):
+        sys.argv = ["fellrec train", "--multirun", *sweep]
+        decorate(_train_one)()
+
+
+def _train_one(config: DictConfig) -> None:
+    """One run of a multirun; Hydra's own composition of it is not checked."""
+    from hydra.core.hydra_config import HydraConfig
+
+    train(compose(list(HydraConfig.get().overrides.task)))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fellrec.data.ragged import IntArray, Ragged
-from fellrec.errors import ConfigError, DataError
+from fellrec.data.settings import GlobalTimeSettings, LeaveOneOutSettings
+from fellrec.errors import DataError
 
 TRAIN, VALID, TEST = 0, 1, 2
 
@@ -21,56 +21,29 @@ class Holdout(Protocol):
         """``TRAIN``, ``VALID`` or ``TEST`` for each interaction, ``[total]``."""
 
 
-@dataclass(frozen=True)
-class LeaveOneOut:
+class LeaveOneOut(LeaveOneOutSettings):
     """Each user's last interaction is for test, the one before for validation, the rest for training.
 
     Users with fewer than ``min_length`` interactions train only.
-
-    Attributes:
-        min_length: Shortest history that is evaluated, at least 3.
     """
 
-    min_length: int = 3
-
     def assign(self, histories: Ragged, times: NDArray[np.float64]) -> IntArray:
-        """See `Holdout.assign`.
-
-        Raises:
-            ConfigError: If ``min_length`` is below 3, which would leave nothing to train on.
-        """
-        if self.min_length < 3:
-            raise ConfigError(f"holdout.min_length={self.min_length} must be at least 3: train, validation and test")
+        """See `Holdout.assign`."""
         lengths = histories.lengths[histories.row_index]
         from_end = lengths - 1 - histories.positions
         stage = np.where(from_end == 0, TEST, np.where(from_end == 1, VALID, TRAIN))
         return np.where(lengths >= self.min_length, stage, TRAIN).astype(np.int64)
 
 
-@dataclass(frozen=True)
-class GlobalTime:
-    """The last interactions of all users together are for test, those before for validation (METHOD §5).
-
-    Attributes:
-        valid_rate: Share of interactions for validation.
-        test_rate: Share of interactions for test.
-    """
-
-    valid_rate: float = 0.1
-    test_rate: float = 0.1
+class GlobalTime(GlobalTimeSettings):
+    """The last interactions of all users together are for test, those before for validation (METHOD §5)."""
 
     def assign(self, histories: Ragged, times: NDArray[np.float64]) -> IntArray:
         """See `Holdout.assign`.
 
         Raises:
-            ConfigError: If the shares leave nothing for training.
             DataError: If the timestamps are positions in each user's own order and not times.
         """
-        if min(self.valid_rate, self.test_rate) <= 0 or self.valid_rate + self.test_rate >= 1:
-            raise ConfigError(
-                f"holdout.valid_rate={self.valid_rate} and holdout.test_rate={self.test_rate} "
-                "must be above 0 and together below 1"
-            )
         if np.array_equal(times, histories.positions.astype(np.float64)):
             raise DataError(
                 "holdout=global_time needs times, but these timestamps are positions in each user's own order; "

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from fellrec.data.partition import Partition, PartitionInput, by_size
 from fellrec.data.prepared import PreparedData
 from fellrec.data.ragged import IntArray, Ragged
 from fellrec.data.schema import Catalogue, RawData, Reader, clean
+from fellrec.data.settings import DataSettings
 from fellrec.errors import DataError
 from fellrec.functional.rng import derive_seed
 
@@ -30,33 +31,10 @@ log = logging.getLogger(__name__)
 _FORMAT = 1
 """Raise it when preparation changes, so that older cache entries are not used, nor older runs evaluated on others."""
 
+_DESCRIBING = ("domain", "root", "expected")
+"""Settings that do not change the data."""
 _STAGES = ("train", "valid", "test")
 _RAGGED = ("histories", *_STAGES)
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """What shapes the data beside reader, holdout and partition.
-
-    Attributes:
-        name: Of the data set, for tables.
-        core: k-core filter; 0 keeps everything.
-        max_history: Longest history a model sees.
-        max_train_samples: Keep so many training targets, at random; ``None`` keeps all.
-        max_users: Keep so many users, at random, after the core filter; ``None`` keeps all.
-        public_user_rate: Share of the users who are public: in no client and no evaluation.
-        seed: Of these random choices.
-        on_empty_title: See `fellrec.data.schema.clean`.
-    """
-
-    name: str
-    core: int = 0
-    max_history: int = 10
-    max_train_samples: int | None = None
-    max_users: int | None = None
-    public_user_rate: float = 0.2
-    seed: int = 0
-    on_empty_title: str = "error"
 
 
 def prepare(
@@ -97,7 +75,7 @@ def _key(reader: Reader, settings: DataSettings, holdout: Holdout, partition: Pa
         _FORMAT,
         type(reader).__name__,
         reader.fingerprint(),
-        sorted(asdict(settings).items()),
+        sorted(item for item in asdict(settings).items() if item[0] not in _DESCRIBING),
         repr(holdout),
         repr(partition),
     ]

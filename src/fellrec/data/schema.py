@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 
 from fellrec.data.ragged import IntArray
+from fellrec.data.settings import DataSettings
 from fellrec.errors import ConfigError, DataError, unknown
 
 Locate = Callable[[int], str]
 """Row of a frame → ``file:line``, for messages."""
 
-ON_EMPTY_TITLE = ("error", "item_id")
 TEXT_STYLES = ("plain", "key_value")
 
 
@@ -99,7 +99,7 @@ class Catalogue:
         return pd.factorize(pd.Series(self.titles, dtype=object))[0].astype(np.int64)
 
 
-def clean(raw: RawData, on_empty_title: str = "error") -> tuple[RawData, int]:
+def clean(raw: RawData, on_empty_title: str = DataSettings.on_empty_title) -> tuple[RawData, int]:
     """Check what was read and drop repeated interactions, keeping the last of each user and item.
 
     Args:
@@ -112,8 +112,6 @@ def clean(raw: RawData, on_empty_title: str = "error") -> tuple[RawData, int]:
     Raises:
         DataError: Listing everything that is wrong, with counts and the first offending line.
     """
-    if on_empty_title not in ON_EMPTY_TITLE:
-        raise ConfigError(unknown("data.on_empty_title", on_empty_title, ON_EMPTY_TITLE))
     items = raw.items.copy()
     empty = items["title"].fillna("").str.strip() == ""
     if on_empty_title == "item_id":
@@ -128,7 +126,7 @@ def clean(raw: RawData, on_empty_title: str = "error") -> tuple[RawData, int]:
             "interactions are with an item that is not in the catalogue",
             raw.where_interaction,
         ),
-        _first(~np.isfinite(raw.interactions["timestamp"]), "timestamps are no numbers", raw.where_interaction),
+        _first(~np.isfinite(raw.interactions["timestamp"]), "timestamps are not finite numbers", raw.where_interaction),
     ]
     outside = ~raw.interactions["user_id"].isin(raw.users["user_id"])
     problems.append(_first(outside, "interactions are of a user who is not in the user file", raw.where_interaction))

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from lightning import Fabric
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from fellrec.aggregation.build import build_aggregation
-from fellrec.cut.head_cache import HeadCache
 from fellrec.cut.link import InProcess, Transport
 from fellrec.cut.pipeline import CutSettings, PipelinedTrainer
 from fellrec.cut.processes import LeadExecution
@@ -20,7 +16,7 @@ from fellrec.cut.server import BodyServer, ServerSettings
 from fellrec.distributed.agreement import facts
 from fellrec.distributed.channel import ToServer
 from fellrec.errors import ConfigError
-from fellrec.experiment.build import Recommender, ServerShare
+from fellrec.experiment.build import Recommender, ServerShare, build_rule
 from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.executor import SplitExecution
 from fellrec.federated.ledger import Ledger
@@ -39,7 +35,7 @@ of a round's. Where the cut is not executed they are on the disk."""
 
 def build_server(config: DictConfig, share: ServerShare, num_clients: int, fabric: Fabric) -> BodyServer:
     """The server before the first round, every client with the same starting adapter."""
-    rule, trainer = build_aggregation(config.aggregation), config.trainer
+    rule, trainer = build_rule(config), config.trainer
     rows = 1 if rule.pools_clients else num_clients
     return BodyServer(
         model=share.model,
@@ -69,7 +65,7 @@ def build_loop(
         callbacks: Observers.
         keeps_state: Whether clients' adapters are kept here; false in a rank that is sent them.
     """
-    aggregation = build_aggregation(config.aggregation)
+    aggregation = build_rule(config)
     num_clients = recommender.data.num_clients if keeps_state else 1
     rows = 1 if aggregation.pools_clients else num_clients
     if recommender.link is not None:
@@ -136,9 +132,8 @@ def connect(
     link, split = recommender.link, config.split
     assert link is not None
     link.transport, link.ledger = transport, Ledger()
-    settings = CutSettings(split.in_flight, split.hidden_dtype, split.gradient_dtype, body_names)
-    cache = _head_cache(config, loop)
-    trainer = PipelinedTrainer(loop.fabric, loop.module, loop.trainer, link, settings, cache)
+    settings = CutSettings(hidden_dtype=split.hidden_dtype, gradient_dtype=split.gradient_dtype, body_names=body_names)
+    trainer = PipelinedTrainer(loop.fabric, loop.module, loop.trainer, link, settings)
     loop.execution = execution = SplitExecution(link, trainer)
     return execution
 
@@ -163,16 +158,6 @@ def new_state(initial: Mapping[str, Tensor], rows: int, num_clients: int, metric
         initial=bank(rows),
         local_steps=[0] * rows,
     )
-
-
-def _head_cache(config: DictConfig, loop: FederatedLoop) -> HeadCache | None:
-    """A cache if the head is frozen and draws no random numbers."""
-    kind, model = config.split.head_cache, loop.module.model
-    trains_head = any(model.part_of(name) == "head" for name in loop.module.trainable)
-    if kind == "none" or trains_head or model.has_dropout("head"):
-        return None
-    file = Path(tempfile.mkdtemp(prefix="fellrec-heads-")) / "heads" if kind == "disk" else None
-    return HeadCache(config.split.head_cache_bytes, file)
 
 
 def _check_memory(initial: dict[str, Tensor], num_clients: int) -> None:

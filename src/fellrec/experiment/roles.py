@@ -16,7 +16,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElastic
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
-from fellrec.config.compose import as_dict
+from fellrec.config.instantiate import as_dict
 from fellrec.cut.messages import PROTOCOL_VERSION, Hello, Message, Ready
 from fellrec.cut.processes import LEAD, SERVER, Worker, serve
 from fellrec.data.prepared import PreparedData
@@ -175,8 +175,7 @@ class Team:
 
     def _facts(self, folder: Path) -> dict[str, Any]:
         plain = flatten({name: as_dict(self.config)[name] for name in _AGREED})
-        for key in ("split.timeout_seconds", "split.in_flight", "split.head_cache", "split.head_cache_bytes"):
-            plain.pop(key, None)
+        plain.pop("split.timeout_seconds", None)
         # As text: what is compared came through JSON.
         facts = {key: repr(value) for key, value in plain.items() if not key.startswith("backbone.path")}
         versions = {"protocol version": str(PROTOCOL_VERSION), "torch version": torch.__version__}

@@ -16,7 +16,7 @@ from fellrec.callbacks.costs import CostMeter
 from fellrec.callbacks.mlflow_logging import DatasetInput, MLflowLogging
 from fellrec.callbacks.preemption import Preemption
 from fellrec.callbacks.progress import RoundProgress
-from fellrec.config.compose import as_dict
+from fellrec.config.instantiate import as_dict, settings
 from fellrec.distributed.memory import peak_bytes
 from fellrec.experiment import Recommender, build_loop, frozen_parameters
 from fellrec.experiment.run_dir import check_prompt, new_run_dir, versions, write_evaluation, write_start
@@ -24,12 +24,14 @@ from fellrec.experiment.storage import storage_of
 from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.loop import FederatedLoop
 from fellrec.launch.preemption import StopSignals
-from fellrec.rankers.reference import PRETRAINED, ReferenceRanker, ReferenceSettings, reference_rankers
+from fellrec.rankers.reference import ReferenceRanker, reference_rankers
+from fellrec.rankers.settings import PRETRAINED, ReferenceSettings
 from fellrec.report.comparison import Comparison, RuleResult
 from fellrec.report.export import write_users
 from fellrec.state.files import explaining_full_disks
 from fellrec.state.lock import hold
 from fellrec.tracking.run_log import NewRun, RunLog
+from fellrec.tracking.settings import TrackingSettings
 from fellrec.types import Evaluation, RoundRecord
 
 
@@ -247,16 +249,13 @@ def reference_results(
     config: DictConfig, recommender: Recommender, loop: FederatedLoop, stage: str = "test"
 ) -> list[RuleResult]:
     """The reference rankers that ``references.show`` names, and the backbone before any round, on the same users."""
-    data, seed, shown = recommender.data, config.seed, list(config.references.show)
-    settings = ReferenceSettings(
-        **{name: value for name, value in as_dict(config.references).items() if name != "show"}, seed=seed
-    )
-    names = [name for name in shown if name != PRETRAINED]
-    rankers = reference_rankers(data.train, data.client_of_user, len(data.catalogue), settings, names)
+    data, seed = recommender.data, config.seed
+    shown = settings(ReferenceSettings, config.references, "references")
+    rankers = reference_rankers(data.train, data.client_of_user, len(data.catalogue), shown, seed)
     results = [
         RuleResult(name, seed, "reference", _evaluate(recommender, ranker, stage)) for name, ranker in rankers.items()
     ]
-    if PRETRAINED in shown:
+    if PRETRAINED in shown.show:
         name = PRETRAINED if recommender.backbone.is_pretrained else "untrained"
         results.append(RuleResult(name, seed, "reference", loop.evaluate_start(stage)))
     return results
@@ -265,7 +264,7 @@ def reference_results(
 def finish_message(run_dir: Path, config: DictConfig) -> str:
     """Where the run lies, and how to look at it."""
     uri = config.tracking.uri
-    option = "" if uri == "sqlite:///mlflow.db" else f" tracking.uri={uri}"
+    option = "" if uri == TrackingSettings.uri else f" tracking.uri={uri}"
     where = f"MLflow: {uri}, experiment {config.tracking.experiment}"
     return f"Run directory: {run_dir}\n{where}; open it by: fellrec ui{option}"
 

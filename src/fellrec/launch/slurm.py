@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fellrec.errors import ConfigError
 from fellrec.launch.preemption import GRACE_VARIABLE, REQUEUE_CODE
+from fellrec.launch.settings import LauncherSettings, is_line
 
-_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 _FIRST_PORT, _NUM_PORTS = 20000, 12000
 """Below the ports that Linux gives to outgoing connections."""
-_LEAST_SECONDS = 30
-"""Time of a run before its first warning; SLURM looks at time limits twice a minute."""
 
 
 @dataclass(frozen=True)
@@ -30,94 +28,6 @@ class Job:
 
     run_dir: Path
     overrides: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Launcher:
-    """What is asked of SLURM; the fields are the keys of ``conf/launcher/default.yaml``."""
-
-    nodes: int
-    gpus_per_node: int
-    tasks_per_node: int | None
-    cpus_per_task: int | None
-    memory: str | None
-    time: str | int | None
-    partition: str | None
-    account: str | None
-    qos: str | None
-    job_name: str | None
-    options: Mapping[str, Any] | None
-    signal_seconds: int
-    requeue: bool
-    max_requeues: int
-    max_parallel: int | None
-    setup: Sequence[str]
-    environment: Mapping[str, Any] | None
-    python: str | None
-    container: str | None
-    container_options: Sequence[str]
-
-    @property
-    def tasks(self) -> int:
-        """Processes on a node."""
-        return self.tasks_per_node or max(1, self.gpus_per_node)
-
-    def check(self) -> None:
-        """Refuse what cannot stand in a script, and a warning that leaves no time to train.
-
-        Raises:
-            ConfigError: With one line per problem.
-        """
-        problems = [
-            f"launcher.{key}={value!r} is not allowed: one line of text"
-            for key, value in self._texts()
-            if not _line(value)
-        ]
-        problems += [
-            f"launcher.environment has {name!r}, which is no name of a variable"
-            for name in self.environment or {}
-            if not re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII)
-        ]
-        problems += [
-            f"launcher.options has {name!r}, which is no name of an option of sbatch, such as constraint"
-            for name in self.options or {}
-            if not re.fullmatch(r"[a-z][a-z0-9-]*", str(name))
-        ]
-        limit = None if self.time is None else seconds_of(str(self.time))
-        if limit is not None and limit < self.signal_seconds + _LEAST_SECONDS:
-            problems.append(
-                f"launcher.signal_seconds={self.signal_seconds} leaves too little of launcher.time={self.time}: "
-                f"the limit must be at least {_LEAST_SECONDS} seconds more"
-            )
-        if problems:
-            raise ConfigError("\n".join(problems))
-
-    def _texts(self) -> Iterator[tuple[str, Any]]:
-        for key in ("memory", "time", "partition", "account", "qos", "job_name", "python", "container"):
-            if (value := getattr(self, key)) is not None:
-                yield key, value
-        yield from (("setup", line) for line in self.setup)
-        yield from (("container_options", word) for word in self.container_options)
-        yield from ((f"environment.{name}", value) for name, value in (self.environment or {}).items())
-        yield from ((f"options.{name}", value) for name, value in (self.options or {}).items())
-
-
-def seconds_of(time: str) -> int | None:
-    """Seconds of a time limit in SLURM's notation; ``None`` for a limit that is none, such as ``UNLIMITED``.
-
-    Example:
-        >>> seconds_of("90"), seconds_of("12:00:00"), seconds_of("2-6"), seconds_of("1-00:30")
-        (5400, 43200, 194400, 88200)
-    """
-    found = _TIME.fullmatch(time)
-    if not found:
-        return None
-    parts = [int(part) for part in found["parts"].split(":")]
-    if found["days"] is not None:  # days-hours, days-hours:minutes, days-hours:minutes:seconds
-        hours, minutes, seconds = [*parts, 0, 0][:3]
-        return int(found["days"]) * 86400 + hours * 3600 + minutes * 60 + seconds
-    hours, minutes, seconds = [[0, *parts, 0], [0, *parts], parts][len(parts) - 1]  # minutes; :seconds; hours::
-    return hours * 3600 + minutes * 60 + seconds
 
 
 @dataclass(frozen=True)
@@ -139,7 +49,7 @@ class JobEnvironment:
     processes: Sequence[str] = ()
 
 
-def batch_script(launcher: Launcher, jobs: Sequence[Job], around: JobEnvironment) -> str:
+def batch_script(launcher: LauncherSettings, jobs: Sequence[Job], around: JobEnvironment) -> str:
     """The batch script of one run, or of a job array with one task per run.
 
     Args:
@@ -151,7 +61,7 @@ def batch_script(launcher: Launcher, jobs: Sequence[Job], around: JobEnvironment
         ConfigError: If a path cannot stand in a script.
     """
     for path in (around.folder, *(job.run_dir for job in jobs)):
-        if not _line(str(path)):
+        if not is_line(str(path)):
             raise ConfigError(f"{str(path)!r} cannot be a run directory: its name must be one line of text")
     sections = [
         ["#!/bin/bash", "# Written by `fellrec submit`; `sbatch THIS_FILE` submits it again, and the run goes on."],
@@ -178,7 +88,7 @@ def hydra_value(text: str) -> str:
     return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
 
 
-def _directives(launcher: Launcher, num_jobs: int, around: JobEnvironment) -> list[str]:
+def _directives(launcher: LauncherSettings, num_jobs: int, around: JobEnvironment) -> list[str]:
     options: dict[str, Any] = {
         "job-name": launcher.job_name or around.name,
         "chdir": around.folder,
@@ -221,7 +131,7 @@ def _assignments(job: Job) -> list[str]:
     return [f"run_dir={shlex.quote(str(job.run_dir))}", f"overrides=({words})"]
 
 
-def _environment(launcher: Launcher) -> list[str]:
+def _environment(launcher: LauncherSettings) -> list[str]:
     grace = max(1, launcher.signal_seconds * 3 // 4)
     return [
         "# Where the processes of the run meet: the first node, at a port that no other job has.",
@@ -245,7 +155,7 @@ if [ -e "$run_dir/config.yaml" ]; then overrides=("resume=$run_dir"); fi
 """
 
 
-def _train(launcher: Launcher, around: JobEnvironment) -> list[str]:
+def _train(launcher: LauncherSettings, around: JobEnvironment) -> list[str]:
     step = ["srun", "--kill-on-bad-exit=1"]
     if launcher.cpus_per_task:
         step.append(f"--cpus-per-task={launcher.cpus_per_task}")  # srun does not take it from sbatch
@@ -262,7 +172,7 @@ def _train(launcher: Launcher, around: JobEnvironment) -> list[str]:
     ]
 
 
-def _after(launcher: Launcher) -> list[str]:
+def _after(launcher: LauncherSettings) -> list[str]:
     if not launcher.requeue:
         return ['exit "$code"']
     return [
@@ -281,8 +191,3 @@ def _sbatch_value(value: Any) -> str:
     if re.fullmatch(r"[\w@%+=:,./-]+", text, re.ASCII):
         return text
     return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
-
-
-def _line(value: Any) -> bool:
-    """Whether a value can stand in one line of a script."""
-    return isinstance(value, (str, int, float)) and str(value) != "" and str(value).isprintable()

@@ -17,10 +17,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from fellrec.errors import BackboneError, ConfigError, nearest_first, unknown
+from fellrec.errors import BackboneError, nearest_first
 from fellrec.functional.rng import derive_seed
 from fellrec.models.architectures import ArchSpec
-from fellrec.models.remote import PARTS
+from fellrec.models.settings import PARTS, FullSettings, LoraSettings, parts_of
 from fellrec.state.files import write_atomically
 
 _NAME = "default"
@@ -35,8 +35,9 @@ PartOf = Callable[[str], str]
 class AdapterKind(Protocol):
     """What ``adapter=…`` provides."""
 
-    parts: tuple[str, ...]
-    """The parts that have something to train."""
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that have something to train."""
 
     def attach(self, model: nn.Module, arch: ArchSpec, seed: int, part_of: PartOf) -> None:
         """Make the model's adapter trainable and everything else frozen, in place.
@@ -58,38 +59,18 @@ class AdapterKind(Protocol):
         """
 
 
-class LoraAdapter:
-    """Low-rank adapters through PEFT; the backbone is frozen.
+class LoraAdapter(LoraSettings):
+    """Low-rank adapters through PEFT; the backbone is frozen."""
 
-    Args:
-        rank: Rank r of the update B·A.
-        alpha: The update is scaled by alpha / r.
-        dropout: Dropout on the adapter's input, in [0, 1).
-        target_modules: Name or names of the modules to adapt, matched at the end of their full names; ``None`` takes
-            the architecture's own.
-        layers: The parts to adapt, such as ``"body+tail"``.
-
-    Raises:
-        ConfigError: If a number is out of range or a part is unknown.
-    """
-
-    def __init__(
-        self,
-        rank: int = 8,
-        alpha: int = 16,
-        dropout: float = 0.05,
-        target_modules: str | Sequence[str] | None = None,
-        layers: str = "head+body+tail",
-    ) -> None:
-        if rank < 1:
-            raise ConfigError(f"adapter.rank={rank} must be at least 1")
-        if not 0 <= dropout < 1:
-            raise ConfigError(f"adapter.dropout={dropout} must be in [0, 1)")
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
-        names = [target_modules] if isinstance(target_modules, str) else target_modules
-        self.target_modules = list(names) if names else None
-        self.parts = parse_parts(layers)
+    def __post_init__(self) -> None:
+        """Start without PEFT's configuration, which depends on the model."""
+        super().__post_init__()
         self._config: LoraConfig | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that have something to train."""
+        return parts_of(self.layers)
 
     def attach(self, model: nn.Module, arch: ArchSpec, seed: int, part_of: PartOf) -> None:
         """Inject the adapter in float32, with an initialisation that depends on seed and name only.
@@ -97,7 +78,8 @@ class LoraAdapter:
         Raises:
             BackboneError: If a target matches no module; names some that exist, the nearest first.
         """
-        targets = self.target_modules or list(arch.lora_targets)
+        given = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
+        targets = list(given or arch.lora_targets)
         _check_targets(model, targets)
         if self.parts != PARTS:
             adaptable = _adaptable(model)
@@ -140,18 +122,13 @@ class LoraAdapter:
         _write(named, folder / SAFETENSORS_WEIGHTS_NAME)
 
 
-class FullAdapter:
-    """All parameters of the backbone are trained and travel; for small backbones.
+class FullAdapter(FullSettings):
+    """All parameters of the backbone are trained and exchanged; for small backbones."""
 
-    Args:
-        layers: The parts to train, such as ``"body+tail"``.
-
-    Raises:
-        ConfigError: If a part is unknown.
-    """
-
-    def __init__(self, layers: str = "head+body+tail") -> None:
-        self.parts = parse_parts(layers)
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that have something to train."""
+        return parts_of(self.layers)
 
     def attach(self, model: nn.Module, arch: ArchSpec, seed: int, part_of: PartOf) -> None:
         """Make every parameter of the parts trainable."""
@@ -170,23 +147,6 @@ class FullAdapter:
         backbone.model.config.save_pretrained(folder)
         backbone.tokenizer.save_pretrained(folder)
         _write({**frozen(), **adapter}, folder / SAFE_WEIGHTS_NAME)
-
-
-def parse_parts(layers: str) -> tuple[str, ...]:
-    """The parts in ``adapter.layers``, in their own order.
-
-    Raises:
-        ConfigError: If one is unknown, or none is given.
-
-    Example:
-        >>> parse_parts("tail+body")
-        ('body', 'tail')
-    """
-    given = str(layers).split("+")
-    for part in given:
-        if part not in PARTS:
-            raise ConfigError(f"adapter.layers={layers}: {unknown('part', part, PARTS)}; join several by +")
-    return tuple(part for part in PARTS if part in given)
 
 
 def adapter_bytes(adapter: Mapping[str, torch.Tensor]) -> int:

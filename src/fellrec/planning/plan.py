@@ -8,16 +8,15 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig
 
-from fellrec.aggregation.build import build_aggregation
-from fellrec.config.compose import as_dict, make
+from fellrec.config.instantiate import as_dict, instantiate
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.errors import ConfigError
-from fellrec.experiment import build_batches, build_data
+from fellrec.experiment import build_batches, build_data, build_rule
 from fellrec.federated.local import LocalSettings
 from fellrec.functional.cost import PartCost, Traffic, Wire, checkpoint_bytes, share, together, traffic
 from fellrec.functional.participation import cohort
 from fellrec.models.module import Objective
-from fellrec.models.objectives.item_table import EVERY_STEP
+from fellrec.models.settings import EVERY_STEP
 from fellrec.models.split import SplitModel
 from fellrec.planning.load import Load, count_load
 from fellrec.planning.measure import measure_parts
@@ -34,13 +33,11 @@ class PlanSettings:
     Attributes:
         precision: ``trainer.precision``; the activations know nothing of its casts.
         transport: ``split.transport``; with ``none`` a run keeps all parts in one process.
-        in_flight: ``split.in_flight``: clients that the server has under way at the same time.
         keeps_item_vectors: Whether there are rounds in which the objective keeps item vectors from step to step.
     """
 
     precision: str
     transport: str
-    in_flight: int
     keeps_item_vectors: bool
 
 
@@ -99,8 +96,8 @@ class Plan:
 
     @property
     def server_peak_bytes(self) -> int:
-        """Memory of the server, with as many clients under way as ``split.in_flight`` allows; 0 without a body."""
-        return self.server.peak_bytes(self.settings.in_flight)
+        """Memory of the server while one client trains; 0 without a body."""
+        return self.server.peak_bytes()
 
     @property
     def client_weight_share(self) -> float:
@@ -184,13 +181,13 @@ class Planner:
         objective, batches = build_batches(config, backbone, data)
         objective.check(model)
         load = self._load(config, objective, batches)
-        parts = measure_parts(model, make(config.adapter, "adapter"), objective, load.largest_batch)
+        parts = measure_parts(model, instantiate(config.adapter, "adapter"), objective, load.largest_batch)
         cohort_size = len(cohort(data.num_clients, config.participation.rate, config.seed, round_index=0))
         seconds = None
         if probe_steps is not None:
             per_step = seconds_per_step(config, data, load.largest_client, probe_steps)
             seconds = per_step * load.mean.num_steps * cohort_size
-        rule = build_aggregation(config.aggregation)
+        rule = build_rule(config)
         rows, tokens = objective.inputs(load.largest_batch)[0].shape
         return Plan(
             data=data.name,
@@ -237,7 +234,7 @@ def _check_probe(config: DictConfig, num_steps: int) -> None:
 def _settings(config: DictConfig) -> PlanSettings:
     objective = config.objective
     kept = objective.get("refresh_items", EVERY_STEP) != EVERY_STEP or objective.get("freeze_items_after") is not None
-    return PlanSettings(config.trainer.precision, config.split.transport, config.split.in_flight, kept)
+    return PlanSettings(config.trainer.precision, config.split.transport, kept)
 
 
 def _wire(config: DictConfig, model: Any, exchanges_adapters: bool) -> Wire:

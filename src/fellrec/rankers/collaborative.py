@@ -16,7 +16,6 @@ from sklearn.decomposition import TruncatedSVD
 from torch import Tensor
 
 from fellrec.data.ragged import IntArray, Ragged
-from fellrec.errors import ConfigError
 
 _CELLS = 1 << 24
 """Similarities that are held in memory at once."""
@@ -36,7 +35,7 @@ class ItemKNNRanker:
         self.similarity = similarity
 
     @classmethod
-    def fit(cls, train: Ragged, num_items: int, neighbours: int = 20, shrink: float = 10.0) -> ItemKNNRanker:
+    def fit(cls, train: Ragged, num_items: int, neighbours: int, shrink: float) -> ItemKNNRanker:
         """Find each item's neighbours in ``train``, a block of items at a time.
 
         Args:
@@ -44,14 +43,7 @@ class ItemKNNRanker:
             num_items: I.
             neighbours: Most similar items that are kept for each.
             shrink: Added to the cosine's denominator.
-
-        Raises:
-            ConfigError: If ``neighbours`` is below 1 or ``shrink`` below 0.
         """
-        if neighbours < 1:
-            raise ConfigError(f"references.neighbours={neighbours} must be at least 1")
-        if not shrink >= 0:
-            raise ConfigError(f"references.shrink={shrink} must be at least 0")
         matrix = _binary(train.row_index, train.values, (len(train), num_items)).tocsc()
         norms = np.sqrt(matrix.sum(axis=0))
         block = max(1, _CELLS // num_items)
@@ -81,19 +73,14 @@ class PureSVDRanker:
         self.factors = factors
 
     @classmethod
-    def fit(cls, train: Ragged, num_items: int, factors: int = 64) -> PureSVDRanker:
+    def fit(cls, train: Ragged, num_items: int, factors: int) -> PureSVDRanker:
         """Factorise ``train``.
 
         Args:
             train: Training sequences, one row per user.
             num_items: I.
             factors: F; small data give fewer.
-
-        Raises:
-            ConfigError: If ``factors`` is below 1.
         """
-        if factors < 1:
-            raise ConfigError(f"references.factors={factors} must be at least 1")
         matrix = _binary(train.row_index, train.values, (len(train), num_items))
         # Exact, where the randomised algorithm would be an approximation that depends on its seed.
         svd = TruncatedSVD(min(factors, min(matrix.shape) - 1), algorithm="arpack", random_state=0).fit(matrix)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fellrec.data.text import pad_left
-from fellrec.errors import ConfigError
 from fellrec.functional.trie import Trie, build_trie, is_among_best
 from fellrec.models.objectives.generative import GenerativeObjective, check_writes
 from fellrec.models.split import SplitModel
 from fellrec.rankers.report import REPORTED, generation_figures, report_texts
+from fellrec.rankers.settings import ConstrainedSettings
 
 
 @dataclass(frozen=True)
@@ -43,28 +43,21 @@ class ConstrainedRanker:
 
     Args:
         objective: The objective that the model was trained with; it makes the prompts.
-        num_beams: Beginnings that are followed for each user.
-        max_batch_tokens: Tokens of prompts and titles, over all beams, in one forward pass; bounds the memory.
+        settings: See `ConstrainedSettings`.
 
     Attributes:
         reported: See ``fellrec.rankers.report``; whether nothing was left out; how many first titles are certain.
-
-    Raises:
-        ConfigError: If ``num_beams`` or ``max_batch_tokens`` is below 1.
     """
 
     reported = (*REPORTED, "is_exhaustive", "num_certain")
     choices: tuple[float, ...] = ()
 
-    def __init__(self, objective: GenerativeObjective, num_beams: int = 20, max_batch_tokens: int = 65536) -> None:
+    def __init__(self, objective: GenerativeObjective, settings: ConstrainedSettings) -> None:
         check_writes(objective, "constrained")
-        for name, value in (("num_beams", num_beams), ("max_batch_tokens", max_batch_tokens)):
-            if value < 1:
-                raise ConfigError(f"ranker.{name}={value} is not allowed: a whole number of at least 1")
         self.objective = objective
-        self.max_batch_tokens = max_batch_tokens
+        self.max_batch_tokens = settings.max_batch_tokens
         self.trie = build_trie(objective.titles.tokens, objective.titles.inside)
-        self.num_beams = min(num_beams, self.trie.num_ends)
+        self.num_beams = min(settings.num_beams, self.trie.num_ends)
         self._title_of_end = dict(zip(self.trie.end_of_row.tolist(), objective.learnt_titles()))
         self._report = torch.empty(0, len(self.reported), dtype=torch.float64)
 

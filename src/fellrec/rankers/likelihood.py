@@ -7,11 +7,9 @@ from torch import Tensor
 from transformers import Cache
 
 from fellrec.data.text import pad_left
-from fellrec.errors import ConfigError, unknown
 from fellrec.models.objectives.generative import GenerativeObjective, check_writes
 from fellrec.models.split import SplitModel
-
-NORMALISE = ("mean", "sum")
+from fellrec.rankers.settings import LikelihoodSettings
 
 
 class LikelihoodRanker:
@@ -21,20 +19,14 @@ class LikelihoodRanker:
 
     Args:
         objective: The objective that the model was trained with; it makes the prompts.
-        normalise: ``"mean"`` over a title's tokens, or their ``"sum"``, which prefers short titles.
-        max_batch_tokens: Tokens of prompts and titles in one forward pass.
-
-    Raises:
-        ConfigError: For an unknown ``normalise``.
+        settings: See `LikelihoodSettings`.
     """
 
-    def __init__(self, objective: GenerativeObjective, normalise: str = "mean", max_batch_tokens: int = 65536) -> None:
+    def __init__(self, objective: GenerativeObjective, settings: LikelihoodSettings) -> None:
         check_writes(objective, "likelihood")
-        if normalise not in NORMALISE:
-            raise ConfigError(unknown("ranker.normalise", normalise, NORMALISE))
         self.objective = objective
-        self.normalise = normalise
-        self.max_batch_tokens = max_batch_tokens
+        self.normalise = settings.normalise
+        self.max_batch_tokens = settings.max_batch_tokens
 
     def refresh(self, model: SplitModel) -> None:
         """Nothing is kept between adapters."""

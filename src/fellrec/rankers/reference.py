@@ -1,4 +1,4 @@
-"""Rankers without a language model that stand beside every learned one. Cheap, strong, and they keep everyone honest.
+"""Non-learned baselines: rankers without a language model, shown beside every learned one.
 
 All give ``scores(histories) -> [B, I]`` float32, higher is better, with ``histories`` ``[B, H]`` int64, oldest first,
 padded with -1 on the right. They compute on the CPU and give scores on the histories' device. None masks anything.
@@ -6,8 +6,7 @@ padded with -1 on the right. They compute on the CPU and give scores on the hist
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from fellrec.data.ragged import IntArray, Ragged
 from fellrec.rankers.collaborative import ItemKNNRanker, PureSVDRanker
 from fellrec.rankers.counting import ClientPopularityRanker, MarkovRanker, PopularityRanker, RandomRanker
+from fellrec.rankers.settings import PRETRAINED, ReferenceSettings
 
 REFERENCE_DECAY = 0.25
 """Reproduces the figure this project is measured against: NDCG@10 0.126 on ML-1M (0.5 would reach 0.132)."""
@@ -37,40 +37,15 @@ class ReferenceRanker(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class ReferenceSettings:
-    """What of the reference rankers can be set.
-
-    Attributes:
-        neighbours: See `ItemKNNRanker.fit`.
-        shrink: See `ItemKNNRanker.fit`.
-        factors: See `PureSVDRanker.fit`.
-        seed: Of the random ranker.
-    """
-
-    neighbours: int = 20
-    shrink: float = 10.0
-    factors: int = 64
-    seed: int = 0
-
-
-_FITS: dict[str, Callable[[Ragged, IntArray, int, ReferenceSettings], ReferenceRanker]] = {
-    "random": lambda train, clients, num_items, how: RandomRanker(num_items, how.seed),
-    "popularity": lambda train, clients, num_items, how: PopularityRanker.fit(train, num_items),
-    "client_popularity": lambda train, clients, num_items, how: ClientPopularityRanker.fit(train, clients, num_items),
-    "markov": lambda train, clients, num_items, how: MarkovRanker.fit(train, num_items),
-    "markov_decay": lambda train, clients, num_items, how: MarkovRanker.fit(train, num_items, decay=REFERENCE_DECAY),
-    "item_knn": lambda train, clients, num_items, how: ItemKNNRanker.fit(train, num_items, how.neighbours, how.shrink),
-    "mf": lambda train, clients, num_items, how: PureSVDRanker.fit(train, num_items, how.factors),
+_FITS: dict[str, Callable[[Ragged, IntArray, int, ReferenceSettings, int], ReferenceRanker]] = {
+    "random": lambda train, clients, size, how, seed: RandomRanker(size, seed),
+    "popularity": lambda train, clients, size, how, seed: PopularityRanker.fit(train, size),
+    "client_popularity": lambda train, clients, size, how, seed: ClientPopularityRanker.fit(train, clients, size),
+    "markov": lambda train, clients, size, how, seed: MarkovRanker.fit(train, size),
+    "markov_decay": lambda train, clients, size, how, seed: MarkovRanker.fit(train, size, decay=REFERENCE_DECAY),
+    "item_knn": lambda train, clients, size, how, seed: ItemKNNRanker.fit(train, size, how.neighbours, how.shrink),
+    "mf": lambda train, clients, size, how, seed: PureSVDRanker.fit(train, size, how.factors),
 }
-REFERENCES = tuple(_FITS)
-"""Names of all reference rankers, in the order of the table."""
-
-PRETRAINED = "pretrained"
-"""The backbone before any round: no ranker of this module, but shown beside them."""
-
-SHOWN = (*REFERENCES, PRETRAINED)
-"""What ``references.show`` can name."""
 
 
 def reference_rankers(
@@ -78,9 +53,9 @@ def reference_rankers(
     client_of_user: IntArray,
     num_items: int,
     settings: ReferenceSettings,
-    names: Sequence[str] = REFERENCES,
+    seed: int,
 ) -> dict[str, ReferenceRanker]:
-    """Fit reference rankers, by name.
+    """Fit the reference rankers that ``settings.show`` names, by name.
 
     They are fitted on the training interactions alone, as the learned ones are; at test time what they score from also
     has the validation item. On ML-1M (leave-one-out, 6,040 users, 3,706 films, earlier films masked) NDCG@10 is 0.001
@@ -90,7 +65,11 @@ def reference_rankers(
         train: Training sequences, one row per user, oldest first.
         client_of_user: ``[U]`` int64; -1 is a public user.
         num_items: I.
-        settings: Numbers of neighbours and factors, the seed.
-        names: Of `REFERENCES`.
+        settings: Which, and numbers of neighbours and factors.
+        seed: Of the random ranker.
     """
-    return {name: _FITS[name](train, client_of_user, num_items, settings) for name in names}
+    return {
+        name: _FITS[name](train, client_of_user, num_items, settings, seed)
+        for name in settings.show
+        if name != PRETRAINED
+    }

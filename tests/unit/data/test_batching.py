@@ -9,8 +9,9 @@ from fellrec.data.batching import length_grouped_batches
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.data.holdout import LeaveOneOut
 from fellrec.data.partition import RandomPartition
-from fellrec.data.prepare import DataSettings, prepare
+from fellrec.data.prepare import prepare
 from fellrec.data.readers import SyntheticReader
+from fellrec.data.settings import DataSettings
 
 LENGTHS = torch.randint(20, 200, (1003,), generator=torch.Generator().manual_seed(1))
 
@@ -52,15 +53,20 @@ def test_one_window_over_all_rows_pads_as_little_as_sorting_does() -> None:
 
 def test_a_client_trains_on_each_of_its_rows_once_an_epoch() -> None:
     reader = SyntheticReader(num_users=60, num_items=50, mean_length=10)
-    data = prepare(reader, DataSettings("synthetic"), LeaveOneOut(), RandomPartition(num_clients=2), None)
+    data = prepare(reader, DataSettings("synthetic", root=None), LeaveOneOut(), RandomPartition(num_clients=2), None)
 
     def collate(items: torch.Tensor, is_target: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"lengths": (items >= 0).sum(dim=1)}
 
     module = FellrecDataModule(
-        data, collate, one_target_per_row=True, batch_size=8, lengths=lambda items, is_target: (items >= 0).sum(dim=1)
+        data,
+        collate,
+        one_target_per_row=True,
+        batch_size=8,
+        eval_batch_size=8,
+        lengths=lambda items, is_target: (items >= 0).sum(dim=1),
     )
-    plain = FellrecDataModule(data, collate, one_target_per_row=True, batch_size=8)
+    plain = FellrecDataModule(data, collate, one_target_per_row=True, batch_size=8, eval_batch_size=8)
     state = torch.get_rng_state()
     epochs = [list(module.train_loader(1, seed)) for seed in (5, 5, 6)]
     assert torch.equal(torch.get_rng_state(), state), "the global generator is left alone"

@@ -17,21 +17,23 @@ from fellrec.data.datamodule import FellrecDataModule, _Users, evaluated_users
 from fellrec.data.guards import check_batch, check_holdout, check_prompts, check_view
 from fellrec.data.holdout import TRAIN, LeaveOneOut
 from fellrec.data.partition import RandomPartition
-from fellrec.data.prepare import DataSettings, prepare
+from fellrec.data.prepare import prepare
 from fellrec.data.prepared import PreparedData
 from fellrec.data.prompts import prompt_template
 from fellrec.data.ragged import IntArray, Ragged
 from fellrec.data.readers import SyntheticReader
+from fellrec.data.settings import DataSettings
 from fellrec.errors import ConfigError, DataError, LeakError
 from fellrec.experiment import Recommender, build_data, build_loop, build_recommender
 from fellrec.experiment.run import Run
 from fellrec.models.objectives.generative import GenerativeObjective
+from fellrec.models.settings import GenerativeSettings
 
 READER = SyntheticReader(num_users=60, num_items=40, mean_length=10)
 
 
 def made(holdout: Any = None) -> PreparedData:
-    return prepare(READER, DataSettings("synthetic"), holdout or LeaveOneOut(), RandomPartition(3), None)
+    return prepare(READER, DataSettings("synthetic", root=None), holdout or LeaveOneOut(), RandomPartition(3), None)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def names(data: PreparedData, user: int, item: int) -> str:
 
 def test_honest_data_pass(data: PreparedData) -> None:
     check_holdout(data)
-    module = FellrecDataModule(data, lambda items, is_target: {})
+    module = FellrecDataModule(data, lambda items, is_target: {}, batch_size=8, eval_batch_size=256)
     for stage in ("val", "test"):
         for batch in module.eval_loader(stage):
             check_batch(batch, len(data.catalogue))
@@ -118,7 +120,7 @@ def test_a_holdout_that_trains_on_the_future_is_refused_before_anything_is_cache
     with pytest.raises(
         LeakError, match="interactions of training, validation and test are not where the history has them"
     ):
-        prepare(READER, DataSettings("synthetic"), TrainsOnTheFuture(), RandomPartition(3), tmp_path)
+        prepare(READER, DataSettings("synthetic", root=None), TrainsOnTheFuture(), RandomPartition(3), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -133,14 +135,14 @@ def test_an_interaction_that_is_lost_is_found(data: PreparedData, victim: int) -
 
 
 def test_a_cached_leak_is_found_too(tmp_path: Path) -> None:
-    fresh = prepare(READER, DataSettings("synthetic"), LeaveOneOut(), RandomPartition(3), tmp_path)
+    fresh = prepare(READER, DataSettings("synthetic", root=None), LeaveOneOut(), RandomPartition(3), tmp_path)
     path = tmp_path / fresh.key / "arrays.npz"
     arrays = dict(np.load(path))
     client = int(np.flatnonzero(fresh.client_of_user >= 0)[0])
     arrays["train_values"][fresh.train.offsets[client]] = fresh.valid.row(client)[0]
     np.savez(path, **arrays)
     with pytest.raises(LeakError, match="interactions stand twice"):
-        prepare(READER, DataSettings("synthetic"), LeaveOneOut(), RandomPartition(3), tmp_path)
+        prepare(READER, DataSettings("synthetic", root=None), LeaveOneOut(), RandomPartition(3), tmp_path)
 
 
 def test_validation_items_inside_the_validation_input(data: PreparedData) -> None:
@@ -157,7 +159,7 @@ def test_the_data_module_checks_what_it_reads(data: PreparedData, victim: int) -
         data, train=changed(data.train, victim, [*data.train.row(victim).tolist(), int(data.valid.row(victim)[0])])
     )
     with pytest.raises(LeakError, match="1 interactions stand twice in input and targets of stage 'val'"):
-        FellrecDataModule(leaky, lambda items, is_target: {})
+        FellrecDataModule(leaky, lambda items, is_target: {}, batch_size=8, eval_batch_size=256)
 
 
 def one_batch(data: PreparedData) -> dict[str, torch.Tensor]:
@@ -224,11 +226,11 @@ def test_prompts_that_differ_between_training_and_inference(data: PreparedData) 
     from fellrec.models.tiny import build_tokenizer
 
     tokenizer = build_tokenizer(data.catalogue.texts(), 400)
-    check_prompts(GenerativeObjective(tokenizer, data.catalogue, data.max_history), data)
+    check_prompts(GenerativeObjective(tokenizer, data.catalogue, data.max_history, GenerativeSettings()), data)
     with pytest.raises(
         ConfigError, match=r"differ for (\d+) of \1 users that were tried, the first is user 'user0000'"
     ):
-        check_prompts(OtherPromptAtInference(tokenizer, data.catalogue, data.max_history), data)
+        check_prompts(OtherPromptAtInference(tokenizer, data.catalogue, data.max_history, GenerativeSettings()), data)
 
 
 @pytest.fixture(scope="module")

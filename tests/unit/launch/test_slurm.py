@@ -11,22 +11,17 @@ from typing import Any
 
 import pytest
 
-from fellrec.config.compose import as_dict, compose
+from fellrec.config.compose import compose
 from fellrec.errors import ConfigError
-from fellrec.launch.slurm import Job, JobEnvironment, Launcher, batch_script, seconds_of
+from fellrec.launch.settings import LauncherSettings, seconds_of
+from fellrec.launch.slurm import Job, JobEnvironment, batch_script
 
 ODD = """a b'c"d;$(touch hacked)`touch hacked`$HOME\\&|#%=,{x}[y]é"""
 """A name with what bash, sbatch and Hydra have a meaning for."""
 
 
-def launcher(**settings: Any) -> Launcher:
-    made = Launcher(**{**as_dict(compose([]).launcher), **settings})
-    made.check()
-    return made
-
-
 def script_of(jobs: list[Job], folder: Path = Path("/work"), **settings: Any) -> str:
-    return batch_script(launcher(**settings), jobs, JobEnvironment("name", folder, "/work/%j.out", "python"))
+    return batch_script(LauncherSettings(**settings), jobs, JobEnvironment("name", folder, "/work/%j.out", "python"))
 
 
 def options_of(script: str) -> dict[str, str]:
@@ -132,9 +127,9 @@ def test_a_sweep_is_an_array() -> None:
         ({"job_name": "a\nb"}, "launcher.job_name='a\\nb' is not allowed: one line of text"),
         ({"partition": "a\n#SBATCH --uid=0"}, "launcher.partition="),
         ({"setup": ["module load x", "a\nb"]}, "launcher.setup='a\\nb'"),
-        ({"environment": {"A B": 1}}, "launcher.environment has 'A B', which is no name of a variable"),
+        ({"environment": {"A B": 1}}, "launcher.environment has 'A B', which is not the name of a variable"),
         ({"environment": {"A": "x\ny"}}, "launcher.environment.A='x\\ny'"),
-        ({"options": {"a b": 1}}, "launcher.options has 'a b', which is no name of an option of sbatch"),
+        ({"options": {"a b": 1}}, "launcher.options has 'a b', which is not the name of an option of sbatch"),
         ({"options": {"constraint": ["a"]}}, "launcher.options.constraint=['a']"),
         ({"time": "1:00"}, "launcher.signal_seconds=120 leaves too little of launcher.time=1:00"),
         ({"time": 2}, "launcher.signal_seconds=120 leaves too little of launcher.time=2"),
@@ -142,7 +137,7 @@ def test_a_sweep_is_an_array() -> None:
 )
 def test_what_cannot_stand_in_a_script_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        launcher(**settings)
+        LauncherSettings(**settings)
     assert message in str(caught.value)
 
 

@@ -16,11 +16,13 @@ from fellrec.metrics import ClientRankingMetrics
 from fellrec.models.backbone import Backbone
 from fellrec.models.module import FellrecModule, OptimizerSettings, ReportingRanker
 from fellrec.models.objectives.generative import GenerativeObjective
+from fellrec.models.settings import GenerativeSettings, TinySettings
 from fellrec.models.split import SplitModel
 from fellrec.models.tiny import build_tiny
 from fellrec.rankers.grounding import GroundingRanker
 from fellrec.rankers.reference import PopularityRanker
 from fellrec.rankers.report import REPORTED, generation_figures, report_texts
+from fellrec.rankers.settings import GroundingSettings
 
 TITLES = ("Alien", "Heat (1995)", "Up", "Toy Story")
 CATALOGUE = Catalogue(tuple("abcd"), TITLES, pd.DataFrame(index=range(4)))
@@ -30,7 +32,7 @@ NONE = torch.empty(0, dtype=torch.long)
 
 @pytest.fixture(scope="module")
 def tiny() -> Backbone:
-    return build_tiny(TITLES, hidden_size=16, num_layers=2, vocab_size=300)
+    return build_tiny(TITLES, TinySettings(hidden_size=16, num_layers=2, vocab_size=300))
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +42,8 @@ def model(tiny: Backbone) -> SplitModel:
 
 def ranker_of(tiny: Backbone, texts: Sequence[str] = (), **settings: object) -> GroundingRanker:
     """A ranker; with ``texts`` it is told what the model has written."""
-    objective = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3)
-    ranker = GroundingRanker(objective, TRAIN, max_new_tokens=4, **settings)  # type: ignore[arg-type]
+    objective = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3, settings=GenerativeSettings())
+    ranker = GroundingRanker(objective, GroundingSettings(max_new_tokens=4, **settings), TRAIN)  # type: ignore[arg-type]
     if texts:
         ranker.generate = lambda model, histories: list(texts)  # type: ignore[method-assign]
     return ranker
@@ -88,7 +90,7 @@ def test_the_signals_are_counts_of_training(tiny: Backbone, model: SplitModel) -
 
 
 def test_settings_are_checked(tiny: Backbone) -> None:
-    with pytest.raises(ConfigError, match="unknown ranker.reweight 'popular'; choose from: popularity, "):
+    with pytest.raises(ConfigError, match="ranker.reweight=popular is not allowed: none, popularity or collaborative"):
         ranker_of(tiny, reweight="popular")
     for wrong in (-1, [], [0, "x"], float("nan"), [0, float("inf")]):
         with pytest.raises(ConfigError, match="is not allowed: a number of at least 0, or a list"):
@@ -163,11 +165,13 @@ def test_figures_of_texts_do_not_depend_on_batches() -> None:
 
 
 def test_a_long_title_counts_as_written_when_it_is_cut_as_in_training(tiny: Backbone, model: SplitModel) -> None:
-    objective = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3, max_title_tokens=2)
+    objective = GenerativeObjective(
+        tiny.tokenizer, CATALOGUE, max_history=3, settings=GenerativeSettings(max_title_tokens=2)
+    )
     written = tiny.tokenizer.decode(tiny.tokenizer("Heat (1995)", add_special_tokens=False)["input_ids"][:2]).strip()
     assert written != "Heat (1995)"
     assert objective.learnt_titles()[1] == written
-    ranker = GroundingRanker(objective)
+    ranker = GroundingRanker(objective, GroundingSettings())
     ranker.generate = lambda model, histories: [written]  # type: ignore[method-assign]
     ranker.refresh(model)
     scores = ranker.scores(model, torch.tensor([[0, -1, -1]]))

@@ -5,19 +5,18 @@ What has MicroLens's shape is named in `MicroLensShapedReader`; everything else,
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
 
 from fellrec.data.ragged import IntArray
 from fellrec.data.schema import RawData
-from fellrec.errors import ConfigError
+from fellrec.data.settings import MicroLensShapedSettings
 
-ITEMS_PER_USER = 19_738 / 100_000
 MEAN_LENGTH = 719_405 / 100_000
 MIN_LENGTH = 5
-"""MicroLens-100k's published counts, as proportions."""
+"""MicroLens-100k's published counts: interactions of a user."""
 
 _SUBJECTS = {
     "anime": ("the masked swordsman", "a paper dragon", "the blue cat", "the last wizard", "my favourite villain"),
@@ -46,8 +45,7 @@ _ENDINGS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class MicroLensShapedReader:
+class MicroLensShapedReader(MicroLensShapedSettings):
     """Users with few interactions on a large catalogue of short videos, in groups with tastes and habits of their own.
 
     Of MicroLens-100k's shape are: items a user, 7.19 interactions a user and at least 5, more users the shorter the
@@ -57,32 +55,11 @@ class MicroLensShapedReader:
     A user picks the next video by habit (the group's successor of the last one), by taste (a topic that the group
     likes, popular videos first), or at random. Some of the habits are shared by all groups; the others send the same
     video to different successors in different groups. Habits are a minority, so no ranker can be near perfect.
-
-    Attributes:
-        num_users: U; 100,000 is MicroLens's size.
-        num_items: I, from 20; ``None`` keeps MicroLens's proportion to the users.
-        num_groups: User groups, a column of the users; sizes fall geometrically.
-        habit_rate: Share of steps that follow a habit.
-        random_rate: Share of steps that follow nothing.
-        shared_rate: Share of videos whose habit is the same in all groups.
-        seed: Of everything.
     """
 
-    num_users: int = 3000
-    num_items: int | None = None
-    num_groups: int = 5
-    habit_rate: float = 0.35
-    random_rate: float = 0.15
-    shared_rate: float = 0.5
-    seed: int = 0
-
     def read(self) -> RawData:
-        """Make the data.
-
-        Raises:
-            ConfigError: If a setting is out of range.
-        """
-        num_items = self._checked_items()
+        """Make the data."""
+        num_items = self.items
         generator = np.random.default_rng(self.seed)
         topic, titles = _titles(generator, num_items)
         popularity = 1.0 / (10.0 + generator.permutation(num_items))
@@ -101,25 +78,6 @@ class MicroLensShapedReader:
     def fingerprint(self) -> str:
         """All settings."""
         return f"micro_lens_shaped-1:{sorted(asdict(self).items())}"
-
-    def _checked_items(self) -> int:
-        num_items = round(ITEMS_PER_USER * self.num_users) if self.num_items is None else self.num_items
-        most = len(_SUBJECTS) * _TITLES_PER_TOPIC
-        if self.num_groups < 1:
-            raise ConfigError(f"data.reader.num_groups={self.num_groups} must be at least 1")
-        if not 20 <= num_items <= most:
-            raise ConfigError(
-                f"data.reader.num_items={self.num_items} with data.reader.num_users={self.num_users} makes {num_items} "
-                f"items; allowed are 20 to {most}"
-            )
-        rates = (self.habit_rate, self.random_rate, self.shared_rate)
-        if min(rates) < 0 or max(self.habit_rate + self.random_rate, self.shared_rate) > 1:
-            raise ConfigError(
-                f"data.reader.habit_rate={self.habit_rate}, data.reader.random_rate={self.random_rate} and "
-                f"data.reader.shared_rate={self.shared_rate} must be at least 0; the first two in sum, and the third, "
-                "at most 1"
-            )
-        return num_items
 
     def _lengths(self, generator: np.random.Generator, num_items: int) -> IntArray:
         """``[U]``: ``MIN_LENGTH`` and a geometric number more, at most half of the catalogue."""

@@ -5,13 +5,13 @@ It shows the mechanism of federated training and is no evidence about real data.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
 
 from fellrec.data.schema import RawData
-from fellrec.errors import ConfigError
+from fellrec.data.settings import SyntheticSettings
 
 _GENRES = ("Drama", "Comedy", "Thriller", "Romance", "Sci-Fi", "Western", "Horror", "Musical")
 _ADJECTIVES = (
@@ -24,39 +24,16 @@ _NOUNS = (
 ).split()
 
 
-@dataclass(frozen=True)
-class SyntheticReader:
+class SyntheticReader(SyntheticSettings):
     """Films with genres, and groups of users whose tastes differ and whose habits partly contradict each other.
 
     A user picks the next film either by habit (the group's successor of the last film) or by taste (a genre that the
     group likes, popular films first). Some of the habits are shared by all groups; the others send the same film to
     different successors in different groups, so no single model can serve all groups perfectly.
-
-    Attributes:
-        num_users: U.
-        num_items: I, at most 500 (the titles there are).
-        num_groups: User groups; sizes fall geometrically.
-        mean_length: Mean number of interactions of a user, at least 6.
-        habit_rate: Share of steps that follow a habit.
-        shared_rate: Share of films whose habit is the same in all groups.
-        seed: Of everything.
     """
 
-    num_users: int = 1000
-    num_items: int = 400
-    num_groups: int = 5
-    mean_length: int = 24
-    habit_rate: float = 0.6
-    shared_rate: float = 0.5
-    seed: int = 0
-
     def read(self) -> RawData:
-        """Make the data.
-
-        Raises:
-            ConfigError: If a setting is out of range.
-        """
-        self._check()
+        """Make the data."""
         generator = np.random.default_rng(self.seed)
         genre = generator.integers(len(_GENRES), size=self.num_items)
         popularity = 1.0 / (1.0 + generator.permutation(self.num_items)) ** 0.8
@@ -72,15 +49,6 @@ class SyntheticReader:
     def fingerprint(self) -> str:
         """All settings."""
         return f"synthetic-1:{sorted(asdict(self).items())}"
-
-    def _check(self) -> None:
-        most = len(_ADJECTIVES) * len(_NOUNS)
-        if not 20 <= self.num_items <= most:
-            raise ConfigError(f"data.reader.num_items={self.num_items} must be from 20 to {most}")
-        if self.num_users < 1 or self.num_groups < 1 or self.mean_length < 6:
-            raise ConfigError("data.reader needs at least 1 user, 1 group and a mean_length of 6")
-        if 2 * self.mean_length > self.num_items:
-            raise ConfigError(f"data.reader.mean_length={self.mean_length} must be at most half of num_items")
 
     def _successors(self, generator: np.random.Generator) -> np.ndarray:
         """``[G, I]``: the film that each group likes to see after each film; permutations."""

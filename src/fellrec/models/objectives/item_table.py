@@ -7,11 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fellrec.errors import ConfigError
+from fellrec.models.settings import EVERY_STEP, ROUND
 from fellrec.models.split import SplitModel
 from fellrec.models.streams import StreamPosition
-
-EVERY_STEP, ROUND = "every_step", "round"
 
 
 class ItemTable:
@@ -23,24 +21,10 @@ class ItemTable:
     Args:
         refresh: ``"every_step"`` for no table (vectors are made with the step's own adapter, and gradients flow into
             them), a number of optimiser steps, or ``"round"``.
-        freeze_after: From this round on the table is made once a round, whatever ``refresh`` says; ``None`` for never.
-
-    Raises:
-        ConfigError: For another rhythm, or a round below 0.
+        freeze_after: From this round on the table is made once a round, whatever ``refresh`` is; ``None`` for never.
     """
 
-    def __init__(self, refresh: str | int = EVERY_STEP, freeze_after: int | None = None) -> None:
-        is_number = isinstance(refresh, int) and not isinstance(refresh, bool)
-        if (is_number and int(refresh) < 1) or (not is_number and refresh not in (EVERY_STEP, ROUND)):
-            raise ConfigError(
-                f"objective.refresh_items={refresh} is not allowed: every_step, round, or a number of steps above 0"
-            )
-        if freeze_after is not None and freeze_after < 0:
-            raise ConfigError(f"objective.freeze_items_after={freeze_after} must be at least 0, or null for never")
-        if freeze_after is not None and refresh == ROUND:
-            raise ConfigError(
-                f"objective.freeze_items_after={freeze_after} changes nothing with objective.refresh_items=round"
-            )
+    def __init__(self, refresh: str | int, freeze_after: int | None) -> None:
         self.refresh = refresh
         self.freeze_after = freeze_after
         self._owner: StreamPosition | None = None
@@ -60,7 +44,7 @@ class ItemTable:
         """Whether the table is made before a step; both count from 0, steps within the client's round.
 
         Example:
-            >>> [ItemTable(2).is_due(0, step) for step in range(4)]
+            >>> [ItemTable(2, None).is_due(0, step) for step in range(4)]
             [True, False, True, False]
             >>> [ItemTable("every_step", freeze_after=1).is_due(round_index, 0) for round_index in range(3)]
             [False, True, True]

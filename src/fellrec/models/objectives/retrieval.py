@@ -11,18 +11,13 @@ from torch.nn import functional as F
 
 from fellrec.data.schema import Catalogue
 from fellrec.data.text import TokenizedTexts, compact, repeat_row
-from fellrec.errors import BackboneError, ConfigError, unknown
+from fellrec.errors import BackboneError, ConfigError
 from fellrec.models.objectives.direction import reading
-from fellrec.models.objectives.item_table import EVERY_STEP, ItemTable
+from fellrec.models.objectives.item_table import ItemTable
 from fellrec.models.objectives.softmax import CatalogueSoftmax
+from fellrec.models.settings import RetrievalSettings
 from fellrec.models.split import SplitModel
 from fellrec.models.streams import LayerStreams
-
-ITEM_ENCODERS = ("tokens", "encoded")
-SIMILARITIES = ("cosine", "dot")
-ORDERS = ("oldest_first", "newest_first")
-POOLINGS = ("last", "first", "mean")
-_CHOICES = {"item_encoder": ITEM_ENCODERS, "similarity": SIMILARITIES, "order": ORDERS, "pooling": POOLINGS}
 
 
 class RetrievalObjective:
@@ -40,28 +35,12 @@ class RetrievalObjective:
         tokenizer: Hugging Face tokenizer of the backbone.
         catalogue: The items.
         max_history: Longest history in items.
-        temperature: Divides the similarity, METHOD §1.
-        similarity: ``"cosine"``, or ``"dot"``: the vectors' lengths count too.
-        history_fields: Catalogue fields written into the history.
-        item_fields: Catalogue fields that an item vector is made from.
-        item_encoder: ``"tokens"`` (mean of the text's token embeddings) or ``"encoded"`` (mean of the model's
-            hidden states over the text, an encoder's by ``pooling``; two towers, slower by a forward pass over the
-            catalogue a step).
-        max_title_tokens: Longest item text in tokens.
-        text: How fields are written, see ``Catalogue.texts``.
-        order: ``"oldest_first"`` or ``"newest_first"``; ``None`` for the backbone's, see ``reading``.
-        pooling: A history's vector is the hidden state of its ``"last"`` token, of its ``"first"``, or the ``"mean"``
-            of all; ``None`` for the backbone's, see ``reading``.
-        chunk_items: See ``CatalogueSoftmax``; item texts are encoded so many at a time too.
-        num_negatives: See ``CatalogueSoftmax``.
-        negatives: See ``CatalogueSoftmax``.
+        settings: How the texts are written and read, and what a target is told from.
         item_counts: See ``CatalogueSoftmax``.
-        refresh_items: With ``item_encoder="encoded"``, how often item vectors are made; see ``ItemTable``.
-        freeze_items_after: See ``ItemTable``.
         is_causal: Whether the backbone is; else it is a bidirectional encoder.
 
     Raises:
-        ConfigError: For an unknown choice, a number out of range, or settings that exclude each other or the backbone.
+        ConfigError: If settings do not fit the backbone or the catalogue.
         BackboneError: If an encoder's first token is to be read, and its tokenizer has none.
     """
 
@@ -69,48 +48,28 @@ class RetrievalObjective:
         self,
         tokenizer: Any,
         catalogue: Catalogue,
-        max_history: int = 10,
-        temperature: float = 0.05,
-        similarity: str = "cosine",
-        history_fields: Sequence[str] = ("title",),
-        item_fields: Sequence[str] = ("title", "genre"),
-        item_encoder: str = "tokens",
-        max_title_tokens: int = 24,
-        text: str = "plain",
-        order: str | None = None,
-        pooling: str | None = None,
-        chunk_items: int | None = None,
-        num_negatives: int | None = None,
-        negatives: str = "uniform",
+        max_history: int,
+        settings: RetrievalSettings,
         item_counts: Sequence[int] | None = None,
-        refresh_items: str | int = EVERY_STEP,
-        freeze_items_after: int | None = None,
         is_causal: bool = True,
     ) -> None:
-        order, pooling = reading(is_causal, order, pooling)
-        _check_choices(item_encoder=item_encoder, similarity=similarity, order=order, pooling=pooling)
-        if not temperature > 0:
-            raise ConfigError(f"objective.temperature={temperature} must be above 0")
-        self.temperature = temperature
-        self.similarity = similarity
-        self.item_encoder = item_encoder
+        order, pooling = reading(is_causal, settings.order, settings.pooling)
+        self.temperature = settings.temperature
+        self.similarity = settings.similarity
+        self.item_encoder = settings.item_encoder
         self.pooling = pooling
         self.is_causal = is_causal
         self.one_target_per_row = order == "newest_first"
-        self.softmax = CatalogueSoftmax(len(catalogue), chunk_items, num_negatives, negatives, item_counts)
-        self.table = ItemTable(refresh_items, freeze_items_after)
-        if self.table.is_used and item_encoder != "encoded":
-            raise ConfigError(
-                f"objective.refresh_items={refresh_items}, objective.freeze_items_after={freeze_items_after} need "
-                f"objective.item_encoder=encoded, it is {item_encoder}"
-            )
+        self.softmax = CatalogueSoftmax(len(catalogue), settings, item_counts)
+        self.table = ItemTable(settings.refresh_items, settings.freeze_items_after)
         first = tokenizer.bos_token_id if is_causal or tokenizer.cls_token_id is None else tokenizer.cls_token_id
         if first is None and pooling == "first":
             raise BackboneError("objective.pooling=first needs a tokenizer with a [CLS] or beginning token; give mean")
         self.prefix = [] if first is None else [first]
-        lines = [f"{line}\n" for line in catalogue.texts(history_fields, text)]
-        self.history_text = TokenizedTexts(tokenizer, lines, max_title_tokens)
-        items, before = catalogue.texts(item_fields, text), self.prefix if self._pools_items else []
+        lines = [f"{line}\n" for line in catalogue.texts(settings.history_fields, settings.text)]
+        self.history_text = TokenizedTexts(tokenizer, lines, settings.max_title_tokens)
+        items = catalogue.texts(settings.item_fields, settings.text)
+        before, max_title_tokens = self.prefix if self._pools_items else [], settings.max_title_tokens
         self.item_text = TokenizedTexts(tokenizer, items, max_title_tokens, prefix=before)
         self._all_texts = self._texts(torch.arange(len(catalogue)))
         self.max_tokens = int(self.history_text.lengths.max()) * max_history + len(self.prefix)
@@ -294,9 +253,3 @@ def _mean_embeddings(model: SplitModel, texts: dict[str, Tensor]) -> Tensor:
 def _mean(hidden_BLD: Tensor, inside_BL: Tensor) -> Tensor:
     inside = inside_BL.to(hidden_BLD.device)[:, :, None].float()
     return (hidden_BLD.float() * inside).sum(dim=1) / inside.sum(dim=1)
-
-
-def _check_choices(**given: str) -> None:
-    for name, value in given.items():
-        if value not in _CHOICES[name]:
-            raise ConfigError(unknown(f"objective.{name}", value, _CHOICES[name]))

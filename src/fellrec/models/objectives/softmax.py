@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fellrec.errors import ConfigError, unknown
+from fellrec.errors import ConfigError
 from fellrec.functional.softmax import chunked_cross_entropy, draw_items, sampled_cross_entropy
+from fellrec.models.settings import RetrievalSettings
 from fellrec.models.streams import OF_LOSS, LayerStreams
-
-PROPOSALS = ("uniform", "popularity")
 
 
 class CatalogueSoftmax:
@@ -20,43 +19,26 @@ class CatalogueSoftmax:
 
     Args:
         num_items: I.
-        chunk_items: Logits of so many items are held at a time, ``None`` for all; the result is the same.
-        num_negatives: Draw so many items a step instead of taking all, ``None`` for all.
-        negatives: What they are drawn from: ``"uniform"``, or ``"popularity"``, by ``item_counts`` plus 1.
-        item_counts: ``[I]``, how often each item was used; only for ``"popularity"``.
+        settings: How many items are held at a time, and drawn a step.
+        item_counts: ``[I]``, how often each item was used; only for ``negatives="popularity"``.
 
     Raises:
-        ConfigError: For an unknown proposal, numbers out of range, or settings that exclude each other.
+        ConfigError: If more items are to be drawn than there are, or their counts are needed and absent.
     """
 
-    def __init__(
-        self,
-        num_items: int,
-        chunk_items: int | None = None,
-        num_negatives: int | None = None,
-        negatives: str = "uniform",
-        item_counts: Sequence[int] | None = None,
-    ) -> None:
-        if negatives not in PROPOSALS:
-            raise ConfigError(unknown("objective.negatives", negatives, PROPOSALS))
-        if chunk_items is not None and chunk_items < 1:
-            raise ConfigError(f"objective.chunk_items={chunk_items} must be at least 1, or null for all at once")
-        if num_negatives is not None and not 1 <= num_negatives < num_items:
+    def __init__(self, num_items: int, settings: RetrievalSettings, item_counts: Sequence[int] | None) -> None:
+        num_negatives = settings.num_negatives
+        if num_negatives is not None and num_negatives >= num_items:
             raise ConfigError(
-                f"objective.num_negatives={num_negatives} must be at least 1 and below the {num_items} items of the "
-                "catalogue, or null to take all"
+                f"objective.num_negatives={num_negatives} must be below the {num_items} items of the catalogue, "
+                "or null to take all"
             )
-        if num_negatives is not None and chunk_items is not None:
-            raise ConfigError(
-                f"objective.chunk_items={chunk_items} is of the softmax over all items, "
-                f"objective.num_negatives={num_negatives} takes a sample; one of them must be null"
-            )
-        self.chunk_items = chunk_items
+        self.chunk_items = settings.chunk_items
         self.num_negatives = num_negatives
         if num_negatives is None:
             return
         weights_I = torch.ones(num_items, dtype=torch.float64)
-        if negatives == "popularity":
+        if settings.negatives == "popularity":
             if item_counts is None:
                 raise ConfigError("objective.negatives=popularity needs item_counts")
             weights_I += torch.as_tensor(item_counts, dtype=torch.float64)  # an item that is never drawn would bias
