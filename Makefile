@@ -27,8 +27,8 @@ test: install  ## all tests, the linter and the type checker
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile  # tests of a file in one process: some share a server
 
-test-fast: install  ## unit tests and doctests only
-	$(BIN)/pytest -n 2 tests/unit src/fellrec
+test-fast: install  ## tests without services, processes and long runs (2 minutes)
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 lint: install  ## only the linter and the type checker
 	$(BIN)/ruff check .

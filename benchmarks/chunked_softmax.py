@@ -27,6 +27,7 @@ import torch
 from fellrec.data.readers import MicroLensShapedReader
 from fellrec.data.schema import Catalogue
 from fellrec.models.objectives.retrieval import RetrievalObjective
+from fellrec.models.settings import RetrievalSettings, TinySettings
 from fellrec.models.split import SplitModel
 from fellrec.models.tiny import build_tiny
 
@@ -66,14 +67,16 @@ def compare(num_items: int, num_rows: int) -> dict[str, Cost]:
     """Measure every case with a catalogue of this size."""
     titles = MicroLensShapedReader(num_users=1000, num_items=num_items).read().items["title"].tolist()
     catalogue = Catalogue(tuple(map(str, range(num_items))), tuple(titles), pd.DataFrame(index=range(num_items)))
-    backbone = build_tiny(titles[:2000], hidden_size=64, num_layers=2, vocab_size=500)
+    backbone = build_tiny(titles[:2000], TinySettings(hidden_size=64, num_layers=2, vocab_size=500))
     model = SplitModel(backbone.model, 1, 1)
     items = torch.randint(num_items, (num_rows, HISTORY + 1), generator=torch.Generator().manual_seed(0))
     is_target = torch.ones_like(items, dtype=torch.bool)
     is_target[:, 0] = False
     costs = {}
     for case, settings in CASES.items():
-        objective = RetrievalObjective(backbone.tokenizer, catalogue, HISTORY, max_title_tokens=8, **settings)
+        objective = RetrievalObjective(
+            backbone.tokenizer, catalogue, HISTORY, RetrievalSettings(max_title_tokens=8, **settings)
+        )
         batch = objective.collate(items, is_target)
         costs[case] = _in_its_own_process(lambda: measure(objective, model, batch))  # noqa: B023 - called at once
     return costs

@@ -3,19 +3,18 @@
 ``fidelity=released_code`` is not among them: that it breaks the permutation law is tested in unit/aggregation.
 """
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
-from fellrec.aggregation import UpdateMixing, build_aggregation
+from fellrec.aggregation import UpdateMixing
+from fellrec.config.compose import compose
+from fellrec.config.instantiate import instantiate
+from fellrec.config.paths import group_choices
 from fellrec.types import Updates
 
-CONF = Path(__file__).parents[2] / "conf" / "aggregation"
 VARIANTS = [
     {"_target_": "fellrec.aggregation.FELLRec", "similarity": "parameters"},
     {"_target_": "fellrec.aggregation.FELLRec", "attention": False},
@@ -23,7 +22,7 @@ VARIANTS = [
     {"_target_": "fellrec.aggregation.FELLRec", "alpha": 3.0, "beta": 1.0, "temperature": 0.001},
     {"_target_": "fellrec.aggregation.UpdateMixing", "attention": False, "own_share": 0.0},
 ]
-RULES = [pytest.param(OmegaConf.load(path), id=path.stem) for path in sorted(CONF.glob("*.yaml"))]
+RULES = [pytest.param(compose([f"aggregation={name}"]).aggregation, id=name) for name in group_choices()["aggregation"]]
 RULES += [pytest.param(cfg, id="-".join(map(str, list(cfg.values())[1:]))) for cfg in VARIANTS]
 
 every_rule = pytest.mark.parametrize("cfg", RULES)
@@ -56,7 +55,7 @@ def rounds(draw):
 @quick
 @given(rounds())
 def test_rows_sum_to_one_and_no_weight_is_negative(cfg, problem):
-    matrix = build_aggregation(cfg).mixing_matrix(*problem)
+    matrix = instantiate(cfg, "aggregation").mixing_matrix(*problem)
     torch.testing.assert_close(matrix.sum(1), torch.ones(len(matrix), dtype=torch.float64))
     assert (matrix >= 0).all()
 
@@ -75,8 +74,8 @@ def test_permuting_clients_permutes_the_result(cfg, problem, random):
         updates.losses[order],
         updates.num_samples[order],
     )
-    expected = build_aggregation(cfg).aggregate(updates, round_index)
-    result = build_aggregation(cfg).aggregate(permuted, round_index)
+    expected = instantiate(cfg, "aggregation").aggregate(updates, round_index)
+    result = instantiate(cfg, "aggregation").aggregate(permuted, round_index)
     for name, parameter in expected.adapters.items():
         torch.testing.assert_close(result.adapters[name], parameter[order], rtol=1e-5, atol=1e-6)
     for name, matrix in expected.matrices.items():
@@ -91,7 +90,7 @@ def test_permuting_clients_permutes_the_result(cfg, problem, random):
 def test_equal_inputs_are_a_fixed_point(cfg, problem):
     """Rules that mix adapters do not use the starts here, so these may differ; a rule that mixes updates does."""
     updates, round_index = problem
-    rule = build_aggregation(cfg)
+    rule = instantiate(cfg, "aggregation")
     same = {name: p[:1].expand_as(p).clone() for name, p in updates.end.items()}
     start = updates.start
     if isinstance(rule, UpdateMixing):
@@ -108,7 +107,7 @@ def test_inputs_are_not_changed_and_not_aliased(cfg, problem):
     updates, round_index = problem
     tensors = [*updates.start.values(), *updates.end.values(), updates.losses, updates.num_samples]
     before = [tensor.clone() for tensor in tensors]
-    result = build_aggregation(cfg).aggregate(updates, round_index)
+    result = instantiate(cfg, "aggregation").aggregate(updates, round_index)
     for parameter in result.adapters.values():
         parameter.fill_(np.pi)
     for tensor, copy in zip(tensors, before, strict=True):

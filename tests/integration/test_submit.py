@@ -8,9 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 from fellrec.cli.main import main
+from fellrec.config.compose import compose, to_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 READY = ROOT / "experiments" / "slurm"
@@ -93,10 +93,9 @@ def test_a_directory_that_another_job_has_reserved_is_refused(
 
 
 def test_a_run_goes_on_with_other_resources(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["train", "--show-config", "seed=3"])
     run = workplace / "my run"
     run.mkdir()
-    OmegaConf.save(OmegaConf.create(capsys.readouterr().out), run / "config.yaml")
+    (run / "config.yaml").write_text(to_yaml(compose(["seed=3"])))
     main(["submit", f"resume={run}", "launcher.time=2:00:00", "--dry-run"])
     script = capsys.readouterr().out
     assert f"run_dir='{run}'" in script

@@ -10,8 +10,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from fellrec.cli.main import VERBS, main
-from fellrec.config.compose import compose, expand
+from fellrec.config.compose import compose
 from fellrec.config.paths import conf_dir, group_choices
+from fellrec.config.sweep import expand, sweeps
 from fellrec.errors import ConfigError
 from fellrec.functional.nested import flatten
 
@@ -86,15 +87,18 @@ def test_the_data_decides_the_prompt_unless_it_is_given(data: str, template: str
         "data.max_train_samples=100",
         "data.max_users=50",
         "partition.num_clients=4",
-        "aggregation.alpha=0.3",
-        "aggregation.beta=2",
-        "aggregation.temperature=0.1",
     ],
 )
 @pytest.mark.parametrize("rule", ["fellrec", "fedavg", "local", "uniform", "centralized"])
 def test_the_keys_that_scripts_rely_on(rule: str, override: str) -> None:
     key, _, value = override.partition("=")
     assert str(OmegaConf.select(compose([f"aggregation={rule}", override]), key)) == value
+
+
+@pytest.mark.parametrize("override", ["aggregation.alpha=0.3", "aggregation.beta=2", "aggregation.temperature=0.1"])
+def test_the_settings_of_fellrec_that_scripts_rely_on(override: str) -> None:
+    key, _, value = override.partition("=")
+    assert str(OmegaConf.select(compose(["aggregation=fellrec", override]), key)) == value
 
 
 @pytest.mark.parametrize(
@@ -120,7 +124,17 @@ def test_the_keys_that_scripts_rely_on(rule: str, override: str) -> None:
         ),
         (["references.show=[mf,mf]"], "references.show=['mf', 'mf'] is not allowed: a list, each once, of random, "),
         (["references.shrink=-1"], "references.shrink=-1 is not allowed: a number of at least 0"),
+        (["+trainer.num_round=3"], "unknown setting 'trainer.num_round'; choose from: trainer.num_rounds, "),
+        (["+sed=3"], "unknown setting 'sed'; choose from: seed, "),
+        (["aggregation=fedavg", "aggregation.alpha=0.3"], "unknown setting 'aggregation.alpha'; choose from: "),
+        (["aggregation.alpha=-1"], "aggregation.alpha=-1 is not allowed: a number of at least 0"),
+        (["backbone.pretrain.steps=0"], "backbone.pretrain.steps=0 is not allowed: a whole number of at least 1"),
+        (["adapter.layers=feet"], "adapter.layers=feet is not allowed: head, body or tail, or several of them joined"),
+        (["data.reader.num_items=7"], "data.reader.num_items=7 is not allowed: a whole number of at least 20, or null"),
         (["data=ml_1m"], "data.root needs a value: give data.root="),
+        (["~trainer.num_rounds"], "trainer.num_rounds needs a value: give trainer.num_rounds="),
+        (["backbone.name=tny"], "unknown backbone.name 'tny'; choose from: tiny, "),
+        (["aggregation=null"], "cannot compose aggregation=null"),
         (["backbone=hf"], "backbone.path needs a value: give backbone.path="),
         (["a=b=[c"], "cannot"),
     ],
@@ -132,9 +146,14 @@ def test_mistakes_name_the_key_the_value_and_what_is_allowed(overrides: list[str
 
 
 def test_all_problems_are_named_at_once() -> None:
+    wrong = ["seed=-1", "trainer.num_rounds=0", "trainer.metric=x", "split.head_layers=-1", "aggregation.beta=0"]
+    wrong += ["data=ml_1m", "data.core=-1", "launcher.nodes=0", "objective.temperature=0"]
     with pytest.raises(ConfigError) as caught:
-        compose(["trainer.num_rounds=0", "split.head_layers=-1"])
-    assert len(str(caught.value).splitlines()) == 2
+        compose(wrong)
+    lines = str(caught.value).splitlines()
+    keys = sorted(item.partition("=")[0] for item in wrong if item != "data=ml_1m")
+    named = sorted(key for key in keys if any(key in line for line in lines))
+    assert (named, len(lines)) == (keys, len(keys) + 1), "and that data.root has no value"
 
 
 def test_sweeps_expand_to_every_combination() -> None:
@@ -143,6 +162,73 @@ def test_sweeps_expand_to_every_combination() -> None:
         [f"aggregation={rule}", f"seed={seed}", "trainer.cutoffs=[5,10]"]
         for rule in ("fedavg", "fellrec")
         for seed in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "runs"),
+    [
+        (
+            ["aggregation=fedavg,fellrec", "aggregation.alpha=0.3,0.7"],
+            [
+                ["aggregation=fedavg"],
+                ["aggregation=fellrec", "aggregation.alpha=0.3"],
+                ["aggregation=fellrec", "aggregation.alpha=0.7"],
+            ],
+        ),
+        (
+            ["aggregation=local,updatemixing,fellrec", "aggregation.attention=false", "aggregation.own_share=0.5"],
+            [
+                ["aggregation=local"],
+                ["aggregation=updatemixing", "aggregation.attention=false", "aggregation.own_share=0.5"],
+                ["aggregation=fellrec", "aggregation.attention=false"],
+            ],
+        ),
+        (
+            ["aggregation=fellrec", "aggregation.alpha=0.3,0.7"],
+            [["aggregation=fellrec", f"aggregation.alpha={alpha}"] for alpha in (0.3, 0.7)],
+        ),
+        (["aggregation=fedavg", "aggregation.alpha=0.3"], [["aggregation=fedavg", "aggregation.alpha=0.3"]]),
+    ],
+)
+def test_a_setting_of_rules_is_for_those_of_the_sweep_that_have_it(overrides: list[str], runs: list[list[str]]) -> None:
+    """Where one rule is named, nothing is left out, so that composing refuses what it does not have."""
+    assert expand(overrides) == runs
+
+
+def test_a_sweep_that_every_rule_has_all_settings_of_stays_one_sweep() -> None:
+    sweep = ["aggregation=updatemixing,fellrec", "aggregation.attention=true,false", "seed=0,1"]
+    assert sweeps(sweep) == [sweep]
+
+
+def test_what_all_runs_share_is_for_those_that_have_it_and_a_runs_own_is_its_own() -> None:
+    runs = [["aggregation=fedavg"], ["aggregation=fellrec", "aggregation.beta=2"]]
+    assert expand(["seed=0", "aggregation.alpha=0.3"], runs) == [
+        ["seed=0", "aggregation=fedavg"],
+        ["seed=0", "aggregation.alpha=0.3", "aggregation=fellrec", "aggregation.beta=2"],
+    ]
+    own = [["aggregation=fedavg", "aggregation.alpha=0.3"], ["aggregation=fellrec"]]
+    assert expand([], own) == own, "composing refuses the first"
+
+
+def test_a_setting_that_no_rule_of_a_sweep_has_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"unknown setting 'aggregation.alpah'; choose from: aggregation.alpha, "):
+        expand(["aggregation=fedavg,fellrec", "aggregation.alpah=0.3"])
+
+
+def test_a_rule_of_ones_own_in_a_sweep_has_the_arguments_of_its_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_rules.py").write_text(
+        "from fellrec.aggregation import FedAvg\n"
+        "class MedianOfFriends(FedAvg):\n    def __init__(self, friends: int):\n        self.friends = friends\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = "aggregation._target_=my_rules.MedianOfFriends"
+    assert expand(["+aggregation.friends=3,5"], [[mine], ["aggregation=fedavg"]]) == [
+        ["+aggregation.friends=3", mine],
+        ["+aggregation.friends=5", mine],
+        ["aggregation=fedavg"],
     ]
 
 
@@ -183,10 +269,10 @@ def test_wrong_words_exit_with_2(arguments: list[str], capsys: pytest.CaptureFix
             "'q_prj' matches no module of the backbone; it has q_proj",
         ),
         (["aggregation=fellrec", "aggregation.alpha=-1"], "alpha"),
-        (["aggregation._target_=my.Rule"], "aggregation._target_ is 'my.Rule', which cannot be imported"),
+        (["aggregation._target_=my.Rule"], "aggregation._target_=my.Rule cannot be imported"),
         (["objective._target_=fellrec.nothing"], "objective._target_=fellrec.nothing cannot be imported"),
         (["tracking.uri=http://127.0.0.1:9"], "tracking.uri=http://127.0.0.1:9 cannot be used"),
-        (["data.reader.num_items=7"], "data.reader.num_items=7 must be from 20 to 500"),
+        (["data.reader.num_items=7"], "data.reader.num_items=7 is not allowed: a whole number of at least 20, or null"),
     ],
 )
 def test_bad_input_gets_one_message_and_leaves_nothing(

@@ -1,14 +1,19 @@
-"""The aggregation callbacks, one rule per file."""
+"""The aggregation callbacks, one rule per file; each is imported when it is used, so that settings need no PyTorch."""
 
-from fellrec.aggregation.base import AggregationCallback
-from fellrec.aggregation.build import build_aggregation
-from fellrec.aggregation.centralized import Centralized
-from fellrec.aggregation.fedavg import FedAvg
-from fellrec.aggregation.fellrec import FELLRec
-from fellrec.aggregation.local import Local
-from fellrec.aggregation.persistence import Persistence
-from fellrec.aggregation.uniform import Uniform
-from fellrec.aggregation.updatemixing import UpdateMixing
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fellrec.aggregation.base import AggregationCallback
+    from fellrec.aggregation.centralized import Centralized
+    from fellrec.aggregation.fedavg import FedAvg
+    from fellrec.aggregation.fellrec import FELLRec
+    from fellrec.aggregation.local import Local
+    from fellrec.aggregation.persistence import Persistence
+    from fellrec.aggregation.uniform import Uniform
+    from fellrec.aggregation.updatemixing import UpdateMixing
 
 __all__ = [
     "AggregationCallback",
@@ -19,5 +24,10 @@ __all__ = [
     "Persistence",
     "Uniform",
     "UpdateMixing",
-    "build_aggregation",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{'base' if name == 'AggregationCallback' else name.lower()}"), name)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fellrec.aggregation.base import AggregationCallback
-from fellrec.aggregation.checks import check_choice, check_flag, check_number
+from fellrec.aggregation.settings import FELLRecSettings
 from fellrec.errors import TrainingError
 from fellrec.federated.records import Aggregated, Updates
 from fellrec.functional import mixing
@@ -31,46 +31,11 @@ class BalanceTerms:
     mixing: Tensor
 
 
-class FELLRec(AggregationCallback):
+class FELLRec(AggregationCallback, FELLRecSettings):
     """Clients listen to similar clients, and the more so the easier their task is and the later the round.
 
     Attention off: all similarities count as 1. Heating off: all learning speeds are 1. Both off: `Uniform`.
     """
-
-    def __init__(
-        self,
-        alpha: float = 0.7,
-        beta: float = 5.0,
-        temperature: float = 0.05,
-        *,
-        attention: bool = True,
-        heating: bool = True,
-        similarity: str = "update",
-        fidelity: str = "paper",
-    ) -> None:
-        """Set the hyper-parameters.
-
-        Args:
-            alpha: Of METHOD (3), at least 0; at 0 nobody listens, which is `Local`.
-            beta: Of METHOD (3), positive; the larger, the slower the heating.
-            temperature: τ of METHOD (2), positive.
-            attention: Whether similarities weigh the senders, METHOD (1).
-            heating: Whether difficulties slow the receivers, METHOD (2)-(3).
-            similarity: What is compared: ``"update"`` (end minus start of the round) or ``"parameters"``.
-            fidelity: ``"paper"``, or ``"released_code"`` for the authors' program with its mistakes: exponent
-                ``t + 1/beta``, no heating at ``beta = 1``, raw parameters compared whatever ``similarity`` says, and
-                mixing in place in client order. The weights are computed before anything is mixed.
-
-        Raises:
-            ConfigError: If a value is not allowed.
-        """
-        self.alpha = check_number("alpha", alpha, minimum=0)
-        self.beta = check_number("beta", beta, above=0)
-        self.temperature = check_number("temperature", temperature, above=0)
-        self.attention = check_flag("attention", attention)
-        self.heating = check_flag("heating", heating)
-        self.similarity = check_choice("similarity", similarity, ("update", "parameters"))
-        self.fidelity = check_choice("fidelity", fidelity, ("paper", "released_code"))
 
     def mixing_matrix(self, updates: Updates, round_index: int) -> Tensor:
         """METHOD (4), ``[N, N]`` float64; see `terms`."""

@@ -10,15 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fellrec.aggregation.base import AggregationCallback
-from fellrec.aggregation.checks import check_choice, check_number
+from fellrec.aggregation.settings import PersistenceSettings
 from fellrec.federated.records import Aggregated, Updates
 from fellrec.functional import mixing
 from fellrec.functional.sketch import sketch_updates
 
-OTHERS = ("similar", "equal", "samples")
 
-
-class Persistence(AggregationCallback):
+class Persistence(AggregationCallback, PersistenceSettings):
     """An average for what is noise, each client's own adapter for what is lasting.
 
     A client's deviation is its update minus the average that it would get. Where it points the same way as the client's
@@ -32,19 +30,9 @@ class Persistence(AggregationCallback):
     Updates are kept and compared as count sketches, 16 kB a client, so cosines are exact to about 0.02.
     """
 
-    def __init__(self, exponent: float = 1.0, others: str = "similar") -> None:
-        """Set the hyper-parameters.
-
-        Args:
-            exponent: Of (P2), positive; the smaller, the more a client keeps.
-            others: The average: ``"similar"`` (METHOD (1), of round updates, rows divided by their sums), ``"equal"``
-                (``1 / N``), or ``"samples"`` (FedAvg's weights).
-
-        Raises:
-            ConfigError: If a value is not allowed.
-        """
-        self.exponent = check_number("exponent", exponent, above=0)
-        self.others = check_choice("others", others, OTHERS)
+    def __post_init__(self) -> None:
+        """Start without a memory."""
+        super().__post_init__()
         self._deviations: dict[int, Tensor] = {}
 
     def mixing_matrix(self, updates: Updates, round_index: int) -> Tensor:

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from fellrec.aggregation.base import AggregationCallback
-from fellrec.aggregation.checks import check_flag, check_number
+from fellrec.aggregation.settings import UpdateMixingSettings
 from fellrec.federated.records import Aggregated, Updates
 from fellrec.functional import mixing
 
 
-class UpdateMixing(AggregationCallback):
+class UpdateMixing(AggregationCallback, UpdateMixingSettings):
     """Each client goes on from its own adapter, by what similar clients and it itself learned in this round.
 
     With ``update[n] = end[n] - start[n]``, S the similarities of METHOD (1) between the updates, o the own share and η
@@ -24,21 +24,6 @@ class UpdateMixing(AggregationCallback):
     Rules that mix adapters draw clients together in every round; here what sets a client apart from the others stays.
     What others learn in a round in which a client is absent never reaches it.
     """
-
-    def __init__(self, own_share: float = 0.0, server_learning_rate: float = 1.0, *, attention: bool = True) -> None:
-        """Set the hyper-parameters.
-
-        Args:
-            own_share: o of (U2), from 0 to 1; 1 is `Local`.
-            server_learning_rate: η of (U3), positive.
-            attention: Whether similarities weigh the senders, (U1).
-
-        Raises:
-            ConfigError: If a value is not allowed.
-        """
-        self.own_share = check_number("own_share", own_share, minimum=0, maximum=1)
-        self.server_learning_rate = check_number("server_learning_rate", server_learning_rate, above=0)
-        self.attention = check_flag("attention", attention)
 
     def mixing_matrix(self, updates: Updates, round_index: int) -> Tensor:
         """(U2), ``[N, N]`` float64: how updates are mixed."""

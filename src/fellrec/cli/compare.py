@@ -92,9 +92,8 @@ def compare(configs: Sequence[DictConfig], session: Session | None = None) -> tu
     Raises:
         ConfigError: If the configurations differ in more than `check_comparable` allows.
     """
-    from fellrec.aggregation.build import build_aggregation
     from fellrec.experiment import build_data, build_loop
-    from fellrec.experiment.run import collect, reference_results, table_cutoff
+    from fellrec.experiment.run import check_classes, collect, reference_results, table_cutoff
     from fellrec.experiment.run_dir import check_new, new_run_dir
     from fellrec.experiment.variants import check_comparable, labels
     from fellrec.report.significance import with_significance
@@ -102,7 +101,7 @@ def compare(configs: Sequence[DictConfig], session: Session | None = None) -> tu
 
     check_comparable(configs)
     for config in configs:
-        build_aggregation(config.aggregation)  # report errors of every rule before the first run starts
+        check_classes(config)  # report errors of every rule before the first run starts
     first = configs[0]
     if first.run_dir:
         check_new(Path(first.run_dir))

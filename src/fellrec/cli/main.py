@@ -10,14 +10,10 @@ import importlib
 import logging
 import os
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 
 from fellrec.errors import ConfigError, FellrecError, Preempted
-
-_REPORT_SECONDS = 10.0
-"""Time for process 0 to print an error before another process exits and torchrun terminates process 0."""
 
 VERBS = ("prepare", "train", "compare", "evaluate", "export", "plan", "submit", "ui", "sync", "doctor")
 """Each is a module of this package with ``PURPOSE``, ``EXAMPLES``, ``add_arguments(parser)`` and ``run(options)``."""
@@ -62,8 +58,8 @@ def _report(error: Exception, options: argparse.Namespace) -> int:
     """Print the error, unless another process of the run prints it; returns the exit status."""
     if options.debug or not isinstance(error, FellrecError):
         traceback.print_exception(error)
-    elif _is_reported_by_process_0(error):
-        time.sleep(_REPORT_SECONDS)
+    elif _is_reported_by_another(error):
+        return 0  # the launcher must not terminate the process that prints the error
     elif not error.already_reported:
         sys.stderr.write(f"fellrec {options.verb}: {error}\n")
     return 1
@@ -112,9 +108,9 @@ def _exit(code: int) -> None:
         sys.exit(code)
 
 
-def _is_reported_by_process_0(error: FellrecError) -> bool:
-    """Whether every process of the run raises this error: a wrong setting, before the processes are connected."""
-    process = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+def _is_reported_by_another(error: FellrecError) -> bool:
+    """Whether the first process of this node raises the same error: a wrong setting, before processes are connected."""
+    process = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
     return process > 0 and isinstance(error, ConfigError) and not _is_distributed()
 
 

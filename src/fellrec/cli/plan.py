@@ -61,7 +61,8 @@ def plan(overrides: Sequence[str], probe_steps: int | None = None) -> list[Row]:
         DataError: If the data cannot be used.
         BackboneError: If the backbone cannot be read, split, or adapted.
     """
-    from fellrec.config.compose import compose, expand
+    from fellrec.config.compose import compose
+    from fellrec.config.sweep import expand
     from fellrec.planning.plan import Planner
     from fellrec.planning.table import Row
 
@@ -78,5 +79,6 @@ def plan(overrides: Sequence[str], probe_steps: int | None = None) -> list[Row]:
 
 def _varying(combinations: Sequence[Sequence[str]]) -> list[dict[str, str]]:
     split = [dict(override.partition("=")[::2] for override in combination) for combination in combinations]
-    keys = [key for key in split[0] if len({values[key] for values in split}) > 1]
-    return [{key: values[key] for key in keys} for values in split]
+    every = dict.fromkeys(key for values in split for key in values)
+    keys = [key for key in every if len({values.get(key) for values in split}) > 1]
+    return [{key: values.get(key, "") for key in keys} for values in split]

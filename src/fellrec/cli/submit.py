@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from fellrec.cli.arguments import add_multirun, add_overrides
 from fellrec.cli.train import resume_dir, resumed
-from fellrec.errors import ConfigError, unknown
-from fellrec.launch.slurm import Job, JobEnvironment, Launcher, batch_script
+from fellrec.errors import ConfigError
+from fellrec.launch.settings import LauncherSettings
+from fellrec.launch.slurm import Job, JobEnvironment, batch_script
 from fellrec.tracking.store import check_reachable, ensure_experiment, make_client
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Submission:
     """
 
     config: DictConfig
-    launcher: Launcher
+    launcher: LauncherSettings
     jobs: Sequence[Job]
     folder: Path
     label: str
@@ -99,7 +100,8 @@ def plan_submission(overrides: Sequence[str], is_sweep: bool) -> Submission:
     Raises:
         ConfigError: If a setting of any run is not allowed.
     """
-    from fellrec.config.compose import compose, expand
+    from fellrec.config.compose import compose
+    from fellrec.config.sweep import expand
     from fellrec.experiment.run import rule_name
     from fellrec.experiment.run_dir import free_run_dir
 
@@ -167,9 +169,9 @@ def _slurm_dir(folder: Path) -> Path:
 
 
 def _check_run(config: DictConfig) -> None:
-    from fellrec.aggregation.build import build_aggregation
+    from fellrec.experiment.run import check_classes
 
-    build_aggregation(config.aggregation)
+    check_classes(config)
     if config.data.root is not None and not Path(config.data.root).is_dir():
         raise ConfigError(f"data.root={config.data.root} is not a directory")
 
@@ -186,19 +188,13 @@ def _continuation(experiment: Sequence[str], run_dir: Path, asked: DictConfig) -
     return Submission(config, launcher, [Job(folder, ())], folder, label, _processes(config, launcher))
 
 
-def _launcher(config: DictConfig) -> Launcher:
-    allowed = Launcher.__dataclass_fields__
-    for name in config.launcher:
-        if name not in allowed:
-            raise ConfigError(unknown("setting", f"launcher.{name}", [f"launcher.{key}" for key in allowed]))
-    from fellrec.config.compose import as_dict
+def _launcher(config: DictConfig) -> LauncherSettings:
+    from fellrec.config.instantiate import settings
 
-    launcher = Launcher(**as_dict(config.launcher))
-    launcher.check()
-    return launcher
+    return settings(LauncherSettings, config.launcher, "launcher")
 
 
-def _processes(config: DictConfig, launcher: Launcher) -> list[str]:
+def _processes(config: DictConfig, launcher: LauncherSettings) -> list[str]:
     """The overrides that set the number of processes.
 
     Raises:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from fellrec.cli.arguments import add_format, add_multirun, add_overrides, add_show_config
 from fellrec.errors import ConfigError
 from fellrec.launch.preemption import StopSignals
-from fellrec.tracking.store import check_reachable
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -64,8 +63,8 @@ def train(config: DictConfig, output_format: str = "table") -> None:
         config: The composed configuration.
         output_format: ``"table"`` or ``"json"``.
     """
-    from fellrec.aggregation.build import build_aggregation
     from fellrec.config.compose import without_launcher
+    from fellrec.experiment.run import check_classes
     from fellrec.experiment.run_dir import check_new
     from fellrec.experiment.session import run_processes
     from fellrec.state.lock import check_free
@@ -76,24 +75,20 @@ def train(config: DictConfig, output_format: str = "table") -> None:
             check_free(Path(config.run_dir))
         elif config.run_dir:
             check_new(Path(config.run_dir))
-        build_aggregation(config.aggregation)  # report its errors before the backbone is loaded
+        check_classes(config)  # before other processes are started
         run_processes(config, lambda session: _train(config, output_format, signals, session))
 
 
 def _train(config: DictConfig, output_format: str, signals: StopSignals, session: Session | None) -> None:
-    from fellrec.experiment import build_data, build_recommender
-    from fellrec.experiment.run import Run, collect, failure_message, finish_message, reference_results, table_cutoff
+    from fellrec.experiment.run import build, collect, failure_message, finish_message, reference_results, table_cutoff
     from fellrec.report.cost_tables import print_run_cost
     from fellrec.report.tables import print_comparison, results_console
 
-    check_reachable(config.tracking.uri, may_be_away=bool(config.resume) or config.tracking.on_unreachable == "keep")
-    data = build_data(config)
-    recommender = build_recommender(config, data, None if session is None else session.fabric)
-    run = Run(config, recommender, signals=signals, session=session)
+    run = build(config, signals=signals, session=session)
     result = run.execute()
     assert run.loop is not None
     assert run.result is not None
-    comparison = collect(recommender, [result, *reference_results(config, recommender, run.loop)])
+    comparison = collect(run.recommender, [result, *reference_results(config, run.recommender, run.loop)])
     if output_format == "json":
         sys.stdout.write(json.dumps(comparison.to_dict(), indent=1) + "\n")
         return
@@ -140,14 +135,25 @@ def _multirun(overrides: Sequence[str]) -> None:
     """Check every combination first, then let Hydra run them with the launcher that is configured."""
     import hydra
 
-    from fellrec.config.compose import compose, expand
+    from fellrec.config.compose import compose
     from fellrec.config.paths import conf_dir
+    from fellrec.config.sweep import expand, sweeps
 
     for combination in expand(overrides):
         trainer = compose(combination).trainer
         if trainer.devices != 1 or trainer.num_nodes != 1:
             raise ConfigError("-m needs trainer.devices=1; start runs with several processes one by one")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors, and the CLI reports them
-    sys.argv = ["fellrec train", "--multirun", *overrides]
     decorate: Callable[[Any], Any] = hydra.main(str(conf_dir()), "config", version_base="1.3")
-    decorate(train)()
+    for sweep in sweeps(overrides):
+        sys.argv = ["fellrec train", "--multirun", *sweep]
+        decorate(_train_one)()
+
+
+def _train_one(config: DictConfig) -> None:
+    """One run of a multirun; Hydra's own composition of it is not checked."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from fellrec.config.compose import compose
+
+    train(compose(list(HydraConfig.get().overrides.task)))

@@ -104,8 +104,9 @@ class FellrecDataModule(LightningDataModule):
         data: PreparedData,
         collate: Collate,
         one_target_per_row: bool = False,
-        batch_size: int = 64,
-        eval_batch_size: int = 256,
+        *,
+        batch_size: int,
+        eval_batch_size: int,
         seed: int = 0,
         lengths: Lengths = lambda items, is_target: None,
     ) -> None:

@@ -18,6 +18,13 @@ from sklearn.preprocessing import normalize
 
 from fellrec.data.ragged import IntArray, Ragged
 from fellrec.data.schema import Catalogue
+from fellrec.data.settings import (
+    AttributeSettings,
+    DirichletSettings,
+    KMeansSettings,
+    PerUserSettings,
+    RandomSettings,
+)
 from fellrec.errors import ConfigError, unknown
 
 
@@ -43,21 +50,11 @@ class Partition(Protocol):
         """Return one label per user, ``[U]``; labels need not be consecutive."""
 
 
-@dataclass(frozen=True)
-class KMeansPartition:
+class KMeansPartition(KMeansSettings):
     """k-means on length-normalised factors of the binary user-item matrix (METHOD §2).
 
     Without the normalisation k-means clusters users by their number of interactions.
-
-    Attributes:
-        num_clients: C.
-        num_factors: Factors of the truncated SVD.
-        seed: Seed of SVD and k-means.
     """
-
-    num_clients: int = 5
-    num_factors: int = 32
-    seed: int = 0
 
     def assign(self, given: PartitionInput) -> IntArray:
         """See `Partition.assign`."""
@@ -69,17 +66,8 @@ class KMeansPartition:
         return labels.astype(np.int64)
 
 
-@dataclass(frozen=True)
-class RandomPartition:
-    """Random partition into clients of nearly equal size.
-
-    Attributes:
-        num_clients: C.
-        seed: Seed of the shuffle.
-    """
-
-    num_clients: int = 5
-    seed: int = 0
+class RandomPartition(RandomSettings):
+    """Random partition into clients of nearly equal size."""
 
     def assign(self, given: PartitionInput) -> IntArray:
         """See `Partition.assign`."""
@@ -88,17 +76,8 @@ class RandomPartition:
         return np.random.default_rng(self.seed).permutation(labels)
 
 
-@dataclass(frozen=True)
-class AttributePartition:
-    """One client per value of a user attribute, such as ``gender`` or ``occupation``.
-
-    Attributes:
-        column: Name of the attribute.
-        num_clients: Not used; the attribute determines the number of clients.
-    """
-
-    column: str
-    num_clients: int | None = None
+class AttributePartition(AttributeSettings):
+    """One client per value of a user attribute, such as ``gender`` or ``occupation``."""
 
     def assign(self, given: PartitionInput) -> IntArray:
         """See `Partition.assign`.
@@ -112,33 +91,18 @@ class AttributePartition:
         return pd.factorize(given.users[self.column].astype(str), sort=True)[0].astype(np.int64)
 
 
-@dataclass(frozen=True)
-class DirichletPartition:
-    """Label-skewed partition: the users of each favourite genre are distributed over clients by a Dirichlet draw.
-
-    Smaller concentrations give less similar clients.
-
-    Attributes:
-        num_clients: C.
-        concentration: Concentration of the Dirichlet distribution, above 0.
-        seed: Seed of the draws.
-    """
-
-    num_clients: int = 5
-    concentration: float = 0.3
-    seed: int = 0
+class DirichletPartition(DirichletSettings):
+    """Label-skewed partition: the users of each favourite genre are distributed over clients by a Dirichlet draw."""
 
     def assign(self, given: PartitionInput) -> IntArray:
         """See `Partition.assign`.
 
         Raises:
-            ConfigError: If the items have no genre, or the concentration is not positive.
+            ConfigError: If the items have no genre.
         """
         _check_count(self.num_clients, given)
         if "genre" not in given.catalogue.attributes.columns:
             raise ConfigError("partition=dirichlet needs the item attribute genre, which this data set does not have")
-        if not self.concentration > 0:
-            raise ConfigError(f"partition.concentration={self.concentration} must be above 0")
         first_genre = given.catalogue.attributes["genre"].fillna("").astype(str).str.split().str[0]
         genre = pd.factorize(first_genre)[0]
         genre = np.where(genre < 0, genre.max() + 1, genre)
@@ -151,15 +115,8 @@ class DirichletPartition:
         return (draw > bounds).sum(axis=1).astype(np.int64)
 
 
-@dataclass(frozen=True)
-class PerUserPartition:
-    """One client per user.
-
-    Attributes:
-        num_clients: Not used; every user is a client.
-    """
-
-    num_clients: int | None = None
+class PerUserPartition(PerUserSettings):
+    """One client per user."""
 
     def assign(self, given: PartitionInput) -> IntArray:
         """See `Partition.assign`."""
@@ -187,8 +144,6 @@ def by_size(labels: IntArray) -> IntArray:
 
 
 def _check_count(num_clients: int, given: PartitionInput) -> None:
-    if num_clients is None or num_clients < 1:
-        raise ConfigError(f"partition.num_clients={num_clients} must be at least 1")
     if num_clients > len(given.train):
         raise ConfigError(
             f"partition.num_clients={num_clients} must be at most the number of users, {len(given.train)}"

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fellrec.data.partition import Partition, PartitionInput, by_size
 from fellrec.data.prepared import PreparedData
 from fellrec.data.ragged import IntArray, Ragged
 from fellrec.data.schema import Catalogue, RawData, Reader, clean
+from fellrec.data.settings import DataSettings
 from fellrec.errors import DataError
 from fellrec.functional.rng import derive_seed
 from fellrec.state.files import new_folder
@@ -30,33 +31,10 @@ log = logging.getLogger(__name__)
 _FORMAT = 1
 """Version of the preparation. Increment it when results change, to invalidate caches and older runs' data keys."""
 
+_DESCRIBING = ("domain", "root", "expected")
+"""Settings that do not change the data."""
 _STAGES = ("train", "valid", "test")
 _RAGGED = ("histories", *_STAGES)
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """Settings of the preparation, beside reader, holdout and partition.
-
-    Attributes:
-        name: Name of the data set, for tables.
-        core: Minimum of the k-core filter; 0 keeps everything.
-        max_history: Longest history in items that a model receives.
-        max_train_samples: Number of training targets to sample; ``None`` keeps all.
-        max_users: Number of users to sample after the k-core filter; ``None`` keeps all.
-        public_user_rate: Fraction of public users, which belong to no client and are not evaluated.
-        seed: Seed of the samples.
-        on_empty_title: See `fellrec.data.schema.clean`.
-    """
-
-    name: str
-    core: int = 0
-    max_history: int = 10
-    max_train_samples: int | None = None
-    max_users: int | None = None
-    public_user_rate: float = 0.2
-    seed: int = 0
-    on_empty_title: str = "error"
 
 
 def prepare(
@@ -97,7 +75,7 @@ def _key(reader: Reader, settings: DataSettings, holdout: Holdout, partition: Pa
         _FORMAT,
         type(reader).__name__,
         reader.fingerprint(),
-        sorted(asdict(settings).items()),
+        sorted(item for item in asdict(settings).items() if item[0] not in _DESCRIBING),
         repr(holdout),
         repr(partition),
     ]

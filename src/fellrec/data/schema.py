@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 
 from fellrec.data.ragged import IntArray
+from fellrec.data.settings import DataSettings
 from fellrec.errors import ConfigError, DataError, unknown
 
 Locate = Callable[[int], str]
 """Row of a frame → ``file:line``, for error messages."""
 
-ON_EMPTY_TITLE = ("error", "item_id")
 TEXT_STYLES = ("plain", "key_value")
 
 
@@ -99,7 +99,7 @@ class Catalogue:
         return pd.factorize(pd.Series(self.titles, dtype=object))[0].astype(np.int64)
 
 
-def clean(raw: RawData, on_empty_title: str = "error") -> tuple[RawData, int]:
+def clean(raw: RawData, on_empty_title: str = DataSettings.on_empty_title) -> tuple[RawData, int]:
     """Validate raw data and drop repeated interactions, keeping the last one of each user and item.
 
     Args:
@@ -110,11 +110,8 @@ def clean(raw: RawData, on_empty_title: str = "error") -> tuple[RawData, int]:
         The data with unique interactions, and the number of dropped interactions.
 
     Raises:
-        ConfigError: If ``on_empty_title`` is unknown.
         DataError: If the data are invalid; lists all problems with counts and the first offending line.
     """
-    if on_empty_title not in ON_EMPTY_TITLE:
-        raise ConfigError(unknown("data.on_empty_title", on_empty_title, ON_EMPTY_TITLE))
     items = raw.items.copy()
     empty = items["title"].fillna("").str.strip() == ""
     if on_empty_title == "item_id":

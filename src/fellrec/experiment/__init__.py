@@ -8,6 +8,7 @@ from fellrec.experiment.build import (
     build_data,
     build_fabric,
     build_recommender,
+    build_rule,
     cache_dir,
     recommender_key,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "build_federation",
     "build_loop",
     "build_recommender",
+    "build_rule",
     "cache_dir",
     "recommender_key",
 ]

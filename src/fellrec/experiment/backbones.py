@@ -7,24 +7,28 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from fellrec.config.instantiate import settings as settings_of
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.data.prepared import PreparedData
 from fellrec.data.prompts import TEMPLATES
 from fellrec.errors import ConfigError
 from fellrec.models.backbone import Backbone, load_hf
 from fellrec.models.module import Objective
-from fellrec.models.pretrain import PretrainSettings, catalogue_tokens, pretrain
+from fellrec.models.pretrain import catalogue_tokens, pretrain
 from fellrec.models.sasrec import build_sasrec
+from fellrec.models.settings import SasrecSettings, TinySettings
 from fellrec.models.split import SplitModel
 from fellrec.models.tiny import build_tiny
 from fellrec.state.files import new_folder
+
+T = TypeVar("T")
 
 _FORMAT = 1
 """To be increased when pre-training changes, so that cached backbones of the old kind are not used."""
@@ -72,8 +76,7 @@ def sasrec_backbone(
     text = json.dumps([settings["backbone"], data.catalogue.item_ids, _FORMAT])
     folder = cache / hashlib.sha256(text.encode()).hexdigest()[:16]
     if not folder.is_dir():
-        shape = {key: value for key, value in settings["backbone"].items() if key != "name"}
-        _save(build_sasrec(data.catalogue.item_ids, **shape), folder)
+        _save(build_sasrec(data.catalogue.item_ids, _shape(SasrecSettings, settings["backbone"])), folder)
     return replace(load_hf(str(folder), client_cut=client_cut), name="sasrec", is_pretrained=False)
 
 
@@ -94,6 +97,10 @@ def check_reads_items(objective: Mapping[str, Any]) -> None:
         )
 
 
+def _shape(kind: type[T], group: Mapping[str, Any]) -> T:
+    return settings_of(kind, {name: value for name, value in group.items() if name != "name"}, "backbone")
+
+
 def _key(settings: Mapping[str, Any], data: PreparedData) -> str:
     """Hash of everything that affects the result: settings, texts of prompt and catalogue, public users' histories."""
     public = data.train.take((data.client_of_user < 0).nonzero()[0])
@@ -111,17 +118,18 @@ def _make(
     folder: Path, settings: Mapping[str, Any], make_objective: Callable[[Backbone], Objective], data: PreparedData
 ) -> None:
     texts = data.catalogue.texts()
-    shape = {key: value for key, value in settings.items() if key not in ("name", "pretrain")}
-    backbone = build_tiny([f"{text}\n" for text in texts], **shape)
+    tiny = _shape(TinySettings, settings)
+    how = tiny.pretrain
+    backbone = build_tiny([f"{text}\n" for text in texts], tiny)
     model = SplitModel(backbone.model, 0, 0)
     objective = make_objective(backbone)
     objective.check(model)
-    how = PretrainSettings(**settings["pretrain"], seed=settings["seed"])
     batches = FellrecDataModule(
         data,
         objective.collate,
         objective.one_target_per_row,
         batch_size=how.batch_size,
+        eval_batch_size=how.batch_size,
         lengths=objective.lengths,
     )
     has_public_users = bool((data.client_of_user < 0).any())
@@ -136,6 +144,7 @@ def _make(
             batches.public_loader if has_public_users else None,
             catalogue_tokens(backbone.tokenizer, texts),
             how,
+            tiny.seed,
             on_step=lambda loss: progress.advance(task),
         )
     _save(backbone, folder)

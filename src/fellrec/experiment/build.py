@@ -16,13 +16,15 @@ from lightning.fabric.strategies import DDPStrategy
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from fellrec.config.compose import as_dict, make
+from fellrec.aggregation.base import AggregationCallback
+from fellrec.config.instantiate import as_dict, instantiate, settings
 from fellrec.cut.link import ServerLink
 from fellrec.data.cold import ColdStart
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.data.guards import check_prompts
-from fellrec.data.prepare import DataSettings, prepare
+from fellrec.data.prepare import prepare
 from fellrec.data.prepared import PreparedData
+from fellrec.data.settings import DataSettings
 from fellrec.distributed.processes import is_batch_step, launched_devices
 from fellrec.errors import ConfigError
 from fellrec.experiment.backbones import sasrec_backbone, tiny_backbone
@@ -103,13 +105,12 @@ def build_data(config: DictConfig) -> PreparedData:
         DataError: If the data cannot be used.
         ConfigError: If a cutoff is larger than the catalogue.
     """
-    plain = as_dict(config.data)
-    settings = DataSettings(**{name: plain[name] for name in DataSettings.__dataclass_fields__})
+    shaping = {name: value for name, value in as_dict(config.data).items() if name != "reader"}
     data = prepare(
-        reader=make(config.data.reader, "data.reader"),
-        settings=settings,
-        holdout=make(config.holdout, "holdout"),
-        partition=make(config.partition, "partition"),
+        reader=instantiate(config.data.reader, "data.reader"),
+        settings=settings(DataSettings, shaping, "data"),
+        holdout=instantiate(config.holdout, "holdout"),
+        partition=instantiate(config.partition, "partition"),
         cache=cache_dir(config) / "data",
     )
     check_cutoffs(list(config.trainer.cutoffs), len(data.catalogue))
@@ -134,7 +135,7 @@ def build_recommender(config: DictConfig, data: PreparedData, fabric: Fabric | N
     fabric = fabric or build_fabric(config, alone=True)
     backbone, split, transport = build_backbone(config, data), config.split, config.split.transport
     body = _server_model(config, backbone) if transport == "inprocess" else None
-    adapter = make(config.adapter, "adapter")
+    adapter = instantiate(config.adapter, "adapter")
     link = None
     if transport != "none":
         link = ServerLink(split.hidden_dtype, split.gradient_dtype, trains_body="body" in adapter.parts)
@@ -172,6 +173,16 @@ def build_recommender(config: DictConfig, data: PreparedData, fabric: Fabric | N
     )
 
 
+def build_rule(config: DictConfig) -> AggregationCallback:
+    """The aggregation rule of the configuration.
+
+    Raises:
+        ConfigError: If it is not a subclass of `AggregationCallback`, or does not take its settings.
+    """
+    rule: AggregationCallback = instantiate(config.aggregation, "aggregation", of=AggregationCallback)
+    return rule
+
+
 def recommender_key(config: DictConfig) -> str:
     """The same for configurations that can share a recommender: they differ in nothing but the rule."""
     plain = as_dict(config)
@@ -192,7 +203,7 @@ def build_fabric(config: DictConfig, alone: bool = False) -> Fabric:
         ConfigError: If Fabric refuses the settings.
     """
     trainer = config.trainer
-    plugins = [make(plugin, "trainer.plugins") for plugin in trainer.get("plugins") or ()]
+    plugins = [instantiate(plugin, "trainer.plugins") for plugin in trainer.get("plugins") or ()]
     devices, num_nodes = (1, 1) if alone else launched_devices(trainer.devices, trainer.num_nodes)
     several = devices != 1 or num_nodes != 1
     if not several or is_batch_step():  # one process, also in a job of SLURM without srun
@@ -224,20 +235,20 @@ def build_backbone(config: DictConfig, data: PreparedData) -> Backbone:
     """
     split = config.split
     cut = (split.head_layers, split.tail_layers) if split.transport == "distributed" else None
-    settings = as_dict(config.backbone)
-    if settings["name"] == "hf":
-        return load_hf(settings["path"], dtype=settings["dtype"], client_cut=cut)
-    Cut(split.head_layers, split.tail_layers, settings["num_layers"])  # refused before anything is pre-trained
-    shaping = {"backbone": settings, "objective": as_dict(config.objective)}
+    name = config.backbone.name
+    if name == "hf":
+        return load_hf(config.backbone.path, dtype=config.backbone.dtype, client_cut=cut)
+    Cut(split.head_layers, split.tail_layers, config.backbone.num_layers)  # refused before anything is pre-trained
+    shaping = {"backbone": as_dict(config.backbone), "objective": as_dict(config.objective)}
     cache = cache_dir(config) / "backbones"
-    if settings["name"] == "sasrec":
+    if name == "sasrec":
         return sasrec_backbone(cache, shaping, data, cut)
     return tiny_backbone(cache, shaping, lambda backbone: _checked_objective(config, backbone, data), data, cut)
 
 
 def attach_server(config: DictConfig, model: SplitModel, fabric: Fabric) -> ServerPart:
     """Attach the adapter to the server's partial model, as a whole model would get it."""
-    adapter = make(config.adapter, "adapter")
+    adapter = instantiate(config.adapter, "adapter")
     adapter.attach(model.model, model.arch, config.seed, model.part_of)
     fabric.to_device(model.model)
     trainable = adapter.trainable(model.model)
@@ -271,7 +282,7 @@ def _server_model(config: DictConfig, backbone: Backbone) -> SplitModel:
 
 
 def _objective(config: DictConfig, backbone: Backbone, data: PreparedData) -> Objective:
-    objective: Objective = make(
+    objective: Objective = instantiate(
         config.objective,
         "objective",
         {"item_counts": _item_counts(data), "is_causal": backbone.arch.is_causal},
@@ -298,7 +309,7 @@ def _checked_objective(config: DictConfig, backbone: Backbone, data: PreparedDat
 
 def _ranker(config: DictConfig, objective: Objective, data: PreparedData) -> Ranker:
     """A ranker may take the training interactions of all clients, too; `README` says what that stands for."""
-    ranker: Ranker = make(config.ranker, "ranker", {"train": data.train}, objective=objective)
+    ranker: Ranker = instantiate(config.ranker, "ranker", {"train": data.train}, objective=objective)
     return ranker
 
 

@@ -11,13 +11,12 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from fellrec.aggregation.base import AggregationCallback
-from fellrec.aggregation.build import build_aggregation
-from fellrec.config.compose import as_dict, make
+from fellrec.config.instantiate import instantiate, settings
 from fellrec.cut.client_model import CutClientModel
 from fellrec.cut.link import InProcess, Transport
 from fellrec.cut.server import BodyServer, ServerSettings
 from fellrec.distributed.batch_sharing import BatchSharing
-from fellrec.experiment.build import Recommender, ServerPart
+from fellrec.experiment.build import Recommender, ServerPart, build_rule
 from fellrec.federated.callback import Events, FederatedCallback
 from fellrec.federated.checkpoint import Persisted
 from fellrec.federated.client_model import ClientModel, WholeClientModel
@@ -100,8 +99,8 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
         recommender: What all runs of a comparison share.
         session: The processes of the command (``Session``); ``None`` if there is one.
     """
-    rule, ledger, seed = build_aggregation(config.aggregation), Ledger(), config.seed
-    trainer = TrainerSettings(**as_dict(config.trainer))
+    rule, ledger, seed = build_rule(config), Ledger(), config.seed
+    trainer = settings(TrainerSettings, config.trainer, "trainer")
     num_clients = recommender.data.num_clients
     server = None
     if recommender.server is not None:
@@ -121,11 +120,11 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
         meters.append(recommender.link.costs)
     initial = {**recommender.initial, **body}
     population = _population(rule, {name: initial[name] for name in sorted(initial)}, num_clients, trainer)
-    transforms = [make(node, "exchange.transforms") for node in config.get("exchange", {}).get("transforms", ())]
+    transforms = [instantiate(node, "exchange.transforms") for node in config.exchange.transforms]
     return Federation(
         rule=rule,
         population=population,
-        participation=Participation(ParticipationSettings(**as_dict(config.participation)), seed),
+        participation=Participation(settings(ParticipationSettings, config.participation, "participation"), seed),
         executor=executor,
         exchange=Exchange(rule, ledger, transforms, at_server=body, meters=meters),
         selection=Selection(population, trainer.metric, trainer.select, trainer.patience),
@@ -159,7 +158,7 @@ def build_serial(
         ledger: Records what crosses the cut.
         sharing: This process's part where several train one client together.
     """
-    rule = build_aggregation(config.aggregation)
+    rule = build_rule(config)
     whole = WholeClientModel(recommender.module, recommender.base, rule.local_terms)
     model: ClientModel = whole
     if recommender.link is not None:
@@ -167,23 +166,23 @@ def build_serial(
         recommender.link.connect(transport, ledger)
         model = CutClientModel(whole, recommender.link)
     fabric, module, datamodule = recommender.fabric, recommender.module, recommender.datamodule
-    settings = TrainerSettings(**as_dict(config.trainer))
-    trainer = LocalTrainer(fabric, module, datamodule, model, settings, config.seed, sharing)
+    how = settings(TrainerSettings, config.trainer, "trainer")
+    trainer = LocalTrainer(fabric, module, datamodule, model, how, config.seed, sharing)
     return SerialExecutor(trainer, Evaluator(fabric, module, datamodule, model))
 
 
 def build_server(config: DictConfig, part: ServerPart, num_rows: int, fabric: Fabric) -> BodyServer:
     """The body server of a run."""
     trainer, split = config.trainer, config.split
-    settings = ServerSettings(
+    server = ServerSettings(
         seed=config.seed,
         optimizer=OptimizerSettings(trainer.learning_rate, trainer.weight_decay),
         hidden_dtype=split.hidden_dtype,
         gradient_dtype=split.gradient_dtype,
         num_rows=num_rows,
     )
-    terms = build_aggregation(config.aggregation).local_terms
-    return BodyServer(part.model, part.trainable, settings, fabric.autocast, part.base, terms)
+    terms = build_rule(config).local_terms
+    return BodyServer(part.model, part.trainable, server, fabric.autocast, part.base, terms)
 
 
 def _population(

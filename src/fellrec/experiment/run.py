@@ -16,13 +16,21 @@ from fellrec.callbacks.costs import CostMeter
 from fellrec.callbacks.mlflow_logging import DatasetInput
 from fellrec.callbacks.outputs import SaveAdapter
 from fellrec.callbacks.preemption import Preemption
-from fellrec.config.compose import as_dict, make
+from fellrec.config.compose import without_launcher
+from fellrec.config.instantiate import as_dict, import_target, instantiate, settings
 from fellrec.distributed.memory import peak_bytes
 from fellrec.errors import ConfigError
-from fellrec.experiment.build import Recommender, frozen_parameters
+from fellrec.experiment.build import (
+    Recommender,
+    build_data,
+    build_fabric,
+    build_recommender,
+    build_rule,
+    frozen_parameters,
+)
 from fellrec.experiment.federation import Federation, build_federation
-from fellrec.experiment.run_dir import check_prompt, new_run_dir, versions, write_evaluation, write_start
-from fellrec.experiment.session import Session
+from fellrec.experiment.run_dir import check_new, check_prompt, new_run_dir, versions, write_evaluation, write_start
+from fellrec.experiment.session import Session, check_processes
 from fellrec.experiment.storage import storage_of
 from fellrec.federated.base_change import with_changes
 from fellrec.federated.callback import FederatedCallback
@@ -30,12 +38,15 @@ from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.records import FitResult
 from fellrec.launch.preemption import StopSignals
 from fellrec.models.adapters import name_base, save_base
-from fellrec.rankers.reference import PRETRAINED, ReferenceRanker, ReferenceSettings, reference_rankers
+from fellrec.rankers.reference import ReferenceRanker, reference_rankers
+from fellrec.rankers.settings import PRETRAINED, ReferenceSettings
 from fellrec.report.comparison import Comparison, RuleResult
 from fellrec.report.export import write_users
 from fellrec.state.files import explaining_full_disks
 from fellrec.state.lock import hold
 from fellrec.tracking.run_log import NewRun, RunLog
+from fellrec.tracking.settings import TrackingSettings
+from fellrec.tracking.store import check_reachable
 from fellrec.types import Evaluation
 
 
@@ -50,6 +61,7 @@ class Run:
         variant: What tells this run from others of the comparison with the same rule and seed.
         signals: What may ask the run to stop; entered by the command.
         session: The processes of the command; ``None`` if there is one.
+        callbacks: Called after those of the configuration.
     """
 
     def __init__(
@@ -61,6 +73,7 @@ class Run:
         variant: str = "",
         signals: StopSignals | None = None,
         session: Session | None = None,
+        callbacks: Sequence[FederatedCallback] = (),
     ) -> None:
         self.config = config
         self.recommender = recommender
@@ -71,6 +84,7 @@ class Run:
         self.parent_uid = parent_uid
         self.signals = signals
         self.session = session
+        self.callbacks = callbacks
         self.loop: FederatedLoop | None = None
         self.result: FitResult | None = None
 
@@ -96,7 +110,7 @@ class Run:
             for checkpoint in (c for c in callbacks.values() if isinstance(c, Checkpoint)):
                 checkpoint.resume()
         last = [Preemption(self.signals)] if self.signals else []
-        loop = self.loop = federation.loop([*callbacks.values(), *last])
+        loop = self.loop = federation.loop([*callbacks.values(), *self.callbacks, *last])
         try:
             result = self.result = loop.run()
         except BaseException as error:
@@ -149,9 +163,7 @@ class Run:
         for name, node in config.callbacks.items():
             if node is None:
                 continue
-            callback = make(node, f"callbacks.{name}", offered)
-            if not isinstance(callback, FederatedCallback):
-                raise ConfigError(f"callbacks.{name}._target_={node._target_} is not a FederatedCallback")
+            callback = instantiate(node, f"callbacks.{name}", offered, of=FederatedCallback)
             callbacks[str(name)] = offered[str(name)] = callback
         parts["callbacks"] = _States(callbacks)
         return callbacks
@@ -219,6 +231,62 @@ class Run:
         return RunLog(self.run_dir, new)
 
 
+def build(
+    config: DictConfig,
+    callbacks: Sequence[FederatedCallback] = (),
+    signals: StopSignals | None = None,
+    session: Session | None = None,
+) -> Run:
+    """Load data and model of one run.
+
+    Args:
+        config: The composed configuration.
+        callbacks: Called after those of the configuration; not stored in the configuration of the run.
+        signals: What may ask the run to stop.
+        session: The processes of the command; ``None`` for this process alone.
+
+    Raises:
+        ConfigError: If the configuration needs several processes and there is no ``session``, or ``run_dir`` exists.
+        DataError: If the data cannot be used.
+    """
+    if session is None:
+        config = without_launcher(config)
+        fabric = build_fabric(config)
+        if fabric.world_size > 1:
+            raise ConfigError(f"one process cannot be {fabric.world_size}; start several by fellrec train")
+        check_processes(config, 1)
+    else:
+        fabric = session.fabric
+    if config.run_dir and not config.resume:
+        check_new(Path(config.run_dir))
+    check_reachable(config.tracking.uri, may_be_away=bool(config.resume) or config.tracking.on_unreachable == "keep")
+    check_classes(config)
+    recommender = build_recommender(config, build_data(config), fabric)
+    return Run(config, recommender, signals=signals, session=session, callbacks=callbacks)
+
+
+def run(config: DictConfig, callbacks: Sequence[FederatedCallback] = ()) -> RuleResult:
+    """Train and test in this process; as `build` and ``execute``.
+
+    Example:
+        >>> result = run(compose(["aggregation=fedavg", "trainer.num_rounds=3"]))  # doctest: +SKIP
+        >>> result.evaluation.summary["ndcg_at_10/mean"]  # doctest: +SKIP
+    """
+    return build(config, callbacks).execute()
+
+
+def check_classes(config: DictConfig) -> None:
+    """Build the rule and import the classes of the callbacks, so that their errors are reported before models load.
+
+    Raises:
+        ConfigError: If the rule does not take its settings, or a class cannot be imported or is not a callback.
+    """
+    build_rule(config)
+    for name, node in config.callbacks.items():
+        if node is not None:
+            import_target(node.get("_target_"), f"callbacks.{name}", FederatedCallback)
+
+
 class _States:
     """The states of all callbacks as one part of the checkpoint.
 
@@ -275,16 +343,13 @@ def reference_results(
     config: DictConfig, recommender: Recommender, loop: FederatedLoop, stage: str = "test"
 ) -> list[RuleResult]:
     """The reference rankers that ``references.show`` names, and the backbone before any round, on the same users."""
-    data, seed, shown = recommender.data, config.seed, list(config.references.show)
-    settings = ReferenceSettings(
-        **{name: value for name, value in as_dict(config.references).items() if name != "show"}, seed=seed
-    )
-    names = [name for name in shown if name != PRETRAINED]
-    rankers = reference_rankers(data.train, data.client_of_user, len(data.catalogue), settings, names)
+    data, seed = recommender.data, config.seed
+    shown = settings(ReferenceSettings, config.references, "references")
+    rankers = reference_rankers(data.train, data.client_of_user, len(data.catalogue), shown, seed)
     results = [
         RuleResult(name, seed, "reference", _evaluate(recommender, ranker, stage)) for name, ranker in rankers.items()
     ]
-    if PRETRAINED in shown:
+    if PRETRAINED in shown.show:
         name = PRETRAINED if recommender.backbone.is_pretrained else "untrained"
         results.append(RuleResult(name, seed, "reference", loop.evaluate_start(stage)))
     return results
@@ -293,7 +358,7 @@ def reference_results(
 def finish_message(run_dir: Path, config: DictConfig) -> str:
     """Where the run lies, and how to look at it."""
     uri = config.tracking.uri
-    option = "" if uri == "sqlite:///mlflow.db" else f" tracking.uri={uri}"
+    option = "" if uri == TrackingSettings.uri else f" tracking.uri={uri}"
     where = f"MLflow: {uri}, experiment {config.tracking.experiment}"
     return f"Run directory: {run_dir}\n{where}; open it by: fellrec ui{option}"
 

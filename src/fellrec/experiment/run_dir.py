@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from fellrec.config.compose import to_yaml
 from fellrec.data.guards import check_template
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError
@@ -88,7 +89,7 @@ def write_start(run_dir: Path, config: DictConfig, data: PreparedData, prompt: M
         data: The prepared data set.
         prompt: Versions of the objective's texts, see ``Objective.facts``.
     """
-    write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(config, resolve=True).encode())
+    write_atomically(run_dir / "config.yaml", to_yaml(config).encode())
     write_json(run_dir / _VERSIONS, {**versions(), **prompt})
     write_json(run_dir / "data.json", {"key": data.key, "name": data.name, "statistics": data.statistics})
     partition = pd.DataFrame({"user_id": data.users["user_id"], "client": data.client_of_user})

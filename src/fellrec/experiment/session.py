@@ -12,7 +12,7 @@ from lightning import Fabric
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from fellrec.config.compose import as_dict
+from fellrec.config.instantiate import as_dict
 from fellrec.cut.link import OverChannel
 from fellrec.cut.serve import serve
 from fellrec.cut.server import BodyServer

@@ -9,8 +9,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from fellrec.aggregation.build import effective_settings
-from fellrec.config.compose import as_dict, compose, expand, without_launcher
+from fellrec.config.compose import compose, without_launcher
+from fellrec.config.instantiate import as_dict
+from fellrec.config.sweep import expand
 from fellrec.errors import ConfigError
 from fellrec.experiment.run import rule_name, run_name
 from fellrec.functional.nested import flatten
@@ -37,7 +38,7 @@ TRAINING = (
 def configurations(overrides: Sequence[str], runs: Sequence[str] = ()) -> list[DictConfig]:
     """One configuration per combination; where nothing but seeds is compared, over the rules that are always shown.
 
-    Where rules and a setting are varied together, a rule that does not have the setting is there once.
+    Where several rules are named, a setting of rules is for those that have it, see `fellrec.config.sweep`.
 
     Args:
         overrides: Hydra overrides, with comma-separated values; what all have in common.
@@ -47,12 +48,12 @@ def configurations(overrides: Sequence[str], runs: Sequence[str] = ()) -> list[D
     Raises:
         ConfigError: If a text or an override cannot be read, or a setting is not allowed.
     """
-    groups = [[*overrides, *_words(run)] for run in runs] or [list(overrides)]
-    configs = [without_launcher(compose(combination)) for group in groups for combination in expand(group)]
-    named = any(item.startswith("aggregation=") for group in groups for item in group)
+    given = [_words(run) for run in runs]
+    configs = [without_launcher(compose(combination)) for combination in expand(overrides, given)]
+    named = any(item.startswith("aggregation=") for item in overrides)
     if not (named or runs or any(_cuts(configs))):
         configs = [without_launcher(compose(combination)) for combination in expand([*overrides, _DEFAULT_RULES])]
-    return list({_identity(config): config for config in reversed(configs)}.values())[::-1]
+    return list({repr(as_dict(config)): config for config in configs}.values())
 
 
 def _words(run: str) -> list[str]:
@@ -63,12 +64,6 @@ def _words(run: str) -> list[str]:
     if not words or any(word.startswith("-") for word in words):
         raise ConfigError(f"--run {run!r} must be overrides, such as --run 'aggregation=fedavg trainer.num_rounds=5'")
     return words
-
-
-def _identity(config: DictConfig) -> str:
-    """The same for configurations that give the same run."""
-    rest = {key: value for key, value in as_dict(config).items() if key != "aggregation"}
-    return repr([config.aggregation.get("_target_"), effective_settings(config.aggregation), rest])
 
 
 @dataclass(frozen=True)
@@ -103,7 +98,7 @@ def labels(configs: Sequence[DictConfig]) -> list[Label]:
 def _settings(configs: Sequence[DictConfig]) -> list[str]:
     """The settings of each configuration's rule that vary among those of the same rule."""
     rules = [str(config.aggregation.get("_target_")) for config in configs]
-    settings = [effective_settings(config.aggregation) for config in configs]
+    settings = [as_dict(config.aggregation) for config in configs]
     of_rule = {rule: [own for name, own in zip(rules, settings, strict=True) if name == rule] for rule in rules}
     return [_varying(own, of_rule[rule]) for rule, own in zip(rules, settings, strict=True)]
 

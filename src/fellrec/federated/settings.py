@@ -15,6 +15,7 @@ from fellrec.functional.ranges import (
     Positive,
     check,
     items,
+    listed,
     one_of,
     ranges,
     whole,
@@ -116,3 +117,15 @@ class ParticipationSettings:
     def __post_init__(self) -> None:
         """Check all ranges."""
         check(self, "participation")
+
+
+@dataclass(frozen=True)
+class ExchangeSettings:
+    """What is exchanged between clients and server."""
+
+    transforms: Annotated[Sequence[Any], listed("a list, such as [{_target_: my_module.Mine}]")] = ()
+    """Applied to the updates that clients send, in order, such as quantisation or clipping: nodes with ``_target_``."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "exchange")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -29,14 +29,17 @@ class Allowed:
     text: str
 
 
-def whole(least: int) -> Allowed:
-    """Whole numbers from ``least``.
+def whole(least: int, most: int | None = None) -> Allowed:
+    """Whole numbers from ``least``, and up to ``most``.
 
     Example:
         >>> [whole(1).accepts(value) for value in (1, 0, 1.0, True)]
         [True, False, False, False]
     """
-    return Allowed(lambda value: _is_whole(value) and value >= least, f"a whole number of at least {least}")
+    text = f"of at least {least}" if most is None else f"from {least} to {most}"
+    return Allowed(
+        lambda value: _is_whole(value) and least <= value <= (value if most is None else most), f"a whole number {text}"
+    )
 
 
 def number(accepts: Callable[[float], bool], text: str) -> Allowed:
@@ -57,6 +60,11 @@ def items(of: Allowed, text: str) -> Allowed:
         [True, False, False, False]
     """
     return Allowed(lambda value: _is_list(value) and len(value) > 0 and all(map(of.accepts, value)), text)
+
+
+def listed(text: str) -> Allowed:
+    """Lists of anything."""
+    return Allowed(_is_list, text)
 
 
 def distinct(choices: Sequence[str]) -> Allowed:
@@ -93,7 +101,6 @@ Fraction = Annotated[float, number(lambda x: 0 < x <= 1, "a number in (0, 1]")]
 """A fraction of something that must not be empty."""
 Rate = Annotated[float, number(lambda x: 0 <= x <= 1, "a number in [0, 1]")]
 RateBelow1 = Annotated[float, number(lambda x: 0 <= x < 1, "a number in [0, 1)")]
-Words = Annotated[Sequence[str], Allowed(_is_list, "a list")]
 
 
 def one_of(*choices: str) -> Allowed:
@@ -111,8 +118,8 @@ def check(settings: Any, group: str, *problems: str | None) -> None:
 
     Args:
         settings: The dataclass; called in its ``__post_init__``.
-        group: Where its fields are in a configuration, such as ``trainer``.
-        problems: What else is wrong, such as two values that do not fit together; ``None`` is nothing.
+        group: Where its fields are in a configuration, such as ``trainer``; empty for the root.
+        problems: What else is wrong with it; ``None`` is nothing.
 
     Raises:
         ConfigError: With one line for each problem: the key, the value, what is allowed.
@@ -127,12 +134,25 @@ def check(settings: Any, group: str, *problems: str | None) -> None:
         Traceback (most recent call last):
         fellrec.errors.ConfigError: mine.steps=0 is not allowed: a whole number of at least 1, or null
     """
-    wrong = [
-        not_allowed(f"{group}.{name}", value, allowed.text)
-        for name, allowed in ranges(type(settings)).items()
-        if not allowed.accepts(value := getattr(settings, name))
+    refuse(*out_of_range(type(settings), vars(settings), group), *problems)
+
+
+def out_of_range(kind: type, values: Mapping[str, Any], group: str) -> list[str]:
+    """What of some values of a dataclass's fields is outside the range of its field, one line each."""
+    return [
+        not_allowed(f"{group}.{name}" if group else name, values[name], allowed.text)
+        for name, allowed in ranges(kind).items()
+        if name in values and not allowed.accepts(values[name])
     ]
-    if found := [*wrong, *(problem for problem in problems if problem)]:
+
+
+def refuse(*problems: str | None) -> None:
+    """Refuse settings for these reasons; ``None`` is no reason.
+
+    Raises:
+        ConfigError: With one line for each, if there are any.
+    """
+    if found := [problem for problem in problems if problem]:
         raise ConfigError("\n".join(found))
 
 
@@ -150,7 +170,7 @@ def not_allowed(key: str, value: Any, allowed: str) -> str:
 def ranges(kind: type) -> Mapping[str, Allowed]:
     """The range of each field of a dataclass that has one, by name."""
     hints = get_type_hints(kind, include_extras=True)
-    found = {name: _range_of(hints[name]) for name in kind.__dataclass_fields__}  # type: ignore[attr-defined]
+    found = {field.name: _range_of(hints[field.name]) for field in fields(kind)}
     return {name: allowed for name, allowed in found.items() if allowed is not None}
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fellrec.errors import ConfigError
 from fellrec.launch.preemption import GRACE_VARIABLE, REQUEUE_CODE
+from fellrec.launch.settings import LauncherSettings, is_line
 
-_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 _FIRST_PORT, _NUM_PORTS = 20000, 12000
 """Range of ports below those that Linux uses for outgoing connections."""
 _MIN_SECONDS = 30
@@ -30,94 +30,6 @@ class Job:
 
     run_dir: Path
     overrides: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Launcher:
-    """The SLURM settings; the fields are the keys of ``conf/launcher/default.yaml``."""
-
-    nodes: int
-    gpus_per_node: int
-    tasks_per_node: int | None
-    cpus_per_task: int | None
-    memory: str | None
-    time: str | int | None
-    partition: str | None
-    account: str | None
-    qos: str | None
-    job_name: str | None
-    options: Mapping[str, Any] | None
-    signal_seconds: int
-    requeue: bool
-    max_requeues: int
-    max_parallel: int | None
-    setup: Sequence[str]
-    environment: Mapping[str, Any] | None
-    python: str | None
-    container: str | None
-    container_options: Sequence[str]
-
-    @property
-    def tasks(self) -> int:
-        """Processes per node."""
-        return self.tasks_per_node or max(1, self.gpus_per_node)
-
-    def check(self) -> None:
-        """Check that all values can be written into a script, and that the time limit leaves time to train.
-
-        Raises:
-            ConfigError: With one line per problem.
-        """
-        problems = [
-            f"launcher.{key}={value!r} is not allowed: one line of text"
-            for key, value in self._texts()
-            if not _line(value)
-        ]
-        problems += [
-            f"launcher.environment has {name!r}, which is not a valid variable name"
-            for name in self.environment or {}
-            if not re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII)
-        ]
-        problems += [
-            f"launcher.options has {name!r}, which is not the name of an sbatch option, such as constraint"
-            for name in self.options or {}
-            if not re.fullmatch(r"[a-z][a-z0-9-]*", str(name))
-        ]
-        limit = None if self.time is None else seconds_of(str(self.time))
-        if limit is not None and limit < self.signal_seconds + _MIN_SECONDS:
-            problems.append(
-                f"launcher.time={self.time} is too short for launcher.signal_seconds={self.signal_seconds}: "
-                f"it must be at least {_MIN_SECONDS} seconds longer"
-            )
-        if problems:
-            raise ConfigError("\n".join(problems))
-
-    def _texts(self) -> Iterator[tuple[str, Any]]:
-        for key in ("memory", "time", "partition", "account", "qos", "job_name", "python", "container"):
-            if (value := getattr(self, key)) is not None:
-                yield key, value
-        yield from (("setup", line) for line in self.setup)
-        yield from (("container_options", word) for word in self.container_options)
-        yield from ((f"environment.{name}", value) for name, value in (self.environment or {}).items())
-        yield from ((f"options.{name}", value) for name, value in (self.options or {}).items())
-
-
-def seconds_of(time: str) -> int | None:
-    """Convert a time limit in SLURM's notation to seconds; ``None`` if there is no limit, as for ``UNLIMITED``.
-
-    Example:
-        >>> seconds_of("90"), seconds_of("12:00:00"), seconds_of("2-6"), seconds_of("1-00:30")
-        (5400, 43200, 194400, 88200)
-    """
-    found = _TIME.fullmatch(time)
-    if not found:
-        return None
-    parts = [int(part) for part in found["parts"].split(":")]
-    if found["days"] is not None:  # days-hours, days-hours:minutes, days-hours:minutes:seconds
-        hours, minutes, seconds = [*parts, 0, 0][:3]
-        return int(found["days"]) * 86400 + hours * 3600 + minutes * 60 + seconds
-    hours, minutes, seconds = [[0, *parts, 0], [0, *parts], parts][len(parts) - 1]  # minutes; :seconds; hours::
-    return hours * 3600 + minutes * 60 + seconds
 
 
 @dataclass(frozen=True)
@@ -139,7 +51,7 @@ class JobEnvironment:
     processes: Sequence[str] = ()
 
 
-def batch_script(launcher: Launcher, jobs: Sequence[Job], environment: JobEnvironment) -> str:
+def batch_script(launcher: LauncherSettings, jobs: Sequence[Job], environment: JobEnvironment) -> str:
     """The batch script of one run, or of a job array with one task per run.
 
     Args:
@@ -151,7 +63,7 @@ def batch_script(launcher: Launcher, jobs: Sequence[Job], environment: JobEnviro
         ConfigError: If a path contains a line break or other control characters.
     """
     for path in (environment.folder, *(job.run_dir for job in jobs)):
-        if not _line(str(path)):
+        if not is_line(str(path)):
             raise ConfigError(f"{str(path)!r} cannot be a run directory: its name must be one line of text")
     sections = [
         ["#!/bin/bash", "# Written by `fellrec submit`; `sbatch THIS_FILE` submits it again and resumes the run."],
@@ -178,7 +90,7 @@ def hydra_value(text: str) -> str:
     return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
 
 
-def _directives(launcher: Launcher, num_jobs: int, environment: JobEnvironment) -> list[str]:
+def _directives(launcher: LauncherSettings, num_jobs: int, environment: JobEnvironment) -> list[str]:
     options: dict[str, Any] = {
         "job-name": launcher.job_name or environment.name,
         "chdir": environment.folder,
@@ -221,7 +133,7 @@ def _assignments(job: Job) -> list[str]:
     return [f"run_dir={shlex.quote(str(job.run_dir))}", f"overrides=({words})"]
 
 
-def _environment(launcher: Launcher) -> list[str]:
+def _environment(launcher: LauncherSettings) -> list[str]:
     grace = max(1, launcher.signal_seconds * 3 // 4)
     return [
         "# Rendezvous of the processes: the first node, with a port derived from the job id.",
@@ -245,7 +157,7 @@ if [ -e "$run_dir/config.yaml" ]; then overrides=("resume=$run_dir"); fi
 """
 
 
-def _train(launcher: Launcher, environment: JobEnvironment) -> list[str]:
+def _train(launcher: LauncherSettings, environment: JobEnvironment) -> list[str]:
     step = ["srun", "--kill-on-bad-exit=1"]
     if launcher.cpus_per_task:
         step.append(f"--cpus-per-task={launcher.cpus_per_task}")  # srun does not inherit it from sbatch
@@ -262,7 +174,7 @@ def _train(launcher: Launcher, environment: JobEnvironment) -> list[str]:
     ]
 
 
-def _after(launcher: Launcher) -> list[str]:
+def _after(launcher: LauncherSettings) -> list[str]:
     if not launcher.requeue:
         return ['exit "$code"']
     return [
@@ -281,8 +193,3 @@ def _sbatch_value(value: Any) -> str:
     if re.fullmatch(r"[\w@%+=:,./-]+", text, re.ASCII):
         return text
     return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
-
-
-def _line(value: Any) -> bool:
-    """Whether a value is one line of printable text."""
-    return isinstance(value, (str, int, float)) and str(value) != "" and str(value).isprintable()

@@ -18,10 +18,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from fellrec.errors import BackboneError, ConfigError, nearest_first, unknown
+from fellrec.errors import BackboneError, nearest_first
 from fellrec.functional.rng import derive_seed
 from fellrec.models.architectures import ArchSpec
-from fellrec.models.remote import PARTS
+from fellrec.models.settings import PARTS, FullSettings, LoraSettings, parts_of
 from fellrec.state.files import write_atomically
 
 _NAME = "default"
@@ -36,8 +36,9 @@ PartOf = Callable[[str], str]
 class AdapterKind(Protocol):
     """Interface of ``adapter``."""
 
-    parts: tuple[str, ...]
-    """Parts of the model with trainable parameters."""
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts of the model with trainable parameters."""
 
     def attach(self, model: nn.Module, arch: ArchSpec, seed: int, part_of: PartOf) -> None:
         """Attach the adapter in place, make it trainable and freeze all other parameters.
@@ -59,37 +60,18 @@ class AdapterKind(Protocol):
         """
 
 
-class LoraAdapter:
-    """Low-rank adapters of PEFT; the backbone is frozen.
+class LoraAdapter(LoraSettings):
+    """Low-rank adapters of PEFT; the backbone is frozen."""
 
-    Args:
-        rank: Rank r of the update B·A.
-        alpha: Scaling numerator; the update is scaled by alpha / r.
-        dropout: Dropout on the input of the adapter, in [0, 1).
-        target_modules: Suffixes of the names of the modules to adapt; ``None`` for the architecture's default.
-        layers: Parts to adapt, such as ``"body+tail"``.
-
-    Raises:
-        ConfigError: If a number is out of range or a part is unknown.
-    """
-
-    def __init__(
-        self,
-        rank: int = 8,
-        alpha: int = 16,
-        dropout: float = 0.05,
-        target_modules: str | Sequence[str] | None = None,
-        layers: str = "head+body+tail",
-    ) -> None:
-        if rank < 1:
-            raise ConfigError(f"adapter.rank={rank} must be at least 1")
-        if not 0 <= dropout < 1:
-            raise ConfigError(f"adapter.dropout={dropout} must be in [0, 1)")
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
-        names = [target_modules] if isinstance(target_modules, str) else target_modules
-        self.target_modules = list(names) if names else None
-        self.parts = parse_parts(layers)
+    def __post_init__(self) -> None:
+        """Start without PEFT's configuration, which depends on the model."""
+        super().__post_init__()
         self._config: LoraConfig | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts of the model with trainable parameters."""
+        return parts_of(self.layers)
 
     def attach(self, model: nn.Module, arch: ArchSpec, seed: int, part_of: PartOf) -> None:
         """Inject the adapter in float32, with an initialisation that depends on seed and name only.
@@ -97,7 +79,8 @@ class LoraAdapter:
         Raises:
             BackboneError: If a target matches no module; lists existing modules, closest names first.
         """
-        targets = self.target_modules or list(arch.lora_targets)
+        given = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
+        targets = list(given or arch.lora_targets)
         _check_targets(model, targets)
         model.requires_grad_(False)
         if self.parts != PARTS:
@@ -137,18 +120,13 @@ class LoraAdapter:
         _write(named, folder / SAFETENSORS_WEIGHTS_NAME)
 
 
-class FullAdapter:
-    """Full fine-tuning: all parameters are trained and exchanged; for small backbones.
+class FullAdapter(FullSettings):
+    """Full fine-tuning: all parameters are trained and exchanged; for small backbones."""
 
-    Args:
-        layers: Parts to train, such as ``"body+tail"``.
-
-    Raises:
-        ConfigError: If a part is unknown.
-    """
-
-    def __init__(self, layers: str = "head+body+tail") -> None:
-        self.parts = parse_parts(layers)
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts of the model with trainable parameters."""
+        return parts_of(self.layers)
 
     def attach(self, model: nn.Module, arch: ArchSpec, seed: int, part_of: PartOf) -> None:
         """Make every parameter of the parts trainable."""
@@ -190,23 +168,6 @@ def name_base(folder: Path, base: Path) -> None:
     if path.is_file():
         config = json.loads(path.read_text())
         write_atomically(path, json.dumps({**config, "base_model_name_or_path": str(base)}, indent=2).encode())
-
-
-def parse_parts(layers: str) -> tuple[str, ...]:
-    """Parse ``adapter.layers`` to parts, in the order of the model.
-
-    Raises:
-        ConfigError: If a part is unknown, or none is given.
-
-    Example:
-        >>> parse_parts("tail+body")
-        ('body', 'tail')
-    """
-    given = str(layers).split("+")
-    for part in given:
-        if part not in PARTS:
-            raise ConfigError(f"adapter.layers={layers}: {unknown('part', part, PARTS)}; join several with +")
-    return tuple(part for part in PARTS if part in given)
 
 
 def adapter_bytes(adapter: Mapping[str, torch.Tensor]) -> int:

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from fellrec.errors import BackboneError, unknown
 from fellrec.models.architectures import ArchSpec, arch_of, auto_class
 from fellrec.models.partial import load_partial
+from fellrec.models.settings import HfSettings
 
 transformers_logging.disable_progress_bar()  # one progress bar per saved adapter would hide that of the run
 
@@ -51,7 +52,7 @@ class Backbone:
         return sum(parameter.numel() for parameter in model.parameters())
 
 
-def load_hf(path: str, dtype: str = "float32", client_cut: tuple[int, int] | None = None) -> Backbone:
+def load_hf(path: str, dtype: str = HfSettings.dtype, client_cut: tuple[int, int] | None = None) -> Backbone:
     """Load a causal LM or an encoder, depending on its configuration, and its tokenizer.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,28 +11,8 @@ from torch.nn import functional as F
 
 from fellrec.functional.rng import derive_seed
 from fellrec.models.module import Objective
+from fellrec.models.settings import PretrainSettings
 from fellrec.models.split import SplitModel
-
-
-@dataclass(frozen=True)
-class PretrainSettings:
-    """Settings of the pre-training.
-
-    Attributes:
-        steps: Optimiser steps; each uses one batch of public users and one of catalogue texts.
-        batch_size: Training rows of public users per step.
-        text_batch_size: Catalogue texts per step.
-        text_weight: Weight of the language-model loss on catalogue texts; the objective's loss has weight 1.
-        learning_rate: Peak learning rate of AdamW, with 5 % linear warm-up, then linear decay to a tenth.
-        seed: Seed of the order of the batches.
-    """
-
-    steps: int = 300
-    batch_size: int = 64
-    text_batch_size: int = 32
-    text_weight: float = 0.1
-    learning_rate: float = 2e-3
-    seed: int = 0
 
 
 def pretrain(
@@ -42,6 +21,7 @@ def pretrain(
     public_batches: Callable[[int], Iterable[dict[str, Tensor]]] | None,
     catalogue_tokens: Tensor,
     settings: PretrainSettings,
+    seed: int,
     on_step: Callable[[float], None] = lambda loss: None,
 ) -> None:
     """Train all parameters of the backbone in place.
@@ -52,16 +32,17 @@ def pretrain(
         public_batches: Seed → batches of public users for one epoch; ``None`` if there are no public users.
         catalogue_tokens: ``[I, L]`` int64 token ids of the catalogue's texts, padded with -100.
         settings: Settings of the pre-training.
+        seed: Seed of the order of the batches, and of dropout.
         on_step: Called with the loss of every step.
     """
     device = model.model.get_input_embeddings().weight.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, settings.steps))
-    batches = _endless(public_batches, settings.seed) if public_batches is not None else None
-    text_order = torch.Generator().manual_seed(derive_seed(settings.seed, "catalogue"))
+    batches = _endless(public_batches, seed) if public_batches is not None else None
+    text_order = torch.Generator().manual_seed(derive_seed(seed, "catalogue"))
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(derive_seed(settings.seed, "pretrain"))
+        torch.manual_seed(derive_seed(seed, "pretrain"))
         for _ in range(settings.steps):
             texts = torch.randint(len(catalogue_tokens), (settings.text_batch_size,), generator=text_order)
             loss = settings.text_weight * _text_loss(model, catalogue_tokens[texts].to(device))

@@ -17,10 +17,11 @@ import torch
 from tokenizers import Tokenizer, models, normalizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from fellrec.errors import ConfigError, DataError
+from fellrec.errors import DataError
 from fellrec.functional.rng import derive_seed
 from fellrec.models.architectures import arch_of
 from fellrec.models.backbone import Backbone
+from fellrec.models.settings import SasrecSettings
 
 _PAD = "<pad>"
 
@@ -47,34 +48,19 @@ def item_tokenizer(item_ids: Sequence[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=_PAD, clean_up_tokenization_spaces=False)
 
 
-def sasrec_config(
-    tokenizer: Any, hidden_size: int, num_layers: int, num_heads: int, max_position_embeddings: int, dropout: float
-) -> GPT2Config:
-    """Configuration of a SASRec backbone; see `build_sasrec`.
-
-    Raises:
-        ConfigError: If a size is out of range.
-    """
-    if min(hidden_size, num_layers, num_heads) < 1 or hidden_size % num_heads:
-        raise ConfigError(
-            f"backbone.hidden_size={hidden_size} must be a multiple of backbone.num_heads={num_heads}, "
-            f"and backbone.num_layers={num_layers} at least 1"
-        )
-    if max_position_embeddings < 1:
-        raise ConfigError(f"backbone.max_position_embeddings={max_position_embeddings} must be at least 1")
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"backbone.dropout={dropout} must be in [0, 1)")
+def sasrec_config(tokenizer: Any, settings: SasrecSettings) -> GPT2Config:
+    """Configuration of a SASRec backbone."""
     return GPT2Config(
         vocab_size=len(tokenizer),
-        n_embd=hidden_size,
-        n_inner=hidden_size,
-        n_layer=num_layers,
-        n_head=num_heads,
-        n_positions=max_position_embeddings,
+        n_embd=settings.hidden_size,
+        n_inner=settings.hidden_size,
+        n_layer=settings.num_layers,
+        n_head=settings.num_heads,
+        n_positions=settings.max_position_embeddings,
         activation_function="relu",
-        embd_pdrop=dropout,
-        attn_pdrop=dropout,
-        resid_pdrop=dropout,
+        embd_pdrop=settings.dropout,
+        attn_pdrop=settings.dropout,
+        resid_pdrop=settings.dropout,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
@@ -82,33 +68,19 @@ def sasrec_config(
     )
 
 
-def build_sasrec(
-    item_ids: Sequence[str],
-    hidden_size: int = 64,
-    num_layers: int = 2,
-    num_heads: int = 1,
-    max_position_embeddings: int = 10,
-    dropout: float = 0.2,
-    seed: int = 0,
-) -> Backbone:
+def build_sasrec(item_ids: Sequence[str], settings: SasrecSettings) -> Backbone:
     """Build a causal GPT-2 over items with random weights.
 
     Args:
         item_ids: Item ids of the catalogue.
-        hidden_size: D, a multiple of ``num_heads``; also the size of the feed-forward layers.
-        num_layers: Number of blocks.
-        num_heads: Attention heads.
-        max_position_embeddings: Longest history in items.
-        dropout: Dropout of embeddings, attention and blocks.
-        seed: Seed of the weights; the global generator is not changed.
+        settings: Sizes, dropout, and the seed of the weights; the global generator is not changed.
 
     Raises:
-        ConfigError: If a size is out of range.
         DataError: If an item id is not a valid token.
     """
     tokenizer = item_tokenizer(item_ids)
-    config = sasrec_config(tokenizer, hidden_size, num_layers, num_heads, max_position_embeddings, dropout)
+    config = sasrec_config(tokenizer, settings)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive_seed(seed, "sasrec"))
+        torch.default_generator.manual_seed(derive_seed(settings.seed, "sasrec"))
         model = GPT2LMHeadModel(config)
     return Backbone(model, tokenizer, arch_of(config), "sasrec", is_pretrained=False)

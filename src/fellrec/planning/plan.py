@@ -8,17 +8,16 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig
 
-from fellrec.aggregation.build import build_aggregation
-from fellrec.config.compose import as_dict, make
+from fellrec.config.instantiate import as_dict, instantiate
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.errors import ConfigError
-from fellrec.experiment import build_batches, build_data
+from fellrec.experiment import build_batches, build_data, build_rule
 from fellrec.federated.population import OneForAll
 from fellrec.federated.settings import TrainerSettings
 from fellrec.functional.cost import PartCost, Traffic, TrafficSettings, checkpoint_bytes, fraction, total_cost, traffic
 from fellrec.functional.participation import cohort
 from fellrec.models.module import Objective
-from fellrec.models.objectives.item_table import EVERY_STEP
+from fellrec.models.settings import EVERY_STEP
 from fellrec.models.split import SplitModel
 from fellrec.planning.load import Load, count_load
 from fellrec.planning.measure import measure_parts
@@ -185,13 +184,13 @@ class Planner:
         objective, batches = build_batches(config, backbone, data)
         objective.check(model)
         load = self._load(config, objective, batches)
-        parts = measure_parts(model, make(config.adapter, "adapter"), objective, load.largest_batch)
+        parts = measure_parts(model, instantiate(config.adapter, "adapter"), objective, load.largest_batch)
         cohort_size = len(cohort(data.num_clients, config.participation.rate, config.seed, round_index=0))
         seconds = None
         if probe_steps is not None:
             per_step = seconds_per_step(config, data, load.largest_client, probe_steps)
             seconds = per_step * load.mean.num_steps * cohort_size
-        rule = build_aggregation(config.aggregation)
+        rule = build_rule(config)
         rows, tokens = objective.inputs(load.largest_batch)[0].shape
         return Plan(
             data=data.name,

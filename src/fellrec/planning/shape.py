@@ -11,7 +11,8 @@ from huggingface_hub.errors import StrictDataclassError
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, AutoTokenizer
 
-from fellrec.config.compose import as_dict
+from fellrec.config.instantiate import as_dict
+from fellrec.config.instantiate import settings as settings_of
 from fellrec.config.paths import conf_dir
 from fellrec.data.schema import Catalogue
 from fellrec.errors import BackboneError, ConfigError, unknown
@@ -19,6 +20,7 @@ from fellrec.experiment.backbones import check_reads_items
 from fellrec.models.architectures import ARCHITECTURES, arch_of, model_of
 from fellrec.models.backbone import Backbone, check_tokenizer, dtype_of, load_shape
 from fellrec.models.sasrec import item_tokenizer, sasrec_config
+from fellrec.models.settings import SasrecSettings, TinySettings
 from fellrec.models.tiny import build_tokenizer, tiny_config
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -61,16 +63,16 @@ def empty_backbone(config: DictConfig, catalogue: Catalogue) -> tuple[Backbone, 
         BackboneError: If its configuration cannot be read or its architecture is not supported.
     """
     settings = as_dict(config.backbone)
+    sizes = {name: value for name, value in settings.items() if name != "name"}
     if settings["name"] == "tiny":
-        tokenizer = _catalogue_tokenizer(catalogue, settings["vocab_size"])
-        names = ("hidden_size", "num_layers", "num_heads", "max_position_embeddings")
-        shape = tiny_config(tokenizer, **{name: settings[name] for name in names})
-        return _on_meta(shape, torch.float32, tokenizer, "tiny"), True
+        tiny = settings_of(TinySettings, sizes, "backbone")
+        tokenizer = _catalogue_tokenizer(catalogue, tiny.vocab_size)
+        return _on_meta(tiny_config(tokenizer, tiny), torch.float32, tokenizer, "tiny"), True
     if settings["name"] == "sasrec":
         check_reads_items(as_dict(config.objective))
         tokenizer = item_tokenizer(catalogue.item_ids)
-        sizes = {name: value for name, value in settings.items() if name not in ("name", "seed")}
-        return _on_meta(sasrec_config(tokenizer, **sizes), torch.float32, tokenizer, "sasrec"), True
+        sasrec = settings_of(SasrecSettings, sizes, "backbone")
+        return _on_meta(sasrec_config(tokenizer, sasrec), torch.float32, tokenizer, "sasrec"), True
     dtype = dtype_of(settings["dtype"])
     if has_weights(config):
         shape, tokenizer = load_shape(settings["path"])

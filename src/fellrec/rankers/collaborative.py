@@ -16,7 +16,6 @@ from sklearn.decomposition import TruncatedSVD
 from torch import Tensor
 
 from fellrec.data.ragged import IntArray, Ragged
-from fellrec.errors import ConfigError
 
 _CELLS = 1 << 24
 """Maximum number of similarities in memory at the same time."""
@@ -36,7 +35,7 @@ class ItemKNNRanker:
         self.similarity = similarity
 
     @classmethod
-    def fit(cls, train: Ragged, num_items: int, neighbours: int = 20, shrink: float = 10.0) -> ItemKNNRanker:
+    def fit(cls, train: Ragged, num_items: int, neighbours: int, shrink: float) -> ItemKNNRanker:
         """Compute each item's neighbours in ``train``, in blocks of items.
 
         Args:
@@ -44,14 +43,7 @@ class ItemKNNRanker:
             num_items: I.
             neighbours: Number of neighbours per item.
             shrink: Term added to the denominator of the cosine.
-
-        Raises:
-            ConfigError: If ``neighbours`` is below 1 or ``shrink`` below 0.
         """
-        if neighbours < 1:
-            raise ConfigError(f"references.neighbours={neighbours} must be at least 1")
-        if not shrink >= 0:
-            raise ConfigError(f"references.shrink={shrink} must be at least 0")
         matrix = _binary(train.row_index, train.values, (len(train), num_items)).tocsc()
         norms = np.sqrt(matrix.sum(axis=0))
         block = max(1, _CELLS // num_items)
@@ -80,19 +72,14 @@ class PureSVDRanker:
         self.factors = factors
 
     @classmethod
-    def fit(cls, train: Ragged, num_items: int, factors: int = 64) -> PureSVDRanker:
+    def fit(cls, train: Ragged, num_items: int, factors: int) -> PureSVDRanker:
         """Factorise ``train``.
 
         Args:
             train: Training sequences, one row per user.
             num_items: I.
             factors: F; reduced for small data sets.
-
-        Raises:
-            ConfigError: If ``factors`` is below 1.
         """
-        if factors < 1:
-            raise ConfigError(f"references.factors={factors} must be at least 1")
         matrix = _binary(train.row_index, train.values, (len(train), num_items))
         # Exact; the randomised algorithm is an approximation that depends on its seed.
         svd = TruncatedSVD(min(factors, min(matrix.shape) - 1), algorithm="arpack", random_state=0).fit(matrix)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from fellrec.data.text import pad_left
-from fellrec.errors import ConfigError
 from fellrec.functional.trie import Trie, build_trie, is_among_best
 from fellrec.models.objectives.generative import GenerativeObjective, check_generative
 from fellrec.models.split import SplitModel
 from fellrec.rankers.likelihood import next_logits
 from fellrec.rankers.report import REPORTED, generation_figures, report_texts
+from fellrec.rankers.settings import ConstrainedSettings
 
 
 @dataclass(frozen=True)
@@ -44,29 +44,22 @@ class ConstrainedRanker:
 
     Args:
         objective: The objective of the training, for its prompts.
-        num_beams: Number of prefixes per user in the beam.
-        max_batch_tokens: Maximum number of tokens, over all beams, in one forward pass.
+        settings: See `ConstrainedSettings`.
 
     Attributes:
         reported: Columns of ``fellrec.rankers.report``; whether the search was exhaustive; number of first titles with
             certain ranks.
-
-    Raises:
-        ConfigError: If ``num_beams`` or ``max_batch_tokens`` is below 1.
     """
 
     reported = (*REPORTED, "is_exhaustive", "num_certain")
     choices: tuple[float, ...] = ()
 
-    def __init__(self, objective: GenerativeObjective, num_beams: int = 20, max_batch_tokens: int = 65536) -> None:
+    def __init__(self, objective: GenerativeObjective, settings: ConstrainedSettings) -> None:
         check_generative(objective, "constrained")
-        for name, value in (("num_beams", num_beams), ("max_batch_tokens", max_batch_tokens)):
-            if value < 1:
-                raise ConfigError(f"ranker.{name}={value} must be an integer of at least 1")
         self.objective = objective
-        self.max_batch_tokens = max_batch_tokens
+        self.max_batch_tokens = settings.max_batch_tokens
         self.trie = build_trie(objective.titles.tokens, objective.titles.inside)
-        self.num_beams = min(num_beams, self.trie.num_ends)
+        self.num_beams = min(settings.num_beams, self.trie.num_ends)
         self._title_of_end = dict(zip(self.trie.end_of_row.tolist(), objective.decoded_titles()))
         self._report = torch.empty(0, len(self.reported), dtype=torch.float64)
 

@@ -9,14 +9,12 @@ from torch import Tensor
 
 from fellrec.data.ragged import Ragged
 from fellrec.data.text import TokenizedTexts, pad_left
-from fellrec.errors import ConfigError, unknown
 from fellrec.functional.grounding import weighted_distances
 from fellrec.models.objectives.generative import GenerativeObjective, check_generative
 from fellrec.models.split import SplitModel
 from fellrec.rankers.reference import REFERENCE_DECAY, MarkovRanker, PopularityRanker, ReferenceRanker
 from fellrec.rankers.report import REPORTED, generation_figures, report_texts
-
-REWEIGHT = ("none", "popularity", "collaborative")
+from fellrec.rankers.settings import GroundingSettings
 
 
 class GroundingRanker:
@@ -30,45 +28,29 @@ class GroundingRanker:
 
     Args:
         objective: The objective of the training, for its prompts.
+        settings: See `GroundingSettings`.
         train: Training sequences, one row per user, oldest first; for the weights.
-        max_new_tokens: Maximum length of a generated title in tokens.
-        num_beams: Number of beams; 1 is greedy decoding.
-        batch_size: Number of texts per embedding batch, and of beams per generation batch.
-        reweight: ``"none"``, ``"popularity"`` or ``"collaborative"``.
-        gamma: Exponent of the weight, or a list, from which validation selects one (the smallest in case of ties).
 
     Attributes:
         gammas: The exponents, ascending.
         choices: The exponents to select from; empty if there is only one, or no weight.
         reported: See ``fellrec.rankers.report``.
-
-    Raises:
-        ConfigError: For an unknown ``reweight``, or if ``gamma`` is not a finite number of at least 0 or a list of
-            such numbers.
     """
 
     reported = REPORTED
 
     def __init__(
-        self,
-        objective: GenerativeObjective,
-        train: Ragged | None = None,
-        max_new_tokens: int = 32,
-        num_beams: int = 1,
-        batch_size: int = 256,
-        reweight: str = "none",
-        gamma: float | Sequence[float] = 1.0,
+        self, objective: GenerativeObjective, settings: GroundingSettings, train: Ragged | None = None
     ) -> None:
         check_generative(objective, "grounding")
-        if reweight not in REWEIGHT:
-            raise ConfigError(unknown("ranker.reweight", reweight, REWEIGHT))
         self.objective = objective
-        self.max_new_tokens = max_new_tokens
-        self.num_beams = num_beams
-        self.batch_size = batch_size
-        self.gammas = _check_gammas(gamma)
-        self.choices = self.gammas if reweight != "none" and len(self.gammas) > 1 else ()
-        self._prior = _prior(reweight, train, len(objective.catalogue))
+        self.max_new_tokens = settings.max_new_tokens
+        self.num_beams = settings.num_beams
+        self.batch_size = settings.batch_size
+        given = [settings.gamma] if isinstance(settings.gamma, int | float) else settings.gamma
+        self.gammas = tuple(sorted({float(gamma) for gamma in given}))
+        self.choices = self.gammas if settings.reweight != "none" and len(self.gammas) > 1 else ()
+        self._prior = _prior(settings.reweight, train, len(objective.catalogue))
         self._titles = objective.decoded_titles()
         self._known = {*objective.catalogue.titles, *self._titles}
         self._titles_ID: Tensor | None = None
@@ -148,13 +130,6 @@ class GroundingRanker:
                 last = tokens.lengths[rows].to(device) - 1
                 parts.append(hidden_BLD[torch.arange(len(last), device=device), last].float())
         return torch.cat(parts)
-
-
-def _check_gammas(gamma: float | Sequence[float]) -> tuple[float, ...]:
-    given = [gamma] if isinstance(gamma, int | float) else list(gamma)
-    if not given or not all(isinstance(value, int | float) and 0 <= value < float("inf") for value in given):
-        raise ConfigError(f"ranker.gamma={gamma} must be a finite number of at least 0, or a list of such numbers")
-    return tuple(sorted({float(value) for value in given}))
 
 
 def _prior(reweight: str, train: Ragged | None, num_items: int) -> ReferenceRanker | None:

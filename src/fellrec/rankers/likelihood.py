@@ -7,11 +7,9 @@ from torch import Tensor
 from transformers import Cache
 
 from fellrec.data.text import pad_left
-from fellrec.errors import ConfigError, unknown
 from fellrec.models.objectives.generative import GenerativeObjective, check_generative
 from fellrec.models.split import SplitModel
-
-NORMALISE = ("mean", "sum")
+from fellrec.rankers.settings import LikelihoodSettings
 
 
 def next_logits(model: SplitModel, cache: Cache, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -43,20 +41,14 @@ class LikelihoodRanker:
 
     Args:
         objective: The objective of the training, for its prompts.
-        normalise: ``"mean"`` over a title's tokens, or their ``"sum"``, which favours short titles.
-        max_batch_tokens: Maximum number of tokens in one forward pass.
-
-    Raises:
-        ConfigError: For an unknown ``normalise``.
+        settings: See `LikelihoodSettings`.
     """
 
-    def __init__(self, objective: GenerativeObjective, normalise: str = "mean", max_batch_tokens: int = 65536) -> None:
+    def __init__(self, objective: GenerativeObjective, settings: LikelihoodSettings) -> None:
         check_generative(objective, "likelihood")
-        if normalise not in NORMALISE:
-            raise ConfigError(unknown("ranker.normalise", normalise, NORMALISE))
         self.objective = objective
-        self.normalise = normalise
-        self.max_batch_tokens = max_batch_tokens
+        self.normalise = settings.normalise
+        self.max_batch_tokens = settings.max_batch_tokens
 
     def refresh(self, model: SplitModel) -> None:
         """No state depends on the adapter."""

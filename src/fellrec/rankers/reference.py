@@ -6,8 +6,7 @@ padded with -1 on the right. They compute on the CPU and return scores on the de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from fellrec.data.ragged import IntArray, Ragged
 from fellrec.rankers.collaborative import ItemKNNRanker, PureSVDRanker
 from fellrec.rankers.counting import ClientPopularityRanker, MarkovRanker, PopularityRanker, RandomRanker
+from fellrec.rankers.settings import PRETRAINED, ReferenceSettings
 
 REFERENCE_DECAY = 0.25
 """Decay of ``markov_decay``, with NDCG@10 0.126 on ML-1M (0.132 with 0.5)."""
@@ -37,40 +37,15 @@ class ReferenceRanker(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class ReferenceSettings:
-    """Settings of the reference rankers.
-
-    Attributes:
-        neighbours: See `ItemKNNRanker.fit`.
-        shrink: See `ItemKNNRanker.fit`.
-        factors: See `PureSVDRanker.fit`.
-        seed: Seed of the random ranker.
-    """
-
-    neighbours: int = 20
-    shrink: float = 10.0
-    factors: int = 64
-    seed: int = 0
-
-
-_FITS: dict[str, Callable[[Ragged, IntArray, int, ReferenceSettings], ReferenceRanker]] = {
-    "random": lambda train, clients, num_items, how: RandomRanker(num_items, how.seed),
-    "popularity": lambda train, clients, num_items, how: PopularityRanker.fit(train, num_items),
-    "client_popularity": lambda train, clients, num_items, how: ClientPopularityRanker.fit(train, clients, num_items),
-    "markov": lambda train, clients, num_items, how: MarkovRanker.fit(train, num_items),
-    "markov_decay": lambda train, clients, num_items, how: MarkovRanker.fit(train, num_items, decay=REFERENCE_DECAY),
-    "item_knn": lambda train, clients, num_items, how: ItemKNNRanker.fit(train, num_items, how.neighbours, how.shrink),
-    "mf": lambda train, clients, num_items, how: PureSVDRanker.fit(train, num_items, how.factors),
+_FITS: dict[str, Callable[[Ragged, IntArray, int, ReferenceSettings, int], ReferenceRanker]] = {
+    "random": lambda train, clients, size, how, seed: RandomRanker(size, seed),
+    "popularity": lambda train, clients, size, how, seed: PopularityRanker.fit(train, size),
+    "client_popularity": lambda train, clients, size, how, seed: ClientPopularityRanker.fit(train, clients, size),
+    "markov": lambda train, clients, size, how, seed: MarkovRanker.fit(train, size),
+    "markov_decay": lambda train, clients, size, how, seed: MarkovRanker.fit(train, size, decay=REFERENCE_DECAY),
+    "item_knn": lambda train, clients, size, how, seed: ItemKNNRanker.fit(train, size, how.neighbours, how.shrink),
+    "mf": lambda train, clients, size, how, seed: PureSVDRanker.fit(train, size, how.factors),
 }
-REFERENCES = tuple(_FITS)
-"""Names of the reference rankers, in the order of tables."""
-
-PRETRAINED = "pretrained"
-"""Name of the backbone before the first round, which is shown beside the reference rankers."""
-
-SHOWN = (*REFERENCES, PRETRAINED)
-"""Allowed values in ``references.show``."""
 
 
 def reference_rankers(
@@ -78,9 +53,9 @@ def reference_rankers(
     client_of_user: IntArray,
     num_items: int,
     settings: ReferenceSettings,
-    names: Sequence[str] = REFERENCES,
+    seed: int,
 ) -> dict[str, ReferenceRanker]:
-    """Fit reference rankers on the training interactions, by name.
+    """Fit the reference rankers in ``settings.show`` on the training interactions, by name.
 
     At test time their input also contains the validation item, as for learned models. On ML-1M (leave-one-out, 6,040
     users, 3,706 films, earlier films masked) NDCG@10 is 0.001 for random, 0.0194 for popularity, 0.112 and 0.126 for
@@ -90,7 +65,11 @@ def reference_rankers(
         train: Training sequences, one row per user, oldest first.
         client_of_user: ``[U]`` int64; -1 is a public user.
         num_items: I.
-        settings: Settings of the rankers.
-        names: Names from `REFERENCES`.
+        settings: Names and settings of the rankers.
+        seed: Seed of the random ranker.
     """
-    return {name: _FITS[name](train, client_of_user, num_items, settings) for name in names}
+    return {
+        name: _FITS[name](train, client_of_user, num_items, settings, seed)
+        for name in settings.show
+        if name != PRETRAINED
+    }

@@ -128,15 +128,15 @@ def test_losses_and_adapters_that_are_not_finite_name_the_client(make_updates):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"alpha": -1}, "aggregation.alpha is -1; allowed is a finite number of at least 0"),
-        ({"alpha": "high"}, "aggregation.alpha is 'high'"),
-        ({"beta": 0}, "aggregation.beta is 0; allowed is a finite number greater than 0"),
-        ({"beta": float("inf")}, "aggregation.beta is inf"),
-        ({"temperature": -0.1}, "aggregation.temperature is -0.1"),
-        ({"attention": "yes"}, "aggregation.attention is 'yes'; allowed are true and false"),
-        ({"heating": 1}, "aggregation.heating is 1"),
-        ({"similarity": "updates"}, "unknown aggregation.similarity 'updates'; choose from: update, parameters"),
-        ({"fidelity": "code"}, "unknown aggregation.fidelity 'code'"),
+        ({"alpha": -1}, "aggregation.alpha=-1 is not allowed: a number of at least 0"),
+        ({"alpha": "high"}, "aggregation.alpha=high is not allowed"),
+        ({"beta": 0}, "aggregation.beta=0 is not allowed: a number above 0"),
+        ({"beta": float("inf")}, "aggregation.beta=inf is not allowed"),
+        ({"temperature": -0.1}, "aggregation.temperature=-0.1 is not allowed"),
+        ({"attention": "yes"}, "aggregation.attention=yes is not allowed: true or false"),
+        ({"heating": 1}, "aggregation.heating=1 is not allowed"),
+        ({"similarity": "updates"}, "aggregation.similarity=updates is not allowed: update or parameters"),
+        ({"fidelity": "code"}, "aggregation.fidelity=code is not allowed: paper or released_code"),
     ],
 )
 def test_settings_that_are_not_allowed(setting, message):

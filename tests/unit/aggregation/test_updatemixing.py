@@ -78,10 +78,10 @@ def test_what_sets_clients_apart_stays(make_updates: MakeUpdates) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"own_share": -0.1}, "aggregation.own_share is -0.1; allowed is a finite number of at least 0 and at most 1"),
-        ({"own_share": 1.1}, "aggregation.own_share is 1.1"),
-        ({"server_learning_rate": 0}, "aggregation.server_learning_rate is 0; allowed is a finite number greater than"),
-        ({"attention": "yes"}, "aggregation.attention is 'yes'"),
+        ({"own_share": -0.1}, "aggregation.own_share=-0.1 is not allowed: a number in .0, 1."),
+        ({"own_share": 1.1}, "aggregation.own_share=1.1 is not allowed"),
+        ({"server_learning_rate": 0}, "aggregation.server_learning_rate=0 is not allowed: a number above 0"),
+        ({"attention": "yes"}, "aggregation.attention=yes is not allowed: true or false"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, object], message: str) -> None:

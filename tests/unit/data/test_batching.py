@@ -9,8 +9,9 @@ from fellrec.data.batching import length_grouped_batches
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.data.holdout import LeaveOneOut
 from fellrec.data.partition import RandomPartition
-from fellrec.data.prepare import DataSettings, prepare
+from fellrec.data.prepare import prepare
 from fellrec.data.readers import SyntheticReader
+from fellrec.data.settings import DataSettings
 from fellrec.functional.rng import derive_seed
 
 LENGTHS = torch.randint(20, 200, (1003,), generator=torch.Generator().manual_seed(1))
@@ -53,7 +54,7 @@ def test_one_window_over_all_rows_has_the_padding_of_sorted_rows() -> None:
 
 def test_an_epoch_has_each_row_of_the_client_once() -> None:
     reader = SyntheticReader(num_users=60, num_items=50, mean_length=10)
-    data = prepare(reader, DataSettings("synthetic"), LeaveOneOut(), RandomPartition(num_clients=2), None)
+    data = prepare(reader, DataSettings("synthetic", root=None), LeaveOneOut(), RandomPartition(num_clients=2), None)
 
     def collate(items: torch.Tensor, is_target: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"items": items, "lengths": (items >= 0).sum(dim=1)}
@@ -62,9 +63,14 @@ def test_an_epoch_has_each_row_of_the_client_once() -> None:
         return torch.cat([batch["items"] for batch in batches]).tolist()
 
     module = FellrecDataModule(
-        data, collate, one_target_per_row=True, batch_size=8, lengths=lambda items, is_target: (items >= 0).sum(dim=1)
+        data,
+        collate,
+        one_target_per_row=True,
+        batch_size=8,
+        eval_batch_size=8,
+        lengths=lambda items, is_target: (items >= 0).sum(dim=1),
     )
-    plain = FellrecDataModule(data, collate, one_target_per_row=True, batch_size=8)
+    plain = FellrecDataModule(data, collate, one_target_per_row=True, batch_size=8, eval_batch_size=8)
     state = torch.get_rng_state()
     epochs = [list(module.train_loader(1, seed)) for seed in (5, 5, 6)]
     assert torch.equal(torch.get_rng_state(), state), "the global generator is not used"
@@ -82,8 +88,8 @@ def test_an_epoch_has_each_row_of_the_client_once() -> None:
 def test_lightnings_hook_has_the_order_of_the_first_federated_epoch_of_one_pooled_client() -> None:
     """The row order of client 0, round 0, epoch 0 has the seed (seed, "order", 0, 0, 0)."""
     reader = SyntheticReader(num_users=60, num_items=50, mean_length=10)
-    data = prepare(reader, DataSettings("synthetic"), LeaveOneOut(), RandomPartition(num_clients=1), None)
-    module = FellrecDataModule(data, lambda items, is_target: {"items": items}, batch_size=8, seed=3)
+    data = prepare(reader, DataSettings("synthetic", root=None), LeaveOneOut(), RandomPartition(num_clients=1), None)
+    module = FellrecDataModule(data, lambda items, is_target: {"items": items}, batch_size=8, eval_batch_size=8, seed=3)
     expected = module.train_loader(0, derive_seed(3, "order", 0, 0, 0))
     for batch, other in zip(module.train_dataloader(), expected, strict=True):
         assert torch.equal(batch["items"], other["items"])

@@ -17,21 +17,23 @@ from fellrec.data.datamodule import FellrecDataModule, _Users, evaluated_users
 from fellrec.data.guards import check_batch, check_holdout, check_prompts, check_view
 from fellrec.data.holdout import TRAIN, LeaveOneOut
 from fellrec.data.partition import RandomPartition
-from fellrec.data.prepare import DataSettings, prepare
+from fellrec.data.prepare import prepare
 from fellrec.data.prepared import PreparedData
 from fellrec.data.prompts import prompt_template
 from fellrec.data.ragged import IntArray, Ragged
 from fellrec.data.readers import SyntheticReader
+from fellrec.data.settings import DataSettings
 from fellrec.errors import ConfigError, DataError, LeakError
 from fellrec.experiment import Recommender, build_data, build_loop, build_recommender
 from fellrec.experiment.run import Run
 from fellrec.models.objectives.generative import GenerativeObjective
+from fellrec.models.settings import GenerativeSettings
 
 READER = SyntheticReader(num_users=60, num_items=40, mean_length=10)
 
 
 def made(holdout: Any = None) -> PreparedData:
-    return prepare(READER, DataSettings("synthetic"), holdout or LeaveOneOut(), RandomPartition(3), None)
+    return prepare(READER, DataSettings("synthetic", root=None), holdout or LeaveOneOut(), RandomPartition(3), None)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def names(data: PreparedData, user: int, item: int) -> str:
 
 def test_valid_data_pass(data: PreparedData) -> None:
     check_holdout(data)
-    module = FellrecDataModule(data, lambda items, is_target: {})
+    module = FellrecDataModule(data, lambda items, is_target: {}, batch_size=8, eval_batch_size=256)
     for stage in ("val", "test"):
         for batch in module.eval_loader(stage):
             check_batch(batch, len(data.catalogue))
@@ -115,8 +117,9 @@ class TrainsOnTheFuture(LeaveOneOut):
 
 
 def test_a_holdout_that_trains_on_the_future_is_refused_and_not_cached(tmp_path: Path) -> None:
+    settings = DataSettings("synthetic", root=None)
     with pytest.raises(LeakError, match="training, validation and test are duplicated or not in the order"):
-        prepare(READER, DataSettings("synthetic"), TrainsOnTheFuture(), RandomPartition(3), tmp_path)
+        prepare(READER, settings, TrainsOnTheFuture(), RandomPartition(3), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -128,14 +131,15 @@ def test_a_missing_interaction_is_refused(data: PreparedData, victim: int) -> No
 
 
 def test_a_leak_in_the_cache_is_refused(tmp_path: Path) -> None:
-    fresh = prepare(READER, DataSettings("synthetic"), LeaveOneOut(), RandomPartition(3), tmp_path)
+    settings = DataSettings("synthetic", root=None)
+    fresh = prepare(READER, settings, LeaveOneOut(), RandomPartition(3), tmp_path)
     path = tmp_path / fresh.key / "arrays.npz"
     arrays = dict(np.load(path))
     client = int(np.flatnonzero(fresh.client_of_user >= 0)[0])
     arrays["train_values"][fresh.train.offsets[client]] = fresh.valid.row(client)[0]
     np.savez(path, **arrays)
     with pytest.raises(LeakError, match="are duplicated or not in the order"):
-        prepare(READER, DataSettings("synthetic"), LeaveOneOut(), RandomPartition(3), tmp_path)
+        prepare(READER, settings, LeaveOneOut(), RandomPartition(3), tmp_path)
 
 
 def test_validation_targets_in_the_validation_input_are_refused(data: PreparedData) -> None:
@@ -150,7 +154,7 @@ def test_the_data_module_checks_its_data(data: PreparedData, victim: int) -> Non
         data, train=changed(data.train, victim, [*data.train.row(victim).tolist(), int(data.valid.row(victim)[0])])
     )
     with pytest.raises(LeakError, match="1 interactions of 1 users in input and targets of stage 'val'"):
-        FellrecDataModule(leaky, lambda items, is_target: {})
+        FellrecDataModule(leaky, lambda items, is_target: {}, batch_size=8, eval_batch_size=256)
 
 
 def one_batch(data: PreparedData) -> dict[str, torch.Tensor]:
@@ -217,9 +221,9 @@ def test_prompts_that_differ_between_training_and_inference_are_refused(data: Pr
     from fellrec.models.tiny import build_tokenizer
 
     tokenizer = build_tokenizer(data.catalogue.texts(), 400)
-    check_prompts(GenerativeObjective(tokenizer, data.catalogue, data.max_history), data)
+    check_prompts(GenerativeObjective(tokenizer, data.catalogue, data.max_history, GenerativeSettings()), data)
     with pytest.raises(ConfigError, match=r"differ for (\d+) of \1 checked users; first: user 'user0000'"):
-        check_prompts(OtherPromptAtInference(tokenizer, data.catalogue, data.max_history), data)
+        check_prompts(OtherPromptAtInference(tokenizer, data.catalogue, data.max_history, GenerativeSettings()), data)
 
 
 @pytest.fixture(scope="module")

@@ -12,17 +12,19 @@ import pytest
 from fellrec.data.datamodule import FellrecDataModule, evaluated_users
 from fellrec.data.holdout import LeaveOneOut
 from fellrec.data.partition import KMeansPartition, PerUserPartition, RandomPartition
-from fellrec.data.prepare import DataSettings, prepare
+from fellrec.data.prepare import prepare
 from fellrec.data.prepared import PreparedData
 from fellrec.data.readers import SyntheticReader
 from fellrec.data.schema import RawData
+from fellrec.data.settings import DataSettings
 from fellrec.errors import DataError
 from fellrec.functional.ranking import ranking_metrics, target_ranks
-from fellrec.rankers.reference import ReferenceSettings, reference_rankers
+from fellrec.rankers.reference import reference_rankers
+from fellrec.rankers.settings import ReferenceSettings
 
 SHAPED = {"preset": "micro_lens_shaped", "mean_length": 7.19405, "habit_rate": 0.35, "random_rate": 0.15}
 READER = SyntheticReader(num_users=200, num_items=80, mean_length=15)
-SETTINGS = DataSettings("synthetic")
+SETTINGS = DataSettings("synthetic", root=None)
 
 
 def make(settings: DataSettings = SETTINGS, reader: object = READER, cache: Path | None = None) -> PreparedData:
@@ -58,7 +60,7 @@ def test_public_users_are_in_no_client_and_no_evaluation() -> None:
     assert public.sum() == 40 == data.statistics["public_users"]
     assert data.valid.lengths[public].sum() == data.test.lengths[public].sum() == 0
     assert not set(evaluated_users(data, "test")) & set(np.flatnonzero(public))
-    module = FellrecDataModule(data, lambda items, is_target: {"items": items}, batch_size=1000)
+    module = FellrecDataModule(data, lambda items, is_target: {"items": items}, batch_size=1000, eval_batch_size=1000)
     train_items = sum(int(data.train.lengths[user]) for user in np.flatnonzero(~public))
     assert module.num_samples(None) == train_items - (~public).sum()
     assert sum(module.num_samples(client) for client in range(4)) == module.num_samples(None)
@@ -66,7 +68,7 @@ def test_public_users_are_in_no_client_and_no_evaluation() -> None:
 
 def test_no_target_is_in_its_own_history() -> None:
     data = make()
-    module = FellrecDataModule(data, lambda items, is_target: {}, eval_batch_size=64)
+    module = FellrecDataModule(data, lambda items, is_target: {}, batch_size=8, eval_batch_size=64)
     for stage, targets in (("val", data.valid), ("test", data.test)):
         for batch in module.eval_loader(stage):
             masked = set(zip(batch["masked_rows"].tolist(), batch["masked_items"].tolist()))
@@ -78,7 +80,7 @@ def test_no_target_is_in_its_own_history() -> None:
 
 def test_test_histories_contain_the_validation_targets_and_validation_histories_do_not() -> None:
     data = make()
-    module = FellrecDataModule(data, lambda items, is_target: {}, eval_batch_size=1000)
+    module = FellrecDataModule(data, lambda items, is_target: {}, batch_size=8, eval_batch_size=1000)
     val, test = next(iter(module.eval_loader("val"))), next(iter(module.eval_loader("test")))
     newest = test["histories"].gather(1, ((test["histories"] >= 0).sum(1) - 1)[:, None])[:, 0]
     assert newest.tolist() == val["target_items"].tolist()
@@ -152,8 +154,9 @@ def test_one_client_per_user() -> None:
 
 
 def ndcg(data: PreparedData, name: str) -> float:
-    ranker = reference_rankers(data.train, data.client_of_user, len(data.catalogue), ReferenceSettings(), [name])[name]
-    module = FellrecDataModule(data, lambda items, is_target: {}, eval_batch_size=10_000)
+    settings = ReferenceSettings(show=[name])
+    ranker = reference_rankers(data.train, data.client_of_user, len(data.catalogue), settings, seed=0)[name]
+    module = FellrecDataModule(data, lambda items, is_target: {}, batch_size=8, eval_batch_size=10_000)
     batch = next(iter(module.eval_loader("test")))
     ranks = target_ranks(
         ranker.scores(batch["histories"]),

@@ -11,22 +11,17 @@ from typing import Any
 
 import pytest
 
-from fellrec.config.compose import as_dict, compose
+from fellrec.config.compose import compose
 from fellrec.errors import ConfigError
-from fellrec.launch.slurm import Job, JobEnvironment, Launcher, batch_script, seconds_of
+from fellrec.launch.settings import LauncherSettings, seconds_of
+from fellrec.launch.slurm import Job, JobEnvironment, batch_script
 
 ODD = """a b'c"d;$(touch hacked)`touch hacked`$HOME\\&|#%=,{x}[y]é"""
 """A name with special characters of bash, sbatch and Hydra."""
 
 
-def launcher(**settings: Any) -> Launcher:
-    made = Launcher(**{**as_dict(compose([]).launcher), **settings})
-    made.check()
-    return made
-
-
 def script_of(jobs: list[Job], folder: Path = Path("/work"), **settings: Any) -> str:
-    return batch_script(launcher(**settings), jobs, JobEnvironment("name", folder, "/work/%j.out", "python"))
+    return batch_script(LauncherSettings(**settings), jobs, JobEnvironment("name", folder, "/work/%j.out", "python"))
 
 
 def options_of(script: str) -> dict[str, str]:
@@ -142,7 +137,7 @@ def test_a_sweep_is_a_job_array() -> None:
 )
 def test_values_that_cannot_be_written_into_a_script_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        launcher(**settings)
+        LauncherSettings(**settings)
     assert message in str(caught.value)
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fellrec.errors import BackboneError, ConfigError
 from fellrec.models.adapters import FullAdapter, LoraAdapter
 from fellrec.models.backbone import Backbone, load_hf
+from fellrec.models.settings import TinySettings
 from fellrec.models.split import SplitModel
 from fellrec.models.tiny import build_tiny, build_tokenizer
 from fellrec.state.bank import AdapterBank
@@ -95,7 +96,7 @@ def test_lora_in_the_parts_equals_the_whole_model(stories: Backbone) -> None:
 
 
 def test_targets_that_match_no_module_are_refused() -> None:
-    tiny = build_tiny(TITLES, hidden_size=16, num_layers=2)
+    tiny = build_tiny(TITLES, TinySettings(hidden_size=16, num_layers=2))
     for target in ("q_prj", "self_attn.q_prj", "mlp.q_proj"):
         with pytest.raises(BackboneError, match=rf"'{target}' matches no module of the backbone; it has q_proj"):
             LoraAdapter(target_modules=[target]).attach(tiny.model, tiny.arch, 0, lambda name: "body")
@@ -103,7 +104,7 @@ def test_targets_that_match_no_module_are_refused() -> None:
 
 @pytest.mark.parametrize("targets", ["q_proj", ["q_proj"], ["self_attn.q_proj"]])
 def test_targets_match_suffixes_of_module_names(targets: str | list[str]) -> None:
-    tiny = build_tiny(TITLES, hidden_size=16, num_layers=2)
+    tiny = build_tiny(TITLES, TinySettings(hidden_size=16, num_layers=2))
     adapter = LoraAdapter(target_modules=targets)
     adapter.attach(tiny.model, tiny.arch, 0, lambda name: "body")
     assert {name.split(".lora_")[0] for name in adapter.trainable(tiny.model)} == {
@@ -116,7 +117,7 @@ def test_building_a_model_or_an_adapter_does_not_reseed_the_accelerators(monkeyp
     monkeypatch.setattr(torch.cuda, "manual_seed_all", reseeded.append)
     torch.manual_seed(0)
     assert reseeded == [0], "torch.manual_seed reseeds the accelerators"
-    tiny = build_tiny(TITLES, hidden_size=16, num_layers=2, seed=1)
+    tiny = build_tiny(TITLES, TinySettings(hidden_size=16, num_layers=2, seed=1))
     LoraAdapter().attach(tiny.model, tiny.arch, 2, lambda name: "body")
     assert reseeded == [0]
 
@@ -128,7 +129,7 @@ def test_lora_settings_are_checked(settings: dict[str, float]) -> None:
 
 
 def test_a_full_adapter_is_saved_as_a_transformers_model_folder(tmp_path: Path) -> None:
-    tiny = build_tiny(TITLES, hidden_size=16, num_layers=2)
+    tiny = build_tiny(TITLES, TinySettings(hidden_size=16, num_layers=2))
     adapter = FullAdapter()
     adapter.attach(tiny.model, tiny.arch, 0, lambda name: "body")
     assert list(adapter.trainable(tiny.model)) == sorted(name for name, _ in tiny.model.named_parameters())
@@ -148,7 +149,9 @@ def test_the_tokenizer_is_lossless() -> None:
 
 def test_the_tiny_model_depends_on_its_seed_and_does_not_use_the_global_generator() -> None:
     state = torch.get_rng_state()
-    first, same, other = (build_tiny(TITLES, hidden_size=16, num_layers=2, seed=seed) for seed in (0, 0, 1))
+    first, same, other = (
+        build_tiny(TITLES, TinySettings(hidden_size=16, num_layers=2, seed=seed)) for seed in (0, 0, 1)
+    )
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(logits(first.model), logits(same.model))
     assert not torch.equal(logits(first.model), logits(other.model))
@@ -158,13 +161,13 @@ def test_the_tiny_model_depends_on_its_seed_and_does_not_use_the_global_generato
     ("sizes", "message"),
     [
         ({"hidden_size": 30, "num_heads": 4}, "backbone.hidden_size=30"),
-        ({"vocab_size": 258}, "backbone.vocab_size=258 must be at least 259"),
+        ({"vocab_size": 258}, "backbone.vocab_size=258 is not allowed: a whole number of at least 259"),
         ({"max_position_embeddings": 0}, "backbone.max_position_embeddings=0"),
     ],
 )
 def test_tiny_sizes_are_checked(sizes: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_tiny(TITLES, **sizes)
+        build_tiny(TITLES, TinySettings(**sizes))
 
 
 @pytest.mark.parametrize(
@@ -188,7 +191,7 @@ def test_incomplete_folders_are_refused(files: list[str] | None, message: str, t
 
 @pytest.fixture
 def tiny_folder(tmp_path: Path) -> Path:
-    tiny = build_tiny(TITLES, hidden_size=16, num_layers=2)
+    tiny = build_tiny(TITLES, TinySettings(hidden_size=16, num_layers=2))
     FullAdapter().save(dict(tiny.model.named_parameters()), tiny, dict, tmp_path / "tiny")
     return tmp_path / "tiny"
 

@@ -19,6 +19,7 @@ from fellrec.experiment.run import reference_results
 from fellrec.models.backbone import Backbone
 from fellrec.models.objectives.retrieval import RetrievalObjective
 from fellrec.models.sasrec import build_sasrec, item_tokenizer
+from fellrec.models.settings import RetrievalSettings, SasrecSettings
 from fellrec.models.split import SplitModel
 from fellrec.rankers.similarity import SimilarityRanker
 
@@ -30,7 +31,7 @@ HISTORIES = torch.tensor([[0, 1, 2, 1], [5, 3, -1, -1], [4, -1, -1, -1]])
 @pytest.fixture(scope="module")
 def sasrec() -> Backbone:
     """With weights larger than the initial ones, so that every term of the forward pass matters."""
-    backbone = build_sasrec(IDS, hidden_size=8, num_layers=2, num_heads=2, max_position_embeddings=4)
+    backbone = build_sasrec(IDS, SasrecSettings(hidden_size=8, num_layers=2, num_heads=2, max_position_embeddings=4))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in backbone.model.parameters():
@@ -40,7 +41,9 @@ def sasrec() -> Backbone:
 
 def objective_of(backbone: Backbone, **settings: object) -> RetrievalObjective:
     fields = {"history_fields": ["item_id"], "item_fields": ["item_id"], "similarity": "dot", "temperature": 1.0}
-    return RetrievalObjective(backbone.tokenizer, CATALOGUE, max_history=4, **{**fields, **settings})  # type: ignore[arg-type]
+    return RetrievalObjective(
+        backbone.tokenizer, CATALOGUE, max_history=4, settings=RetrievalSettings(**{**fields, **settings})
+    )  # type: ignore[arg-type]
 
 
 def test_every_item_id_is_one_token(sasrec: Backbone) -> None:
@@ -109,7 +112,7 @@ def test_vectors_are_normalised_for_cosine_and_not_for_dot(sasrec: Backbone) -> 
     cosine = objective_of(sasrec, similarity="cosine")
     torch.testing.assert_close(cosine.item_vectors(model), rows / rows.norm(dim=1, keepdim=True))
     torch.testing.assert_close(cosine.queries(model, HISTORIES).norm(dim=1), torch.ones(3))
-    with pytest.raises(ConfigError, match="unknown objective.similarity 'euclid'; choose from: cosine, dot"):
+    with pytest.raises(ConfigError, match="objective.similarity=euclid is not allowed: cosine or dot"):
         objective_of(sasrec, similarity="euclid")
 
 

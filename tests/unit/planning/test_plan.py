@@ -207,7 +207,7 @@ def test_llama_7b(head_layers: int, percent: int) -> None:
     [
         [],
         ["split.hidden_dtype=int8", "split.gradient_dtype=bfloat16"],
-        ["adapter=lora", "adapter.layers=body+tail", "trainer.gradient_clip=null", "split.head_cache=none"],
+        ["adapter=lora", "adapter.layers=body+tail", "trainer.gradient_clip=null"],
         ["adapter=lora", "adapter.layers=head"],
         ["adapter.layers=tail"],
         ["objective.item_encoder=encoded"],
@@ -378,7 +378,10 @@ def test_a_model_directory_needs_only_its_configuration(tiny_overrides: list[str
         (["split.transport=distributed", "--probe", "3"], "--probe 3 runs in one process"),
         (["--probe", "0"], "--probe 0 is not allowed: a whole number of at least 1"),
         (["split.head_layers=9"], "split.head_layers=9 and split.tail_layers=1 do not fit"),
-        (["backbone=hf", "backbone.config=gpt2", "backbone.dtype=int4"], "unknown backbone.dtype 'int4'"),
+        (
+            ["backbone=hf", "backbone.config=gpt2", "backbone.dtype=int4"],
+            "backbone.dtype=int4 is not allowed: float32, bfloat16 or float16",
+        ),
     ],
 )
 def test_errors_are_one_message(

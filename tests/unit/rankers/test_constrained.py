@@ -13,10 +13,12 @@ from fellrec.functional.trie import build_trie, is_among_best
 from fellrec.models.backbone import Backbone, load_hf
 from fellrec.models.module import ReportingRanker
 from fellrec.models.objectives.generative import GenerativeObjective
+from fellrec.models.settings import GenerativeSettings, TinySettings
 from fellrec.models.split import SplitModel
 from fellrec.models.tiny import build_tiny
 from fellrec.rankers.constrained import ConstrainedRanker
 from fellrec.rankers.likelihood import LikelihoodRanker
+from fellrec.rankers.settings import ConstrainedSettings, LikelihoodSettings
 
 TITLES = (
     *("Alien", "Aliens", "Heat (1995)", "Heat", "The Lonely Silver Garden", "The Lonely Silver Gate", "M", "Up"),
@@ -34,7 +36,7 @@ def backbone(request: pytest.FixtureRequest) -> Backbone:
     """One with random weights, scaled so that titles differ in likelihood, and a pretrained one."""
     if request.param == "stories":
         return load_hf(str(request.getfixturevalue("real_data") / "stories260K-hf"))
-    tiny = build_tiny(TITLES, hidden_size=16, num_layers=2, vocab_size=300)
+    tiny = build_tiny(TITLES, TinySettings(hidden_size=16, num_layers=2, vocab_size=300))
     with torch.no_grad():
         for parameter in tiny.model.parameters():
             parameter.mul_(3)
@@ -48,12 +50,12 @@ def model(backbone: Backbone) -> SplitModel:
 
 @pytest.fixture(scope="module")
 def objective(backbone: Backbone) -> GenerativeObjective:
-    return GenerativeObjective(backbone.tokenizer, CATALOGUE, max_history=3)
+    return GenerativeObjective(backbone.tokenizer, CATALOGUE, max_history=3, settings=GenerativeSettings())
 
 
 @pytest.fixture(scope="module")
 def exact(model: SplitModel, objective: GenerativeObjective) -> torch.Tensor:
-    return LikelihoodRanker(objective, "sum").scores(model, HISTORIES)
+    return LikelihoodRanker(objective, LikelihoodSettings("sum")).scores(model, HISTORIES)
 
 
 def figures_of(ranker: ConstrainedRanker) -> dict[str, float]:
@@ -65,7 +67,7 @@ def test_enough_beams_give_the_ranking_by_likelihood(
     model: SplitModel, objective: GenerativeObjective, exact: torch.Tensor, num_beams: int, max_batch_tokens: int
 ) -> None:
     """There are 11 distinct titles."""
-    ranker = ConstrainedRanker(objective, num_beams, max_batch_tokens)
+    ranker = ConstrainedRanker(objective, ConstrainedSettings(num_beams, max_batch_tokens))
     assert isinstance(ranker, ReportingRanker)
     scores = ranker.scores(model, HISTORIES)
     torch.testing.assert_close(scores, exact, rtol=1e-5, atol=1e-4)
@@ -95,7 +97,7 @@ def breadth_first(objective: GenerativeObjective, exact: torch.Tensor, logp_of: 
 def test_few_beams_reach_the_titles_of_a_beam_search_over_lists(
     backbone: Backbone, model: SplitModel, objective: GenerativeObjective, exact: torch.Tensor, num_beams: int
 ) -> None:
-    ranker = ConstrainedRanker(objective, num_beams)
+    ranker = ConstrainedRanker(objective, ConstrainedSettings(num_beams))
     scores = ranker.scores(model, HISTORIES)
     report = dict(zip(ranker.reported, ranker.take_report().T))
     for row in range(len(HISTORIES)):
@@ -123,7 +125,7 @@ def test_few_beams_reach_the_titles_of_a_beam_search_over_lists(
 
 
 def test_a_target_that_is_not_reached_has_the_last_rank(model: SplitModel, objective: GenerativeObjective) -> None:
-    scores = ConstrainedRanker(objective, num_beams=1).scores(model, HISTORIES)
+    scores = ConstrainedRanker(objective, ConstrainedSettings(num_beams=1)).scores(model, HISTORIES)
     missed = (scores == scores.amin(dim=1, keepdim=True)).nonzero()
     rows, items = missed[:, 0], missed[:, 1]
     for row, item in zip(rows.tolist(), items.tolist()):
@@ -132,21 +134,23 @@ def test_a_target_that_is_not_reached_has_the_last_rank(model: SplitModel, objec
 
 
 def test_titles_that_are_equal_after_truncation_have_the_same_score(backbone: Backbone, model: SplitModel) -> None:
-    objective = GenerativeObjective(backbone.tokenizer, CATALOGUE, max_history=3, max_title_tokens=3)
-    ranker = ConstrainedRanker(objective, num_beams=12)
+    objective = GenerativeObjective(
+        backbone.tokenizer, CATALOGUE, max_history=3, settings=GenerativeSettings(max_title_tokens=3)
+    )
+    ranker = ConstrainedRanker(objective, ConstrainedSettings(num_beams=12))
     scores = ranker.scores(model, HISTORIES)
     torch.testing.assert_close(
-        scores, LikelihoodRanker(objective, "sum").scores(model, HISTORIES), rtol=1e-5, atol=1e-4
+        scores, LikelihoodRanker(objective, LikelihoodSettings("sum")).scores(model, HISTORIES), rtol=1e-5, atol=1e-4
     )
     assert ranker.trie.num_ends < 11
     assert torch.equal(scores[:, 4], scores[:, 5])
 
 
 def test_settings_are_checked(objective: GenerativeObjective) -> None:
-    with pytest.raises(ConfigError, match="ranker.num_beams=0 must be an integer of at least 1"):
-        ConstrainedRanker(objective, num_beams=0)
-    with pytest.raises(ConfigError, match="ranker.max_batch_tokens=0 must be an integer of at least 1"):
-        ConstrainedRanker(objective, max_batch_tokens=0)
+    with pytest.raises(ConfigError, match="ranker.num_beams=0 is not allowed"):
+        ConstrainedRanker(objective, ConstrainedSettings(num_beams=0))
+    with pytest.raises(ConfigError, match="ranker.max_batch_tokens=0 is not allowed"):
+        ConstrainedRanker(objective, ConstrainedSettings(max_batch_tokens=0))
 
 
 def test_a_trie_has_one_node_per_distinct_prefix() -> None:

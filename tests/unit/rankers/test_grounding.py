@@ -16,11 +16,13 @@ from fellrec.metrics import ClientRankingMetrics
 from fellrec.models.backbone import Backbone
 from fellrec.models.module import FellrecModule, OptimizerSettings, ReportingRanker
 from fellrec.models.objectives.generative import GenerativeObjective
+from fellrec.models.settings import GenerativeSettings, TinySettings
 from fellrec.models.split import SplitModel
 from fellrec.models.tiny import build_tiny
 from fellrec.rankers.grounding import GroundingRanker
 from fellrec.rankers.reference import PopularityRanker
 from fellrec.rankers.report import REPORTED, generation_figures, report_texts
+from fellrec.rankers.settings import GroundingSettings
 
 TITLES = ("Alien", "Heat (1995)", "Up", "Toy Story")
 CATALOGUE = Catalogue(tuple("abcd"), TITLES, pd.DataFrame(index=range(4)))
@@ -30,7 +32,7 @@ NONE = torch.empty(0, dtype=torch.long)
 
 @pytest.fixture(scope="module")
 def tiny() -> Backbone:
-    return build_tiny(TITLES, hidden_size=16, num_layers=2, vocab_size=300)
+    return build_tiny(TITLES, TinySettings(hidden_size=16, num_layers=2, vocab_size=300))
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +42,8 @@ def model(tiny: Backbone) -> SplitModel:
 
 def ranker_of(tiny: Backbone, texts: Sequence[str] = (), **settings: object) -> GroundingRanker:
     """A ranker; ``texts`` replace the texts that the model generates."""
-    objective = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3)
-    ranker = GroundingRanker(objective, TRAIN, max_new_tokens=4, **settings)  # type: ignore[arg-type]
+    objective = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3, settings=GenerativeSettings())
+    ranker = GroundingRanker(objective, GroundingSettings(max_new_tokens=4, **settings), TRAIN)  # type: ignore[arg-type]
     if texts:
         ranker.generate = lambda model, histories: list(texts)  # type: ignore[method-assign]
     return ranker
@@ -88,10 +90,10 @@ def test_the_weights_are_counts_in_training(tiny: Backbone, model: SplitModel) -
 
 
 def test_settings_are_checked(tiny: Backbone) -> None:
-    with pytest.raises(ConfigError, match="unknown ranker.reweight 'popular'; choose from: popularity, "):
+    with pytest.raises(ConfigError, match="ranker.reweight=popular is not allowed: none, popularity or collaborative"):
         ranker_of(tiny, reweight="popular")
     for wrong in (-1, [], [0, "x"], float("nan"), [0, float("inf")]):
-        with pytest.raises(ConfigError, match="must be a finite number of at least 0, or a list"):
+        with pytest.raises(ConfigError, match="is not allowed: a number of at least 0, or a list"):
             ranker_of(tiny, gamma=wrong)
     assert ranker_of(tiny, gamma=[3, 0, 3]).gammas == (0.0, 3.0)
     assert ranker_of(tiny, gamma=[3, 0]).choices == (), "there is no choice without weights"
@@ -187,11 +189,13 @@ def test_metrics_of_texts_do_not_depend_on_batches() -> None:
 
 
 def test_a_title_truncated_as_in_training_counts_as_a_title(tiny: Backbone, model: SplitModel) -> None:
-    objective = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3, max_title_tokens=2)
+    objective = GenerativeObjective(
+        tiny.tokenizer, CATALOGUE, max_history=3, settings=GenerativeSettings(max_title_tokens=2)
+    )
     generated = tiny.tokenizer.decode(tiny.tokenizer("Heat (1995)", add_special_tokens=False)["input_ids"][:2]).strip()
     assert generated != "Heat (1995)"
     assert objective.decoded_titles()[1] == generated
-    ranker = GroundingRanker(objective)
+    ranker = GroundingRanker(objective, GroundingSettings())
     ranker.generate = lambda model, histories: [generated]  # type: ignore[method-assign]
     ranker.refresh(model)
     scores = ranker.scores(model, torch.tensor([[0, -1, -1]]))

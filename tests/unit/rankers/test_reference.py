@@ -10,7 +10,8 @@ import torch
 from fellrec.data.ragged import Ragged
 from fellrec.functional.ranking import ranking_metrics, target_ranks
 from fellrec.rankers.counting import ClientPopularityRanker, MarkovRanker, PopularityRanker, RandomRanker
-from fellrec.rankers.reference import ReferenceSettings, reference_rankers
+from fellrec.rankers.reference import reference_rankers
+from fellrec.rankers.settings import ReferenceSettings
 
 ROOT = Path(os.environ.get("FELLREC_TEST_DATA", Path(__file__).parents[4] / "shared" / "data"))
 ML_1M = ROOT / "ml-1m" / "ml-1m.inter"
@@ -103,8 +104,8 @@ def test_known_figures_on_movielens_1m():
     mask = torch.from_numpy(earlier.row_index), torch.from_numpy(earlier.values)
     ndcg = {}
     one_client = np.zeros(num_users, dtype=np.int64)
-    names = ("random", "popularity", "markov", "markov_decay")
-    for name, ranker in reference_rankers(train, one_client, num_items, ReferenceSettings(), names).items():
+    settings = ReferenceSettings(show=("random", "popularity", "markov", "markov_decay"))
+    for name, ranker in reference_rankers(train, one_client, num_items, settings, seed=0).items():
         ranks = target_ranks(ranker.scores(histories), torch.arange(num_users), targets, *mask)
         ndcg[name] = ranking_metrics(ranks, torch.arange(num_users), num_users, [10])["ndcg_at_10"].mean().item()
     assert ndcg["popularity"] == pytest.approx(0.0194, abs=5e-5)

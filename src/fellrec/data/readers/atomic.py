@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from fellrec.data.readers.table import hash_files, lines_of, read_table, require_columns, to_numbers
 from fellrec.data.schema import RawData
+from fellrec.data.settings import AtomicSettings
 from fellrec.errors import DataError, unknown
 
 TITLES = ("title", "movie_title", "item_name", "name")
 
 
-@dataclass(frozen=True)
-class AtomicReader:
-    """Tab-separated UTF-8 files whose header has name and type of each column, such as ``user_id:token``.
-
-    Attributes:
-        root: Directory of the files.
-        name: Their stem; ``None`` takes the only ``.inter`` file.
-        title_column: Column of the item file that holds the title; ``None`` tries the usual names.
-    """
-
-    root: str
-    name: str | None = None
-    title_column: str | None = None
+class AtomicReader(AtomicSettings):
+    """Tab-separated UTF-8 files whose header has name and type of each column, such as ``user_id:token``."""
 
     def read(self) -> RawData:
         """Read the files.

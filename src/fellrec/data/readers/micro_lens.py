@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from fellrec.data.readers.table import existing_files, hash_files, lines_of, read_table, require_columns, to_numbers
 from fellrec.data.schema import RawData
+from fellrec.data.settings import FilesSettings
 
 PAIRS, TITLES = "MicroLens-100k_pairs.csv", "MicroLens-100k_title_en.csv"
 _PUBLISHED = {"user": "user_id", "item": "item_id", "timestamp": "timestamp"}
 
 
-@dataclass(frozen=True)
-class MicroLensReader:
+class MicroLensReader(FilesSettings):
     """``MicroLens-100k_pairs.csv`` and ``MicroLens-100k_title_en.csv``; every line of the first is an interaction.
 
     The first has the header ``user,item,timestamp``, with times in milliseconds. The second is published without a
     header, as ``1, a title``; one that starts with ``item,title`` is read too. A title may hold commas, or be empty: 72
     of those published are, so ``data.on_empty_title`` must be ``item_id`` for them.
-
-    Attributes:
-        root: Directory of the files.
     """
-
-    root: str
 
     def read(self) -> RawData:
         """Read the files.

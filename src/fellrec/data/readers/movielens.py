@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +9,7 @@ import pandas as pd
 from fellrec.data.readers.atomic import AtomicReader
 from fellrec.data.readers.table import existing_files, hash_files, lines_of, read_table, to_numbers
 from fellrec.data.schema import RawData
+from fellrec.data.settings import FilesSettings
 
 _INTERACTIONS = ("user_id", "item_id", "rating", "timestamp")
 _GENRES = (
@@ -18,15 +18,8 @@ _GENRES = (
 ).split()
 
 
-@dataclass(frozen=True)
-class MovieLens100KReader:
-    """``u.data``, ``u.item`` and ``u.user``; every rating is an interaction.
-
-    Attributes:
-        root: Directory of the files.
-    """
-
-    root: str
+class MovieLens100KReader(FilesSettings):
+    """``u.data``, ``u.item`` and ``u.user``; every rating is an interaction."""
 
     def read(self) -> RawData:
         """Read the files.
@@ -53,15 +46,8 @@ class MovieLens100KReader:
         return existing_files(self.root, ("u.data", "u.item", "u.user"))
 
 
-@dataclass(frozen=True)
-class MovieLens1MReader:
-    """``ratings.dat``, ``movies.dat`` and ``users.dat``, or RecBole's atomic files; every rating is an interaction.
-
-    Attributes:
-        root: Directory of the files.
-    """
-
-    root: str
+class MovieLens1MReader(FilesSettings):
+    """``ratings.dat``, ``movies.dat`` and ``users.dat``, or RecBole's atomic files; every rating is an interaction."""
 
     def read(self) -> RawData:
         """Read the published files or the atomic ones.

@@ -6,7 +6,7 @@ U users, I items, G groups of users, N interactions.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -14,14 +14,9 @@ from numpy.typing import NDArray
 
 from fellrec.data.ragged import IntArray
 from fellrec.data.schema import RawData
-from fellrec.errors import ConfigError, unknown
+from fellrec.data.settings import MIN_LENGTH, SyntheticSettings
 
 FloatArray = NDArray[np.float64]
-
-MICRO_LENS_ITEMS_PER_USER = 19_738 / 100_000
-"""From MicroLens-100k's published counts."""
-MIN_LENGTH = 5
-"""Fewest interactions of a user, in both presets."""
 
 _ADJECTIVES = (
     "Silent Golden Broken Hidden Crimson Distant Frozen Burning Gentle Hollow Velvet Restless Bitter Emerald Paper "
@@ -66,7 +61,7 @@ _VIDEOS_PER_TOPIC = int(np.prod(_TITLE_PARTS))
 class _Films:
     """Few films with genres and short titles; every user knows all of them."""
 
-    most_items, user_id, first_number = len(_FILM_TITLES), "user{:04d}", 0
+    user_id, first_number = "user{:04d}", 0
 
     def topics(self, generator: np.random.Generator, count: int) -> tuple[IntArray, IntArray]:
         """``[I]``: what `items` needs to know of each item, and its topic."""
@@ -126,10 +121,10 @@ class _Films:
 class _Videos:
     """Many videos in the shape of MicroLens, at any size; the methods are those of `_Films`."""
 
-    most_items, user_id, first_number = len(_SUBJECTS) * _VIDEOS_PER_TOPIC, "{}", 1
+    user_id, first_number = "{}", 1
 
     def topics(self, generator: np.random.Generator, count: int) -> tuple[IntArray, IntArray]:
-        numbers = generator.permutation(self.most_items)[:count]
+        numbers = generator.permutation(len(_SUBJECTS) * _VIDEOS_PER_TOPIC)[:count]
         return numbers, numbers // _VIDEOS_PER_TOPIC
 
     def weights(self, taste: FloatArray, place: IntArray) -> FloatArray:
@@ -187,8 +182,7 @@ class _Videos:
 _PRESETS: dict[str, _Films | _Videos] = {"films": _Films(), "micro_lens_shaped": _Videos()}
 
 
-@dataclass(frozen=True)
-class SyntheticReader:
+class SyntheticReader(SyntheticSettings):
     """Users in groups whose tastes differ and whose habits partly contradict each other.
 
     A user picks the next item by habit (the group's successor of the last item), by taste (a topic that the group
@@ -199,36 +193,11 @@ class SyntheticReader:
     MicroLens's size and has its shape: more users the shorter the history, few videos that many watch and many that
     few do, titles of a dozen words with a hashtag and no other attributes, ids from 1, times in milliseconds. The
     configurations ``data=synthetic`` and ``data=micro_lens_shaped`` have settings that suit them.
-
-    Attributes:
-        preset: ``films`` or ``micro_lens_shaped``.
-        num_users: U; 100,000 is MicroLens's size.
-        num_items: I, at least 20; ``None`` keeps MicroLens's proportion to the users.
-        num_groups: G, a column of the users; sizes fall geometrically.
-        mean_length: Mean number of interactions of a user, at least 6 and at most half of the items.
-        habit_rate: Fraction of steps that follow a habit.
-        random_rate: Fraction of steps that are random; must be 0 for ``films``.
-        shared_rate: Fraction of items whose habit is the same in all groups.
-        seed: Of all random choices.
     """
 
-    preset: str = "films"
-    num_users: int = 1000
-    num_items: int | None = 400
-    num_groups: int = 5
-    mean_length: float = 24
-    habit_rate: float = 0.6
-    random_rate: float = 0.0
-    shared_rate: float = 0.5
-    seed: int = 0
-
     def read(self) -> RawData:
-        """Generate the data.
-
-        Raises:
-            ConfigError: If a setting is out of range.
-        """
-        num_items = self._checked_items()
+        """Generate the data."""
+        num_items = self.resolved_num_items
         preset, generator = _PRESETS[self.preset], np.random.default_rng(self.seed)
         numbers, topic = preset.topics(generator, num_items)
         place = generator.permutation(num_items)
@@ -255,29 +224,6 @@ class SyntheticReader:
     def fingerprint(self) -> str:
         """All settings."""
         return f"synthetic-2:{sorted(asdict(self).items())}"
-
-    def _checked_items(self) -> int:
-        """The number of items."""
-        if self.preset not in _PRESETS:
-            raise ConfigError(unknown("data.reader.preset", self.preset, _PRESETS))
-        num_items = round(MICRO_LENS_ITEMS_PER_USER * self.num_users) if self.num_items is None else self.num_items
-        most_items, most_random = _PRESETS[self.preset].most_items, 0.0 if self.preset == "films" else 1.0
-        allowed = {
-            "num_groups": (1, self.num_groups, None),
-            "num_users": (1, self.num_users, None),
-            "num_items": (20, num_items, most_items),
-            "mean_length": (MIN_LENGTH + 1, self.mean_length, num_items / 2),
-            "habit_rate": (0, self.habit_rate, 1 - self.random_rate),
-            "random_rate": (0, self.random_rate, most_random),
-            "shared_rate": (0, self.shared_rate, 1),
-        }
-        for name, (least, value, most) in allowed.items():
-            if value < least or (most is not None and value > most):
-                is_derived = name == "num_items" and self.num_items is None
-                derived = f" from data.reader.num_users={self.num_users}" if is_derived else ""
-                limit = f"at least {least}" if most is None else f"from {least:g} to {most:g}"
-                raise ConfigError(f"data.reader.{name}={value}{derived} must be {limit}")
-        return num_items
 
     def _successors(self, generator: np.random.Generator, num_items: int) -> IntArray:
         """``[G, I]``: the item that each group prefers after each item; permutations."""

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fellrec.data.prompts import PromptTemplate, prompt_template
+from fellrec.data.prompts import prompt_template
 from fellrec.data.schema import Catalogue
 from fellrec.data.text import TokenizedTexts, compact, repeat_row
-from fellrec.errors import BackboneError, ConfigError, unknown
+from fellrec.errors import BackboneError, ConfigError
 from fellrec.functional.trie import Trie, build_trie
+from fellrec.models.settings import GenerativeSettings
 from fellrec.models.split import SplitModel
-
-SOFTMAX = ("vocabulary", "catalogue")
 
 
 class GenerativeObjective:
@@ -28,20 +27,12 @@ class GenerativeObjective:
         tokenizer: Hugging Face tokenizer of the backbone.
         catalogue: The items.
         max_history: Longest history in items.
-        max_tokens: Maximum length of a prompt with its answer in tokens; the oldest titles are dropped to fit.
-        max_title_tokens: Maximum length of a title in tokens.
-        template: Prompt template, or its version.
-        group_by_length: Whether training rows of similar length are batched together, which reduces padding.
-        one_target_per_row: Whether a row has one target, after the history (BIGRec); else each title in a line of the
-            history is also a target, given the lines before it, which gives many targets per forward pass.
-        softmax: Tokens in the denominator: ``"vocabulary"`` (BIGRec), or ``"catalogue"``, the tokens that continue a
-            prefix to some title. Then the likelihoods of all titles sum to 1, tokens without an alternative are not
-            targets, and only constrained decoding can be used.
+        settings: Texts of the prompts, training targets and softmax.
         is_causal: Whether the backbone is causal; else it is a bidirectional encoder, which cannot generate text.
 
     Raises:
         ConfigError: If the backbone is an encoder, ``max_tokens`` leaves no room for one title of history, the
-            template or ``softmax`` is unknown, or all titles are equal.
+            template is unknown, or all titles are equal.
         BackboneError: If the tokenizer has no end token.
     """
 
@@ -49,13 +40,8 @@ class GenerativeObjective:
         self,
         tokenizer: Any,
         catalogue: Catalogue,
-        max_history: int = 10,
-        max_tokens: int = 512,
-        max_title_tokens: int = 24,
-        template: PromptTemplate | str = "product-1",
-        group_by_length: bool = True,
-        one_target_per_row: bool = True,
-        softmax: str = "vocabulary",
+        max_history: int,
+        settings: GenerativeSettings,
         is_causal: bool = True,
     ) -> None:
         if not is_causal:
@@ -65,21 +51,20 @@ class GenerativeObjective:
             )
         if tokenizer.eos_token_id is None:
             raise BackboneError("objective=generative needs a tokenizer with an end-of-sequence token")
-        if softmax not in SOFTMAX:
-            raise ConfigError(unknown("objective.softmax", softmax, SOFTMAX))
         self.tokenizer = tokenizer
         self.catalogue = catalogue
-        self.template = prompt_template(template) if isinstance(template, str) else template
-        self.group_by_length = group_by_length
-        self.one_target_per_row = one_target_per_row
-        self.softmax = softmax
+        self.template = prompt_template(settings.template)
+        self.group_by_length = settings.group_by_length
+        self.one_target_per_row = settings.one_target_per_row
+        self.softmax = settings.softmax
         self.max_history = max_history
-        self.max_tokens = max_tokens
+        self.max_tokens = max_tokens = settings.max_tokens
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.before = bos + tokenizer(self.template.before, add_special_tokens=False)["input_ids"]
         self.after = tokenizer(self.template.after, add_special_tokens=False)["input_ids"]
         line_end = tokenizer(self.template.line_end, add_special_tokens=False)["input_ids"]
         lines = self.template.history_lines(catalogue.titles)
+        max_title_tokens = settings.max_title_tokens
         self.lines = TokenizedTexts(tokenizer, lines, max_title_tokens + 8, line_end)
         self.titles = TokenizedTexts(tokenizer, catalogue.titles, max_title_tokens, suffix=[tokenizer.eos_token_id])
         self._room = max_tokens - len(self.before) - len(self.after) - int(self.titles.lengths.max())
@@ -88,7 +73,7 @@ class GenerativeObjective:
                 f"objective.max_tokens={max_tokens} leaves {self._room} tokens for the history beside instruction and "
                 f"answer, but one title can have {int(self.lines.lengths.max())}"
             )
-        self._choices = _Choices(self.titles, self.lines) if softmax == "catalogue" else None
+        self._choices = _Choices(self.titles, self.lines) if self.softmax == "catalogue" else None
 
     def check(self, model: SplitModel) -> None:
         """Check that the longest possible prompt fits into the backbone's context.

@@ -7,11 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fellrec.errors import ConfigError
+from fellrec.models.settings import EVERY_STEP, ROUND
 from fellrec.models.split import SplitModel
 from fellrec.models.streams import StreamPosition
-
-EVERY_STEP, ROUND = "every_step", "round"
 
 
 class ItemTable:
@@ -25,23 +23,9 @@ class ItemTable:
             optimiser steps, or ``"round"``.
         freeze_after: From this round on the table is computed once per round, independent of ``refresh``; ``None`` for
             never.
-
-    Raises:
-        ConfigError: For another ``refresh``, or a round below 0.
     """
 
-    def __init__(self, refresh: str | int = EVERY_STEP, freeze_after: int | None = None) -> None:
-        is_number = isinstance(refresh, int) and not isinstance(refresh, bool)
-        if (is_number and int(refresh) < 1) or (not is_number and refresh not in (EVERY_STEP, ROUND)):
-            raise ConfigError(
-                f"objective.refresh_items={refresh} is not allowed: every_step, round, or a number of steps above 0"
-            )
-        if freeze_after is not None and freeze_after < 0:
-            raise ConfigError(f"objective.freeze_items_after={freeze_after} must be at least 0, or null for never")
-        if freeze_after is not None and refresh == ROUND:
-            raise ConfigError(
-                f"objective.freeze_items_after={freeze_after} has no effect with objective.refresh_items=round"
-            )
+    def __init__(self, refresh: str | int, freeze_after: int | None) -> None:
         self.refresh = refresh
         self.freeze_after = freeze_after
         self._owner: StreamPosition | None = None
@@ -61,7 +45,7 @@ class ItemTable:
         """Whether the table is recomputed before a step; both count from 0, steps within the client's round.
 
         Example:
-            >>> [ItemTable(2).is_due(0, step) for step in range(4)]
+            >>> [ItemTable(2, None).is_due(0, step) for step in range(4)]
             [True, False, True, False]
             >>> [ItemTable("every_step", freeze_after=1).is_due(round_index, 0) for round_index in range(3)]
             [False, True, True]

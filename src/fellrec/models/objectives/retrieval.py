@@ -11,19 +11,13 @@ from torch.nn import functional as F
 
 from fellrec.data.schema import Catalogue
 from fellrec.data.text import TokenizedTexts, compact, repeat_row
-from fellrec.errors import BackboneError, ConfigError, unknown
+from fellrec.errors import BackboneError, ConfigError
 from fellrec.models.objectives.direction import order_and_pooling
-from fellrec.models.objectives.item_table import EVERY_STEP, ItemTable
+from fellrec.models.objectives.item_table import ItemTable
 from fellrec.models.objectives.softmax import CatalogueSoftmax
+from fellrec.models.settings import RetrievalSettings
 from fellrec.models.split import SplitModel
 from fellrec.models.streams import LayerStreams
-
-_CHOICES = {
-    "item_encoder": ("tokens", "encoded"),
-    "similarity": ("cosine", "dot"),
-    "order": ("oldest_first", "newest_first"),
-    "pooling": ("last", "first", "mean"),
-}
 
 
 class RetrievalObjective:
@@ -41,29 +35,12 @@ class RetrievalObjective:
         tokenizer: Hugging Face tokenizer of the backbone.
         catalogue: The items.
         max_history: Longest history in items.
-        temperature: Divisor of the similarity.
-        similarity: ``"cosine"`` or ``"dot"``.
-        history_fields: Catalogue fields in the history text.
-        item_fields: Catalogue fields in the item text.
-        item_encoder: ``"tokens"`` (an item vector is the mean of the text's token embeddings) or ``"encoded"`` (two
-            towers: the mean of the hidden states of the text, or with an encoder by ``pooling``; one more forward
-            pass over the catalogue per step).
-        max_title_tokens: Maximum length of an item text in tokens.
-        text: Style of the texts, see ``Catalogue.texts``.
-        order: ``"oldest_first"`` or ``"newest_first"``; ``None`` for the default, see ``order_and_pooling``.
-        pooling: A history vector is the hidden state of the ``"last"`` token, of the ``"first"`` token, or the
-            ``"mean"`` of all; ``None`` for the default, see ``order_and_pooling``.
-        chunk_items: See ``CatalogueSoftmax``; also the number of item texts per forward pass.
-        num_negatives: See ``CatalogueSoftmax``.
-        negatives: See ``CatalogueSoftmax``.
+        settings: Texts, similarity, item vectors and softmax.
         item_counts: See ``CatalogueSoftmax``.
-        refresh_items: With ``item_encoder="encoded"``, how often item vectors are recomputed; see ``ItemTable``.
-        freeze_items_after: See ``ItemTable``.
         is_causal: Whether the backbone is causal; else it is a bidirectional encoder.
 
     Raises:
-        ConfigError: For an unknown choice, a number out of range, or settings that conflict with each other or with
-            the backbone.
+        ConfigError: If settings conflict with the backbone or the catalogue.
         BackboneError: If ``pooling`` is ``"first"`` and the tokenizer has no first special token.
     """
 
@@ -71,48 +48,28 @@ class RetrievalObjective:
         self,
         tokenizer: Any,
         catalogue: Catalogue,
-        max_history: int = 10,
-        temperature: float = 0.05,
-        similarity: str = "cosine",
-        history_fields: Sequence[str] = ("title",),
-        item_fields: Sequence[str] = ("title", "genre"),
-        item_encoder: str = "tokens",
-        max_title_tokens: int = 24,
-        text: str = "plain",
-        order: str | None = None,
-        pooling: str | None = None,
-        chunk_items: int | None = None,
-        num_negatives: int | None = None,
-        negatives: str = "uniform",
+        max_history: int,
+        settings: RetrievalSettings,
         item_counts: Sequence[int] | None = None,
-        refresh_items: str | int = EVERY_STEP,
-        freeze_items_after: int | None = None,
         is_causal: bool = True,
     ) -> None:
-        order, pooling = order_and_pooling(is_causal, order, pooling)
-        _check_choices(item_encoder=item_encoder, similarity=similarity, order=order, pooling=pooling)
-        if not temperature > 0:
-            raise ConfigError(f"objective.temperature={temperature} must be above 0")
-        self.temperature = temperature
-        self.similarity = similarity
-        self.item_encoder = item_encoder
+        order, pooling = order_and_pooling(is_causal, settings.order, settings.pooling)
+        self.temperature = settings.temperature
+        self.similarity = settings.similarity
+        self.item_encoder = settings.item_encoder
         self.pooling = pooling
         self.is_causal = is_causal
         self.one_target_per_row = order == "newest_first"
-        self.softmax = CatalogueSoftmax(len(catalogue), chunk_items, num_negatives, negatives, item_counts)
-        self.table = ItemTable(refresh_items, freeze_items_after)
-        if self.table.is_used and item_encoder != "encoded":
-            raise ConfigError(
-                f"objective.refresh_items={refresh_items}, objective.freeze_items_after={freeze_items_after} need "
-                f"objective.item_encoder=encoded, it is {item_encoder}"
-            )
+        self.softmax = CatalogueSoftmax(len(catalogue), settings, item_counts)
+        self.table = ItemTable(settings.refresh_items, settings.freeze_items_after)
         first = tokenizer.bos_token_id if is_causal or tokenizer.cls_token_id is None else tokenizer.cls_token_id
         if first is None and pooling == "first":
             raise BackboneError("objective.pooling=first needs a tokenizer with a [CLS] or BOS token; use mean")
         self.prefix = [] if first is None else [first]
-        lines = [f"{line}\n" for line in catalogue.texts(history_fields, text)]
-        self.history_text = TokenizedTexts(tokenizer, lines, max_title_tokens)
-        items, before = catalogue.texts(item_fields, text), self.prefix if self._pools_items else []
+        lines = [f"{line}\n" for line in catalogue.texts(settings.history_fields, settings.text)]
+        self.history_text = TokenizedTexts(tokenizer, lines, settings.max_title_tokens)
+        items = catalogue.texts(settings.item_fields, settings.text)
+        before, max_title_tokens = self.prefix if self._pools_items else [], settings.max_title_tokens
         self.item_text = TokenizedTexts(tokenizer, items, max_title_tokens, prefix=before)
         self._all_texts = self._texts(torch.arange(len(catalogue)))
         self.max_tokens = int(self.history_text.lengths.max()) * max_history + len(self.prefix)
@@ -293,9 +250,3 @@ def _mean_embeddings(model: SplitModel, texts: dict[str, Tensor]) -> Tensor:
 def _mean(hidden_BLD: Tensor, inside_BL: Tensor) -> Tensor:
     inside = inside_BL.to(hidden_BLD.device)[:, :, None].float()
     return (hidden_BLD.float() * inside).sum(dim=1) / inside.sum(dim=1)
-
-
-def _check_choices(**given: str) -> None:
-    for name, value in given.items():
-        if value not in _CHOICES[name]:
-            raise ConfigError(unknown(f"objective.{name}", value, _CHOICES[name]))

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fellrec.errors import ConfigError, unknown
+from fellrec.errors import ConfigError
 from fellrec.functional.softmax import chunked_cross_entropy, draw_items, sampled_cross_entropy
+from fellrec.models.settings import RetrievalSettings
 from fellrec.models.streams import OF_LOSS, LayerStreams
-
-PROPOSALS = ("uniform", "popularity")
 
 
 class CatalogueSoftmax:
@@ -20,44 +19,26 @@ class CatalogueSoftmax:
 
     Args:
         num_items: I.
-        chunk_items: Number of items whose logits are in memory at the same time, ``None`` for all. It does not change
-            the result.
-        num_negatives: Number of sampled items per step; ``None`` for the full softmax.
-        negatives: Proposal distribution of the sample: ``"uniform"``, or ``"popularity"``, by ``item_counts`` plus 1.
-        item_counts: ``[I]`` number of interactions of each item; only for ``"popularity"``.
+        settings: Chunks of items and the sample, ``objective.chunk_items``, ``num_negatives`` and ``negatives``.
+        item_counts: ``[I]`` number of interactions of each item; only for ``negatives="popularity"``.
 
     Raises:
-        ConfigError: For an unknown proposal, numbers out of range, or conflicting settings.
+        ConfigError: If the sample is not smaller than the catalogue, or needs counts that are not given.
     """
 
-    def __init__(
-        self,
-        num_items: int,
-        chunk_items: int | None = None,
-        num_negatives: int | None = None,
-        negatives: str = "uniform",
-        item_counts: Sequence[int] | None = None,
-    ) -> None:
-        if negatives not in PROPOSALS:
-            raise ConfigError(unknown("objective.negatives", negatives, PROPOSALS))
-        if chunk_items is not None and chunk_items < 1:
-            raise ConfigError(f"objective.chunk_items={chunk_items} must be at least 1, or null for all at once")
-        if num_negatives is not None and not 1 <= num_negatives < num_items:
+    def __init__(self, num_items: int, settings: RetrievalSettings, item_counts: Sequence[int] | None) -> None:
+        num_negatives = settings.num_negatives
+        if num_negatives is not None and num_negatives >= num_items:
             raise ConfigError(
-                f"objective.num_negatives={num_negatives} must be at least 1 and below the {num_items} items of the "
-                "catalogue, or null for all items"
+                f"objective.num_negatives={num_negatives} must be below the {num_items} items of the catalogue, "
+                "or null for all items"
             )
-        if num_negatives is not None and chunk_items is not None:
-            raise ConfigError(
-                f"objective.chunk_items={chunk_items} needs the full softmax, "
-                f"objective.num_negatives={num_negatives} samples it; one of them must be null"
-            )
-        self.chunk_items = chunk_items
+        self.chunk_items = settings.chunk_items
         self.num_negatives = num_negatives
         if num_negatives is None:
             return
         weights_I = torch.ones(num_items, dtype=torch.float64)
-        if negatives == "popularity":
+        if settings.negatives == "popularity":
             if item_counts is None:
                 raise ConfigError("objective.negatives=popularity needs item_counts")
             weights_I += torch.as_tensor(item_counts, dtype=torch.float64)  # + 1: items with probability 0 would bias

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from fellrec.cli.prepare import verify
-from fellrec.config.compose import compose, make
+from fellrec.config.compose import compose
+from fellrec.config.instantiate import instantiate
 from fellrec.data.readers import MicroLensReader, SyntheticReader
 from fellrec.data.readers.micro_lens import PAIRS, TITLES
 from fellrec.data.schema import RawData, clean
@@ -17,10 +18,8 @@ from fellrec.experiment import build_data
 
 
 def shaped_reader(**settings: float) -> SyntheticReader:
-    return make(
-        compose(["data=micro_lens_shaped", *(f"data.reader.{key}={settings[key]}" for key in settings)]).data.reader,
-        "reader",
-    )
+    config = compose(["data=micro_lens_shaped", *(f"data.reader.{key}={settings[key]}" for key in settings)])
+    return instantiate(config.data.reader, "data.reader")
 
 
 @pytest.fixture(scope="module")

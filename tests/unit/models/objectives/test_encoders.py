@@ -28,6 +28,7 @@ from fellrec.federated.loop import FederatedLoop
 from fellrec.models.backbone import Backbone, load_hf
 from fellrec.models.objectives.generative import GenerativeObjective
 from fellrec.models.objectives.retrieval import RetrievalObjective
+from fellrec.models.settings import GenerativeSettings, RetrievalSettings
 from fellrec.models.split import SplitModel
 
 TITLES = ("Alien", "Heat of the Day", "Amélie", "M", "Brazil")
@@ -81,7 +82,9 @@ def backbone(request: pytest.FixtureRequest, folder: Path) -> Backbone:
 
 
 def objective_of(backbone: Backbone, **settings: Any) -> RetrievalObjective:
-    return RetrievalObjective(backbone.tokenizer, CATALOGUE, 4, is_causal=backbone.arch.is_causal, **settings)
+    return RetrievalObjective(
+        backbone.tokenizer, CATALOGUE, 4, RetrievalSettings(**settings), is_causal=backbone.arch.is_causal
+    )
 
 
 def own_hidden(backbone: Backbone, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,20 +176,21 @@ def test_padding_does_not_change_a_vector(backbone: Backbone) -> None:
 def test_invalid_orders_and_poolings_are_refused(is_causal: bool, settings: Any, message: str, folder: Path) -> None:
     tokenizer = load_hf(str(folder / "bert")).tokenizer
     with pytest.raises(ConfigError, match=message):
-        RetrievalObjective(tokenizer, CATALOGUE, 4, is_causal=is_causal, **settings)
+        RetrievalObjective(tokenizer, CATALOGUE, 4, RetrievalSettings(**settings), is_causal=is_causal)
 
 
 def test_pooling_of_the_first_token_needs_a_tokenizer_with_one(folder: Path) -> None:
     tokenizer = load_hf(str(folder / "bert")).tokenizer
     tokenizer.cls_token = None
     with pytest.raises(BackboneError, match="pooling=first needs a tokenizer with a .CLS. or BOS token"):
-        RetrievalObjective(tokenizer, CATALOGUE, 4, is_causal=False)
-    assert RetrievalObjective(tokenizer, CATALOGUE, 4, is_causal=False, pooling="mean").prefix == []
+        RetrievalObjective(tokenizer, CATALOGUE, 4, RetrievalSettings(), is_causal=False)
+    assert RetrievalObjective(tokenizer, CATALOGUE, 4, RetrievalSettings(pooling="mean"), is_causal=False).prefix == []
 
 
 def test_the_generative_objective_refuses_an_encoder(folder: Path) -> None:
+    tokenizer = load_hf(str(folder / "bert")).tokenizer
     with pytest.raises(ConfigError, match="objective=generative needs a causal backbone.*use objective=retrieval"):
-        GenerativeObjective(load_hf(str(folder / "bert")).tokenizer, CATALOGUE, is_causal=False)
+        GenerativeObjective(tokenizer, CATALOGUE, 10, GenerativeSettings(), is_causal=False)
 
 
 @pytest.fixture(scope="module")
@@ -246,15 +250,6 @@ def test_a_run_with_the_executed_cut_is_bit_identical(overrides: list[str], name
     assert whole[1].keys() == cut[1].keys()
     assert not [key for key in whole[1] if not torch.equal(whole[1][key], cut[1][key])]
     assert whole[2] == cut[2]
-
-
-def test_a_frozen_heads_cache_changes_nothing(overrides: list[str]) -> None:
-    """What is kept of a padded text is as long as the text; the mask is read from what was put together again."""
-    config = named(overrides, "roberta", "adapter=lora", "adapter.layers=body+tail", "trainer.num_rounds=2")
-    given = [*config, "trainer.max_local_steps=3", "adapter.dropout=0.0", "split.transport=inprocess"]
-    kept, anew = trained([*given, "split.head_cache=memory"]), trained([*given, "split.head_cache=none"])
-    assert kept[0] == anew[0]
-    assert kept[2] == anew[2]
 
 
 @pytest.mark.parametrize("name", ["bert", "longformer"])

@@ -14,11 +14,13 @@ from fellrec.distributed.batch_sharing import take_rows
 from fellrec.errors import ConfigError
 from fellrec.models.backbone import Backbone
 from fellrec.models.objectives.generative import GenerativeObjective
+from fellrec.models.settings import GenerativeSettings, TinySettings
 from fellrec.models.split import SplitModel
 from fellrec.models.tiny import build_tiny
 from fellrec.rankers.constrained import ConstrainedRanker
 from fellrec.rankers.grounding import GroundingRanker
 from fellrec.rankers.likelihood import LikelihoodRanker
+from fellrec.rankers.settings import ConstrainedSettings, GroundingSettings, LikelihoodSettings
 
 TITLES = ("Alien", "Aliens", "Heat (1995)", "Heat", "The Lonely Garden", "The Lonely Gate", "Up", "Heat", "- Alien")
 """Titles that are prefixes of others, two items with the same title, and one that looks like a history line."""
@@ -34,7 +36,8 @@ TEMPLATE = prompt_template("product-1")
 @pytest.fixture(scope="module")
 def tiny() -> Backbone:
     """Random weights, scaled so that tokens differ in likelihood."""
-    backbone = build_tiny([f"{title}\n" for title in TITLES], hidden_size=16, num_layers=2, vocab_size=300)
+    texts = [f"{title}\n" for title in TITLES]
+    backbone = build_tiny(texts, TinySettings(hidden_size=16, num_layers=2, vocab_size=300))
     with torch.no_grad():
         for parameter in backbone.model.parameters():
             parameter.mul_(3)
@@ -48,7 +51,10 @@ def model(tiny: Backbone) -> SplitModel:
 
 def objective_of(tiny: Backbone, softmax: str, one_target_per_row: bool = False) -> GenerativeObjective:
     return GenerativeObjective(
-        tiny.tokenizer, CATALOGUE, max_history=3, one_target_per_row=one_target_per_row, softmax=softmax
+        tiny.tokenizer,
+        CATALOGUE,
+        max_history=3,
+        settings=GenerativeSettings(one_target_per_row=one_target_per_row, softmax=softmax),
     )
 
 
@@ -129,7 +135,7 @@ def test_the_likelihoods_of_all_titles_sum_to_one_and_equal_those_of_the_loss(
     sums = {}
     for softmax in ("catalogue", "vocabulary"):
         objective = objective_of(tiny, softmax)
-        scores = ConstrainedRanker(objective, num_beams=20).scores(model, histories)
+        scores = ConstrainedRanker(objective, ConstrainedSettings(num_beams=20)).scores(model, histories)
         sums[softmax] = scores[:, DISTINCT].exp().sum(dim=1)
         assert torch.equal(scores[:, 3], scores[:, 7]), "two items with the same title"
         for row, (history, target) in enumerate((([0, 1, 2], 3), ([4], 5), ([6, 3], 1))):
@@ -144,8 +150,8 @@ def test_a_title_is_complete_as_soon_as_its_prefix_is_unique(tiny: Backbone, mod
     """The search needs fewer steps, with exact likelihoods, and the titles reported as certain have exact ranks."""
     histories = torch.tensor([[0, 1, 2], [4, -1, -1], [6, 3, -1]])
     objective = objective_of(tiny, "catalogue")
-    exact = ConstrainedRanker(objective, num_beams=20).scores(model, histories)
-    ranker = ConstrainedRanker(objective, num_beams)
+    exact = ConstrainedRanker(objective, ConstrainedSettings(num_beams=20)).scores(model, histories)
+    ranker = ConstrainedRanker(objective, ConstrainedSettings(num_beams))
     steps: list[int] = []
     forward = model.model.forward
 
@@ -206,12 +212,15 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_parts(tiny: Backbone, model: Spli
 
 
 def test_settings_are_checked(tiny: Backbone) -> None:
-    with pytest.raises(ConfigError, match="unknown objective.softmax 'catalog'.* catalogue"):
+    with pytest.raises(ConfigError, match="objective.softmax=catalog is not allowed: vocabulary or catalogue"):
         objective_of(tiny, "catalog")
     same = Catalogue(("a", "b"), ("Heat", "Heat"), pd.DataFrame(index=range(2)))
     with pytest.raises(ConfigError, match="softmax=catalogue needs at least two different titles"):
-        GenerativeObjective(tiny.tokenizer, same, softmax="catalogue")
-    for ranker, make in (("grounding", GroundingRanker), ("likelihood", LikelihoodRanker)):
+        GenerativeObjective(tiny.tokenizer, same, max_history=10, settings=GenerativeSettings(softmax="catalogue"))
+    for ranker, make in (
+        ("grounding", lambda objective: GroundingRanker(objective, GroundingSettings())),
+        ("likelihood", lambda objective: LikelihoodRanker(objective, LikelihoodSettings())),
+    ):
         with pytest.raises(ConfigError, match=f"ranker={ranker} .* choose ranker=constrained"):
             make(objective_of(tiny, "catalogue"))
         make(objective_of(tiny, "vocabulary"))

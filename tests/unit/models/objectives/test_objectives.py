@@ -17,11 +17,13 @@ from fellrec.models.adapters import LoraAdapter
 from fellrec.models.backbone import Backbone, load_hf
 from fellrec.models.objectives.generative import GenerativeObjective
 from fellrec.models.objectives.retrieval import RetrievalObjective
+from fellrec.models.settings import GenerativeSettings, RetrievalSettings, TinySettings
 from fellrec.models.split import SplitModel
 from fellrec.models.tiny import build_tiny
 from fellrec.rankers.constrained import ConstrainedRanker
 from fellrec.rankers.grounding import GroundingRanker
 from fellrec.rankers.likelihood import LikelihoodRanker
+from fellrec.rankers.settings import ConstrainedSettings, GroundingSettings, LikelihoodSettings
 from fellrec.rankers.similarity import SimilarityRanker
 
 TITLES = ("Alien", "Heat (1995)", "Amélie", "The Lonely Silver Garden", "M", "Up", "Toy Story")
@@ -34,7 +36,9 @@ HISTORIES = torch.tensor([[0, 1, 2], [4, -1, -1], [6, 3, -1]])
 
 @pytest.fixture(scope="module")
 def tiny() -> Backbone:
-    return build_tiny([f"{text}\n" for text in CATALOGUE.texts()], hidden_size=16, num_layers=2, vocab_size=320)
+    return build_tiny(
+        [f"{text}\n" for text in CATALOGUE.texts()], TinySettings(hidden_size=16, num_layers=2, vocab_size=320)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +67,9 @@ def slow_item_vectors(tiny: Backbone) -> torch.Tensor:
 
 
 def test_retrieval_loss_equals_one_history_at_a_time(tiny: Backbone, model: SplitModel) -> None:
-    objective = RetrievalObjective(tiny.tokenizer, CATALOGUE, max_history=3, temperature=0.1)
+    objective = RetrievalObjective(
+        tiny.tokenizer, CATALOGUE, max_history=3, settings=RetrievalSettings(temperature=0.1)
+    )
     total, count = objective.loss(model, objective.collate(ITEMS, ALL_TARGETS))
     expected = torch.zeros(())
     for history, target in (([0], 1), ([0, 1], 2), ([0, 1, 2], 3), ([4], 5), ([6, 3], 1)):
@@ -74,7 +80,9 @@ def test_retrieval_loss_equals_one_history_at_a_time(tiny: Backbone, model: Spli
 
 
 def test_similarity_ranker_equals_one_history_at_a_time(tiny: Backbone, model: SplitModel) -> None:
-    ranker = SimilarityRanker(RetrievalObjective(tiny.tokenizer, CATALOGUE, max_history=3))
+    ranker = SimilarityRanker(
+        RetrievalObjective(tiny.tokenizer, CATALOGUE, max_history=3, settings=RetrievalSettings())
+    )
     ranker.refresh(model)
     expected = torch.stack(
         [slow_item_vectors(tiny) @ slow_query(tiny, history) for history in ([0, 1, 2], [4], [6, 3])]
@@ -83,20 +91,25 @@ def test_similarity_ranker_equals_one_history_at_a_time(tiny: Backbone, model: S
 
 
 def test_encoded_item_vectors_are_mean_hidden_states(tiny: Backbone, model: SplitModel) -> None:
-    objective = RetrievalObjective(tiny.tokenizer, CATALOGUE, item_encoder="encoded", item_fields=["title"])
+    objective = RetrievalObjective(
+        tiny.tokenizer,
+        CATALOGUE,
+        max_history=10,
+        settings=RetrievalSettings(item_encoder="encoded", item_fields=["title"]),
+    )
     hidden = tiny.model.model(torch.tensor([ids_of(tiny, "Heat (1995)")]), use_cache=False).last_hidden_state[0]
     mean = hidden.mean(dim=0)
     torch.testing.assert_close(objective.item_vectors(model)[1], mean / mean.norm(), rtol=1e-5, atol=1e-5)
 
 
 def test_retrieval_settings_are_checked(tiny: Backbone, model: SplitModel) -> None:
-    with pytest.raises(ConfigError, match=r"unknown objective.item_encoder 'token'; choose from: tokens"):
-        RetrievalObjective(tiny.tokenizer, CATALOGUE, item_encoder="token")
-    with pytest.raises(ConfigError, match="objective.temperature=0 must be above 0"):
-        RetrievalObjective(tiny.tokenizer, CATALOGUE, temperature=0)
+    with pytest.raises(ConfigError, match="objective.item_encoder=token is not allowed: tokens or encoded"):
+        RetrievalSettings(item_encoder="token")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="objective.temperature=0 is not allowed: a number above 0"):
+        RetrievalSettings(temperature=0)
     with pytest.raises(ConfigError, match="unknown item field 'brand'"):
-        RetrievalObjective(tiny.tokenizer, CATALOGUE, item_fields=["brand"])
-    long = RetrievalObjective(tiny.tokenizer, CATALOGUE, max_history=200)
+        RetrievalObjective(tiny.tokenizer, CATALOGUE, max_history=10, settings=RetrievalSettings(item_fields=["brand"]))
+    long = RetrievalObjective(tiny.tokenizer, CATALOGUE, max_history=200, settings=RetrievalSettings())
     with pytest.raises(BackboneError, match=r"tokens, but the backbone's context is 512"):
         long.check(model)
 
@@ -115,7 +128,9 @@ def test_prompts_equal_the_golden_texts_in_training_and_inference(tiny: Backbone
     """The golden texts are written by hand, without the answer."""
     golden = (GOLDEN_PROMPTS / f"{version}.txt").read_text()
     assert rendered(TEMPLATES[version], ["Toy Story", "The Lonely Silver Garden"]) == golden
-    objective = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3, template=version)
+    objective = GenerativeObjective(
+        tiny.tokenizer, CATALOGUE, max_history=3, settings=GenerativeSettings(template=version)
+    )
     assert objective.metadata["prompt_template"] == version
     ids, lengths = objective.prompts(HISTORIES)
     decode = tiny.tokenizer.decode
@@ -131,21 +146,23 @@ def test_every_template_has_a_golden_text_and_a_different_hash(tiny: Backbone) -
     changed = dataclasses.replace(TEMPLATE, after="Next thing:\n")
     assert changed.sha256 != TEMPLATE.sha256
     with pytest.raises(ConfigError, match="unknown objective.template 'movies-1'; choose from: movie-1, "):
-        GenerativeObjective(tiny.tokenizer, CATALOGUE, template="movies-1")
+        GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=10, settings=GenerativeSettings(template="movies-1"))
 
 
 def test_lengths_equal_those_of_the_batch(tiny: Backbone) -> None:
     last = torch.tensor([[0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]]).bool()
-    objective = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3)
+    objective = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3, settings=GenerativeSettings())
     assert objective.lengths(ITEMS, last).tolist() == objective.collate(ITEMS, last)["lengths"].tolist()  # type: ignore[union-attr]
     objective._room = int(objective.lines.lengths[[1, 2]].sum())
     assert objective.lengths(ITEMS, last).tolist() == objective.collate(ITEMS, last)["lengths"].tolist()  # type: ignore[union-attr]
-    alone = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3, group_by_length=False)
+    alone = GenerativeObjective(
+        tiny.tokenizer, CATALOGUE, max_history=3, settings=GenerativeSettings(group_by_length=False)
+    )
     assert alone.lengths(ITEMS, last) is None
 
 
 def test_truncation_drops_only_the_oldest_titles(tiny: Backbone) -> None:
-    objective = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3)
+    objective = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3, settings=GenerativeSettings())
     lengths = [len(ids_of(tiny, f"- {TITLES[item]}\n")) for item in (1, 2)]
     objective._room = sum(lengths)
     ids, length = objective.prompts(HISTORIES[:1])
@@ -156,7 +173,9 @@ def test_a_title_longer_than_the_prompt_is_truncated_with_its_line_break(tiny: B
     """It is an error if the truncated title does not fit either."""
     title = "A Title Of Many Words " * 40
     catalogue = Catalogue(("a", "b"), (title, "Up"), pd.DataFrame(index=range(2)))
-    objective = GenerativeObjective(tiny.tokenizer, catalogue, max_history=2, max_tokens=240, max_title_tokens=12)
+    objective = GenerativeObjective(
+        tiny.tokenizer, catalogue, max_history=2, settings=GenerativeSettings(max_tokens=240, max_title_tokens=12)
+    )
     assert len(ids_of(tiny, title)) > objective._room >= 20
     ids, lengths = objective.prompts(torch.tensor([[1, 0], [0, 1]]))
     kept = tiny.tokenizer.decode(ids_of(tiny, f"- {title}")[:19]).removeprefix("- ")
@@ -164,17 +183,24 @@ def test_a_title_longer_than_the_prompt_is_truncated_with_its_line_break(tiny: B
         assert tiny.tokenizer.decode(ids[row, : lengths[row]]) == "<s>" + rendered(TEMPLATE, titles)
     longest = int(objective.lines.lengths.max())
     least = 240 - objective._room + longest
-    alone = GenerativeObjective(tiny.tokenizer, catalogue, max_history=2, max_tokens=least, max_title_tokens=12)
+    alone = GenerativeObjective(
+        tiny.tokenizer, catalogue, max_history=2, settings=GenerativeSettings(max_tokens=least, max_title_tokens=12)
+    )
     ids, lengths = alone.prompts(torch.tensor([[1, 0]]))
     assert tiny.tokenizer.decode(ids[0, : lengths[0]]) == "<s>" + rendered(TEMPLATE, [kept])
     with pytest.raises(
         ConfigError, match=rf"leaves {longest - 1} tokens for the history .* one title can have {longest}"
     ):
-        GenerativeObjective(tiny.tokenizer, catalogue, max_history=2, max_tokens=least - 1, max_title_tokens=12)
+        GenerativeObjective(
+            tiny.tokenizer,
+            catalogue,
+            max_history=2,
+            settings=GenerativeSettings(max_tokens=least - 1, max_title_tokens=12),
+        )
 
 
 def test_generative_loss_scores_the_target_title_only(tiny: Backbone, model: SplitModel) -> None:
-    objective = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3)
+    objective = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3, settings=GenerativeSettings())
     last = torch.tensor([[0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]]).bool()
     total, count = objective.loss(model, objective.collate(ITEMS, last))
     expected, tokens = torch.zeros(()), 0
@@ -202,8 +228,8 @@ def slow_likelihood(backbone: Backbone, history: list[int], target: int) -> tupl
 def test_likelihood_with_cached_prompts_equals_passes_without_a_cache(
     tiny: Backbone, model: SplitModel, normalise: str, max_batch_tokens: int
 ) -> None:
-    objective = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3)
-    ranker = LikelihoodRanker(objective, normalise, max_batch_tokens)
+    objective = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3, settings=GenerativeSettings())
+    ranker = LikelihoodRanker(objective, LikelihoodSettings(normalise, max_batch_tokens))
     scores = ranker.scores(model, HISTORIES)
     for row, history in enumerate(([0, 1, 2], [4], [6, 3])):
         for item in range(len(TITLES)):
@@ -220,8 +246,8 @@ def stories(real_data: Path) -> Backbone:
 
 def test_grounding_ranks_the_generated_title_first(stories: Backbone) -> None:
     model = SplitModel(stories.model, 1, 1).eval()
-    objective = GenerativeObjective(stories.tokenizer, CATALOGUE, max_history=3)
-    ranker = GroundingRanker(objective, max_new_tokens=8)
+    objective = GenerativeObjective(stories.tokenizer, CATALOGUE, max_history=3, settings=GenerativeSettings())
+    ranker = GroundingRanker(objective, GroundingSettings(max_new_tokens=8))
     ranker.refresh(model)
     vectors = ranker.embed(model, list(TITLES))
     for item, title in enumerate(TITLES):
@@ -240,8 +266,8 @@ def test_grounding_ranks_the_generated_title_first(stories: Backbone) -> None:
 def test_grounding_embeds_with_the_frozen_backbone(real_data: Path) -> None:
     backbone = load_hf(str(real_data / "stories260K-hf"))
     model = SplitModel(backbone.model, 1, 1).eval()
-    objective = GenerativeObjective(backbone.tokenizer, CATALOGUE, max_history=3)
-    before = GroundingRanker(objective).embed(model, list(TITLES))
+    objective = GenerativeObjective(backbone.tokenizer, CATALOGUE, max_history=3, settings=GenerativeSettings())
+    before = GroundingRanker(objective, GroundingSettings()).embed(model, list(TITLES))
     adapter = LoraAdapter()
     adapter.attach(backbone.model, backbone.arch, 0, lambda name: "body")
     with torch.no_grad():
@@ -249,14 +275,14 @@ def test_grounding_embeds_with_the_frozen_backbone(real_data: Path) -> None:
             parameter.add_(0.1)
     ids = torch.arange(3, 9)[None]
     adapted = model.eval()(ids)
-    assert torch.equal(GroundingRanker(objective).embed(model, list(TITLES)), before)
+    assert torch.equal(GroundingRanker(objective, GroundingSettings()).embed(model, list(TITLES)), before)
     assert torch.equal(model(ids), adapted), "the adapter is active again"
 
 
 def test_training_on_titles_raises_their_likelihood(real_data: Path) -> None:
     backbone = load_hf(str(real_data / "stories260K-hf"))
     model = SplitModel(backbone.model, 1, 1)
-    objective = GenerativeObjective(backbone.tokenizer, CATALOGUE, max_history=3)
+    objective = GenerativeObjective(backbone.tokenizer, CATALOGUE, max_history=3, settings=GenerativeSettings())
     adapter = LoraAdapter(dropout=0.0)
     adapter.attach(backbone.model, backbone.arch, 0, lambda name: "body")
     last = torch.tensor([[0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]]).bool()
@@ -270,9 +296,12 @@ def test_training_on_titles_raises_their_likelihood(real_data: Path) -> None:
         optimizer.zero_grad()
         losses.append(float(total.detach()) / count)
     assert losses[-1] < 0.7 * losses[0]
-    scores = LikelihoodRanker(objective).scores(model.eval(), HISTORIES)
+    scores = LikelihoodRanker(objective, LikelihoodSettings()).scores(model.eval(), HISTORIES)
     assert scores.argmax(dim=1).tolist() == [3, 5, 1]
-    exact, few = LikelihoodRanker(objective, "sum").scores(model, HISTORIES), ConstrainedRanker(objective, num_beams=3)
+    exact, few = (
+        LikelihoodRanker(objective, LikelihoodSettings("sum")).scores(model, HISTORIES),
+        ConstrainedRanker(objective, ConstrainedSettings(num_beams=3)),
+    )
     order = few.scores(model, HISTORIES).argsort(dim=1, descending=True)
     certain = few.take_report()[:, few.reported.index("num_certain")].int().tolist()
     assert max(certain) < 7, "not all titles are reached"

@@ -17,6 +17,7 @@ from fellrec.experiment import build_data, build_loop, build_recommender
 from fellrec.functional.softmax import chunked_cross_entropy, draw_items, sampled_cross_entropy
 from fellrec.models.backbone import Backbone
 from fellrec.models.objectives.retrieval import RetrievalObjective
+from fellrec.models.settings import RetrievalSettings, TinySettings
 from fellrec.models.split import SplitModel
 from fellrec.models.streams import StreamPosition
 from fellrec.models.tiny import build_tiny
@@ -27,7 +28,9 @@ CATALOGUE = Catalogue(tuple("abcd"), TITLES, pd.DataFrame({"genre": ["Horror", "
 
 @pytest.fixture(scope="module")
 def tiny() -> Backbone:
-    return build_tiny([f"{text}\n" for text in CATALOGUE.texts()], hidden_size=16, num_layers=2, vocab_size=320)
+    return build_tiny(
+        [f"{text}\n" for text in CATALOGUE.texts()], TinySettings(hidden_size=16, num_layers=2, vocab_size=320)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,7 @@ def test_key_value_text_skips_missing_values() -> None:
 
 def test_newest_first_pools_the_end_of_the_reversed_text(tiny: Backbone, model: SplitModel) -> None:
     """One target per row; items after the target are neither in the text nor in the loss."""
-    objective = RetrievalObjective(tiny.tokenizer, CATALOGUE, 3, order="newest_first")
+    objective = RetrievalObjective(tiny.tokenizer, CATALOGUE, 3, RetrievalSettings(order="newest_first"))
     assert objective.one_target_per_row
     queries = objective.queries(model, torch.tensor([[0, 1, 2], [3, -1, -1]]))
     for row, titles in enumerate([["Amélie", "Heat (1995)", "Alien"], ["M"]]):
@@ -64,7 +67,7 @@ def test_newest_first_pools_the_end_of_the_reversed_text(tiny: Backbone, model: 
 
 
 def test_mean_pooling_averages_the_tokens_of_the_history(tiny: Backbone, model: SplitModel) -> None:
-    objective = RetrievalObjective(tiny.tokenizer, CATALOGUE, 3, pooling="mean")
+    objective = RetrievalObjective(tiny.tokenizer, CATALOGUE, 3, RetrievalSettings(pooling="mean"))
     queries = objective.queries(model, torch.tensor([[0, 1, -1], [3, -1, -1]]))
     for row, titles in enumerate([["Alien", "Heat (1995)"], ["M"]]):
         expected = F.normalize(hidden_of(tiny, titles).mean(dim=0), dim=0)
@@ -140,7 +143,7 @@ def test_the_estimate_of_the_denominator_is_unbiased() -> None:
 def test_only_the_drawn_items_are_encoded(tiny: Backbone, model: SplitModel, item_encoder: str) -> None:
     """Value and gradients equal those of the sampled loss with the vectors of all items; two of four are encoded."""
     settings = {"item_encoder": item_encoder, "num_negatives": 1}
-    objective = RetrievalObjective(tiny.tokenizer, CATALOGUE, 3, **settings)
+    objective = RetrievalObjective(tiny.tokenizer, CATALOGUE, 3, RetrievalSettings(**settings))
     batch = objective.collate(torch.tensor([[0, 1, 2, 3]]), torch.tensor([[False, False, False, True]]))
     with model.streams.using(StreamPosition(5)):
         drawn = objective.draw(batch, model.streams)
@@ -206,7 +209,7 @@ def test_cached_item_vectors(short: list[str]) -> None:
 def test_outside_of_rounds_every_step_encodes_the_items(tiny: Backbone, model: SplitModel) -> None:
     """Without rounds, as in ``lightning.Trainer``, there is no table; ``inputs`` has only the inputs of every step."""
     each, kept = (
-        RetrievalObjective(tiny.tokenizer, CATALOGUE, 3, item_encoder="encoded", **settings)
+        RetrievalObjective(tiny.tokenizer, CATALOGUE, 3, RetrievalSettings(item_encoder="encoded", **settings))
         for settings in ({}, {"refresh_items": "round"})
     )
     batch = each.collate(torch.tensor([[0, 1, 2, 3]]), torch.tensor([[False, False, True, True]]))
@@ -220,8 +223,8 @@ def test_outside_of_rounds_every_step_encodes_the_items(tiny: Backbone, model: S
         ({"order": "random"}, "objective.order"),
         ({"pooling": "max"}, "objective.pooling"),
         ({"text": "xml"}, "objective.text"),
-        ({"chunk_items": 0}, "objective.chunk_items=0 must be at least 1"),
-        ({"num_negatives": 4}, "objective.num_negatives=4 must be at least 1 and below the 4 items"),
+        ({"chunk_items": 0}, "objective.chunk_items=0 is not allowed: a whole number of at least 1, or null"),
+        ({"num_negatives": 4}, "objective.num_negatives=4 must be below the 4 items"),
         ({"num_negatives": 2, "chunk_items": 2}, "one of them must be null"),
         ({"num_negatives": 2, "negatives": "hard"}, "objective.negatives"),
         ({"refresh_items": "never", "item_encoder": "encoded"}, "objective.refresh_items=never is not allowed"),
@@ -230,7 +233,7 @@ def test_outside_of_rounds_every_step_encodes_the_items(tiny: Backbone, model: S
 )
 def test_invalid_settings_are_refused(tiny: Backbone, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        RetrievalObjective(tiny.tokenizer, CATALOGUE, 3, **settings)
+        RetrievalObjective(tiny.tokenizer, CATALOGUE, 3, RetrievalSettings(**settings))
 
 
 def test_cached_item_vectors_need_the_whole_model(tiny_overrides: list[str], tmp_path: Path) -> None:

@@ -1,0 +1,65 @@
+"""Settings of the aggregation rules that have any: ``aggregation``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fellrec.functional.ranges import NotNegative, Positive, Rate, check
+
+
+@dataclass(frozen=True)
+class FELLRecSettings:
+    """FELLRec's dynamic balance strategy (METHOD section 3)."""
+
+    alpha: NotNegative = 0.7
+    """α of METHOD (3), the learning speed; 0 is `Local`: no communication."""
+    beta: Positive = 5.0
+    """β of METHOD (3), rounds over which heating continues; the larger, the slower."""
+    temperature: Positive = 0.05
+    """τ of METHOD (2), of the softmax over client losses."""
+    attention: bool = True
+    """Whether similarities weigh the senders, METHOD (1)."""
+    heating: bool = True
+    """Whether difficulties slow the receivers, METHOD (2)-(3)."""
+    similarity: Literal["update", "parameters"] = "update"
+    """What is compared: the round's updates (end minus start), or the parameters."""
+    fidelity: Literal["paper", "released_code"] = "paper"
+    """paper, or released_code for the authors' program with its mistakes: exponent ``t + 1/beta``, no heating at
+    ``beta = 1``, raw parameters compared whatever ``similarity`` is, and mixing in place in client order. The weights
+    are computed before anything is mixed."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")
+
+
+@dataclass(frozen=True)
+class UpdateMixingSettings:
+    """Mixing of updates instead of adapters (docs/updatemixing.md)."""
+
+    own_share: Rate = 0.0
+    """o of (U2): what a client takes of its own update on top; 1 is `Local`."""
+    server_learning_rate: Positive = 1.0
+    """η of (U3): what the mixed update is multiplied by."""
+    attention: bool = True
+    """Whether similarities weigh the senders, (U1)."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")
+
+
+@dataclass(frozen=True)
+class PersistenceSettings:
+    """Persistence-weighted mixing (docs/persistence.md)."""
+
+    exponent: Positive = 1.0
+    """Of (P2); the smaller, the more a client keeps of its own."""
+    others: Literal["similar", "equal", "samples"] = "similar"
+    """The average that a client's own is mixed with: METHOD (1) of round updates with rows divided by their sums,
+    ``1 / N``, or FedAvg's weights."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")

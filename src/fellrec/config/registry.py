@@ -1,0 +1,190 @@
+"""Which dataclass has the settings of a group or choice, and its defaults as nodes that Hydra composes.
+
+A file in ``conf/`` names the dataclass in its defaults list: ``defaults: [TrainerSettings]``. A class of the package
+that a ``_target_`` names takes the same settings; what a user's own class takes is not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+
+from fellrec.aggregation.settings import FELLRecSettings, PersistenceSettings, UpdateMixingSettings
+from fellrec.cut.settings import SplitSettings
+from fellrec.data.settings import (
+    AtomicSettings,
+    AttributeSettings,
+    DataSettings,
+    DirichletSettings,
+    FilesSettings,
+    GlobalTimeSettings,
+    KMeansSettings,
+    LeaveOneOutSettings,
+    PerUserSettings,
+    RandomSettings,
+    SyntheticSettings,
+)
+from fellrec.federated.settings import ExchangeSettings, ParticipationSettings, TrainerSettings
+from fellrec.functional.ranges import Natural, check
+from fellrec.launch.settings import LauncherSettings
+from fellrec.models.settings import (
+    FullSettings,
+    GenerativeSettings,
+    HfSettings,
+    LoraSettings,
+    RetrievalSettings,
+    SasrecSettings,
+    TinySettings,
+)
+from fellrec.rankers.settings import ConstrainedSettings, GroundingSettings, LikelihoodSettings, ReferenceSettings
+from fellrec.tracking.settings import TrackingSettings
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings that are in no group."""
+
+    seed: Natural = 0
+    """Of batch order, dropout and LoRA initialisation; the data, the partition and the backbone have their own."""
+    run_dir: str | None = None
+    """Where the run is written; null: runs/<time>-<data>-<rule>."""
+    resume: str | None = None
+    """A run directory: resume the run where it stopped."""
+    cache_dir: str | None = None
+    """Prepared data and pretrained tiny backbones; null: .cache/fellrec at home."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "")
+
+
+GROUPS: Mapping[str, type] = {
+    "": RunSettings,
+    "data": DataSettings,
+    "split": SplitSettings,
+    "participation": ParticipationSettings,
+    "exchange": ExchangeSettings,
+    "trainer": TrainerSettings,
+    "references": ReferenceSettings,
+    "tracking": TrackingSettings,
+    "launcher": LauncherSettings,
+}
+"""Groups whose settings are the same for every choice."""
+
+_READERS = "fellrec.data.readers"
+CHOICES: Mapping[str, Mapping[str, type]] = {
+    "data.reader": {
+        f"{_READERS}.AtomicReader": AtomicSettings,
+        f"{_READERS}.MicroLensReader": FilesSettings,
+        f"{_READERS}.MovieLens100KReader": FilesSettings,
+        f"{_READERS}.MovieLens1MReader": FilesSettings,
+        f"{_READERS}.SyntheticReader": SyntheticSettings,
+    },
+    "holdout": {
+        "fellrec.data.holdout.GlobalTime": GlobalTimeSettings,
+        "fellrec.data.holdout.LeaveOneOut": LeaveOneOutSettings,
+    },
+    "partition": {
+        "fellrec.data.partition.AttributePartition": AttributeSettings,
+        "fellrec.data.partition.DirichletPartition": DirichletSettings,
+        "fellrec.data.partition.KMeansPartition": KMeansSettings,
+        "fellrec.data.partition.PerUserPartition": PerUserSettings,
+        "fellrec.data.partition.RandomPartition": RandomSettings,
+    },
+    "objective": {
+        "fellrec.models.objectives.generative.GenerativeObjective": GenerativeSettings,
+        "fellrec.models.objectives.retrieval.RetrievalObjective": RetrievalSettings,
+    },
+    "backbone": {"hf": HfSettings, "sasrec": SasrecSettings, "tiny": TinySettings},
+    "adapter": {
+        "fellrec.models.adapters.FullAdapter": FullSettings,
+        "fellrec.models.adapters.LoraAdapter": LoraSettings,
+    },
+    "ranker": {
+        "fellrec.rankers.constrained.ConstrainedRanker": ConstrainedSettings,
+        "fellrec.rankers.grounding.GroundingRanker": GroundingSettings,
+        "fellrec.rankers.likelihood.LikelihoodRanker": LikelihoodSettings,
+    },
+    "aggregation": {
+        "fellrec.aggregation.FELLRec": FELLRecSettings,
+        "fellrec.aggregation.Persistence": PersistenceSettings,
+        "fellrec.aggregation.UpdateMixing": UpdateMixingSettings,
+    },
+}
+"""Groups whose choices have settings of their own, by ``_target_``, or for a backbone by its name."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The settings of a composed configuration that one dataclass has.
+
+    Attributes:
+        key: Where they are, such as ``data.reader``; empty for those in no group.
+        kind: The dataclass.
+        values: The settings.
+    """
+
+    key: str
+    kind: type
+    values: Mapping[str, Any]
+
+    def dotted(self, name: str) -> str:
+        """The key of one of the settings."""
+        return f"{self.key}.{name}" if self.key else name
+
+
+def known_by(key: str) -> str:
+    """The setting that tells a choice of ``CHOICES[key]`` from the others."""
+    return "name" if key == "backbone" else "_target_"
+
+
+def parts(config: Mapping[str, Any]) -> Iterator[Part]:
+    """The parts of a configuration, plain values, whose settings are known; a group may be absent.
+
+    Example:
+        >>> [(part.key, part.values) for part in parts({"split": {"head_layers": 2}, "seed": 0})]
+        [('', {'seed': 0}), ('split', {'head_layers': 2})]
+    """
+    yield Part("", RunSettings, {name: value for name, value in config.items() if not isinstance(value, Mapping)})
+    for group, kind in GROUPS.items():
+        if group and group in config:
+            yield Part(group, kind, {name: value for name, value in config[group].items() if name != "reader"})
+    for key, kinds in CHOICES.items():
+        node = config
+        for name in key.split("."):
+            node = node.get(name) or {}
+        if kind_of_choice := kinds.get(str(node.get(known_by(key)))):
+            yield Part(key, kind_of_choice, {name: value for name, value in node.items() if name != known_by(key)})
+
+
+def register() -> None:
+    """Give Hydra the defaults of all dataclasses, each as a choice with the dataclass's name in its group."""
+    store = ConfigStore.instance()
+    for group, kind in GROUPS.items():
+        store.store(name=kind.__name__, node=defaults_of(kind), group=group or None)
+    for key, kinds in CHOICES.items():
+        for kind in kinds.values():
+            group = key.partition(".")[0]
+            store.store(name=kind.__name__, node={known_by(key): "???", **defaults_of(kind)}, group=group)
+
+
+def defaults_of(kind: type) -> dict[str, Any]:
+    """The defaults of a dataclass as plain values; ``???`` for a field without one.
+
+    Example:
+        >>> defaults_of(AttributeSettings)
+        {'column': '???', 'num_clients': None}
+    """
+    return {field.name: _plain(field.default, field.default_factory) for field in fields(kind)}
+
+
+def _plain(default: Any, factory: Any) -> Any:
+    value = factory() if factory is not MISSING else default
+    if value is MISSING:
+        return "???"
+    if is_dataclass(value):
+        return defaults_of(type(value))
+    return list(value) if isinstance(value, tuple) else value

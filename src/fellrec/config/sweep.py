@@ -1,0 +1,88 @@
+"""Sweeps: from comma-separated values to the overrides of each run.
+
+Each aggregation rule has its own settings. Where several rules are named together, an override such as
+``aggregation.alpha=0.3,0.7`` is for those that have the setting; the others are run without it, and so once:
+``aggregation=fedavg,fellrec aggregation.alpha=0.3,0.7`` is three runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from hydra.core.override_parser.types import Override
+
+from fellrec.config.compose import composed, parse
+from fellrec.config.instantiate import import_target, setting_names
+from fellrec.errors import ConfigError, unknown
+
+_GROUP = "aggregation"
+_RULE = (_GROUP, f"{_GROUP}._target_")
+"""Overrides that name the rule."""
+
+
+def expand(overrides: Sequence[str], runs: Sequence[Sequence[str]] = ()) -> list[list[str]]:
+    """Expand comma-separated values into one list of overrides per run, the last key varying fastest.
+
+    Args:
+        overrides: Of all runs.
+        runs: Further overrides; each list is combined with ``overrides``, the lists not with each other.
+
+    Raises:
+        ConfigError: For a malformed override, or a setting that no rule of the sweep has.
+    """
+    return [run for sweep in sweeps(overrides, runs) for run in _product(sweep)]
+
+
+def sweeps(overrides: Sequence[str], runs: Sequence[Sequence[str]] = ()) -> list[list[str]]:
+    """The sweeps, values still separated by commas, in which every rule has all settings that are given for it.
+
+    Args:
+        overrides: Of all runs; settings of rules in it are left out for rules that do not have them.
+        runs: See `expand`.
+
+    Raises:
+        ConfigError: As `expand`.
+    """
+    given = [[*overrides, *run] for run in runs] or [list(overrides)]
+    shared = {text: name for item in parse(overrides) if (text := str(item.input_line)) and (name := _setting(item))}
+    of_one_rule = [part for sweep in given for part in _product(sweep, only=_RULE)] if shared else []
+    if len(of_one_rule) < 2:
+        return given
+    names = [_settings_of_rule(part) for part in of_one_rule]
+    for name in shared.values():
+        if not any(name in known for known in names):
+            choices = dict.fromkeys(f"{_GROUP}.{choice}" for known in names for choice in known)
+            raise ConfigError(unknown("setting", f"{_GROUP}.{name}", choices))
+    if all(name in known for name in shared.values() for known in names):
+        return given
+    return [
+        [text for text in part if text not in shared or shared[text] in known]
+        for part, known in zip(of_one_rule, names, strict=True)
+    ]
+
+
+def _setting(item: Override) -> str | None:
+    """The setting of a rule that an override gives a value; ``None`` for any other override."""
+    group, _, name = item.key_or_group.partition(".")
+    return name if group == _GROUP and name not in ("", "_target_") and not item.is_delete() else None
+
+
+def _settings_of_rule(overrides: Sequence[str]) -> list[str]:
+    """Names of the settings of the rule that some overrides name."""
+    naming = [text for text in overrides if parse([text])[0].key_or_group in (*_RULE, "hydra.searchpath")]
+    node = composed(naming)[_GROUP]
+    if any(text.startswith(f"{_GROUP}._target_=") for text in naming):  # a class that conf/ may not know
+        return setting_names(import_target(node["_target_"], _GROUP))
+    return [str(name) for name in node if name != "_target_"]
+
+
+def _product(overrides: Sequence[str], only: Sequence[str] = ()) -> list[list[str]]:
+    """Every combination of the values of all keys, or of those in ``only``."""
+    axes = [
+        [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
+        if item.is_sweep_override() and (not only or item.key_or_group in only)
+        else [str(item.input_line)]
+        for item in parse(overrides)
+    ]
+    return [list(combination) for combination in itertools.product(*axes)]

@@ -1,0 +1,129 @@
+"""What ``fellrec submit`` asks of SLURM, ``launcher``; no part of the experiment."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fellrec.functional.ranges import Allowed, Count, Natural, check, listed, refuse
+
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
+_LEAST_SECONDS = 30
+"""Time of a run before its first warning; SLURM looks at time limits twice a minute."""
+
+
+def _mapping(example: str) -> Allowed:
+    return Allowed(lambda value: isinstance(value, Mapping), f"a mapping, such as {example}")
+
+
+Options = Annotated[Mapping[str, Any], _mapping("{constraint: a100}")]
+Variables = Annotated[Mapping[str, Any], _mapping("{NAME: value}")]
+Lines = Annotated[Sequence[str], listed("a list, such as [module load cuda]")]
+Words = Annotated[Sequence[str], listed("a list, such as [--bind,/scratch]")]
+
+
+@dataclass(frozen=True)
+class LauncherSettings:
+    """What is asked of SLURM. Values are SLURM's own (man sbatch); null is the site's default."""
+
+    nodes: Count = 1
+    """Nodes."""
+    gpus_per_node: Natural = 0
+    """GPUs on each node."""
+    tasks_per_node: Count | None = None
+    """Processes on a node; null: one per GPU, or 1."""
+    cpus_per_task: Count | None = None
+    """Cores of a process."""
+    memory: str | None = None
+    """Per node, such as 64G."""
+    time: str | int | None = None
+    """Time limit, such as 12:00:00 or 2-00:00:00."""
+    partition: str | None = None
+    """Partition of the cluster."""
+    account: str | None = None
+    """Account that is charged."""
+    qos: str | None = None
+    """Quality of service."""
+    job_name: str | None = None
+    """Name of the job; null: data, rule and seed."""
+    options: Options | None = None
+    """Further options of sbatch, by name: launcher.options='{constraint: a100, exclusive: true}'."""
+    signal_seconds: Count = 120
+    """Seconds before the time limit at which the run is asked to stop at the next safe point."""
+    requeue: bool = True
+    """Whether it then waits in the queue again, to resume where it stopped."""
+    max_requeues: Natural = 100
+    """Times that a run is requeued at most: one that makes no progress must not be requeued for ever."""
+    max_parallel: Count | None = None
+    """With ``-m``: jobs of the sweep that run at the same time; null: all."""
+    setup: Lines = ()
+    """Lines of bash before the run, such as [module load cuda]."""
+    environment: Variables | None = None
+    """Environment variables of the run: launcher.environment='{NCCL_SOCKET_IFNAME: ib0}'."""
+    python: str | None = None
+    """The interpreter that has fellrec; null: that of this process, or the container's."""
+    container: str | None = None
+    """Path of an Apptainer image that has fellrec."""
+    container_options: Words = ()
+    """Options of apptainer exec, such as [--bind,/scratch]."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges, refuse what cannot be in a script, and a warning that leaves no time to train."""
+        check(self, "launcher")
+        refuse(*self._problems())
+
+    @property
+    def tasks(self) -> int:
+        """Processes on a node."""
+        return self.tasks_per_node or max(1, self.gpus_per_node)
+
+    def _problems(self) -> Iterator[str]:
+        for key, value in self._texts():
+            if not is_line(value):
+                yield f"launcher.{key}={value!r} is not allowed: one line of text"
+        for name in self.environment or {}:
+            if not re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII):
+                yield f"launcher.environment has {name!r}, which is not the name of a variable"
+        for name in self.options or {}:
+            if not re.fullmatch(r"[a-z][a-z0-9-]*", str(name)):
+                yield f"launcher.options has {name!r}, which is not the name of an option of sbatch, such as constraint"
+        limit = None if self.time is None else seconds_of(str(self.time))
+        if limit is not None and limit < self.signal_seconds + _LEAST_SECONDS:
+            yield (
+                f"launcher.signal_seconds={self.signal_seconds} leaves too little of launcher.time={self.time}: "
+                f"the limit must be at least {_LEAST_SECONDS} seconds more"
+            )
+
+    def _texts(self) -> Iterator[tuple[str, Any]]:
+        for key in ("memory", "time", "partition", "account", "qos", "job_name", "python", "container"):
+            if (value := getattr(self, key)) is not None:
+                yield key, value
+        yield from (("setup", line) for line in self.setup)
+        yield from (("container_options", word) for word in self.container_options)
+        yield from ((f"environment.{name}", value) for name, value in (self.environment or {}).items())
+        yield from ((f"options.{name}", value) for name, value in (self.options or {}).items())
+
+
+def seconds_of(time: str) -> int | None:
+    """Seconds of a time limit in SLURM's notation; ``None`` for a limit that is none, such as ``UNLIMITED``.
+
+    Example:
+        >>> seconds_of("90"), seconds_of("12:00:00"), seconds_of("2-6"), seconds_of("1-00:30")
+        (5400, 43200, 194400, 88200)
+    """
+    found = _TIME.fullmatch(time)
+    if not found:
+        return None
+    parts = [int(part) for part in found["parts"].split(":")]
+    if found["days"] is not None:  # days-hours, days-hours:minutes, days-hours:minutes:seconds
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+        return int(found["days"]) * 86400 + hours * 3600 + minutes * 60 + seconds
+    hours, minutes, seconds = [[0, *parts, 0], [0, *parts], parts][len(parts) - 1]  # minutes; :seconds; hours::
+    return hours * 3600 + minutes * 60 + seconds
+
+
+def is_line(value: Any) -> bool:
+    """Whether a value can be one line of a script."""
+    return isinstance(value, (str, int, float)) and str(value) != "" and str(value).isprintable()
