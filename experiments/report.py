@@ -15,7 +15,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fellrec.functional.rng import derive_seed
@@ -30,7 +29,7 @@ def cells(out: Path) -> dict[str, dict[str, Any]]:
     """The ``comparison.json`` of each cell, by name of its directory, in the order in which they were finished."""
     found = sorted(out.glob("*/comparison/comparison.json"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise SystemExit(f"{out} holds no finished comparison")
+        raise SystemExit(f"{out} contains no finished comparison")
     return {path.parts[-3]: json.loads(path.read_text()) for path in found}
 
 
@@ -79,7 +78,6 @@ def text(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _row(row: dict[str, Any]) -> dict[str, str]:
-    versus = pd.notna(row["fedavg_user_low"])
     return {
         "cell": row["cell"],
         "rule": display_name(row["rule"]),
@@ -87,26 +85,21 @@ def _row(row: dict[str, Any]) -> dict[str, str]:
         "CV": f"{row['cv']:.2f}",
         "worst": f"{row['worst']:.4f}",
         "pooled": f"{row['pooled']:.4f}",
-        "to FedAvg": f"{row['fedavg_client_change_percent']:+.0f} %"
-        if pd.notna(row["fedavg_client_change_percent"])
-        else "",
-        "pooled difference to FedAvg": (
-            f"{row['fedavg_user_difference']:+.4f} {_interval(row['fedavg_user_low'], row['fedavg_user_high'])}"
-            if versus
-            else ""
+        "to FedAvg": _text("{:+.0f} %", row["fedavg_client_change_percent"]),
+        "pooled difference to FedAvg": _text(
+            "{:+.4f} [{:+.4f}, {:+.4f}]", *(row[f"fedavg_user_{name}"] for name in ("difference", "low", "high"))
         ),
-        "p": p_text(row["fedavg_holm_p"]) if versus else "",
-        "CV's difference": (
-            f"{row['fedavg_cv_difference']:+.2f} {_interval(row['fedavg_cv_low'], row['fedavg_cv_high'], digits=2)}"
-            if pd.notna(row["fedavg_cv_low"])
-            else ""
+        "p": "" if pd.isna(row["fedavg_user_low"]) else p_text(row["fedavg_holm_p"]),
+        "CV's difference": _text(
+            "{:+.2f} [{:+.2f}, {:+.2f}]", *(row[f"fedavg_cv_{name}"] for name in ("difference", "low", "high"))
         ),
-        "s/run": "" if pd.isna(row["seconds"]) else f"{row['seconds']:.0f}",
+        "s/run": _text("{:.0f}", row["seconds"]),
     }
 
 
-def _interval(low: float, high: float, digits: int = 4) -> str:
-    return f"[{low:+.{digits}f}, {high:+.{digits}f}]"
+def _text(template: str, *values: float) -> str:
+    """The formatted values; empty if one is missing."""
+    return "" if any(map(pd.isna, values)) else template.format(*values)
 
 
 def pairs(out: Path, found: dict[str, dict[str, Any]], wanted: list[tuple[str, str]]) -> pd.DataFrame:
@@ -127,7 +120,7 @@ def pairs(out: Path, found: dict[str, dict[str, Any]], wanted: list[tuple[str, s
                     "cell": cell,
                     "difference": " − ".join(display_name(name) for name in names),
                     "pooled": f"{float(difference.mean()):+.4f}",
-                    "95 % over users": _interval(*interval),
+                    "95 % over users": _text("[{:+.4f}, {:+.4f}]", *interval),
                 }
             )
     adjusted = holm(torch.tensor(p_values, dtype=torch.float64)).tolist()
@@ -155,7 +148,6 @@ def draw(table: pd.DataFrame) -> Figure:
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(4.2 * columns, 5 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for ax in axes[len(names) :]:
         ax.set_axis_off()

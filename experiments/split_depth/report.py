@@ -14,7 +14,6 @@ from statistics import median
 from typing import Any
 
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fellrec.report.tables import markdown
@@ -93,7 +92,6 @@ def reached(frame: pd.DataFrame, column: str, percent: float) -> pd.Series[Any] 
 def draw(tiny: pd.DataFrame, llama: pd.DataFrame) -> Figure:
     """Two rows for the measured runs, one for the plan."""
     figure = Figure(figsize=(10, 7.6), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(3, 3).flat
     panels = [
         ("client storage, MB", tiny, ["client MB"]),

@@ -144,7 +144,7 @@ def test_the_report_of_a_sweep(tmp_path: Path, tiny_overrides: list[str], monkey
         assert float(shown) == pytest.approx(pooled["fellrec"] - pooled["local"], abs=6e-5)
     assert matplotlib.image.imread("out/report.png").std() > 0.02
     nothing = subprocess.run([*command[:2], "few"], capture_output=True, text=True, check=False)
-    assert (nothing.returncode, nothing.stderr) == (1, "few holds no finished comparison\n")
+    assert (nothing.returncode, nothing.stderr) == (1, "few contains no finished comparison\n")
 
 
 def test_the_benchmark_of_the_cut(tmp_path: Path, tiny_overrides: list[str]) -> None:

@@ -49,7 +49,7 @@ class ClientRankingMetrics(Metric):
     Args:
         num_clients: C.
         cutoffs: The K, already checked with ``fellrec.functional.ranking.check_cutoffs``.
-        groups: Stage → name → ``[U]`` bool, one flag per user index: groups of users with metrics of their own.
+        groups: Stage → name → ``[U]`` bool, one flag per user index: groups that have metrics of their own.
         reported: Names of the values that a ranker reports of each user; see ``ReportingRanker``.
         num_candidates: N, if targets are also ranked among a sample of N items; ``None`` if not.
         **kwargs: As for ``torchmetrics.Metric``.

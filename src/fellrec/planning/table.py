@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from fellrec.functional.cost import PartCost, human_bytes
 from fellrec.planning.plan import Plan
+from fellrec.report.tables import fits, text_table
 
 _SHOWN_BY_CUT = ("split.head_layers", "split.tail_layers")
 """Overrides without a column of their own: the column ``cut`` shows them."""
@@ -117,8 +117,7 @@ def _ratio(plan: Plan) -> str:
 def _fitting(rows: Sequence[Row], title: str, columns: Sequence[_Column], console: Console) -> list[Table]:
     """One table, or several with some of the columns each, so that no number is truncated."""
     table = _table(rows, title, columns)
-    width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
-    if width <= console.width or len(columns) <= 2:
+    if fits(table, console) or len(columns) <= 2:
         return [table]
     label, *others = columns
     half = (len(others) + 1) // 2
@@ -130,16 +129,12 @@ def _fitting(rows: Sequence[Row], title: str, columns: Sequence[_Column], consol
 
 
 def _table(rows: Sequence[Row], title: str, columns: Sequence[_Column]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     swept = [key for key in rows[0].values if key not in _SHOWN_BY_CUT]
-    for heading in (*(key.rpartition(".")[2] for key in swept), "cut"):
-        table.add_column(heading, no_wrap=True)
-    for heading, _ in columns:
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for row in rows:
-        cells = [cell(row.plan) for _, cell in columns]
-        table.add_row(*(row.values[key] for key in swept), _cut(row.plan), *cells)
-    return table
+    left = [*(key.rpartition(".")[2] for key in swept), "cut"]
+    cells = [
+        [*(row.values[key] for key in swept), _cut(row.plan), *(cell(row.plan) for _, cell in columns)] for row in rows
+    ]
+    return text_table(title, [*left, *(heading for heading, _ in columns)], cells, num_left=len(left) + 1)
 
 
 def _notes(rows: Sequence[Row]) -> str:

@@ -1,9 +1,9 @@
-"""Results of runs and of comparisons: figures that the table, the JSON output and MLflow share."""
+"""Results of runs and of comparisons: what tables, JSON output and MLflow are made from."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,16 +23,16 @@ class RuleResult:
         rule: Name.
         seed: Of the run.
         kind: ``"learned"`` or ``"reference"``.
-        evaluation: Of the test holdout (or the one that was asked for).
+        evaluation: Of the test split, or of the one that was requested.
         seconds_per_round: Training and aggregation; ``None`` for reference rankers.
         total_seconds: The whole run, evaluation included.
         peak_memory_bytes: Largest resident memory of the process by the end of this run.
         best_round: The round whose adapters were tested; -1 is the start.
-        validation: What selection looked at, in that round: mean over clients on the validation holdout; ``None`` for
+        validation: Value of the selection metric in that round: mean over clients on the validation split; ``None`` for
             reference rankers.
         run_id: Of the MLflow run.
-        variant: What else varies over a comparison, such as ``"head_layers=2"``; empty if nothing does, and for
-            reference rankers, which do not depend on it.
+        variant: Settings of the cut that vary over a comparison, such as ``"head_layers=2"``; empty if none do, and for
+            reference rankers, which do not depend on them.
         cost: Storage and traffic; ``None`` for reference rankers.
     """
 
@@ -51,11 +51,11 @@ class RuleResult:
 
     @property
     def name(self) -> str:
-        """Rule and variant: what tells the lines of a table apart."""
+        """Rule and variant, which identify a line of a table."""
         return f"{self.rule} {self.variant}" if self.variant else self.rule
 
     def is_paired_with(self, base: RuleResult) -> bool:
-        """Whether a difference to ``base`` is one between rules: same seed, and same variant if this has one."""
+        """Whether this result and ``base`` differ only in the rule: same seed, and same variant if this has one."""
         return self.seed == base.seed and self.variant in ("", base.variant)
 
 
@@ -67,7 +67,7 @@ class Difference:
         rule: Line of the comparison.
         baseline: The line it is compared with.
         metric: Such as ``ndcg_at_10``.
-        num_seeds: Seeds that both have; users and clients are averaged over them first.
+        num_seeds: Seeds that both have; values of users and clients are averaged over them first.
         num_users: Users whom all these runs evaluated.
         num_clients: Clients that have some of them.
         user_difference: Mean over users.
@@ -100,7 +100,7 @@ class Difference:
     holm_p: float
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values; an interval's ends have names of their own."""
+        """JSON-ready values; an interval becomes ``*_low`` and ``*_high``."""
         plain: dict[str, Any] = {}
         for name, value in asdict(self).items():
             if name.endswith("_interval"):
@@ -135,7 +135,7 @@ class Comparison:
 
     @property
     def stage(self) -> str:
-        """The holdout that was scored."""
+        """The stage that was evaluated."""
         return self.results[0].evaluation.stage
 
     def rules(self, kind: str) -> list[str]:
@@ -144,7 +144,7 @@ class Comparison:
 
     @property
     def reference_rule(self) -> str:
-        """The rule that others are tested against: FedAvg where it is among them, else the baseline of gains."""
+        """The rule that others are tested against: FedAvg if it is among them, else the baseline of gains."""
         return self.only_line("fedavg") or self.baseline
 
     @property
@@ -153,24 +153,23 @@ class Comparison:
         return self.only_line("local") or "local"
 
     def only_line(self, base: str) -> str | None:
-        """The rule of that name with the settings that it has here; ``None`` if it has none, or several.
+        """The one line of a rule, whatever its settings; ``None`` if there is none, or several.
 
         Args:
-            base: Without settings, such as ``"fedavg"``.
+            base: Name without settings, such as ``"fedavg"``.
         """
         found = {result.rule for result in self.results if result.kind == "learned" and _base(result.rule) == base}
         return found.pop() if len(found) == 1 else None
 
     def validation(self, rule: str) -> float | None:
-        """Mean over seeds of what selection looked at; ``None`` for reference rankers."""
-        values = [value for result in self.of_rule(rule) if (value := result.validation) is not None]
-        return float(np.mean(values)) if values else None
+        """Mean over seeds of the selection metric; ``None`` for reference rankers."""
+        return _mean(result.validation for result in self.of_rule(rule))
 
     @property
     def chosen(self) -> dict[str, str]:
-        """Of each learned rule the line that is best on the validation holdout: rule without settings → line.
+        """For each learned rule the line that is best on the validation split: rule without settings → line.
 
-        That is how settings are tuned; the test holdout has no say.
+        Settings are tuned by it; the test split is not used for selection.
         """
         best: dict[str, tuple[float, str]] = {}
         for line in self.rules("learned"):
@@ -181,7 +180,7 @@ class Comparison:
 
     @property
     def is_tuned(self) -> bool:
-        """Whether there is something to choose: a rule with several lines."""
+        """Whether a rule has several lines to choose from."""
         return bool(self.chosen) and any(self.only_line(base) is None for base in self.chosen)
 
     def of_rule(self, rule: str) -> list[RuleResult]:
@@ -190,21 +189,20 @@ class Comparison:
 
     @property
     def variants(self) -> list[str]:
-        """What varies beside rule and seed, in order; empty if nothing does."""
+        """The variants, in order; empty if only rule and seed vary."""
         return list(dict.fromkeys(result.variant for result in self.results if result.variant))
 
     def mean_and_sd(self, rule: str, figure: str) -> tuple[float, float]:
-        """Mean and sample standard deviation over seeds of a figure of the summary; the latter is 0 for one seed."""
+        """Mean and sample standard deviation over seeds of a value of the summary; the latter is 0 for one seed."""
         values = [result.evaluation.summary[figure] for result in self.of_rule(rule)]
         return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
     def gain(self, rule: str, metric: str) -> float | None:
         """Mean over clients and seeds of the difference to the baseline, paired by client and seed."""
-        gains = [
+        return _mean(
             mean_gain(result.evaluation.per_client[metric], base.evaluation.per_client[metric])
             for result, base in self.pairs(rule, self.baseline)
-        ]
-        return float(np.mean(gains)) if gains else None
+        )
 
     def difference(self, rule: str, other: str, metric: str) -> list[float]:
         """Per client, mean over seeds of ``rule`` minus ``other``, paired by seed; empty if there are no pairs."""
@@ -216,17 +214,14 @@ class Comparison:
 
     def seconds_per_round(self, rule: str) -> float | None:
         """Mean over seeds; ``None`` for reference rankers."""
-        seconds = [value for result in self.of_rule(rule) if (value := result.seconds_per_round) is not None]
-        return float(np.mean(seconds)) if seconds else None
+        return _mean(result.seconds_per_round for result in self.of_rule(rule))
 
     def cost(self, rule: str, figure: Callable[[RunCost], float | None]) -> float | None:
-        """Mean over seeds of a figure of the cost; ``None`` where there is none."""
-        found = [figure(result.cost) for result in self.of_rule(rule) if result.cost is not None]
-        values = [value for value in found if value is not None]
-        return float(np.mean(values)) if values else None
+        """Mean over seeds of a value of the cost; ``None`` without one."""
+        return _mean(figure(result.cost) for result in self.of_rule(rule) if result.cost is not None)
 
     def pairs(self, rule: str, other: str) -> list[tuple[RuleResult, RuleResult]]:
-        """Results of a line, each with those of the other rule that it is compared with."""
+        """Results of a line, each with the results of the other rule that it is paired with."""
         return [
             (result, base)
             for result in self.of_rule(rule)
@@ -235,7 +230,7 @@ class Comparison:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON-ready values; the figures are those of the table."""
+        """JSON-ready values, those of the tables among them."""
         rules = [*self.rules("learned"), *self.rules("reference")]
         return {
             "data": self.data,
@@ -273,21 +268,23 @@ def _base(rule: str) -> str:
 
 def _run_dict(result: RuleResult) -> dict[str, Any]:
     evaluation = result.evaluation
-    per_client: Mapping[str, Any] = {name: _plain(values.tolist()) for name, values in evaluation.per_client.items()}
     return {
-        "seed": result.seed,
-        "run_id": result.run_id,
-        "best_round": result.best_round,
-        "validation": result.validation,
-        "seconds_per_round": result.seconds_per_round,
-        "total_seconds": result.total_seconds,
-        "peak_memory_bytes": result.peak_memory_bytes,
+        **{name: getattr(result, name) for name in _OF_RUN},
         "cost": None if result.cost is None else result.cost.to_dict(),
         "summary": dict(evaluation.summary),
-        "per_client": per_client,
+        "per_client": {name: _plain(values.tolist()) for name, values in evaluation.per_client.items()},
     }
 
 
+_OF_RUN = ("seed", "run_id", "best_round", "validation", "seconds_per_round", "total_seconds", "peak_memory_bytes")
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Mean of the values that exist; ``None`` without any."""
+    found = [value for value in values if value is not None]
+    return float(np.mean(found)) if found else None
+
+
 def _plain(values: list[float]) -> list[float | None]:
-    """JSON has no NaN."""
+    """``None`` for NaN, which JSON does not have."""
     return [None if math.isnan(value) else value for value in values]

@@ -1,4 +1,4 @@
-"""What a run cost: storage of both sides, traffic, how busy they were. Tables, JSON and MLflow share it."""
+"""The cost of a run: storage of client and server, traffic, and computing time; for tables, JSON and MLflow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fellrec.federated.records import RoundRecord
 
 @dataclass(frozen=True)
 class Storage:
-    """Parameters in memory, those of LoRA included.
+    """Bytes of the parameters in memory, those of LoRA included.
 
     Attributes:
         client_bytes: Embedding, head, tail, final norm, LM head.
@@ -23,21 +23,21 @@ class Storage:
     server_bytes: int
 
     @property
-    def client_share(self) -> float:
-        """Share of all parameters that the client stores, in [0, 1]."""
+    def client_fraction(self) -> float:
+        """Fraction of all parameters that the client stores, in [0, 1]."""
         return self.client_bytes / max(1, self.client_bytes + self.server_bytes)
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """Measured figures of several rounds, added up; evaluation is not in them.
+    """Sums of measurements over several rounds, without evaluation.
 
     Attributes:
-        round_seconds: Wall seconds of training and aggregation of each round that was measured: all of a run, or those
+        round_seconds: Wall seconds of training and aggregation of each measured round: all rounds of a run, or those
             since it was resumed.
-        cpu_seconds: Processor time of this process in each of them, which other work on the machine hardly changes.
-        sums: Figures of ``RoundRecord.costs`` that add up, without ``cost/``, such as ``server/busy_seconds``.
-        peaks: Those of which the largest counts, such as ``client/peak_bytes``.
+        cpu_seconds: Processor time of this process in each round, which other work on the machine hardly affects.
+        sums: Values of ``RoundRecord.costs`` that are summed, without ``cost/``, such as ``server/busy_seconds``.
+        peaks: Values of which the maximum is kept, such as ``client/peak_bytes``.
     """
 
     round_seconds: tuple[float, ...] = ()
@@ -46,7 +46,7 @@ class Rounds:
     peaks: Mapping[str, float] = field(default_factory=dict)
 
     def plus(self, record: RoundRecord, cpu_seconds: float) -> Rounds:
-        """These rounds and one more, with the processor time that it took."""
+        """These rounds and one more, with its processor time."""
         sums, peaks = dict(self.sums), dict(self.peaks)
         for key, value in record.costs.items():
             name = key.removeprefix("cost/")
@@ -58,16 +58,16 @@ class Rounds:
 
     @property
     def num_rounds(self) -> int:
-        """Rounds that were measured."""
+        """Number of measured rounds."""
         return len(self.round_seconds)
 
     @property
     def seconds(self) -> float:
-        """Of all of them."""
+        """Wall seconds of all measured rounds."""
         return sum(self.round_seconds)
 
     def busy_rate(self, role: str) -> float | None:
-        """Share of the rounds in which ``"server"`` or ``"client"`` computed, in [0, 1]; ``None`` without a cut."""
+        """Fraction of the rounds' time in which ``"server"`` or ``"client"`` computed; ``None`` without a cut."""
         busy = self.sums.get(f"{role}/busy_seconds")
         return None if busy is None or self.seconds <= 0 else min(1.0, busy / self.seconds)
 
@@ -78,7 +78,7 @@ class RunCost:
 
     Attributes:
         storage: Of both sides.
-        rounds: What was measured.
+        rounds: Measurements.
         train_bytes: Kind → direction → bytes of all rounds of training.
         num_rounds: Rounds in ``train_bytes``.
         evaluation_bytes: Of all validations and the test, both ways.
@@ -94,7 +94,7 @@ class RunCost:
 
     @classmethod
     def collect(cls, storage: Storage, rounds: Rounds, ledger_rows: Iterable[Sequence[Any]], transport: str) -> RunCost:
-        """From the ledger's rows, see ``Ledger.rows``; the shared start, of round -1, is no round's."""
+        """From the ledger's rows, see ``Ledger.rows``; the initial broadcast of round -1 is in no round."""
         booked: dict[str, dict[str, int]] = {}
         seen, evaluation_bytes = set(), 0
         for _, round_index, phase, direction, kind, _, num_bytes in ledger_rows:
@@ -123,7 +123,7 @@ class RunCost:
         found = {
             "cost/client/weight_bytes": float(self.storage.client_bytes),
             "cost/server/weight_bytes": float(self.storage.server_bytes),
-            "cost/client/weight_share": self.storage.client_share,
+            "cost/client/weight_share": self.storage.client_fraction,
             "cost/round_bytes": self.round_bytes(),
             "cost/evaluation_bytes": float(self.evaluation_bytes),
         }
@@ -134,11 +134,11 @@ class RunCost:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: bytes, seconds, and shares in [0, 1]."""
+        """JSON-ready: bytes, seconds, and fractions in [0, 1]."""
         return {
             "client_weight_bytes": self.storage.client_bytes,
             "server_weight_bytes": self.storage.server_bytes,
-            "client_weight_share": self.storage.client_share,
+            "client_weight_share": self.storage.client_fraction,
             "transport": self.transport,
             "num_rounds": self.num_rounds,
             "round_bytes": self.round_bytes(),

@@ -1,4 +1,4 @@
-"""What a run leaves of single users, and the files that other evaluation tools read it from."""
+"""A run's results per user, and their export to the formats of other evaluation tools."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ from numpy.typing import NDArray
 from fellrec.data.cold import ColdStart
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError, DataError, unknown
-from fellrec.state.files import make_folder, write_atomically
+from fellrec.state.files import make_folder, write_atomically, write_parquet
 from fellrec.types import Evaluation
 
 RANKINGS = "rankings.parquet"
 TARGETS = "targets.parquet"
 
 _BELOW_ZERO = 1e-300
-"""Step below a score of 0, where neighbouring float64 are so small that some programs take them for 0; far smaller than
-any other float32."""
+"""Step below a score of 0, where some programs round neighbouring float64 to 0; far smaller than any other float32."""
 
 
 def write_users(run_dir: Path, evaluation: Evaluation, data: PreparedData, cold: ColdStart) -> None:
-    """Write ``users.parquet``, ``targets.parquet`` and ``rankings.parquet`` of a test.
+    """Write ``users.parquet``, ``targets.parquet`` and ``rankings.parquet`` of an evaluation on the test split.
 
     Args:
         run_dir: Of the run.
-        evaluation: Of the test holdout, with ``first_items``.
-        data: Whose indices it has.
+        evaluation: Of the test split, with ``first_items``.
+        data: The data set evaluated.
         cold: Its cold items and users.
     """
     users, first = evaluation.users.numpy(), evaluation.first_items
@@ -48,10 +47,10 @@ def write_users(run_dir: Path, evaluation: Evaluation, data: PreparedData, cold:
         "is_tied": first.is_tied.numpy(),
         **{name: values.numpy() for name, values in evaluation.per_user.items()},
     }
-    _write_parquet(run_dir / "users.parquet", of_users)
+    write_parquet(run_dir / "users.parquet", pd.DataFrame(of_users))
     row, item = targets.row_index, targets.values
     of_targets = {"user_id": user_ids[users[row]], "item_id": item_ids[item], "is_cold": cold.items[item]}
-    _write_parquet(run_dir / TARGETS, of_targets)
+    write_parquet(run_dir / TARGETS, pd.DataFrame(of_targets))
     row, rank = np.nonzero(first.items.numpy() >= 0)
     item = first.items.numpy()[row, rank]
     of_ranks = {
@@ -61,19 +60,19 @@ def write_users(run_dir: Path, evaluation: Evaluation, data: PreparedData, cold:
         "item_id": item_ids[item],
         "score": first.scores.numpy()[row, rank],
     }
-    _write_parquet(run_dir / RANKINGS, of_ranks)
+    write_parquet(run_dir / RANKINGS, pd.DataFrame(of_ranks))
 
 
 def export(run_dir: Path, tool: str, folder: Path) -> list[Path]:
-    """Write a run's rankings and targets as another tool reads them.
+    """Write a run's rankings and targets in the format of another tool.
 
-    The order is that of the metrics: where scores are tied, each is lowered by the smallest step that a float64 has, so
-    that a tool that sorts by score finds the same order.
+    The order is that of the metrics: tied scores are lowered by successive float64 steps, so that a tool that sorts by
+    score finds the same order.
 
     Args:
         run_dir: Of a finished run.
         tool: One of `TOOLS`.
-        folder: Where to; made if need be. Files of the same names are replaced.
+        folder: Target directory, created if absent. Files of the same names are replaced.
 
     Returns:
         The files.
@@ -86,7 +85,7 @@ def export(run_dir: Path, tool: str, folder: Path) -> list[Path]:
         raise ConfigError(unknown("format", tool, TOOLS))
     for name in (RANKINGS, TARGETS):
         if not (run_dir / name).is_file():
-            raise ConfigError(f"{run_dir} has no {name}; give the directory of a finished run")
+            raise ConfigError(f"{run_dir} has no {name}; expected the directory of a finished run")
     rankings, targets = pd.read_parquet(run_dir / RANKINGS), pd.read_parquet(run_dir / TARGETS)
     rankings["user_id"], targets["user_id"] = rankings["user_id"].astype(str), targets["user_id"].astype(str)
     rankings["score"] = strictly_descending(rankings["score"].to_numpy(), rankings["rank"].to_numpy())
@@ -105,9 +104,9 @@ def strictly_descending(scores: NDArray[np.float32], ranks: NDArray[np.int64]) -
         ranks: ``[n]`` rank of each in its user's list, ascending from 0.
 
     Returns:
-        ``[n]`` float64: the k-th of a row of equal scores is k steps of float64 lower; the first, and all that are not
-        tied, keep their value. There are 2**29 float64 between neighbours of float32, so none is passed. From 0 steps
-        are of 1e-300.
+        ``[n]`` float64: the k-th of a run of equal scores is k float64 steps lower; the first, and all that are not
+        tied, keep their value. There are 2**29 float64 between neighbouring float32, so the order does not change.
+        Below 0 the steps are 1e-300.
 
     Example:
         >>> found = strictly_descending(np.array([2.0, 1.0, 1.0, 1.0], dtype=np.float32), np.arange(4))
@@ -138,7 +137,9 @@ def _trec(rankings: pd.DataFrame, targets: pd.DataFrame) -> dict[str, bytes]:
         ids = pd.concat([rankings[name], targets[name]]).drop_duplicates()
         spaced = ids[ids.str.contains(r"\s", regex=True) | (ids == "")]
         if len(spaced):
-            raise DataError(f"{name} {spaced.iloc[0]!r} is empty or has a space, which TREC files cannot hold")
+            raise DataError(
+                f"{name} {spaced.iloc[0]!r} is empty or contains white space, which TREC files do not allow"
+            )
     run = pd.DataFrame(
         {
             "user": rankings["user_id"],
@@ -154,7 +155,7 @@ def _trec(rankings: pd.DataFrame, targets: pd.DataFrame) -> dict[str, bytes]:
 
 
 def _recbole(rankings: pd.DataFrame, targets: pd.DataFrame) -> dict[str, bytes]:
-    """What RecBole's ``Collector`` hands to its evaluator, see README; item 0 is RecBole's padding."""
+    """The input of RecBole's evaluator, see README; item 0 is RecBole's padding."""
     user_ids, user_of_target = np.unique(targets["user_id"], return_inverse=True)
     item_ids = np.unique(pd.concat([rankings["item_id"], targets["item_id"]]).to_numpy(dtype=str))
     row = pd.Index(user_ids).get_indexer(rankings["user_id"])
@@ -185,7 +186,7 @@ TOOLS: dict[str, Callable[[pd.DataFrame, pd.DataFrame], dict[str, bytes]]] = {
 
 
 def _nested(frame: pd.DataFrame) -> bytes:
-    """``{user: {item: score}}`` as JSON; a user's rows stand together. Joined from text: no loop over users."""
+    """``{user: {item: score}}`` as JSON; a user's rows are adjacent. Joined from text, without a loop over users."""
     user, item = (frame[name].map(json.dumps) for name in ("user_id", "item_id"))
     is_first = (frame["user_id"] != frame["user_id"].shift()).to_numpy()
     opening = np.where(is_first, "},\n" + user + ": {", ", ")
@@ -195,7 +196,3 @@ def _nested(frame: pd.DataFrame) -> bytes:
 
 def _lines(frame: pd.DataFrame) -> bytes:
     return frame.to_csv(None, sep=" ", header=False, index=False, lineterminator="\n").encode()
-
-
-def _write_parquet(path: Path, columns: dict[str, NDArray]) -> None:
-    write_atomically(path, pd.DataFrame(columns).to_parquet(None, index=False))

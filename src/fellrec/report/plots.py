@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 _MOST_NUMBERS = 12
 """Largest matrix whose cells are labelled with numbers."""
 _MOST_COLOURS = 10
-"""Most clients that can be told apart by their dots' colour."""
+"""Largest number of clients whose dots have colours of their own."""
 _LABEL_GAP = 0.045
-"""Least distance of two labels, as a share of the axis."""
+"""Smallest distance of two labels, as a fraction of the axis."""
 
 
 def heat_map(matrix: Sequence[Sequence[float]], clients: Sequence[int], title: str, is_mixing: bool) -> Figure:
@@ -30,7 +30,7 @@ def heat_map(matrix: Sequence[Sequence[float]], clients: Sequence[int], title: s
         is_mixing: Whether rows are receivers and columns senders.
     """
     values = np.asarray(matrix)
-    figure, axes = _new(4.6, 4.0)
+    figure, (axes,) = _axes(1, 1, 4.6, 4.0)
     image = axes.imshow(values, cmap="viridis", vmin=min(0.0, float(values.min())), vmax=max(1e-9, float(values.max())))
     if len(clients) <= 40:
         axes.set_xticks(range(len(clients)), clients)
@@ -54,7 +54,7 @@ def client_dots(values: Mapping[str, Sequence[float]], metric: str, references: 
         metric: Axis label.
         references: Reference ranker → its mean over clients.
     """
-    figure, axes = _new(1.6 + 1.1 * max(4, len(values)), 4.0)
+    figure, (axes,) = _axes(1, 1, 1.6 + 1.1 * max(4, len(values)), 4.0)
     for position, per_client in enumerate(values.values()):
         spread = np.linspace(-0.18, 0.18, len(per_client)) if len(per_client) > 1 else np.zeros(1)
         if len(per_client) > _MOST_COLOURS:
@@ -80,11 +80,11 @@ def panels(axis: str, points: Sequence[str], figures: Mapping[str, Mapping[str, 
     Args:
         axis: Label of the points.
         points: Label of each point, in order.
-        figures: Title of a panel → series → its value at each point; ``None`` leaves a point out.
+        figures: Title of a panel → series → its value at each point; ``None`` for a point without a value.
     """
     columns = min(3, len(figures))
     rows = -(-len(figures) // columns)
-    figure, grid = _grid(rows, columns)
+    figure, grid = _axes(rows, columns, 3.2 * columns, 2.6 * rows)
     for axes, (title, series) in zip(grid, figures.items()):
         for name, values in series.items():
             shown = [np.nan if value is None else value for value in values]
@@ -109,7 +109,7 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def _label_references(axes: Axes, references: Mapping[str, float]) -> None:
-    """Draw a dashed line per ranker; its name stands beside it, moved up where it would cover the one below."""
+    """Draw a dashed line per ranker with its name beside it, moved up where it would cover the name below."""
     bottom, top = axes.get_ylim()
     top = max(top, 1.05 * max(references.values(), default=0.0))
     axes.set_ylim(bottom, top)
@@ -124,20 +124,8 @@ def _label_references(axes: Axes, references: Mapping[str, float]) -> None:
         )  # fmt: skip
 
 
-def _new(width: float, height: float) -> tuple[Any, Any]:
-    figure = _figure(width, height)
-    return figure, figure.add_subplot()
-
-
-def _grid(rows: int, columns: int) -> tuple[Any, list[Any]]:
-    figure = _figure(3.2 * columns, 2.6 * rows)
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def _axes(rows: int, columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)

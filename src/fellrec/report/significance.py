@@ -1,4 +1,4 @@
-"""How sure a comparison's differences are: each learned rule against the baseline."""
+"""Statistical significance of a comparison's differences: each learned rule against the baseline."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -26,18 +25,18 @@ from fellrec.functional.statistics import (
     wilcoxon_p,
 )
 from fellrec.report.comparison import Comparison, Difference, RuleResult
-from fellrec.report.tables import display_name, markdown
+from fellrec.report.tables import display_name, print_first_fitting, text_table, write_table
 
 SEED = 0
-"""Of the bootstrap's draws: the same results give the same intervals."""
+"""Seed of the bootstrap: the same results give the same intervals."""
 
 
 def with_significance(comparison: Comparison, cutoff: int) -> Comparison:
     """The comparison with the differences of NDCG@K and Recall@K between each learned rule and the baseline.
 
     Runs are paired by seed and variant, users by their index. **Several seeds:** a user's metric, and a client's, is
-    averaged over the seeds first; then users, or clients, are what is resampled and ranked. The intervals say how far
-    the figures depend on which users, or clients, there were; the deviation over seeds is in the main table.
+    averaged over the seeds first; then users, or clients, are resampled and ranked. So the intervals measure the
+    variation over users, or clients; the standard deviation over seeds is in the main table.
 
     Args:
         comparison: Results.
@@ -119,13 +118,8 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def significance_frame(comparison: Comparison) -> pd.DataFrame:
-    """The differences as numbers, one row per rule and metric; what there is none of is empty."""
-    return pd.DataFrame([item.to_dict() for item in comparison.differences])
-
-
 def significance_text(comparison: Comparison) -> pd.DataFrame:
-    """The same for people: differences with their intervals, changes in per cent, adjusted p."""
+    """The differences as text: with their intervals, changes in per cent, adjusted p."""
     rows = [
         {
             "metric": item.metric.replace("ndcg_at_", "NDCG@").replace("recall_at_", "Recall@"),
@@ -152,28 +146,24 @@ def print_significance(comparison: Comparison, console: Console, cutoff: int) ->
         return
     frame = significance_text(comparison)
     shown = frame[frame["metric"] == f"NDCG@{cutoff}"].drop(columns=["metric", "p"])
-    caption = significance_caption(comparison)
-    layouts = [_table(shown, comparison, cutoff, caption, is_narrow) for is_narrow in (False, True)]
-    unbounded = console.options.update(max_width=10_000)
-    fitting = [table for table in layouts if console.measure(table, options=unbounded).maximum <= console.width]
     console.print()
-    console.print((fitting or layouts[-1:])[0])
+    print_first_fitting([_table(shown, comparison, cutoff, is_narrow) for is_narrow in (False, True)], console)
 
 
 def write_significance(comparison: Comparison, folder: Path) -> None:
     """Write ``significance.csv`` (numbers) and ``significance.md``, if a rule was compared with a baseline."""
-    if not comparison.differences:
-        return
-    significance_frame(comparison).to_csv(folder / "significance.csv", index=False)
-    caption = significance_caption(comparison)
-    (folder / "significance.md").write_text(f"{markdown(significance_text(comparison))}\n{caption}\n")
+    if comparison.differences:
+        numbers = pd.DataFrame([item.to_dict() for item in comparison.differences])
+        note = f"\n{significance_caption(comparison)}\n"
+        write_table(folder, "significance", numbers, significance_text(comparison), note)
 
 
 def significance_caption(comparison: Comparison) -> str:
-    """What the columns are, in sentences."""
+    """Explanation of the columns."""
     first = comparison.differences[0]
     seeds = f", after averaging over {first.num_seeds} seeds" if first.num_seeds > 1 else ""
-    few = f" n/a: an interval needs {MIN_UNITS}." if any(_has_gap(item) for item in comparison.differences) else ""
+    has_gap = any(None in (item.user_interval, item.client_interval) for item in comparison.differences)
+    few = f" n/a: an interval needs {MIN_UNITS}." if has_gap else ""
     return (
         f"users: pooled, each user counts once; clients: mean over clients. 95 %: paired percentile bootstrap over "
         f"{first.num_users} users and {first.num_clients} clients{seeds}.{few} CV: coefficient of variation over "
@@ -193,31 +183,24 @@ def p_text(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _table(frame: pd.DataFrame, comparison: Comparison, cutoff: int, caption: str, is_narrow: bool) -> Table:
+def _table(frame: pd.DataFrame, comparison: Comparison, cutoff: int, is_narrow: bool) -> Table:
     """The table; narrow: an interval and a change in per cent below their difference, and one space between columns."""
     baseline = display_name(comparison.differences[0].baseline)
-    table = Table(
-        title=f"NDCG@{cutoff} minus {'its ' if comparison.variants else ''}{baseline.split(' ')[0]}'s",
-        caption=caption,
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=0 if is_narrow else (0, 1, 0, 0),
-    )
     below = [name for name in frame.columns if is_narrow and name.startswith(("95 %", "%"))]
-    for name in frame.columns.drop(below):
-        table.add_column(name, justify="left" if name == "rule" else "right", no_wrap=True)
-    for _, row in frame.iterrows():
-        lines = {name: [str(row[name])] for name in frame.columns.drop(below)}
+    columns = frame.columns.drop(below)
+    rows = []
+    for row in frame.to_dict("records"):
+        lines = {name: [row[name]] for name in columns}
         for name in below:
             lines[f"Δ {name.split(' ')[-1]}"].append(row[name])
-        table.add_row(*("\n".join(cell).replace("[", r"\[") for cell in lines.values()))
-    return table
-
-
-def _has_gap(item: Difference) -> bool:
-    return item.user_interval is None or item.client_interval is None
+        rows.append(["\n".join(cell).replace("[", r"\[") for cell in lines.values()])
+    return text_table(
+        f"NDCG@{cutoff} minus {'its ' if comparison.variants else ''}{baseline.split(' ')[0]}'s",
+        columns,
+        rows,
+        significance_caption(comparison),
+        padding=0 if is_narrow else (0, 1, 0, 0),
+    )
 
 
 def _interval_text(interval: tuple[float, float] | None, count: int) -> str:

@@ -1,12 +1,14 @@
-"""The comparison as a table: for the terminal, as Markdown and as CSV."""
+"""Tables for the terminal, as Markdown and as CSV, and the main table of a comparison."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
 from rich import box
 from rich.console import Console
+from rich.padding import PaddingDimensions
 from rich.table import Table
 
 from fellrec.report.comparison import Comparison
@@ -28,7 +30,7 @@ NAMES = {
     "pretrained": "pretrained base",
     "untrained": "untrained base",
 }
-"""How rules and reference rankers are called in tables; others keep their own name."""
+"""Names of rules and reference rankers in tables; others keep their own."""
 
 _NARROW = {"NDCG": "NDCG", "Recall": "Recall", "variance": "var", "s/round": "s/rd"}
 
@@ -40,100 +42,147 @@ def display_name(rule: str) -> str:
 
 
 def results_console() -> Console:
-    """Standard output; as wide as the table needs where it is no terminal."""
+    """Standard output; wide enough for the tables where it is not a terminal."""
     console = Console()
     return console if console.is_terminal else Console(width=140)
 
 
+def text_table(
+    title: str,
+    columns: Iterable[str],
+    rows: Iterable[Sequence[str] | None],
+    caption: str = "",
+    num_left: int = 1,
+    padding: PaddingDimensions = (0, 1, 0, 0),
+) -> Table:
+    """A table for the terminal.
+
+    Args:
+        title: Above the table.
+        columns: Headings.
+        rows: Cells of each row, which may use Rich's markup; ``None`` starts a new section.
+        caption: Below the table.
+        num_left: So many columns are aligned left, the others right.
+        padding: Around each cell.
+    """
+    table = Table(
+        title=title, caption=caption, title_justify="left", caption_justify="left",
+        box=box.SIMPLE_HEAD, show_edge=False, padding=padding,
+    )  # fmt: skip
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="left" if number < num_left else "right", no_wrap=True)
+    for row in rows:
+        if row is None:
+            table.add_section()
+        else:
+            table.add_row(*row)
+    return table
+
+
+def fits(table: Table, console: Console) -> bool:
+    """Whether the console is wide enough to show every cell of a table."""
+    return console.measure(table, options=console.options.update(max_width=10_000)).maximum <= console.width
+
+
+def print_first_fitting(tables: Sequence[Table], console: Console) -> None:
+    """Print the first table that fits, else the last."""
+    console.print(next((table for table in tables if fits(table, console)), tables[-1]))
+
+
+def write_table(folder: Path, name: str, numbers: pd.DataFrame, text: pd.DataFrame, note: str = "") -> None:
+    """Write ``NAME.csv``, and ``NAME.md`` with a note below the table."""
+    numbers.to_csv(folder / f"{name}.csv", index=False)
+    (folder / f"{name}.md").write_text(markdown(text) + note)
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A table of text as Markdown."""
+    header = [f"| {' | '.join(name.strip() for name in frame.columns)} |", "|---" * len(frame.columns) + "|"]
+    body = [f"| {' | '.join(row)} |" for row in frame.itertuples(index=False)]
+    return "\n".join([*header, *body]) + "\n"
+
+
+def number_text(value: float | None, form: str) -> str:
+    """A number in a format such as ``.1f``; empty without one."""
+    return "" if value is None else format(value, form)
+
+
 def comparison_frame(comparison: Comparison, cutoff: int) -> pd.DataFrame:
-    """The table's figures as text, one row per rule.
+    """The main table as text, one row per rule.
 
     Args:
         comparison: Results.
         cutoff: K of NDCG@K and Recall@K.
     """
     ndcg, recall = f"ndcg_at_{cutoff}", f"recall_at_{cutoff}"
-    rows = []
-    for kind in ("learned", "reference"):
-        for rule in comparison.rules(kind):
-            gain, seconds = comparison.gain(rule, ndcg), comparison.seconds_per_round(rule)
-            rows.append(
-                {
-                    "kind": kind,
-                    "rule": display_name(rule),
-                    **({"val": _optional(comparison.validation(rule))} if comparison.is_tuned else {}),
-                    f"NDCG@{cutoff}": _figure(comparison, rule, f"{ndcg}/mean"),
-                    "pooled": _figure(comparison, rule, f"{ndcg}/pooled"),
-                    f"Recall@{cutoff}": _figure(comparison, rule, f"{recall}/mean"),
-                    "pooled ": _figure(comparison, rule, f"{recall}/pooled"),
-                    "std": _figure(comparison, rule, f"{ndcg}/std"),
-                    "variance": f"{comparison.mean_and_sd(rule, f'{ndcg}/variance')[0]:.1e}",
-                    "worst": _figure(comparison, rule, f"{ndcg}/worst"),
-                    "gain": "" if gain is None else f"{gain:+.4f}",
-                    "s/round": "" if seconds is None else f"{seconds:.1f}",
-                }
-            )
+    rows = [
+        {
+            "kind": kind,
+            "rule": display_name(rule),
+            **({"val": number_text(comparison.validation(rule), ".4f")} if comparison.is_tuned else {}),
+            f"NDCG@{cutoff}": _figure(comparison, rule, f"{ndcg}/mean"),
+            "pooled": _figure(comparison, rule, f"{ndcg}/pooled"),
+            f"Recall@{cutoff}": _figure(comparison, rule, f"{recall}/mean"),
+            "pooled ": _figure(comparison, rule, f"{recall}/pooled"),
+            "std": _figure(comparison, rule, f"{ndcg}/std"),
+            "variance": f"{comparison.mean_and_sd(rule, f'{ndcg}/variance')[0]:.1e}",
+            "worst": _figure(comparison, rule, f"{ndcg}/worst"),
+            "gain": number_text(comparison.gain(rule, ndcg), "+.4f"),
+            "s/round": number_text(comparison.seconds_per_round(rule), ".1f"),
+        }
+        for kind in ("learned", "reference")
+        for rule in comparison.rules(kind)
+    ]
     return pd.DataFrame(rows)
 
 
 def print_comparison(comparison: Comparison, console: Console, cutoff: int = 10) -> None:
     """Print the table; the best learned NDCG, Recall, spread and worst client are bold.
 
-    Figures are never cut: where the console is too narrow, each deviation goes below its mean, then headings are
-    shortened.
+    Cells are never truncated: if the console is too narrow, each deviation goes below its mean; if that is not enough,
+    headings are shortened.
     """
     frame = comparison_frame(comparison, cutoff)
     layouts = [(False, False), (True, False), (True, True)]
-    tables = [_table(comparison, frame, cutoff, *layout) for layout in layouts]
-    unbounded = console.options.update(max_width=10_000)
-    fitting = [table for table in tables if console.measure(table, options=unbounded).maximum <= console.width]
-    console.print((fitting or tables[-1:])[0])
+    print_first_fitting([_table(comparison, frame, cutoff, *layout) for layout in layouts], console)
 
 
 def _table(comparison: Comparison, frame: pd.DataFrame, cutoff: int, is_stacked: bool, is_narrow: bool) -> Table:
     """The table; stacked: deviations below their means; narrow: short headings and one space between columns."""
-    clients = len(comparison.users_per_client)
-    has_seeds = bool(frame[f"NDCG@{cutoff}"].str.contains("±").any())
-    table = Table(
-        title=f"{comparison.data}: {sum(comparison.users_per_client)} users of {clients} clients, "
+    columns = [name for name in frame.columns if name != "kind"]
+    best = _best(frame, cutoff)
+    rows: list[list[str] | None] = []
+    for _, of_kind in frame.groupby("kind", sort=False):
+        rows += [None] if rows else []
+        for row in of_kind.to_dict("records"):
+            cells = {name: row[name].replace(" ±0.", "\n±.") if is_stacked else row[name] for name in columns}
+            bold = {name: f"[bold]{cell}[/bold]" for name, cell in cells.items() if (row["rule"], name) in best}
+            rows.append(list({**cells, **bold}.values()))
+    headings = [_NARROW.get(name.partition("@")[0], name) if is_narrow else name for name in columns]
+    return text_table(
+        f"{comparison.data}: {sum(comparison.users_per_client)} users of {len(comparison.users_per_client)} clients, "
         f"{comparison.num_items} items ranked, {comparison.stage} holdout",
-        caption=f"NDCG@{cutoff} and Recall@{cutoff}: mean over clients | pooled over users. std, variance, worst: "
+        [heading.strip() for heading in headings],
+        rows,
+        f"NDCG@{cutoff} and Recall@{cutoff}: mean over clients | pooled over users. std, variance, worst: "
         f"NDCG@{cutoff} over clients. gain: its mean difference to {display_name(comparison.baseline)}."
-        + (" ±: standard deviation over seeds." if has_seeds else "")
+        + (" ±: standard deviation over seeds." if frame[f"NDCG@{cutoff}"].str.contains("±").any() else "")
         + _chosen_text(comparison)
         + _cold_text(comparison),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
         padding=0 if is_narrow else (0, 1, 0, 0),
-        caption_justify="left",
     )
-    columns = [name for name in frame.columns if name != "kind"]
-    for name in columns:
-        heading = _NARROW.get(name.partition("@")[0], name) if is_narrow else name
-        table.add_column(heading.strip(), justify="left" if name == "rule" else "right", no_wrap=True)
-    best = _best(frame, cutoff)
-    previous = None
-    for _, row in frame.iterrows():
-        if previous is not None and row["kind"] != previous:
-            table.add_section()
-        previous = row["kind"]
-        cells = [row[name].replace(" ±0.", "\n±.") if is_stacked else row[name] for name in columns]
-        bold = [(row["rule"], name) in best for name in columns]
-        table.add_row(*(f"[bold]{cell}[/bold]" if wins else cell for cell, wins in zip(cells, bold, strict=True)))
-    return table
 
 
 def _chosen_text(comparison: Comparison) -> str:
-    """Which settings a tuned rule would have; empty if nothing is tuned."""
+    """The settings that validation selects; empty if no rule has several."""
     if not comparison.is_tuned:
         return ""
     chosen = ", ".join(display_name(line) for line in comparison.chosen.values())
-    return f" val: what selection looked at, on the validation holdout; best there: {chosen}."
+    return f" val: selection metric on the validation split; best there: {chosen}."
 
 
 def _cold_text(comparison: Comparison) -> str:
-    """How much of what was ranked is cold; empty if that is not known."""
+    """Counts of cold items and users; empty if they are not known."""
     cold, summary = comparison.cold, comparison.results[0].evaluation.summary
     if not cold or "cold_items/num_users" not in summary:
         return ""
@@ -147,19 +196,7 @@ def _cold_text(comparison: Comparison) -> str:
 def write_tables(comparison: Comparison, folder: Path, cutoff: int = 10) -> None:
     """Write ``comparison.csv`` and ``comparison.md`` into ``folder``."""
     frame = comparison_frame(comparison, cutoff)
-    frame.to_csv(folder / "comparison.csv", index=False)
-    (folder / "comparison.md").write_text(markdown(frame.drop(columns="kind")))
-
-
-def markdown(frame: pd.DataFrame) -> str:
-    """A table of text as Markdown."""
-    header = [f"| {' | '.join(name.strip() for name in frame.columns)} |", "|---" * len(frame.columns) + "|"]
-    body = [f"| {' | '.join(row)} |" for row in frame.itertuples(index=False)]
-    return "\n".join([*header, *body]) + "\n"
-
-
-def _optional(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    write_table(folder, "comparison", frame, frame.drop(columns="kind"))
 
 
 def _figure(comparison: Comparison, rule: str, figure: str) -> str:

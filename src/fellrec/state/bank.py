@@ -1,4 +1,4 @@
-"""All clients' adapters: for each client, the version of its adapter that counts now."""
+"""All clients' adapters: for each client, its current version."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fellrec.types import Adapter
 
 
 class AdapterBank:
-    """Clients differ only in their adapters, so this is all that exists once per client.
+    """The adapters, which are all that exists once per client.
 
-    Adapters are never changed in place: a client gets another version. Several clients, and several banks, can have the
-    same one, which then exists once.
+    Adapters are never changed in place: a client gets another version. Several clients, and several banks, can refer to
+    the same version, which is then stored once.
 
     Args:
-        versions: One per client; their tensors may have further names, which are left out.
+        versions: One per client; further tensors in them are ignored.
         kinds: Parameter name → type and shape.
-        tensor_store: Where new versions go; memory if none is given.
+        tensor_store: Creates new versions; in memory by default.
 
     Example:
         >>> bank = AdapterBank.replicate({"w": torch.zeros(2)}, num_clients=3)
@@ -40,14 +40,14 @@ class AdapterBank:
 
     @classmethod
     def replicate(cls, adapter: Adapter, num_clients: int) -> AdapterBank:
-        """A bank in which every client has ``adapter``; it takes the memory of one."""
+        """A bank in which every client has ``adapter``, stored once."""
         version = TensorStore().put(0, adapter)
         kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in adapter.items()}
         return cls([version] * num_clients, kinds)
 
     @classmethod
     def from_stack(cls, stack: AdapterStack) -> AdapterBank:
-        """A bank of the adapters ``[C, *shape]``, which are copied."""
+        """A bank of copies of the adapters ``[C, *shape]``."""
         lazy = as_lazy(stack)
         kinds = {name: (stack[name].dtype, shape) for name, shape in lazy.shapes.items()}
         return cls(TensorStore().put_rows(range(lazy.num_rows), lazy, kinds), kinds)
@@ -62,7 +62,7 @@ class AdapterBank:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All clients' adapters, name → ``[C, *shape]``; a copy that takes the memory of all of them."""
+        """All clients' adapters, name → ``[C, *shape]``; a copy of all of them."""
         return dict(self.stack(range(len(self))))
 
     def row(self, client: int) -> dict[str, Tensor]:
@@ -84,13 +84,13 @@ class AdapterBank:
     def store(
         self, client: int, adapter: Mapping[str, Tensor], name: str = "", about: Mapping[str, str] | None = None
     ) -> None:
-        """Let a client have a copy of an adapter.
+        """Give a client a copy of an adapter.
 
         Args:
             client: Its row.
             adapter: By parameter name.
             name: Of the version's file, see ``TensorStore.put``.
-            about: Goes into its file.
+            about: Metadata for its file.
 
         Raises:
             BackboneError: If names or shapes differ.
@@ -101,16 +101,16 @@ class AdapterBank:
         self.versions[client] = self.tensor_store.put(client, ordered, name, about)
 
     def stack(self, clients: Sequence[int]) -> RowStack:
-        """Some clients' adapters as they are now, name → ``[N, *shape]``, read when they are asked for."""
+        """Some clients' current adapters, name → ``[N, *shape]``, read on access."""
         return self.stack_of([self.versions[client] for client in clients])
 
     def stack_of(self, versions: Sequence[StoredTensors]) -> RowStack:
-        """Versions that some clients have or had, name → ``[N, *shape]``, read when they are asked for."""
+        """Current or former versions, name → ``[N, *shape]``, read on access."""
         shapes = {name: shape for name, (_, shape) in self.kinds.items()}
         return RowStack(shapes, [version.tensors for version in versions])
 
     def replace(self, clients: Sequence[int], stack: AdapterStack) -> None:
-        """Let some clients have copies of other adapters; those of all other clients stay as they are.
+        """Give some clients copies of other adapters; those of all other clients stay unchanged.
 
         Raises:
             BackboneError: If names, shapes or the number of clients differ.
@@ -124,7 +124,7 @@ class AdapterBank:
             self.versions[client] = version
 
     def share(self, clients: Sequence[int], source: AdapterBank, rows: Sequence[int]) -> None:
-        """Let clients have the same versions as these rows of another bank; nothing is copied."""
+        """Let clients refer to the versions of these rows of another bank; nothing is copied."""
         for client, row in zip(clients, rows, strict=True):
             self.versions[client] = source.versions[row]
 

@@ -84,7 +84,7 @@ def make_folder(folder: Path) -> None:
     """Make a directory that may exist.
 
     Raises:
-        StorageError: If it cannot be made.
+        StorageError: If it cannot be created.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,7 @@ def read_checked(path: Path) -> Any:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: it is not what was written there") from error
+        raise CheckpointError(f"{path} is damaged: it differs from what was written") from error
     if _checksum(_compact(content)) != expected:
         raise CheckpointError(f"{path} is damaged: its checksum differs")
     return content

@@ -43,7 +43,7 @@ def hold(run_dir: Path) -> Iterator[None]:
             check_free(run_dir)
             write_json(run_dir / _OWNER, me)
     except Timeout as error:
-        raise ConfigError(f"{run_dir / _GUARD} is left from a process that died; delete it") from error
+        raise ConfigError(f"{run_dir / _GUARD} is held by a process; if that has ended, delete the file") from error
     except OSError as error:
         raise ConfigError(f"run directory {run_dir} cannot be used: {error}") from error
     try:

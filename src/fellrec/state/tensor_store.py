@@ -1,7 +1,6 @@
-"""Versions of clients' tensors: each is written once, never changed, and lies in memory or in a safetensors file.
+"""Versions of clients' tensors: each is written once, never changed, and kept in memory or in a safetensors file.
 
-A run goes from state to state by pointing at other versions. What is in a file need not be in memory: it is mapped when
-it is read.
+The state of a run refers to versions; a new state refers to other versions. Files are memory-mapped when they are read.
 """
 
 from __future__ import annotations
@@ -10,6 +9,8 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,36 +35,34 @@ _DTYPES = {
 _NAMED = {name: dtype for dtype, name in _DTYPES.items()}
 _ABOUT = "__metadata__"
 _UNKNOWN = "0" * 32
-"""Stands for the checksum while it is computed."""
+"""Placeholder in the header while the checksum is computed."""
 
 TensorSpecs = Mapping[str, tuple[torch.dtype, torch.Size]]
-"""What is known of tensors before they exist: name → type and shape."""
+"""Name → type and shape."""
 
 
+@dataclass(slots=True, eq=False)
 class StoredTensors:
     """One client's tensors at one moment.
 
-    Args:
-        tensors: In memory; not to be changed. ``None`` if they are in a file only.
+    Attributes:
+        memory: In memory, by name; not to be changed. ``None`` if they are only in a file.
         path: Their file, if there is one.
         checksum: Of that file.
     """
 
-    __slots__ = ("_tensors", "checksum", "path")
-
-    def __init__(self, tensors: Mapping[str, Tensor] | None = None, path: Path | None = None, checksum: str = ""):
-        self._tensors = tensors
-        self.path = path
-        self.checksum = checksum
+    memory: Mapping[str, Tensor] | None = None
+    path: Path | None = None
+    checksum: str = ""
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """By name; those of a file are mapped, so only what is read comes into memory.
+        """The tensors by name; those of a file are memory-mapped, so only what is read takes memory.
 
         Raises:
             CheckpointError: If the file cannot be read.
         """
-        if self._tensors is not None:
-            return self._tensors
+        if self.memory is not None:
+            return self.memory
         assert self.path is not None
         try:
             return map_tensors(self.path)
@@ -71,27 +70,28 @@ class StoredTensors:
             raise CheckpointError(f"{self.path} cannot be read: {error}") from error
 
     def persist(self, path: Path) -> None:
-        """Write what is in memory only; it stays there.
+        """Write tensors that are only in memory; they stay there.
 
         Raises:
             StorageError: If it cannot be written.
         """
         if self.path is None:
-            assert self._tensors is not None
-            self.checksum = write_tensors(path, self._tensors)
+            assert self.memory is not None
+            self.checksum = write_tensors(path, self.memory)
             self.path = path
 
 
 class TensorStore:
-    """Where new versions go.
+    """Creates new versions.
 
     Args:
-        folder: Each version becomes a file there; ``None`` keeps them in memory.
+        folder: Directory in which each version is a file; ``None`` keeps them in memory.
+        number: Number of the last file, from which names are counted on.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, number: int = 0) -> None:
         self.folder = folder
-        self.number = 0
+        self.number = number
 
     def put(
         self, client: int, tensors: Mapping[str, Tensor], name: str = "", about: Mapping[str, str] | None = None
@@ -99,10 +99,10 @@ class TensorStore:
         """Keep a copy of one client's tensors.
 
         Args:
-            client: Whose.
+            client: Its row.
             tensors: By name, on any device.
-            name: What tells the file from the client's others; numbered if empty.
-            about: Goes into the file as well.
+            name: Distinguishes the file from the client's others; numbered if empty.
+            about: Metadata for the file.
 
         Raises:
             StorageError: If the file cannot be written.
@@ -113,7 +113,7 @@ class TensorStore:
         return StoredTensors(path=path, checksum=write_tensors(path, tensors, about))
 
     def put_rows(self, clients: Sequence[int], stack: LazyStack, kinds: TensorSpecs) -> list[StoredTensors]:
-        """Keep a copy of several clients' tensors, which are read in blocks: no more than one is in memory.
+        """Keep a copy of several clients' tensors, which are read in blocks: at most one block is in memory.
 
         Raises:
             StorageError: If a file cannot be written.
@@ -124,21 +124,16 @@ class TensorStore:
                 StoredTensors({name: whole[name][row].to("cpu", kind, copy=True) for name, (kind, _) in kinds.items()})
                 for row in range(len(clients))
             ]
-        drafts = [SafetensorsWriter(self.path_of(client), kinds) for client in clients]
-        try:
-            for draft in drafts:
-                draft.begin()
-            for name in drafts[0].names if drafts else ():
+        with ExitStack() as open_writers:
+            writers = [open_writers.enter_context(SafetensorsWriter(self.path_of(client), kinds)) for client in clients]
+            for name in writers[0].names if writers else ():
                 for _, block in stack.blocks(name):
-                    for row, draft in enumerate(drafts):
-                        draft.append(block[row].to(kinds[name][0]))
-            checksums = [draft.finish() for draft in drafts]
-        finally:
-            for draft in drafts:
-                draft.discard()
+                    for row, writer in enumerate(writers):
+                        writer.append(block[row].to(kinds[name][0]))
+            checksums = [writer.finish() for writer in writers]
         with writing(self.folder):
             sync_folder(self.folder)
-        return [StoredTensors(path=d.path, checksum=checksum) for d, checksum in zip(drafts, checksums, strict=True)]
+        return [StoredTensors(path=w.path, checksum=checksum) for w, checksum in zip(writers, checksums, strict=True)]
 
     def path_of(self, client: int, name: str = "") -> Path:
         """The file of one of a client's versions."""
@@ -150,45 +145,46 @@ class TensorStore:
 
 
 class SafetensorsWriter:
-    """A safetensors file that is written in pieces, beside the place where it will lie.
+    """Writes a safetensors file in pieces to a draft beside its path; a context in which `finish` renames the draft.
 
-    safetensors' own writer needs all tensors of a file at once; a whole cohort's files are written side by side here.
-    The file is opened for every piece: there may be more files than a process can have open.
+    safetensors' own writer needs all tensors of a file at once; here the files of a whole cohort are written side by
+    side. The file is opened for every piece: there may be more files than a process can have open.
     """
 
     def __init__(self, path: Path, kinds: TensorSpecs, about: Mapping[str, str] | None = None) -> None:
         self.path = path
         self.names = sorted(kinds, key=lambda name: (-kinds[name][0].itemsize, name))  # as safetensors aligns them
         self._draft = draft_of(path)
-        header = _header(self.names, kinds, {**(about or {}), "checksum": _UNKNOWN})
-        self._place = header.index(_UNKNOWN.encode())
+        self._header = _header(self.names, kinds, {**(about or {}), "checksum": _UNKNOWN})
         self._digest = hashlib.blake2b(digest_size=len(_UNKNOWN) // 2)
-        self._header = header
 
-    def begin(self) -> None:
-        """Write the header."""
+    def __enter__(self) -> SafetensorsWriter:
         discard(self._draft)
         self._write(self._header)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        discard(self._draft)
 
     def append(self, tensor: Tensor) -> None:
-        """The next entries of the tensor whose turn it is."""
+        """Append entries; tensors follow each other in the order of ``names``."""
         self._write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def finish(self) -> str:
-        """Flush, and give the file its name; gives the checksum."""
+        """Write the checksum into the header, flush and rename.
+
+        Returns:
+            The checksum.
+        """
         checksum = self._digest.hexdigest()
         with writing(self.path):
             handle = os.open(self._draft, os.O_WRONLY)
             try:
-                os.pwrite(handle, checksum.encode(), self._place)
+                os.pwrite(handle, checksum.encode(), self._header.index(_UNKNOWN.encode()))
             finally:
                 os.close(handle)
             commit(self._draft, self.path)
         return checksum
-
-    def discard(self) -> None:
-        """Remove what is not finished."""
-        discard(self._draft)
 
     def _write(self, content: Any) -> None:
         with writing(self.path), self._draft.open("ab") as file:
@@ -202,7 +198,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
     Args:
         path: The file.
         tensors: By name, on any device.
-        about: Goes into its header.
+        about: Metadata for its header.
 
     Returns:
         The checksum.
@@ -210,24 +206,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
     Raises:
         StorageError: If it cannot be written.
     """
-    draft = SafetensorsWriter(path, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, about)
-    try:
-        draft.begin()
-        for name in draft.names:
-            draft.append(tensors[name])
-        checksum = draft.finish()
-    finally:
-        draft.discard()
+    specs = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    with SafetensorsWriter(path, specs, about) as writer:
+        for name in writer.names:
+            writer.append(tensors[name])
+        checksum = writer.finish()
     with writing(path.parent):
         sync_folder(path.parent)
     return checksum
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of `write_tensors`, mapped: what is not read takes no memory, what is written stays here.
+    """The tensors of a file of `write_tensors`, memory-mapped privately: changes to them do not reach the file.
 
-    safetensors' own reader (0.8.0) keeps 64 bytes per tensor for good whenever a file is mapped, which adds up over
-    thousands of clients.
+    safetensors' own reader (0.8.0) leaks 64 bytes per tensor whenever a file is mapped, which adds up over thousands of
+    clients.
     """
     with path.open("rb") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))
@@ -243,13 +236,13 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_file(path: Path) -> dict[str, str]:
-    """Read all of a file of `write_tensors` and compare it with its checksum.
+    """Read a file of `write_tensors` and compare it with its checksum.
 
     Returns:
-        What was written about it, the checksum among it.
+        The metadata, which include the checksum.
 
     Raises:
-        CheckpointError: If the file is absent or is not what was written.
+        CheckpointError: If the file is missing or differs from what was written.
     """
     digest = hashlib.blake2b(digest_size=len(_UNKNOWN) // 2)
     try:
@@ -265,26 +258,24 @@ def check_file(path: Path) -> dict[str, str]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged: its header is not what was written there") from error
+        raise CheckpointError(f"{path} is damaged: its header differs from what was written") from error
     if digest.hexdigest() != about["checksum"]:
         raise CheckpointError(f"{path} is damaged: its checksum differs")
     return dict(about)
 
 
 def open_store(folder: Path, number: int = 0) -> TensorStore:
-    """A tensor_store on the disk.
+    """A store on the disk.
 
     Raises:
-        StorageError: If the folder cannot be made.
+        StorageError: If the directory cannot be created.
     """
     make_folder(folder)
-    tensor_store = TensorStore(folder)
-    tensor_store.number = number
-    return tensor_store
+    return TensorStore(folder, number)
 
 
 def _header(names: Sequence[str], kinds: TensorSpecs, about: Mapping[str, str]) -> bytes:
-    """The beginning of a safetensors file: eight bytes of length, JSON, padded so that tensors are aligned."""
+    """The header of a safetensors file: eight bytes of length, and JSON, padded so that tensors are aligned."""
     entries: dict[str, Any] = {_ABOUT: dict(about)}
     position = 0
     for name in names:

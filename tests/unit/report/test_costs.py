@@ -79,7 +79,7 @@ def test_bytes_of_a_round_leave_the_shared_start_and_evaluations_out() -> None:
     assert found.round_bytes("up", "adapter") == 200
     assert found.round_bytes(kind="gradient") == 0
     assert found.evaluation_bytes == 10
-    assert found.storage.client_share == 0.75
+    assert found.storage.client_fraction == 0.75
 
 
 def test_mlflow_takes_the_names() -> None:

@@ -124,7 +124,7 @@ def test_a_guard_left_by_a_process_that_died_while_it_was_taken(
         pass
     guard.write_text("1\nelsewhere\n")
     monkeypatch.setattr("fellrec.state.lock._GUARD_SECONDS", 0.1)
-    with pytest.raises(ConfigError, match=r"\.lock-guard is left .* delete it"), hold(tmp_path):
+    with pytest.raises(ConfigError, match=r"\.lock-guard is held .* delete the file"), hold(tmp_path):
         pass
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from fellrec.data.readers.table import hash_files, lines_of, read_table, require_columns, to_numbers
+from fellrec.data.readers.table import existing_files, hash_files, lines_of, read_table, require_columns, to_numbers
 from fellrec.data.schema import RawData
 from fellrec.data.settings import AtomicSettings
 from fellrec.errors import DataError, unknown
@@ -44,19 +44,14 @@ class AtomicReader(AtomicSettings):
         """Hash of the files' contents."""
         return hash_files(self._paths()) + f"|{self.title_column}"
 
-    def _paths(self) -> tuple[Path, Path, Path]:
+    def _paths(self) -> list[Path]:
+        existing_files(self.root, ())
         folder = Path(self.root).expanduser()
-        if not folder.is_dir():
-            raise DataError(f"data.root={self.root} is not a directory")
         found = sorted(folder.glob("*.inter"))
         if self.name is None and len(found) != 1:
-            raise DataError(f"{folder} holds {len(found)} .inter files, expected one; name it by data.reader.name")
+            raise DataError(f"{folder} has {len(found)} .inter files, expected one; select it with data.reader.name")
         stem = self.name or found[0].stem
-        paths = tuple(folder / f"{stem}.{kind}" for kind in ("inter", "item", "user"))
-        for path in paths[:2]:
-            if not path.is_file():
-                raise DataError(f"{path} is missing; atomic files are {stem}.inter, {stem}.item and {stem}.user")
-        return paths[0], paths[1], paths[2]
+        return [*existing_files(self.root, (f"{stem}.inter", f"{stem}.item")), folder / f"{stem}.user"]
 
     def _title(self, items: pd.DataFrame, path: Path) -> str:
         wanted = (self.title_column,) if self.title_column else TITLES
