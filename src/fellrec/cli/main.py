@@ -19,6 +19,9 @@ from fellrec.errors import ConfigError, FellrecError, Preempted
 _REPORT_SECONDS = 10.0
 """Time for process 0 to print an error before another process exits and torchrun terminates process 0."""
 
+_PROCESS_NUMBERS = ("RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+"""Variables with the number of this process: of torchrun, srun, jsrun, and mpirun of Open MPI and MPICH."""
+
 VERBS = ("prepare", "train", "compare", "evaluate", "export", "plan", "submit", "ui", "sync", "doctor")
 """Each is a module of this package with ``PURPOSE``, ``EXAMPLES``, ``add_arguments(parser)`` and ``run(options)``."""
 
@@ -114,8 +117,8 @@ def _exit(code: int) -> None:
 
 def _is_reported_by_process_0(error: FellrecError) -> bool:
     """Whether every process of the run raises this error: a wrong setting, before the processes are connected."""
-    process = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-    return process > 0 and isinstance(error, ConfigError) and not _is_distributed()
+    numbers = [int(os.environ[name]) for name in _PROCESS_NUMBERS if name in os.environ]
+    return sum(numbers[:1]) > 0 and isinstance(error, ConfigError) and not _is_distributed()
 
 
 def _is_distributed() -> bool:
