@@ -1,4 +1,7 @@
-"""Two processes and a wire: rank 1 sends what it must not, rank 0 hears it and gives up, and says so."""
+"""Two processes and their channels: process 1 sends what it must not; process 0 reports it, and sends the reason back.
+
+Each prints one line ``case> error`` for each case.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ import sys
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from fellrec.cut.messages import HiddenState, Report
-from fellrec.distributed import channel as wires
+from fellrec.distributed import channel as channels
 from fellrec.errors import SplitError
 from fellrec.functional.packing import Packed
 
@@ -19,11 +23,13 @@ CONTENTS = {
     "integers": torch.zeros(2, 3, 4, dtype=torch.int64),
     "shape": torch.zeros(4, 4),
 }
+CASES = ("dtype", "integers", "shape", "labels", "abort", "version")
+"""The version comes last: it holds for all channels of process 1."""
 
 
-def misbehave(wire: wires.Wire, case: str) -> None:
+def misbehave(channel: channels.Channel, case: str) -> None:
     """Send something that a client process of another version, or a broken one, would send."""
-    encode = wires.encode
+    encode = channels.encode
 
     def wrong(message: Any) -> tuple[dict[str, Any], list[torch.Tensor]]:
         header, tensors = encode(message)
@@ -32,37 +38,47 @@ def misbehave(wire: wires.Wire, case: str) -> None:
         return header, [CONTENTS.get(case, tensor) for tensor in tensors]
 
     if case == "abort":
-        wire.abort("rank 1 (a client process) stopped: no more")
+        channel.abort("process 1 stopped: no more")
         return
     if case == "version":
-        wires.PROTOCOL_VERSION = 99
+        channels.PROTOCOL_VERSION = 99
     else:
-        wires.encode = wrong
-    wire.send(0, HIDDEN)
-    wires.encode = encode
-
-
-def main(case: str) -> None:
-    """Be one of the two ranks."""
-    rank = int(os.environ["RANK"])
-    where = f"tcp://127.0.0.1:{os.environ['MASTER_PORT']}"
-    wire = wires.Wire(rank, 2, where, 20, torch.device("cpu"))
-    wire.listen([1 - rank])
+        channels.encode = wrong
     try:
-        if rank == 1:
-            misbehave(wire, case)
-            if case != "abort":
-                wire.receive(0)
-        else:
-            message = wire.receive(1)
-            wire.send(1, Report())
-            sys.stderr.write(f"understood {message}\n")
+        channel.send(0, HIDDEN)
+    finally:
+        channels.encode = encode
+
+
+def report(case: str, channel: channels.Channel) -> str:
+    """What this process learns in a case."""
+    try:
+        if channel.process == 1:
+            misbehave(channel, case)
+            if case == "abort":
+                return ""
+            return f"no error, but {channel.receive(0)}"
+        message = channel.receive(1)
+        channel.send(1, Report())
+        return f"no error, but {message}"
     except SplitError as error:
-        sys.stderr.write(f"{error}\n")
-        wire.abort(str(error))
-    sys.stderr.flush()
-    os._exit(1)
+        if channel.process == 0:
+            channel.abort(str(error))
+        return str(error)
+
+
+def main() -> None:
+    """Be one of the two processes, in all cases."""
+    process = int(os.environ["RANK"])
+    dist.init_process_group("gloo")
+    for case in CASES:
+        channel = channels.Channel(process, 2, 20)
+        channel.listen([1 - process])
+        sys.stdout.write(f"{case}> {report(case, channel)}\n")
+        channel.close()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()
