@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-import torch
+
+from fellrec.config.compose import compose
+from fellrec.experiment.build import build_backbone, build_data
 
 from .processes import (
     FABRIC,
@@ -151,45 +153,47 @@ def test_processes_that_differ_refuse_each_other(
     common: list[str], start: Start, cache: Path, tmp_path: Path
 ) -> None:
     """Settings, and the files of a backbone, which each process may have in a folder of its own."""
-    alone(train(common, "trainer.num_rounds=1", tmp_path / "whole"))
+    config = compose(common)
+    build_backbone(config, build_data(config))
     configs = cache.glob("backbones/*/config.json")  # other tests have made others
     folder = next(path.parent for path in configs if json.loads(path.read_text())["num_hidden_layers"] == 4)
     for name in ("here", "there"):
         shutil.copytree(folder, tmp_path / name)
-    config = json.loads((tmp_path / "there" / "config.json").read_text())
-    (tmp_path / "there" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    other = json.loads((tmp_path / "there" / "config.json").read_text())
+    (tmp_path / "there" / "config.json").write_text(json.dumps({**other, "rms_norm_eps": 0.1}))
     settings = [item for item in common if not item.startswith("backbone.")]
-    how = f"backbone=hf {CUT} trainer.devices=3"
-    own = [
-        "backbone.path=here",
-        "backbone.path=here split.hidden_dtype=int8 aggregation.alpha=0.1",
-        "backbone.path=there split.head_layers=2",
-    ]
+    how = f"backbone=hf {CUT} aggregation=fellrec trainer.devices=2"
+    own = ["backbone.path=here", "backbone.path=there split.head_layers=2 split.hidden_dtype=int8 aggregation.alpha=0.1"]
     processes = start(*[[*FABRIC, *train(settings, f"{how} {mine}", tmp_path / "run")] for mine in own])
-    assert processes.wait() == [1, 1, 1], processes.output()
+    assert processes.wait() == [1, 1], processes.output()
     (message,) = processes.errors()
-    assert "process 0 (a client process) and process 2 (the server) differ in backbone's files: " in message, message
-    assert "split.head_layers: 1 and 2" in message, message
-    assert not processes.errors(2), "process 0 has printed it"
+    assert "process 0 (a client process) and process 1 (the server) differ in aggregation.alpha: 0.7 and 0.1" in message
+    for difference in ("backbone's files: ", "split.head_layers: 1 and 2", "split.hidden_dtype: 'float32' and 'int8'"):
+        assert difference in message, message
+    assert "backbone.path" not in message, "it may differ"
+    assert not processes.errors(1), "process 0 has printed it"
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("[!.]*")), "nothing was begun"
 
 
 def test_a_users_rule_that_exchanges_nothing_gives_the_same_adapters_however_it_is_executed(
     common: list[str], start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It returns half of each client's own adapter: whole, through the cut, over processes, and both together."""
+    """It returns half of each client's own adapter: whole, through the cut, over processes, and both together.
+
+    After one round, that is half of what the clients have if each keeps what it trained.
+    """
     (tmp_path / "halving.py").write_text(HALVING)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.syspath_prepend(tmp_path)
-    how = "aggregation._target_=halving.Halving adapter=lora"
+    alone(train(common, "aggregation=local adapter=lora trainer.num_rounds=1", tmp_path / "local"))
+    expected = [{name: 0.5 * tensor for name, tensor in client.items()} for client in adapters(tmp_path / "local")]
+    how = "aggregation._target_=halving.Halving adapter=lora trainer.num_rounds=1"
     alone(train(common, how, tmp_path / "whole"))
     alone(train(common, f"{how} split.transport=inprocess", tmp_path / "cut"))
     for name, more in {"two": "trainer.devices=2", "three": f"{CUT} trainer.devices=3"}.items():
         processes = start([*FABRIC, *train(common, f"{how} {more}", tmp_path / name)], are_one_run=False)
         assert processes.wait() == [0], processes.output()
-    expected = adapters(tmp_path / "whole")
-    assert any(bool(tensor.any()) for tensor in expected[0].values())
-    for name in ("cut", "two", "three"):
+    for name in ("whole", "cut", "two", "three"):
         assert_same(adapters(tmp_path / name), expected, name)
         assert "adapter" not in (tmp_path / name / "ledger.csv").read_text(), "nothing leaves a client"
 
