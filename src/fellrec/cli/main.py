@@ -15,6 +15,15 @@ from collections.abc import Sequence
 
 from fellrec.errors import ConfigError, FellrecError, Preempted
 
+_PLACES = (
+    "LOCAL_RANK",
+    "SLURM_LOCALID",
+    "JSM_NAMESPACE_LOCAL_RANK",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MPI_LOCALRANKID",
+)
+"""Variables with this process's number on its node: of torchrun, srun, jsrun, and mpirun of Open MPI and MPICH."""
+
 VERBS = ("prepare", "train", "compare", "evaluate", "export", "plan", "submit", "ui", "sync", "doctor")
 """Each is a module of this package with ``PURPOSE``, ``EXAMPLES``, ``add_arguments(parser)`` and ``run(options)``."""
 
@@ -110,8 +119,8 @@ def _exit(code: int) -> None:
 
 def _is_reported_by_another(error: FellrecError) -> bool:
     """Whether the first process of this node raises the same error: a wrong setting, before processes are connected."""
-    process = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
-    return process > 0 and isinstance(error, ConfigError) and not _is_distributed()
+    places = [int(os.environ[name]) for name in _PLACES if name in os.environ]
+    return sum(places[:1]) > 0 and isinstance(error, ConfigError) and not _is_distributed()
 
 
 def _is_distributed() -> bool:

@@ -29,27 +29,26 @@ def serve(channel: Channel, begin: Callable[[Begin], tuple[BodyServer, Message]]
     while True:
         try:
             process, message = channel.receive_any()
-        except PeerGoneError as error:
+            if isinstance(message, Stop):
+                channel.send(process, Done())
+                return
+            if isinstance(message, Begin):
+                server, reply = begin(message)
+                channel.send(process, reply)
+                continue
+            if server is None:
+                raise SplitError(f"unexpected message {type(message).__name__} before a run has begun")
+            if isinstance(message, ClientMessage):
+                channel.activity = f", in round {message.round_index}, client {message.client}"
+            if isinstance(message, OpenSlot):
+                clients_of.setdefault(process, set()).add(message.client)
+            answer = server.handle(message)
+            if isinstance(message, CloseSlot):
+                clients_of.get(process, set()).discard(message.client)
+            if answer is not None:
+                channel.send(process, answer)
+        except PeerGoneError as error:  # while waiting for a message, or while answering one
             if error.process == COORDINATOR or not skips:
                 raise
             if server is not None:
                 server.forget(clients_of.pop(error.process, set()))
-            continue
-        if isinstance(message, Stop):
-            channel.send(process, Done())
-            return
-        if isinstance(message, Begin):
-            server, reply = begin(message)
-            channel.send(process, reply)
-            continue
-        if server is None:
-            raise SplitError(f"unexpected message {type(message).__name__} before a run has begun")
-        if isinstance(message, ClientMessage):
-            channel.activity = f", in round {message.round_index}, client {message.client}"
-        if isinstance(message, OpenSlot):
-            clients_of.setdefault(process, set()).add(message.client)
-        answer = server.handle(message)
-        if isinstance(message, CloseSlot):
-            clients_of.get(process, set()).discard(message.client)
-        if answer is not None:
-            channel.send(process, answer)

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
     LSFEnvironment,
     MPIEnvironment,
     SLURMEnvironment,
@@ -26,26 +28,27 @@ _PATIENCE_SECONDS = 20.0
 """How long the processes that this one started may take to end after it is done."""
 
 
-def external_processes() -> int | None:
-    """How many processes torchrun, srun, jsrun (LSF) or mpirun started; ``None`` if none of them did.
+def cluster_environment() -> ClusterEnvironment:
+    """The cluster environment of torchrun, srun, jsrun (LSF) or mpirun, whichever started this process.
 
-    A batch script of SLURM without srun counts as none: it runs one process.
+    If none of them did, it is Lightning's own, which starts the other processes. A batch script of SLURM without srun
+    counts as such, and so does a single task of srun, such as a shell.
     """
     if TorchElasticEnvironment.detect():
-        return TorchElasticEnvironment().world_size()
-    if "SLURM_STEP_NUM_TASKS" in os.environ and not is_batch_step():
+        return TorchElasticEnvironment()
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # Lightning does not detect srun in an allocation of salloc
         _allow_ntasks()
-        return int(os.environ["SLURM_STEP_NUM_TASKS"])
+        return SLURMEnvironment()
     for environment in (LSFEnvironment, MPIEnvironment):
         if environment.detect():
-            return int(environment().world_size())
-    return None
+            return environment()
+    return LightningEnvironment()
 
 
-def is_batch_step() -> bool:
-    """Whether this is a job of SLURM in which srun did not start this process."""
-    is_srun = os.environ.get("SLURM_STEP_ID", "").isdigit() or "SLURM_STEP_NUM_TASKS" in os.environ
-    return "SLURM_JOB_ID" in os.environ and not is_srun and not TorchElasticEnvironment.detect()
+def external_processes() -> int | None:
+    """How many processes torchrun, srun, jsrun (LSF) or mpirun started; ``None`` if none of them did."""
+    environment = cluster_environment()
+    return None if isinstance(environment, LightningEnvironment) else int(environment.world_size())
 
 
 def launched_devices(devices: int | str, num_nodes: int) -> tuple[int | str, int]:
@@ -79,7 +82,7 @@ def launched_devices(devices: int | str, num_nodes: int) -> tuple[int | str, int
 
 def _allow_ntasks() -> None:
     """Lightning's SLURM environment refuses ``srun --ntasks`` unless it knows the tasks per node."""
-    if "SLURM_NTASKS_PER_NODE" not in os.environ and SLURMEnvironment.detect():
+    if "SLURM_NTASKS_PER_NODE" not in os.environ:
         nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", os.environ.get("SLURM_NNODES", "1")))
         os.environ["SLURM_NTASKS_PER_NODE"] = str(int(os.environ["SLURM_STEP_NUM_TASKS"]) // nodes)
 

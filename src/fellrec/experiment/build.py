@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Fabric
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
 from lightning.fabric.strategies import DDPStrategy
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from fellrec.data.guards import check_prompts
 from fellrec.data.prepare import prepare
 from fellrec.data.prepared import PreparedData
 from fellrec.data.settings import DataSettings
-from fellrec.distributed.processes import is_batch_step, launched_devices
+from fellrec.distributed.processes import cluster_environment, launched_devices
 from fellrec.errors import ConfigError
 from fellrec.experiment.backbones import sasrec_backbone, tiny_backbone
 from fellrec.federated.base_change import BaseWeights
@@ -206,8 +206,8 @@ def build_fabric(config: DictConfig, alone: bool = False) -> Fabric:
     plugins = [instantiate(plugin, "trainer.plugins") for plugin in trainer.get("plugins") or ()]
     devices, num_nodes = (1, 1) if alone else launched_devices(trainer.devices, trainer.num_nodes)
     several = devices != 1 or num_nodes != 1
-    if not several or is_batch_step():  # one process, also in a job of SLURM without srun
-        plugins = plugins or [LightningEnvironment()]
+    if not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+        plugins.append(cluster_environment() if several else LightningEnvironment())
     strategy: Any = trainer.get("strategy") or "auto"
     if strategy == "auto" and several:
         patience = timedelta(seconds=max(trainer.timeout_seconds, _MEETING_SECONDS))
