@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from run_tensors import adapters, assert_same, optimizer_states, selected
 from torch import Tensor
 
 from fellrec.callbacks.checkpoint import Checkpoint
@@ -25,7 +26,6 @@ from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.records import Job, Trained
 from fellrec.functional.packing import Packed
 from fellrec.models.module import FellrecModule
-from fellrec.state.tensor_store import StoredTensors
 from fellrec.types import Evaluation
 
 Run = Callable[..., FederatedLoop]
@@ -68,33 +68,6 @@ def server_of(loop: FederatedLoop) -> BodyServer:
     transport = link_of(loop).transport
     assert isinstance(transport, InProcess)
     return transport.server
-
-
-def adapters(loop: FederatedLoop) -> dict[str, Tensor]:
-    """Of the whole model, ``[C, *shape]`` by name, wherever its parts were trained."""
-    return loop.population.bank.tensors
-
-
-def flat(versions: Sequence[StoredTensors]) -> dict[str, Tensor]:
-    return {f"{row} {name}": t for row, version in enumerate(versions) for name, t in version.tensors().items()}
-
-
-def selected(loop: FederatedLoop) -> dict[str, Tensor]:
-    """The adapters of the population's best round, and those of each client's."""
-    state = loop.selection.state_dict()
-    found = {f"served {name}": tensor for name, tensor in flat(state["served"]).items()}
-    return found | {f"client_served {name}": tensor for name, tensor in flat(state["client_served"]).items()}
-
-
-def optimizer_states(loop: FederatedLoop) -> dict[str, Tensor]:
-    """AdamW's moments and counters by client, parameter and key."""
-    rows = range(loop.population.num_rows)
-    return {f"{row} {key}": tensor for row in rows for key, tensor in loop.population.optimizer_of(row).items()}
-
-
-def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    assert not [name for name in left if not torch.equal(left[name], right[name])]
 
 
 class Values(FederatedCallback):
