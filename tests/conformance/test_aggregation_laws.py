@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from fellrec.aggregation import UpdateMixing, build_aggregation
-from fellrec.types import Updates
+from fellrec.federated.records import Updates
 
 CONF = Path(__file__).parents[2] / "conf" / "aggregation"
 VARIANTS = [

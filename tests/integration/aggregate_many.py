@@ -14,7 +14,7 @@ from fellrec.distributed.memory import anonymous_bytes
 from fellrec.functional import stacks
 from fellrec.state.bank import AdapterBank
 from fellrec.state.tensor_store import open_store
-from fellrec.types import Updates
+from fellrec.federated.records import Updates
 
 
 def main(folder: Path, num_clients: int, block_bytes: int) -> None:

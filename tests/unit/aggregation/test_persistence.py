@@ -12,7 +12,7 @@ from fellrec.aggregation import FedAvg, FELLRec, Persistence, Uniform
 from fellrec.aggregation.base import AggregationCallback
 from fellrec.errors import ConfigError
 from fellrec.functional.sketch import sketch_updates
-from fellrec.types import Updates
+from fellrec.federated.records import Updates
 
 SAMPLES = torch.tensor([3.0, 1.0, 2.0]).double()
 

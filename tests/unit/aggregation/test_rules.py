@@ -3,7 +3,7 @@ import torch
 
 from fellrec.aggregation import Centralized, FedAvg, Local, Uniform
 from fellrec.errors import TrainingError
-from fellrec.types import Updates
+from fellrec.federated.records import Updates
 
 
 def test_local_and_centralized_leave_adapters_as_they_are(make_updates):

@@ -10,7 +10,7 @@ import torch
 
 from fellrec.aggregation import FELLRec, Local, Uniform, UpdateMixing
 from fellrec.errors import ConfigError
-from fellrec.types import Updates
+from fellrec.federated.records import Updates
 
 MakeUpdates = Callable[..., Updates]
 

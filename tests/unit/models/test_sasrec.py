@@ -130,7 +130,7 @@ def test_it_learns_the_planted_habits_with_every_rule(cache: Path, rule: str) ->
     """The synthetic set's users follow habits that lead from one film to the next: more than popularity can know."""
     config, recommender = build(cache, f"aggregation={rule}")
     loop = build_loop(config, recommender, ())  # type: ignore[arg-type]
-    learned = loop.run().summary["ndcg_at_10/pooled"]
+    learned = loop.run().evaluation.summary["ndcg_at_10/pooled"]
     references = {result.rule: result.evaluation.summary["ndcg_at_10/pooled"]
                   for result in reference_results(config, recommender, loop)}  # type: ignore[arg-type]  # fmt: skip
     assert list(references) == ["popularity", "markov", "untrained"], "nothing was pre-trained"
@@ -142,7 +142,7 @@ def test_the_cut_is_executed_with_the_same_figures(cache: Path) -> None:
     figures = []
     for split in ("default", "executed"):
         config, recommender = build(cache, f"split={split}", "split.head_layers=0", "trainer.num_rounds=1")
-        figures.append(build_loop(config, recommender, ()).run().summary)  # type: ignore[arg-type]
+        figures.append(build_loop(config, recommender, ()).run().evaluation.summary)  # type: ignore[arg-type]
     assert figures[0] == figures[1]
 
 

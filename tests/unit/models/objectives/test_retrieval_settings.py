@@ -162,8 +162,8 @@ def test_vectors_are_made_of_the_drawn_items_alone(tiny: Backbone, model: SplitM
 def trained(overrides: list[str]) -> tuple[dict[str, Any], float]:
     config = compose(overrides)
     loop = build_loop(config, build_recommender(config, build_data(config)), ())
-    summary = dict(loop.run().summary)
-    return summary, sum(float(tensor.double().sum()) for tensor in loop.state.bank.tensors.values())
+    summary = dict(loop.run().evaluation.summary)
+    return summary, sum(float(tensor.double().sum()) for tensor in loop.population.bank.tensors.values())
 
 
 @pytest.fixture
