@@ -29,12 +29,12 @@ def peak_of(prof: profile) -> int:
 def test_planned_peak_memory_equals_the_profile(overrides: list[str], tiny_overrides: list[str]) -> None:
     """One client, with a model whose activations dominate; the weights are allocated before profiling."""
     shape = ["backbone.hidden_size=96", "backbone.num_heads=4", "backbone.num_layers=8", "trainer.batch_size=64"]
-    how = ["trainer.max_local_steps=2", "backbone.pretrain.steps=1", "split.in_flight=1"]
+    how = ["trainer.max_local_steps=2", "backbone.pretrain.steps=1"]
     config = compose([*tiny_overrides, *shape, *how, *overrides])
     plan = Planner().plan(config)
     loop = build_loop(config, build_recommender(config, build_data(config)), ())
-    loop.execution.start(loop)
+    job = loop.population.job(loop.participation.rows(loop.population, 0)[0], 0)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
-        loop.train(loop.cohort(0)[:1], 0)
+        loop.train([job])
     weights = plan.client.weight_bytes + plan.server.weight_bytes
     assert plan.client_peak_bytes + plan.server_peak_bytes == pytest.approx(peak_of(prof) + weights, rel=0.25)
