@@ -139,9 +139,7 @@ def test_where_the_cuts_are_changes_nothing(run: Run, depth: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize(("packing", "atol"), [("bfloat16", 0.02), ("int8", 0.05)])
-def test_packed_hidden_states_cost_little_and_save_bytes(
-    tiny_overrides: list[str], packing: str, atol: float
-) -> None:
+def test_packed_hidden_states_cost_little_and_save_bytes(tiny_overrides: list[str], packing: str, atol: float) -> None:
     """Bytes by arithmetic: bfloat16 halves 4 bytes a number; int8 is 1 byte, and 4 bytes of scale a token of 16."""
     how = "split.transport=inprocess", "trainer.num_rounds=2"
     loops = [new_loop(tiny_overrides, *how, *more) for more in ([], packed_as(packing))]
@@ -330,7 +328,9 @@ class StopsBeforeRound(FederatedCallback):
             raise Stopped
 
 
-@pytest.mark.parametrize(("before", "after"), [("inprocess", "inprocess"), ("none", "inprocess"), ("inprocess", "none")])
+@pytest.mark.parametrize(
+    ("before", "after"), [("inprocess", "inprocess"), ("none", "inprocess"), ("inprocess", "none")]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(
     tiny_overrides: list[str], tmp_path: Path, before: str, after: str
 ) -> None:

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fellrec.cut.processes import LEAD
 from tracking_servers import Content, Relay, Server, content, logged_points, postgresql, wait_for
 
 from fellrec.cli.main import main
-from fellrec.cut.processes import LEAD
 from fellrec.tracking.delivery import OutboxClient
 from fellrec.tracking.outbox import Outbox, Sent, first_operation, num_left, operations, read_sent, write_sent
 from fellrec.tracking.run_log import NewRun, RunLog

@@ -269,7 +269,9 @@ def test_steps_tokens_and_checkpoint_are_those_of_a_real_run(tiny_overrides: lis
     loop.train([population.job(row, 3) for row in range(3)])
     assert (loop.selection.round_index, loop.selection.client_rounds) == (1, [0, 2, 2]), "no adapter counts twice"
     found = Planner().plan(config)
-    assert found.load.mean.num_steps * 3 == sum(trained.num_steps for trained in outcomes if isinstance(trained, Trained))
+    assert found.load.mean.num_steps * 3 == sum(
+        trained.num_steps for trained in outcomes if isinstance(trained, Trained)
+    )
     assert found.load.mean.num_tokens * 3 == num_tokens
     assert found.load.num_tokens_largest == max(tokens)
     assert not found.load.is_sampled

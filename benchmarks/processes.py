@@ -1,7 +1,7 @@
-"""Clients over ranks on one machine: seconds per round and peak memory by processes and clients per round.
+"""Clients over processes on one machine: seconds per round and peak memory by processes and clients per round.
 
-    python benchmarks/ranks.py                                   # 1, 2, 3 processes; 4, 8, 16 clients per round
-    python benchmarks/ranks.py --processes 1,2,4,8 --clients 64 -- data=ml_1m data.root=ml-1m
+    python benchmarks/processes.py                               # 1, 2, 3 processes; 4, 8, 16 clients per round
+    python benchmarks/processes.py --processes 1,2,4,8 --clients 64 -- data=ml_1m data.root=ml-1m
 
 Each cell is one ``fellrec train`` with as many clients as take part in a round; every process has one thread. A round
 is local training and aggregation; evaluation is left out, and so is the first round. Memory is the largest resident
@@ -38,10 +38,10 @@ class Cell:
     """One run.
 
     Attributes:
-        processes: Ranks.
+        processes: Their number.
         clients: Per round.
         seconds_per_round: Median over the rounds but the first.
-        busy_rate: Share of the ranks' time that is local training; ``None`` for one process.
+        busy_rate: Fraction of the processes' time that is local training; ``None`` for one process.
         peak_bytes: Largest memory of one process.
     """
 
@@ -53,7 +53,7 @@ class Cell:
 
 
 def measure(processes: int, clients: int, rounds: int, overrides: Sequence[str], work: Path) -> Cell:
-    """Run once and read what the run told MLflow."""
+    """Run once and read what the run logged to MLflow."""
     name = f"{processes}-{clients}"
     store = f"sqlite:///{work / name}.db"
     command = [
@@ -76,7 +76,7 @@ def measure(processes: int, clients: int, rounds: int, overrides: Sequence[str],
         points = sorted(client.get_metric_history(run.info.run_id, metric), key=lambda point: point.step)
         return [point.value for point in points][1:]
 
-    busy, peaks = history("cost/rank/busy_rate"), history("cost/rank/peak_bytes")
+    busy, peaks = history("cost/process/busy_rate"), history("cost/process/peak_bytes")
     (learned,) = (rule for rule in json.loads(done.stdout)["rules"].values() if rule["kind"] == "learned")
     return Cell(
         processes=processes,
@@ -90,7 +90,7 @@ def measure(processes: int, clients: int, rounds: int, overrides: Sequence[str],
 def show(cells: Sequence[Cell]) -> None:
     """Print the table."""
     table = Table(title=f"{os.cpu_count()} processors; seconds per round of local training and aggregation")
-    for column in ("processes", "clients per round", "s/round", "times one", "ranks busy", "peak memory of one"):
+    for column in ("processes", "clients per round", "s/round", "times one", "processes busy", "peak memory of one"):
         table.add_column(column, justify="right")
     for cell in cells:
         first = next(other for other in cells if other.clients == cell.clients)
