@@ -1,11 +1,11 @@
-# `make` lists the targets. Everything installs into .venv; nothing outside the checkout is needed but Python and make.
+# `make` lists the targets. Everything is installed into .venv; only Python and make are required.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?= ../shared/data
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format ml-1m clean
+.PHONY: help install demo test test-fast lint format ml-1m clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -16,7 +16,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-install: $(BIN)/.installed  ## own virtual environment in .venv with the pinned packages
+install: $(BIN)/.installed  ## virtual environment in .venv with pinned packages
 
 demo: install  ## compare local, FedAvg, FELLRec and centralised training on the embedded data (4 minutes on 2 cores)
 	$(BIN)/fellrec compare
@@ -25,14 +25,17 @@ test: install  ## all tests, the linter and the type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist loadfile  # a file's tests together: some share a server
+	$(BIN)/pytest -n 2 --dist loadfile  # tests of a file in one process: some share a server
+
+test-fast: install  ## unit tests and doctests only
+	$(BIN)/pytest -n 2 tests/unit src/fellrec
 
 lint: install  ## only the linter and the type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: install  ## let ruff format and mend what it can
+format: install  ## format the code and apply the automatic fixes of ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -1,12 +1,12 @@
-"""Memory and time of one training step against the size of the catalogue: all items at once, in chunks, sampled.
+"""Memory and time of one training step by size of the catalogue: all items at once, in chunks, sampled.
 
     python benchmarks/chunked_softmax.py [--items 5000,20000,80000] [--rows 64]
 
-A tiny backbone (2 layers, hidden size 64) trains on random histories of ten items out of a catalogue with made-up
-titles, with `objective=retrieval`: ROWS rows with ten targets each, on one thread. Every figure is of a process of its
-own, which takes one step (loss, gradients, AdamW), and then the one that counts: its seconds, and the highest resident
-memory above that before it, as Linux counts both. The backbone's part does not depend on the catalogue; the items' own
-vectors, [I, D], grow with it where all items are taken, at once or in chunks; of a sample, only its items have any.
+A tiny backbone (2 layers, hidden size 64) trains on random histories of ten items from a catalogue with generated
+titles, with `objective=retrieval`: ROWS rows with ten targets each, on one thread. Each case runs in its own process,
+which takes a warm-up step (loss, gradients, AdamW) and a measured step: its seconds, and the maximum resident memory
+above that before it. The cost of the backbone does not depend on the catalogue; the item vectors, [I, D], grow with
+it unless items are sampled.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from fellrec.data.readers import SyntheticReader
+from fellrec.data.readers import MicroLensShapedReader
 from fellrec.data.schema import Catalogue
 from fellrec.models.objectives.retrieval import RetrievalObjective
 from fellrec.models.split import SplitModel
@@ -41,11 +41,11 @@ HISTORY = 10
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one step.
+    """Cost of one step.
 
     Attributes:
-        seconds: Wall time.
-        peak_bytes: Highest resident memory, above that before the step.
+        seconds: Wall-clock time.
+        peak_bytes: Maximum resident memory above that before the step.
     """
 
     seconds: float
@@ -63,9 +63,8 @@ def main() -> None:
 
 
 def compare(num_items: int, num_rows: int) -> dict[str, Cost]:
-    """The cost of a step of each case with a catalogue of this size."""
-    reader = SyntheticReader("micro_lens_shaped", num_users=1000, num_items=num_items)
-    titles = reader.read().items["title"].tolist()
+    """Measure every case with a catalogue of this size."""
+    titles = MicroLensShapedReader(num_users=1000, num_items=num_items).read().items["title"].tolist()
     catalogue = Catalogue(tuple(map(str, range(num_items))), tuple(titles), pd.DataFrame(index=range(num_items)))
     backbone = build_tiny(titles[:2000], hidden_size=64, num_layers=2, vocab_size=500)
     model = SplitModel(backbone.model, 1, 1)
@@ -81,7 +80,7 @@ def compare(num_items: int, num_rows: int) -> dict[str, Cost]:
 
 
 def measure(objective: RetrievalObjective, model: SplitModel, batch: dict[str, torch.Tensor]) -> Cost:
-    """Take a step to warm up, and one that counts; in a process that does nothing else."""
+    """Take a warm-up step and a measured step, in a process of its own."""
     torch.set_num_threads(1)
     optimizer = torch.optim.AdamW(model.model.parameters())
 
@@ -92,8 +91,8 @@ def measure(objective: RetrievalObjective, model: SplitModel, batch: dict[str, t
         optimizer.zero_grad(set_to_none=True)
 
     step()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed is not resident any more
-    Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory is counted anew
+    ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system
+    Path("/proc/self/clear_refs").write_text("5")  # reset the maximum resident memory
     before, started = _resident_bytes("VmRSS"), time.perf_counter()
     step()
     return Cost(time.perf_counter() - started, _resident_bytes("VmHWM") - before)
@@ -105,7 +104,7 @@ def _resident_bytes(name: str) -> int:
 
 
 def _in_its_own_process(work: Callable[[], Cost]) -> Cost:
-    """A fork has the model and the texts at once, and nothing of what was measured before."""
+    """Run in a forked process, which has the model and the texts, and no memory of earlier measurements."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
 

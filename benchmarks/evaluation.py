@@ -1,11 +1,11 @@
-"""Users per second of full-ranking evaluation: ours against torchmetrics' retrieval classes, on the same scores.
+"""Users per second of full-ranking evaluation: fellrec and torchmetrics' retrieval classes, on the same scores.
 
     python benchmarks/evaluation.py [--users 6040] [--items 3706] [--reference-users 600] [--repeats 3]
 
-Random scores of the size of MovieLens-1M, one target and 100 masked items a user, batches of 256 users. Ours ranks each
-target and takes NDCG, recall, hit rate and reciprocal rank at 5, 10, 20 and 50 from its rank. torchmetrics gets the
-unmasked scores of every (user, item) pair, flat, and computes the four at 10 only, user by user; it is timed on fewer
-users, and the ratio is one of users per second. Both are timed in turn, the median counts, and values must agree.
+Random scores of the size of MovieLens-1M, one target and 100 masked items per user, batches of 256 users. fellrec
+computes the rank of each target, and from it NDCG, recall, hit rate and reciprocal rank at 5, 10, 20 and 50.
+torchmetrics gets the unmasked scores of every (user, item) pair and computes the four metrics at 10 only, user by
+user; it is timed on fewer users. Both are timed alternately, medians are reported, and the values must agree.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def main() -> None:
             torch.testing.assert_close(ours[name][:some].mean(), value, rtol=0, atol=1e-6)
     rates = {
         "fellrec, 4 metrics at 4 cutoffs": options.users / statistics.median(ours_s),
-        "fellrec, and the first 50 items kept": options.users / statistics.median(kept_s),
+        "fellrec, with the first 50 items stored": options.users / statistics.median(kept_s),
         f"torchmetrics, 4 metrics at 1 cutoff ({some} users)": some / statistics.median(theirs_s),
     }
     slowest = rates[next(reversed(rates))]
-    print("| what | users/s | ratio |\n|---|---|---|")
+    print("| implementation | users/s | ratio |\n|---|---|---|")
     for name, rate in rates.items():
         print(f"| {name} | {rate:,.0f} | {rate / slowest:.1f} |")
 
@@ -60,7 +60,7 @@ def problem(num_users: int, num_items: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def evaluate(scores: Tensor, targets: Tensor, masked: Tensor, keeps_first: bool) -> dict[str, Tensor]:
-    """Every user's metrics by our functions, in batches as in a run."""
+    """Metrics of every user by fellrec's functions, in batches as in a run."""
     parts = []
     for start in range(0, len(scores), BATCH):
         part = slice(start, start + BATCH)
@@ -74,7 +74,7 @@ def evaluate(scores: Tensor, targets: Tensor, masked: Tensor, keeps_first: bool)
 
 
 def reference(scores: Tensor, targets: Tensor, masked: Tensor) -> dict[str, Tensor]:
-    """Means over users by torchmetrics."""
+    """Means over users, by torchmetrics."""
     metrics = MetricCollection(
         {
             "ndcg_at_10": RetrievalNormalizedDCG(top_k=10),

@@ -1,10 +1,11 @@
-"""The generative family: users per second of its rankers, and padded tokens that batches by length save.
+"""The generative family: users per second of its rankers, and padding of batches with and without grouping by length.
+length.
 
     python benchmarks/generative.py data=ml_1m data.root=ml-1m [OVERRIDES…] [--users 64]
 
-Each ranker scores the same users once, after one user to warm up. ``generate`` is transformers' own beam search with
-the same titles behind ``prefix_allowed_tokens_fn``; it gives the best titles only. Nothing is trained but a few steps
-of the tiny backbone.
+Each ranker scores the same users once, after one warm-up user. ``generate`` is transformers' beam search with the
+same titles as ``prefix_allowed_tokens_fn``; it returns the best titles only. Only the tiny backbone is pre-trained,
+for a few steps.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def seconds(work: Callable[[Tensor], object], histories: Tensor) -> float:
 
 
 def measure(overrides: list[str], num_users: int) -> dict[str, float]:
-    """Users per second by ranker; that of all titles on an eighth of the users."""
+    """Users per second by ranker; likelihood is measured on an eighth of the users."""
     data, found = build_data(config_of(overrides)), {}
     for name, more in RANKERS.items():
         recommender = build_recommender(config_of(overrides, f"trainer.eval_batch_size={num_users}", *more), data)
@@ -65,7 +66,7 @@ def measure(overrides: list[str], num_users: int) -> dict[str, float]:
         found[name] = len(histories) / seconds(partial(module.ranker.scores, module.model), histories)
         if isinstance(module.ranker, GroundingRanker):
             words = [len(text.split()) for text in module.ranker.generate(module.model, histories)]
-            print(f"{name}: {sum(words) / len(words):.1f} words a text")
+            print(f"{name}: {sum(words) / len(words):.1f} words per text")
     ranker = module.ranker
     assert isinstance(ranker, ConstrainedRanker)
     found["generate, 20 beams"] = len(histories) / seconds(constrained_generate(module.model, ranker, 20), histories)
@@ -73,7 +74,7 @@ def measure(overrides: list[str], num_users: int) -> dict[str, float]:
 
 
 def constrained_generate(model: SplitModel, ranker: ConstrainedRanker, num_beams: int) -> Callable[[Tensor], object]:
-    """Transformers' constrained beam search, histories to tokens."""
+    """Constrained beam search of transformers, from histories to tokens."""
     titles, end = ranker.objective.titles, [ranker.objective.tokenizer.eos_token_id]
     allowed: dict[tuple[int, ...], set[int]] = {}
     for row in (tokens[inside].tolist() for tokens, inside in zip(titles.tokens, titles.inside, strict=True)):

@@ -1,15 +1,15 @@
-"""One GPU: seconds per round, peak memory, and the share of the GPU's matrix rate that training reaches.
+"""One GPU: seconds per round, peak memory, and model FLOP utilisation.
 
     python benchmarks/gpu.py --data-root ml-1m                  # needs a GPU with 80 GB, and 14 GB of disk in --work
-    python benchmarks/gpu.py --dry-run                          # tiny shapes on the CPU: does the script work?
+    python benchmarks/gpu.py --dry-run                          # tiny shapes on the CPU, to test the script
 
-Cases: ``experiment=ml_1m_small`` as it is, and a LLaMA-7B-shaped backbone with random weights in bfloat16 with LoRA on
-the generative objective (speed does not depend on what weights are), each with the whole model and through the executed
-cut in one process. A round is local training and aggregation; evaluation is left out. The first round warms up.
+Cases: ``experiment=ml_1m_small``, and a backbone of LLaMA-7B's shape with random weights in bfloat16, LoRA and the
+generative objective (speed does not depend on the values of weights), each with the whole model and with the executed
+split in one process. A round is local training and aggregation, without evaluation. The first round is a warm-up.
 
-Model FLOP utilisation = FLOPs that training cannot do without (``fellrec.functional.cost.training_flops``, per token of
-the largest micro-batch, times the padded tokens of the round) / seconds / the GPU's rate in one large matrix product of
-the same type.
+Model FLOP utilisation = required FLOPs (``fellrec.functional.cost.training_flops``, per token of the largest
+micro-batch, times the padded tokens of the round) / seconds / FLOPs per second of one large matrix product of the
+same type.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ DRY_SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
 
 @dataclass(frozen=True)
 class Result:
-    """What one case took.
+    """Result of one case.
 
     Attributes:
-        case: Its name.
-        device: Of the run.
-        dtype: Of the matrix products.
+        case: Name of the case.
+        device: Device of the run.
+        dtype: Data type of the matrix products.
         seconds_per_round: Median over the timed rounds.
         steps: Local steps of the last round, all clients.
-        tokens: Padded tokens of it.
-        peak_bytes: The device's largest memory; on a CPU the process's.
-        flops_per_second: Useful ones.
+        tokens: Padded tokens of the last round.
+        peak_bytes: Maximum memory of the device; on a CPU, of the process.
+        flops_per_second: Required FLOPs per second.
         matrix_rate: FLOPs per second of one large matrix product.
     """
 
@@ -80,7 +80,7 @@ class Result:
 
     @property
     def utilisation(self) -> float:
-        """Share of the matrix rate, in [0, 1]."""
+        """Fraction of the matrix rate, in [0, 1]."""
         return self.flops_per_second / self.matrix_rate
 
 
@@ -98,12 +98,12 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int, repeats: in
 
 
 def random_backbone(folder: Path, shape: str, texts: Sequence[str], changes: dict[str, int]) -> Path:
-    """Write a backbone of a known shape with random weights, unless it is there already.
+    """Write a backbone of a known shape with random weights, unless it exists.
 
     Args:
-        folder: Where.
+        folder: Destination.
         shape: A name in ``conf/model_configs``.
-        texts: For the stand-in tokenizer.
+        texts: Training texts of the tokenizer.
         changes: Sizes that differ from the shape.
     """
     if (folder / "tokenizer.json").is_file():
@@ -121,7 +121,7 @@ def random_backbone(folder: Path, shape: str, texts: Sequence[str], changes: dic
 
 
 def measure(case: str, config: DictConfig, rounds: int, matrix_size: int) -> Result:
-    """Train some rounds and time all but the first."""
+    """Train several rounds and time all except the first."""
     data = build_data(config)
     plan = Planner().plan(config)
     parts = (plan.head, plan.body, plan.tail)
@@ -157,12 +157,12 @@ def measure(case: str, config: DictConfig, rounds: int, matrix_size: int) -> Res
 
 
 def _round(loop: FederatedLoop, round_index: int) -> int:
-    """Run a round; gives the number of local steps of all clients."""
+    """Run a round; returns the number of local steps of all clients."""
     return sum(trained.num_steps for trained in loop.run_round(round_index).trained)
 
 
 def _tokens(loop: FederatedLoop, recommender: Recommender, round_index: int) -> int:
-    """Padded tokens that went through the model in a round: its batches are a function of seed, round and client."""
+    """Padded tokens of a round: batches are a function of seed, round and client."""
     objective, streams = recommender.module.objective, recommender.module.model.streams
     executor = loop.executor
     assert isinstance(executor, SerialExecutor)
@@ -181,7 +181,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 def cases(options: argparse.Namespace) -> dict[str, DictConfig]:
-    """The configurations by name; the large backbone is written first."""
+    """Configurations by name; writes the large backbone."""
     data = ["data=ml_1m", f"data.root={options.data_root}"] if options.data_root else list(SYNTHETIC[:1])
     small: list[str] = [*SMALL, *data]
     large: list[str] = [*LARGE, *data]
@@ -219,17 +219,17 @@ def show(results: Sequence[Result]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print; ``--json FILE`` keeps the figures."""
+    """Measure and print; ``--json FILE`` writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", help="MovieLens-1M; without it the embedded data serve")
+    parser.add_argument("--data-root", help="directory of MovieLens-1M (default: embedded data)")
     parser.add_argument("--work", type=Path, default=Path("benchmark-work"), help="folder for backbones and caches")
     parser.add_argument("--case", choices=("all", "small", "large"), default="all")
     parser.add_argument("--rounds", type=int, default=3, help="rounds to time after the first")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on the CPU")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():
-        sys.exit("there is no GPU here; --dry-run shows that the script works")
+        sys.exit("no GPU found; --dry-run tests the script on the CPU")
     found = cases(options)
     size, rounds = (256, 1) if options.dry_run else (8192, options.rounds)
     results = [measure(name, config, rounds, size) for name, config in found.items()]

@@ -1,9 +1,9 @@
-"""Memory and time over the number of clients: one-user clients, the same cohort size in every round.
+"""Memory and time by number of clients: one-user clients, the same cohort size in every round.
 
     python benchmarks/many_clients.py --clients 100,5000 --cohort 100 --rounds 10 --root ../shared/data/ml-1m
 
-Each population runs in a process of its own. Memory is anonymous memory (``RssAnon`` of /proc/self/status): what the
-kernel cannot drop and read again. Pages of mapped adapter files are not in it.
+Each population runs in its own process. Memory is anonymous memory (``RssAnon`` of /proc/self/status): memory that
+the kernel cannot drop and read again. It excludes memory-mapped adapter files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MB = 1e6
 
 
 class Peak:
-    """The largest anonymous memory since it was made, sampled every few milliseconds."""
+    """Maximum anonymous memory since construction, sampled every few milliseconds."""
 
     def __init__(self, seconds: float = 0.005) -> None:
         self.num_bytes = anonymous_bytes()
@@ -55,7 +55,7 @@ def overrides_of(options: argparse.Namespace) -> list[str]:
     ]
     if options.root:
         common += ["data=ml_1m", f"data.root={options.root}"]
-        # All that is left of ML-1M's 6,040 users are public; the small population is a sample of as many users.
+        # The remaining users of ML-1M's 6,040 are public; the small population is a sample of as many users.
         kept = min(6040, round(options.clients / 0.8))
         common += [f"data.max_users={kept}", f"data.public_user_rate={1 - options.clients / kept:.8f}"]
     else:
@@ -64,7 +64,7 @@ def overrides_of(options: argparse.Namespace) -> list[str]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Run one population and measure it."""
+    """Run one population and measure time and memory."""
     import torch
 
     from fellrec.callbacks.checkpoint import Checkpoint
@@ -87,7 +87,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
         def on_round_end(self, record: Any) -> None:
             gc.collect()
-            ctypes.CDLL(None).malloc_trim(0)  # what is free in the allocator's lists is not what the run holds
+            ctypes.CDLL(None).malloc_trim(0)  # return free memory of the allocator to the system
             seen["round"].append(record.seconds)
             seen["memory"].append(anonymous_bytes())
 
@@ -122,12 +122,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clients", default="100,5000", help="numbers of clients, with commas between them")
+    parser.add_argument("--clients", default="100,5000", help="numbers of clients, separated by commas")
     parser.add_argument("--cohort", type=int, default=100, help="clients per round")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--adapter", default="lora", choices=["lora", "full"])
-    parser.add_argument("--root", default="", help="folder of MovieLens-1M; synthetic data without it")
-    parser.add_argument("--folder", default=None, help="where run directories go")
+    parser.add_argument("--root", default="", help="directory of MovieLens-1M (default: synthetic data)")
+    parser.add_argument("--folder", default=None, help="parent directory of run directories")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="one JSON line per population")
     parser.add_argument("overrides", nargs="*", help="further Hydra overrides")
@@ -135,7 +135,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """One population here, several in one process each."""
+    """Run one population in this process, or several in one process each."""
     options = parse()
     populations = options.clients.split(",")
     if len(populations) == 1:

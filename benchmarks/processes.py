@@ -1,10 +1,10 @@
-"""Clients over processes on one machine: seconds per round and peak memory by processes and clients per round.
+"""Clients on several processes of one machine: seconds per round and peak memory.
 
-    python benchmarks/processes.py                               # 1, 2, 3 processes; 4, 8, 16 clients per round
+    python benchmarks/processes.py                                   # 1, 2, 3 processes; 4, 8, 16 clients per round
     python benchmarks/processes.py --processes 1,2,4,8 --clients 64 -- data=ml_1m data.root=ml-1m
 
-Each cell is one ``fellrec train`` with as many clients as take part in a round; every process has one thread. A round
-is local training and aggregation; evaluation is left out, and so is the first round. Memory is the largest resident
+Each cell is one ``fellrec train`` in which every client trains in every round; every process has one thread. A round
+is local training and aggregation, without evaluation; the first round is not timed. Memory is the maximum resident
 memory of one process.
 """
 
@@ -38,11 +38,11 @@ class Cell:
     """One run.
 
     Attributes:
-        processes: Their number.
-        clients: Per round.
-        seconds_per_round: Median over the rounds but the first.
+        processes: Number of processes.
+        clients: Number of clients per round.
+        seconds_per_round: Median over all rounds except the first.
         busy_rate: Fraction of the processes' time that is local training; ``None`` for one process.
-        peak_bytes: Largest memory of one process.
+        peak_bytes: Maximum memory of one process.
     """
 
     processes: int
@@ -53,7 +53,7 @@ class Cell:
 
 
 def measure(processes: int, clients: int, rounds: int, overrides: Sequence[str], work: Path) -> Cell:
-    """Run once and read what the run logged to MLflow."""
+    """Run once and read the metrics from MLflow."""
     name = f"{processes}-{clients}"
     store = f"sqlite:///{work / name}.db"
     command = [
@@ -103,13 +103,13 @@ def show(cells: Sequence[Cell]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure all cells and print them; ``--json FILE`` keeps the figures."""
+    """Measure all cells and print them; ``--json FILE`` writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", default="1,2,3")
     parser.add_argument("--clients", default="4,8,16")
     parser.add_argument("--rounds", type=int, default=4, help="rounds to time after the first")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("overrides", nargs="*", help="of fellrec train, after --")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("overrides", nargs="*", help="overrides for fellrec train, after --")
     options = parser.parse_args(arguments)
     processes, clients = ([int(item) for item in text.split(",")] for text in (options.processes, options.clients))
     with tempfile.TemporaryDirectory() as work:

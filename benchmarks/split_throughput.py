@@ -1,9 +1,9 @@
-"""What the executed cut takes, as a ratio to the unsplit run, and what packing what crosses saves and costs.
+"""Time of the executed split relative to the unsplit run; traffic and accuracy by data type of hidden states.
 
-    python benchmarks/split_throughput.py [--rounds N] [--repeats N] [--parts inprocess,distributed,packing] [OVERRIDES…]
+python benchmarks/split_throughput.py [--rounds N] [--repeats N] [--parts inprocess,distributed,packing] [OVERRIDES…]
 
-Rounds of all configurations are interleaved, so that other work on the machine affects all of them; figures are
-medians. ``CPU ratio`` compares processor time, which other work hardly changes.
+Rounds of all configurations are interleaved, so that other jobs on the machine affect all of them; results are medians.
+``CPU ratio`` compares CPU time, which is less affected by other jobs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NO_EVALUATION = ["trainer.num_rounds=1000", "trainer.evaluate_every=1000"]
 
 
 class Measured:
-    """A loop, and what each of its rounds took.
+    """A loop with the record and the CPU time of every round.
 
     Args:
         overrides: Of the configuration.
@@ -53,27 +53,27 @@ class Measured:
         self.records.append(record)
 
     def seconds(self) -> float:
-        """Median of a round, the first one left out."""
+        """Median of all rounds except the first."""
         return median(self.rounds.round_seconds[1:])
 
     def cpu_seconds(self) -> float:
-        """Median of a round, the first one left out; meant for rounds without an evaluation."""
+        """Median of all rounds except the first; for rounds without an evaluation."""
         return median(self.rounds.cpu_seconds[1:])
 
     def busy_rate(self) -> float:
-        """Of the server, over all rounds."""
+        """Busy rate of the server over all rounds."""
         return self.rounds.busy_rate("server") or 0.0
 
 
 def interleave(runs: Sequence[Measured], num_rounds: int) -> None:
-    """One round of each in turn, every other time in reverse."""
+    """Run one round of each loop in turn, every second time in reverse order."""
     for number in range(num_rounds):
         for run in runs if number % 2 == 0 else reversed(runs):
             run.run_round()
 
 
 def in_process(overrides: Sequence[str], options: argparse.Namespace) -> pd.DataFrame:
-    """An executed round against an unsplit one, both in this process."""
+    """Compare an executed round with an unsplit one, both in this process."""
     base = [*overrides, *NO_EVALUATION]
     unsplit, split = Measured(base), Measured([*base, "split.transport=inprocess"])
     interleave([unsplit, split], options.rounds * options.repeats + 1)
@@ -82,7 +82,7 @@ def in_process(overrides: Sequence[str], options: argparse.Namespace) -> pd.Data
 
 
 def distributed(overrides: Sequence[str], options: argparse.Namespace) -> pd.DataFrame:
-    """Runs under torchrun against unsplit rounds of this process, which are run between the launches."""
+    """Compare runs started by torchrun with unsplit rounds of this process, which run between the launches."""
     base = [*overrides, f"trainer.num_rounds={options.rounds + 1}", "trainer.evaluate_every=1000"]
     unsplit = Measured([*overrides, *NO_EVALUATION])
     interleave([unsplit], 1)
@@ -100,7 +100,7 @@ def distributed(overrides: Sequence[str], options: argparse.Namespace) -> pd.Dat
 
 
 def _launch(overrides: Sequence[str], processes: int) -> tuple[float, float]:
-    """Median seconds of a round, the first one left out, and the fraction of them in which the server computes."""
+    """Median seconds of all rounds except the first, and the server's busy rate."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command += ["-m", "fellrec", "train", *overrides, "split.transport=distributed"]
@@ -125,7 +125,7 @@ def _row(processes: str, seconds: float, unsplit: float, busy: float) -> dict[st
 
 
 def packing(overrides: Sequence[str], options: argparse.Namespace) -> pd.DataFrame:
-    """The same run with what crosses packed in each way; accuracy on the test data."""
+    """The same run with each data type of hidden states and gradients; accuracy on the test split."""
     base = [*overrides, "split.transport=inprocess", f"trainer.num_rounds={options.rounds}"]
     runs = {name: Measured([*base, f"split.hidden_dtype={name}", f"split.gradient_dtype={name}"]) for name in PACKINGS}
     for run in runs.values():
@@ -137,7 +137,7 @@ def packing(overrides: Sequence[str], options: argparse.Namespace) -> pd.DataFra
         crossing = sum(ledger.total(kind=kind, phase="train") for kind in ("hidden_state", "gradient"))
         rows.append(
             {
-                "packing": name,
+                "data type": name,
                 "MB a round": f"{crossing / options.rounds / 1e6:.1f}",
                 "s/round": f"{run.seconds():.2f}",
                 "last loss": f"{_last_loss(run):.5f}",
@@ -165,8 +165,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each run")
     parser.add_argument("--repeats", type=int, default=2, help="launches of each distributed run")
-    parser.add_argument("--parts", default=",".join(PARTS), help="which tables")
-    parser.add_argument("overrides", nargs="*", help="as for fellrec train")
+    parser.add_argument("--parts", default=",".join(PARTS), help="tables to produce")
+    parser.add_argument("overrides", nargs="*", help="overrides of fellrec train")
     options = parser.parse_args()
     for part in options.parts.split(","):
         sys.stdout.write(f"{part}\n\n{markdown(PARTS[part](options.overrides, options))}\n")

@@ -1,8 +1,8 @@
-"""Of a comparison that tuned rules: each rule's best settings on validation, as options of the next comparison.
+"""Prints the best settings of each rule on validation, as options for `fellrec compare`.
 
 python experiments/chosen.py OUT/tuning/comparison/comparison.json
 
-prints one ``--run 'aggregation=RULE …'`` a rule, quoted for a shell; ``eval`` reads it.
+prints one ``--run 'aggregation=RULE …'`` per rule, quoted for ``eval`` in a shell.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from fellrec.experiment.variants import TRAINING
 
 
 def options(comparison: dict[str, Any]) -> list[str]:
-    """For each learned rule, ``--run`` and its overrides: those of its best line on the validation holdout."""
+    """``--run`` and the overrides of the best line on validation, for each learned rule."""
     return [word for line in comparison["chosen_on_validation"].values() for word in ("--run", overrides(line))]
 
 
 def overrides(line: str) -> str:
-    """Overrides that give a line of a comparison again.
+    """The overrides of a line of a comparison.
 
     Example:
         >>> overrides("fellrec alpha=0.2 learning_rate=0.002")

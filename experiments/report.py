@@ -1,9 +1,9 @@
-"""The cells of a sweep in one table: what `fellrec compare` found in each, and how sure the differences are.
+"""One table of all cells of a sweep: results of `fellrec compare`, and significance of the differences.
 
 python experiments/report.py OUT [RULE-OTHER ...]
 
-OUT holds one comparison a folder. Writes ``report.csv``, ``report.md`` and ``report.png`` into it. A pair such as
-``persistence-fellrec`` adds the paired difference of these two rules to ``pairs.md``; that to FedAvg is always there.
+OUT has one directory per comparison. Writes ``report.csv``, ``report.md`` and ``report.png`` into it. A pair such as
+``persistence-fellrec`` adds the paired difference of these two rules to ``pairs.md``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ METRIC = "ndcg_at_10"
 
 
 def cells(out: Path) -> dict[str, dict[str, Any]]:
-    """Each cell's ``comparison.json``, by the name of its folder, in the order in which they were finished."""
+    """The ``comparison.json`` of each cell, by name of its directory, in the order in which they were finished."""
     found = sorted(out.glob("*/comparison/comparison.json"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise SystemExit(f"{out} holds no finished comparison")
@@ -35,7 +35,7 @@ def cells(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def frame(found: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """One row per cell and rule, as numbers."""
+    """Numbers, one row per cell and rule."""
     rows = []
     for cell, comparison in found.items():
         differences = {item["rule"]: item for item in comparison["differences"] if item["metric"] == METRIC}
@@ -74,7 +74,7 @@ _VERSUS = (
 
 
 def text(table: pd.DataFrame) -> pd.DataFrame:
-    """The same for people."""
+    """The numbers as formatted text."""
     return pd.DataFrame([_row(row) for row in table.to_dict("records")])
 
 
@@ -110,7 +110,7 @@ def _interval(low: float, high: float, digits: int = 4) -> str:
 
 
 def pairs(out: Path, found: dict[str, dict[str, Any]], wanted: list[tuple[str, str]]) -> pd.DataFrame:
-    """Paired over users, each averaged over the seeds first; p is adjusted for all rows (Holm)."""
+    """Differences paired over users, averaged over seeds first; p is adjusted for all rows (Holm)."""
     rows, p_values = [], []
     for cell, comparison in found.items():
         for names in wanted:
@@ -135,7 +135,7 @@ def pairs(out: Path, found: dict[str, dict[str, Any]], wanted: list[tuple[str, s
 
 
 def _only_line(rule: str, comparison: dict[str, Any]) -> str | None:
-    """The line of a rule with whatever settings it has; ``None`` if there is none, or several."""
+    """The line of a rule with any settings; ``None`` if there is none, or several."""
     lines = [name for name in comparison["rules"] if name.partition(" ")[0] == rule]
     return lines[0] if len(lines) == 1 else None
 
@@ -149,7 +149,7 @@ def _per_user(folder: Path, rule: str, comparison: dict[str, Any]) -> pd.Series:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """For every cell, each learned rule's mean over clients against its spread: up and to the left is better."""
+    """Plot mean over clients by spread of each learned rule, one panel per cell; up and left is better."""
     learned = table[table["kind"] == "learned"]
     names = list(dict.fromkeys(learned["cell"]))
     columns = min(3, len(names))
@@ -159,7 +159,7 @@ def draw(table: pd.DataFrame) -> Figure:
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for ax in axes[len(names) :]:
         ax.set_axis_off()
-    # A rule has its colour in all cells, whatever settings it has there; where it has several lines, each has one.
+    # A rule has the same colour in all cells; if it has several lines in a cell, each has its own colour.
     base = learned["rule"].str.partition(" ")[0]
     is_only = ~learned.assign(base=base).duplicated(["cell", "base"], keep=False)
     keys = base.where(is_only, learned["rule"])

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Which half of FELLRec helps, and what of it the released code does, on MovieLens-1M and Amazon Games.
+# Ablation of FELLRec (attention, heating, raw parameters, released code) on MovieLens-1M and Amazon Games.
 #
 #   sh experiments/ablation/sweep.sh OUT ../shared/data/ml-1m ../shared/data/games-5core [OVERRIDE...]
 set -eu

@@ -1,5 +1,5 @@
 #!/bin/sh
-# How much FELLRec's α and β matter, on Amazon Games.
+# The effect of FELLRec's α and β, on Amazon Games.
 #
 #   sh experiments/alpha_beta/sweep.sh OUT ../shared/data/games-5core [OVERRIDE...]
 set -eu

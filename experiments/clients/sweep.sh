@@ -1,5 +1,5 @@
 #!/bin/sh
-# How many clients there are, and how alike they are, on Amazon Games. All clients together take 100 steps a round.
+# Number and similarity of clients, on Amazon Games. All clients together take 100 local steps per round.
 #
 #   sh experiments/clients/sweep.sh OUT ../shared/data/games-5core [OVERRIDE...]
 set -eu
@@ -19,7 +19,7 @@ for number in 3 5 10 20; do
     clients "kmeans_$number" $((100 / number)) partition.num_clients=$number "$@"
 done
 clients random_5 20 partition=random "$@"
-# One user's few interactions teach nothing from nothing: here the small language model that has read 1,350 public users.
+# One user has too few interactions to train from scratch: start from the language model pre-trained on 1,350 public users.
 cell per_user ${BACKBONE:-backbone.num_layers=2 backbone.pretrain.steps=600} adapter=lora objective.num_negatives=1024 \
     references.show=[] data=games "data.root=$games" data.max_users=1500 data.public_user_rate=0.9 partition=per_user $small \
     trainer.local_epochs=3 "aggregation=$rules" "$@"

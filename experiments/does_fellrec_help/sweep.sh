@@ -1,10 +1,10 @@
 #!/bin/sh
-# Every rule, tuned on validation with three tries each, then run with three seeds: MovieLens-1M and Amazon Games, SASRec.
+# Every rule, tuned on validation with three configurations each, then run with three seeds: MovieLens-1M, Amazon Games, SASRec.
 #
 #   sh experiments/does_fellrec_help/sweep.sh OUT ../shared/data/ml-1m ../shared/data/games-5core [OVERRIDE...]
 #
-# OUT/tuning/DATA holds what was tried (seed 0), OUT/DATA the comparison of what was chosen. DATA of the environment makes
-# it smaller.
+# OUT/tuning/DATA has the tuning runs (seed 0), OUT/DATA the comparison of the selected settings. The environment variable
+# DATA selects data sets.
 set -eu
 out=$1 ml_1m=$2 games=$3
 shift 3

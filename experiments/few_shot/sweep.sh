@@ -1,5 +1,5 @@
 #!/bin/sh
-# 1,024 training samples against all, on Amazon Games, with the small language model that read the public users' histories.
+# 1,024 training samples against all, on Amazon Games, with the small language model pre-trained on public users.
 #
 #   sh experiments/few_shot/sweep.sh OUT ../shared/data/games-5core [OVERRIDE...]
 set -eu

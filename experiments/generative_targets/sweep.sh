@@ -1,5 +1,5 @@
 #!/bin/sh
-# What a small generative model learns from: one title a row or every title, tokens among the vocabulary or the catalogue's.
+# Targets of a small generative model: one title per row or every title, softmax over the vocabulary or the catalogue.
 #
 #   sh experiments/generative_targets/sweep.sh OUT ../shared/data/ml-1m [OVERRIDE...]
 set -eu

@@ -1,9 +1,9 @@
 #!/bin/sh
-# Data × family × rule with the small language model that read the public users' histories.
+# Data × family × rule with the small language model pre-trained on public users.
 #
 #   sh experiments/main_table/sweep.sh OUT ../shared/data/ml-1m ../shared/data/games-5core [OVERRIDE...]
 #
-# FAMILIES (retrieval generative) and DATA (ml_1m games micro_lens_shaped) of the environment make it smaller.
+# The environment variables FAMILIES (retrieval generative) and DATA (ml_1m games micro_lens_shaped) select cells.
 set -eu
 out=$1 ml_1m=$2 games=$3
 shift 3
@@ -16,7 +16,7 @@ source_of() {
         micro_lens_shaped) echo "data=micro_lens_shaped" ;;
     esac
 }
-# A model so small cannot spell all titles: it learns to choose among them, from every line of a prompt.
+# A model of this size cannot spell all titles: train it to select among them, with every line of a prompt as a target.
 writing="objective=generative objective.one_target_per_row=false objective.softmax=catalogue ranker=constrained ranker.num_beams=10"
 settings_of() {
     case $1_$2 in

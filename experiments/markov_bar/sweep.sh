@@ -1,5 +1,5 @@
 #!/bin/sh
-# The small language model on the data of all clients of MovieLens-1M, against the decayed Markov counter.
+# The small language model on the data of all clients of MovieLens-1M, compared with the decayed Markov baseline.
 #
 #   sh experiments/markov_bar/sweep.sh OUT ../shared/data/ml-1m [OVERRIDE...]
 set -eu

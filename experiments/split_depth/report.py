@@ -1,8 +1,8 @@
-"""What a cut costs against its depth k: measured with the tiny backbone, planned for LLaMA-7B.
+"""Cost of a split by depth k of the head: measured with the tiny backbone, planned for LLaMA-7B.
 
 python experiments/split_depth/report.py COMPARISON.json PLAN.json FOLDER
 
-writes ``measured.md``, ``planned.md`` and ``split_depth.png`` into the folder.
+writes ``measured.md``, ``planned.md`` and ``split_depth.png`` into the directory.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 from fellrec.report.tables import markdown
 
 CLAIMS = {"storage saved, %": 28, "compute saved, %": 48}
-"""What the paper's summary says is saved on the client: storage and training time."""
+"""Savings on the client according to the paper: storage and training time."""
 LINE_BITS = 100e6
-"""Bits a second of a client's line; for the time that the traffic takes."""
+"""Bandwidth of a client in bits per second, for the transmission time."""
 
 
 def measured(comparison: dict[str, Any]) -> pd.DataFrame:
@@ -85,7 +85,7 @@ def planned(plans: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def reached(frame: pd.DataFrame, column: str, percent: float) -> pd.Series[Any] | None:
-    """The deepest cut, so the one that leaves most on the client, that still saves so much; ``None`` if none does."""
+    """The largest k that still saves this much; ``None`` if there is none."""
     enough = frame[frame[column] >= percent]
     return None if enough.empty else enough.loc[enough["k"].idxmax()]
 
@@ -125,7 +125,7 @@ def draw(tiny: pd.DataFrame, llama: pd.DataFrame) -> Figure:
 
 
 def table(frame: pd.DataFrame) -> str:
-    """Markdown; whole numbers as they are, others with four figures."""
+    """Markdown; integers unchanged, other numbers with four significant digits."""
     text = pd.DataFrame(
         {name: [f"{v:.0f}" if float(v).is_integer() and v < 1e4 else f"{v:.4g}" for v in frame[name]] for name in frame}
     )
@@ -133,7 +133,7 @@ def table(frame: pd.DataFrame) -> str:
 
 
 def claims(llama: pd.DataFrame) -> str:
-    """Where each claim of the paper's summary is reached, and what crosses there."""
+    """The k at which each claim of the paper is reached, and the traffic there."""
     lines = []
     for column, percent in CLAIMS.items():
         found = reached(llama, column, percent)
@@ -142,9 +142,9 @@ def claims(llama: pd.DataFrame) -> str:
             continue
         lines.append(
             f"{column}: {percent} is reached up to k = {found['k']:.0f} (k + m = {found['k + m']:.0f}), which saves "
-            f"{found[column]:.1f} %; {found['GB a client and round']:.2f} GB cross a client and round, "
-            f"{found['minutes at 100 Mbit/s']:.1f} minutes at 100 Mbit/s, against {found['MB of adapters']:.1f} MB of "
-            "adapters."
+            f"{found[column]:.1f} %; {found['GB a client and round']:.2f} GB of traffic per client and round, "
+            f"{found['minutes at 100 Mbit/s']:.1f} minutes at 100 Mbit/s, compared with "
+            f"{found['MB of adapters']:.1f} MB of adapters."
         )
     return "\n".join(lines) + "\n"
 

@@ -1,10 +1,10 @@
 #!/bin/sh
-# The sweep over the head's depth k, measured and planned, and its report.
+# The sweep over the depth k of the head, measured and planned, and its report.
 #
 #   sh experiments/split_depth/sweep.sh OUT data=ml_1m data.root=../shared/data/ml-1m
 #
-# OUT is a new folder; what follows goes to `fellrec compare` and `fellrec plan` alike. A test makes it all smaller by
-# the environment.
+# OUT is a new directory; further overrides apply to `fellrec compare` and `fellrec plan`. Tests set environment variables
+# for a smaller sweep.
 set -eu
 out=$1
 shift

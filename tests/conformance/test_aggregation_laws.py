@@ -1,4 +1,4 @@
-"""The laws of STYLE.md, for every rule that has a file in ``conf/aggregation`` and for every variant of FELLRec.
+"""Properties that every rule in ``conf/aggregation`` and every variant of FELLRec must have.
 
 ``fidelity=released_code`` is not among them: that it breaks the permutation law is tested in unit/aggregation.
 """
@@ -32,7 +32,7 @@ quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCh
 
 @st.composite
 def rounds(draw):
-    """Updates of 1 to 6 clients, some of which may not have moved, and a round."""
+    """Updates of 1 to 6 clients, some of which may be zero, and a round."""
     num_clients, seed = draw(st.integers(1, 6)), draw(st.integers(0, 10_000))
     generator = torch.Generator().manual_seed(seed)
     start = {
@@ -89,7 +89,7 @@ def test_permuting_clients_permutes_the_result(cfg, problem, random):
 @quick
 @given(rounds())
 def test_equal_inputs_are_a_fixed_point(cfg, problem):
-    """Rules that mix adapters do not look at the starts here, so these may differ; one that mixes updates does."""
+    """Rules that mix adapters do not use the starts here, so these may differ; a rule that mixes updates does."""
     updates, round_index = problem
     rule = build_aggregation(cfg)
     same = {name: p[:1].expand_as(p).clone() for name, p in updates.end.items()}
@@ -104,8 +104,8 @@ def test_equal_inputs_are_a_fixed_point(cfg, problem):
 @every_rule
 @quick
 @given(rounds())
-def test_inputs_are_not_changed_nor_handed_out(cfg, problem):
-    """A rule that sees nothing hands out no adapters: clients keep what they trained."""
+def test_inputs_are_not_changed_and_not_aliased(cfg, problem):
+    """A rule that sees nothing returns no adapters: clients keep what they trained."""
     updates, round_index = problem
     tensors = [*updates.start.values(), *updates.end.values(), updates.losses, updates.num_samples]
     before = [tensor.clone() for tensor in tensors]

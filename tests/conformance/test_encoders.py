@@ -1,4 +1,4 @@
-"""Encoders: head, body and tail equal transformers' own model to the last bit, executed cut, adapters and files too.
+"""Encoders: head, body and tail, the executed cut, adapters and files are bit-identical to the Transformers model.
 
 Padding is on the right. What an encoder computes there is never read, so only the places of tokens are compared.
 """
@@ -22,7 +22,7 @@ from fellrec.models.adapters import FullAdapter, LoraAdapter
 from fellrec.models.architectures import ARCHITECTURES, arch_of, context_of
 from fellrec.models.backbone import load_hf
 from fellrec.models.encoders import tokens_of
-from fellrec.models.partial import load_share
+from fellrec.models.partial import load_partial
 from fellrec.models.split import SplitModel
 from fellrec.models.tiny import build_tokenizer
 
@@ -36,14 +36,14 @@ def whole_model(name: str, **changed: Any) -> Any:
 
 
 def texts(lengths: str) -> tuple[Tensor, Tensor]:
-    """Token ids whose padding is negative, and which places hold tokens."""
+    """Token ids with negative padding, and their mask."""
     inside = torch.arange(9)[None, :] < torch.tensor(LENGTHS[lengths])[:, None]
     ids = torch.randint(3, 97, (3, 9), generator=torch.Generator().manual_seed(1))
     return ids.masked_fill(~inside, -1), inside
 
 
 def own_forward(model: Any, ids: Tensor, inside: Tensor) -> Tensor:
-    """Transformers' own, as its documentation has it: padding token, mask, and for a Longformer a global first token."""
+    """The Transformers model with padding token, mask and, for Longformer, a global first token, as documented."""
     more = {}
     if model.config.model_type == "longformer":
         more["global_attention_mask"] = torch.zeros_like(ids).index_fill_(1, torch.tensor([0]), 1)
@@ -75,11 +75,11 @@ def test_forward_and_every_gradient_are_exact(name: str, lengths: str) -> None:
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_dropout_draws_the_same_numbers(name: str) -> None:
-    """As many as transformers' own forward draws: padding to a window must not pass the embeddings twice."""
+    """As many as the forward pass of Transformers draws: padding to a window must not be embedded twice."""
     model = whole_model(name, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2).train()
     split, (ids, inside) = SplitModel(model, 2, 1).train(), texts("full")
     if name == "longformer":
-        ids, inside = ids[:, :8], inside[:, :8]  # a whole window: else padding draws too, and from another tensor
+        ids, inside = ids[:, :8], inside[:, :8]  # a whole window, without padding that would also draw numbers
     torch.manual_seed(1)
     whole = own_forward(model, ids, inside)
     torch.manual_seed(1)
@@ -90,8 +90,8 @@ def test_dropout_draws_the_same_numbers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_dropout_inside_attention_alone_is_dropout(name: str) -> None:
-    """A Longformer keeps its rate as a number, not as a module."""
+def test_dropout_in_attention_only_is_detected(name: str) -> None:
+    """Longformer has its rate as a number, not as a module."""
     split = SplitModel(whole_model(name, attention_probs_dropout_prob=0.1), 2, 1)
     assert [split.has_dropout(part) for part in ("head", "body", "tail")] == [True] * 3
     assert not SplitModel(whole_model(name), 2, 1).has_dropout("body")
@@ -103,7 +103,7 @@ def test_parts_own_all_parameters_under_their_own_names(name: str) -> None:
     split = SplitModel(model, 2, 1)
     parts = split.part_of_parameter()
     assert list(parts) == [key for key, _ in model.named_parameters()]
-    assert not any("pooler" in key for key in parts), "nothing is trained or sent that is not used"
+    assert not any("pooler" in key for key in parts), "unused parameters are neither trained nor sent"
     for layer, part in enumerate(["head", "head", "body", "body", "tail"]):
         assert {parts[key] for key in parts if key.startswith(f"encoder.layer.{layer}.")} == {part}
     assert {parts[key] for key in parts if key.startswith("embeddings.")} == {"head"}
@@ -113,7 +113,7 @@ def test_parts_own_all_parameters_under_their_own_names(name: str) -> None:
 @pytest.mark.parametrize("name", ENCODERS)
 def test_lora_is_exact_through_the_cuts_and_through_peft(name: str, tmp_path: Path) -> None:
     model, fresh, (ids, inside) = whole_model(name), whole_model(name), texts("padded")
-    base = own_forward(model.requires_grad_(False), ids, inside)  # the order of summation depends on what is frozen
+    base = own_forward(model.requires_grad_(False), ids, inside)  # the order of summation depends on frozen parameters
     adapter, split = LoraAdapter(dropout=0.0), SplitModel(model, 2, 1)
     adapter.attach(model, split.arch, 0, split.part_of)
     assert torch.equal(own_forward(model, ids, inside), base), "B starts at zero"
@@ -134,10 +134,10 @@ def test_lora_is_exact_through_the_cuts_and_through_peft(name: str, tmp_path: Pa
 @pytest.mark.parametrize("kind", [AutoModel, AutoModelForMaskedLM])
 @pytest.mark.parametrize("name", ENCODERS)
 def test_every_encoder_loads_from_its_folder(name: str, kind: Any, tmp_path: Path) -> None:
-    """Files with and without a head, whole and in shares; a full adapter is such a folder again."""
+    """Files with and without a head, as whole and partial models; a full adapter is saved as such a folder."""
     torch.manual_seed(0)
     saved, (ids, inside) = kind.from_config(ENCODERS[name]).eval(), texts("padded")
-    saved.requires_grad_(False)  # as shares are: the order of summation depends on it
+    saved.requires_grad_(False)  # like partial models: the order of summation depends on it
     saved.save_pretrained(tmp_path, max_shard_size="20KB")
     build_tokenizer(["a"], vocab_size=259).save_pretrained(tmp_path)
     backbone = load_hf(str(tmp_path))
@@ -145,15 +145,15 @@ def test_every_encoder_loads_from_its_folder(name: str, kind: Any, tmp_path: Pat
     assert not backbone.arch.is_causal
     expected = own_forward(saved.base_model, ids, inside)
     assert torch.equal(own_forward(backbone.model.requires_grad_(False), ids, inside), expected)
-    client_lm, server_lm = (load_share(tmp_path, side, 2, 1, torch.float32) for side in ("client", "server"))
-    owned = [{key for key, _ in share.named_parameters()} for share in (client_lm, server_lm)]
+    client_lm, server_lm = (load_partial(tmp_path, side, 2, 1, torch.float32) for side in ("client", "server"))
+    owned = [{key for key, _ in part.named_parameters()} for part in (client_lm, server_lm)]
     assert not owned[0] & owned[1]
     assert owned[0] | owned[1] == {key for key, _ in backbone.model.named_parameters()}
     server = SplitModel(server_lm, 2, 1)
 
     class Body:
         def run_body(self, hidden: Tensor, mask: Tensor | None, positions: str, cache: Any) -> Tensor:
-            assert mask is None, "padding needs no mask of its own"
+            assert mask is None, "no mask is sent"
             return server.serve_body(hidden, mask, positions, cache)
 
     client = SplitModel(client_lm, 2, 1, Body())  # type: ignore[arg-type]
@@ -167,7 +167,7 @@ def test_every_encoder_loads_from_its_folder(name: str, kind: Any, tmp_path: Pat
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("name", ENCODERS)
 def test_the_executed_cut_is_exact(name: str, lengths: str) -> None:
-    """Forward in evaluation, and every gradient in training; nothing but hidden states and gradients crosses."""
+    """Forward in evaluation, and every gradient in training; only hidden states and gradients cross the cuts."""
     whole, (ids, inside) = whole_model(name), texts(lengths)
     expected = gradients(whole, own_forward(whole, ids, inside), inside)
     client, link, server = cut_in_two(whole, 2, 1)
@@ -192,31 +192,29 @@ def test_the_longest_text_fits_and_a_longer_one_does_not(name: str) -> None:
         split(torch.full((1, split.context + 1), 5))
 
 
-def test_a_decoder_of_an_encoders_kind_is_refused() -> None:
+def test_an_encoder_configured_as_a_decoder_is_refused() -> None:
     with pytest.raises(BackboneError, match="model_type bert with is_decoder=true is not supported"):
         arch_of(ENCODERS["bert"].__class__(is_decoder=True))
 
 
 @pytest.mark.parametrize("dtype", PACKINGS)
-def test_padding_can_be_told_however_hidden_states_travel(dtype: str) -> None:
+def test_padding_is_recognised_with_every_packing(dtype: str) -> None:
     (ids, inside), model = texts("padded"), SplitModel(whole_model("bert"), 2, 1)
     arrived = unpack(pack(model.head(ids).detach(), dtype), torch.float32, torch.device("cpu"))
     assert torch.equal(tokens_of(arrived), inside)
 
 
-def test_files_that_do_not_fill_an_encoder_are_refused(tmp_path: Path) -> None:
+def test_incomplete_files_of_an_encoder_are_refused(tmp_path: Path) -> None:
     model = whole_model("bert")
     weights = {key: tensor for key, tensor in model.state_dict().items() if "layer.3.output" not in key}
     model.save_pretrained(tmp_path, state_dict=weights)
     build_tokenizer(["a"], vocab_size=259).save_pretrained(tmp_path)
-    with pytest.raises(
-        BackboneError, match=r"do not fill the model of config.json; missing 4 \(encoder.layer.3.output"
-    ):
+    with pytest.raises(BackboneError, match=r"do not match config.json; missing 4 \(encoder.layer.3.output"):
         load_hf(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_a_client_cannot_run_its_share_as_if_it_were_whole(name: str) -> None:
+def test_a_partial_encoder_refuses_to_run_as_a_whole(name: str) -> None:
     client, _, _ = cut_in_two(whole_model(name), 2, 1)
     with pytest.raises(AssertionError, match="runs part by part"):
         client.model(input_ids=torch.full((1, 8), 5))

@@ -1,6 +1,6 @@
 """The executed cut equals the whole model for every architecture: forward, every gradient, and generation with a cache.
 
-The server has its own share only. What the tests compare with is transformers' own model, whole.
+The server has only its partial model. The reference is the whole Transformers model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fellrec.cut.messages import ChangeBase, CloseSlot, Gradient, HiddenState, S
 from fellrec.distributed.message import Stop
 from fellrec.errors import BackboneError, SplitError
 from fellrec.functional.packing import Packed, pack
-from fellrec.models.partial import load_share
+from fellrec.models.partial import load_partial
 from fellrec.models.split import SplitModel
 
 CUTS = [(2, 1), (0, 2), (1, 0), (0, 0)]
@@ -46,7 +46,7 @@ def test_forward_is_exact(name: str, mask: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_gradient_is_exact(name: str) -> None:
-    """Head and tail by the client, the body by the server, from ∂L/∂h alone; the body's norms come with the answer."""
+    """The client computes those of head and tail, the server those of the body from ∂L/∂h, and their norms."""
     model, ids = whole_model(name, without_dropout=True).train(), torch.randint(3, 97, (3, 9))
     model(input_ids=ids, use_cache=False).logits.square().sum().backward()
     expected = {key: parameter.grad for key, parameter in model.named_parameters()}
@@ -80,7 +80,7 @@ def test_generation_with_a_cache_on_both_sides_is_exact(name: str, beams: int) -
             assert server.caches
             client.drop_cache(cache)
         assert torch.equal(written, expected), (head, tail)
-        assert not server.caches, "the server forgets"
+        assert not server.caches, "the server frees its caches"
         rows, new = 3 * beams, expected.shape[1] - 6
         masks_bytes = sum(rows * (6 + step) for step in range(new))
         hidden_bytes = rows * 32 * 4 * (6 + new - 1)
@@ -106,13 +106,13 @@ def test_a_copied_cache_grows_on_its_own(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_each_side_loads_its_own_tensors_only(name: str, tmp_path: Path) -> None:
+def test_a_partial_model_reads_only_its_own_tensors(name: str, tmp_path: Path) -> None:
     model = whole_model(name)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     ids = torch.randint(3, 97, (3, 9))
     expected = model(input_ids=ids, use_cache=False).logits
-    client_lm, server_lm = (load_share(tmp_path, side, 2, 1, torch.float32) for side in ("client", "server"))
+    client_lm, server_lm = (load_partial(tmp_path, side, 2, 1, torch.float32) for side in ("client", "server"))
     clients, servers = ({key for key, _ in lm.named_parameters()} for lm in (client_lm, server_lm))
     assert not clients & servers
     assert clients | servers == {key for key, _ in model.named_parameters()}
@@ -136,16 +136,16 @@ def test_each_side_loads_its_own_tensors_only(name: str, tmp_path: Path) -> None
     assert torch.equal(client.lm_head(client(ids)), expected)
 
 
-def test_files_that_do_not_fill_the_share_are_refused(tmp_path: Path) -> None:
+def test_incomplete_files_of_a_partial_model_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     whole_model("llama").save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = {key: value for key, value in load_file(path).items() if not key.startswith("model.layers.2.")}
     save_file(tensors, path, metadata={"format": "pt"})
-    load_share(tmp_path, "client", 2, 1, torch.float32)
-    with pytest.raises(BackboneError, match=r"missing or of another shape are \d+ tensors \(model.layers.2"):
-        load_share(tmp_path, "server", 2, 1, torch.float32)
+    load_partial(tmp_path, "client", 2, 1, torch.float32)
+    with pytest.raises(BackboneError, match=r"\d+ tensors of the partial model are missing .* \(model.layers.2"):
+        load_partial(tmp_path, "server", 2, 1, torch.float32)
 
 
 def test_a_split_that_leaves_the_server_nothing_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Head, body and tail equal the whole model, to the last bit, for every architecture; so does what PEFT reads back."""
+"""Head, body and tail, and adapters saved for PEFT, are bit-identical to the whole model for every architecture."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def gradients(model: torch.nn.Module, logits: torch.Tensor) -> dict[str, torch.T
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_every_architecture_is_here() -> None:
+def test_every_architecture_is_tested() -> None:
     assert set(ARCHITECTURES) == {config.model_type for config in (*CONFIGS.values(), *ENCODERS.values())}
 
 

@@ -19,13 +19,13 @@ CONFIG = LlamaConfig(
 MEASURE = """
 import json, re, sys, torch
 from pathlib import Path
-from fellrec.models.partial import load_share
+from fellrec.models.partial import load_partial
 
 def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1))
 
 def load(folder, side):
-    return load_share(Path(folder), side, 1, 1, torch.float32)
+    return load_partial(Path(folder), side, 1, 1, torch.float32)
 
 load(sys.argv[2], "client")  # whatever the libraries load at their first use
 before = peak()

@@ -16,9 +16,9 @@ import pytest
 from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
 
-from fellrec.cli.evaluate import read_config
 from fellrec.cli.main import main
 from fellrec.cli.train import resumed
+from fellrec.config.compose import read_config
 from fellrec.models.backbone import load_hf
 
 

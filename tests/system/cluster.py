@@ -1,4 +1,4 @@
-"""A real SLURM in a temporary folder: one controller and two nodes, all on this host."""
+"""A SLURM cluster in a temporary directory: one controller and two nodes, all on this host."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import pytest
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
-LONGEST_SECONDS = 180
-"""No test waits longer for anything."""
+TIMEOUT_SECONDS = 180
+"""Maximum wait of a test."""
 
 CONFIGURATION = """\
 ClusterName=fellrec
@@ -52,48 +52,48 @@ NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8 Sta
 NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8 State=UNKNOWN
 PartitionName=test Nodes=node1,node2 Default=YES MaxTime=INFINITE State=UP
 """
-"""``cred_expire`` is also how long a requeued job waits; the nodes claim more cores than the host may have."""
+"""``cred_expire`` is also the delay of a requeued job; the nodes declare more cores than the host may have."""
 
 
 class Cluster:
     """The running cluster.
 
     Args:
-        folder: Of its configuration, state and logs.
+        folder: Directory of configuration, state and logs.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def command(self, *words: str) -> str:
-        """What a command of SLURM prints."""
-        done = subprocess.run(words, capture_output=True, text=True, timeout=LONGEST_SECONDS, check=False)
+        """Run a SLURM command and return its output."""
+        done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
         assert done.returncode == 0, f"{words}: {done.stderr}"
         return done.stdout
 
     def job(self, job_id: str) -> dict[str, str]:
-        """What SLURM knows of a job, by name."""
+        """Properties of a job, by name."""
         text = self.command("scontrol", "--oneliner", "show", "job", job_id)
         return dict(word.split("=", 1) for word in text.splitlines()[0].split() if "=" in word)
 
-    def wait_for(self, is_so: Callable[[], object], what: str, log: Path) -> None:
-        """Wait until something is so; the log says why it is not."""
-        deadline = time.monotonic() + LONGEST_SECONDS
-        while not is_so():
+    def wait_for(self, condition: Callable[[], object], what: str, log: Path) -> None:
+        """Wait for a condition; on a timeout, fail with the logs."""
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while not condition():
             if time.monotonic() > deadline:
                 logs = [path.read_text()[-3000:] for path in (*log.glob("*.out"), *self.folder.glob("*.log"))]
-                pytest.fail("\n".join([f"waited {LONGEST_SECONDS} s for {what}", *logs]))
+                pytest.fail("\n".join([f"waited {TIMEOUT_SECONDS} s for {what}", *logs]))
             time.sleep(0.2)
 
     def wait_until_over(self, job_id: str, log: Path) -> str:
-        """The state in which a job ended."""
+        """Wait for the end of a job and return its final state."""
         running = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED")
         self.wait_for(lambda: self.job(job_id)["JobState"] not in running, f"the end of job {job_id}", log)
         return self.job(job_id)["JobState"]
 
 
 def install() -> None:
-    """Install the packages where that is possible; skip, and say why, where it is not."""
+    """Install the packages if possible; otherwise skip the test with the reason."""
 
     def missing() -> list[str]:
         path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])
@@ -104,15 +104,15 @@ def install() -> None:
         for words in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *PACKAGES]):
             subprocess.run(["apt-get", *words], check=False, capture_output=True, timeout=600, env=environment)
     if missing():
-        pytest.skip(f"needs a real SLURM: {', '.join(missing())} cannot be installed here (apt-get as root)")
+        pytest.skip(f"needs SLURM; cannot install {', '.join(missing())} (apt-get as root)")
     if os.geteuid() != 0:
-        pytest.skip("needs a real SLURM, whose daemons are started as root here")
+        pytest.skip("needs SLURM, whose daemons must be started as root")
 
 
 @contextmanager
 def running_cluster() -> Iterator[Cluster]:
-    """Start the daemons, let this process and its jobs use them, and stop everything at the end."""
-    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # sockets must have short names
+    """Start the daemons, configure the environment to use them, and stop them at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # socket paths must be short
     folder.chmod(0o755)
     (folder / "state").mkdir()
     for node in ("node1", "node2"):
@@ -158,7 +158,7 @@ def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 def idle_nodes() -> int:
-    """Nodes that wait for jobs; 0 while the controller does not answer."""
+    """Number of idle nodes; 0 while the controller does not respond."""
     done = subprocess.run(
         ["sinfo", "--noheader", "--Node", "--format=%T"], capture_output=True, text=True, timeout=120, check=False
     )
@@ -166,7 +166,7 @@ def idle_nodes() -> int:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""A process that does nothing but log, to be killed at any moment: ``endless_logging.py RUN_DIR URI STEPS``."""
+"""A process that only logs and can be killed at any time: ``endless_logging.py RUN_DIR URI STEPS``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fellrec.tracking.run_log import NewRun, RunLog
 
 
 def metrics_of(step: int) -> dict[str, float]:
-    """The same in every life of the process."""
+    """Metrics of a step; the same after every restart."""
     return {f"a/{number:02d}": math.sin(100 * step + number) for number in range(20)} | {"nan": float("nan")}
 
 

@@ -1,4 +1,4 @@
-"""A real MLflow server and a real browser: what a run logs is what the UI shows."""
+"""An MLflow server and a browser: the UI shows what a run logs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """``fellrec ui``'s own command on a free port; yields its address."""
+    """The command of ``fellrec ui`` on a free port; yields its address."""
     folder, port = tmp_path_factory.mktemp("server"), free_port()
     command = ui_command(f"sqlite:///{folder / 'mlflow.db'}", "127.0.0.1", port)
     with (folder / "log").open("w") as log:
@@ -65,7 +65,7 @@ def logged(server: str, tiny_overrides: list[str], tmp_path_factory: pytest.Temp
     return str(experiment.experiment_id)
 
 
-def test_a_comparison_arrives_at_the_server(server: str, logged: str) -> None:
+def test_a_comparison_is_logged_to_the_server(server: str, logged: str) -> None:
     client = MlflowClient(tracking_uri=server)
     runs = client.search_runs([logged])
     parents = [run for run in runs if run.data.tags.get("kind") == "comparison"]
@@ -82,18 +82,18 @@ def test_a_comparison_arrives_at_the_server(server: str, logged: str) -> None:
 
 @pytest.fixture(scope="module")
 def chromium() -> str:
-    """Chromium, installed from Debian where that is possible."""
+    """Chromium, installed with apt-get if possible."""
     if shutil.which("chromium") is None and shutil.which("apt-get") and os.geteuid() == 0:
         for command in (["apt-get", "update", "-qq"], ["apt-get", "install", "-y", "-qq", "chromium"]):
             subprocess.run(command, check=False, capture_output=True, timeout=600)
     found = shutil.which("chromium")
     if found is None:
-        pytest.skip("needs chromium, and it cannot be installed here (apt-get as root)")
+        pytest.skip("needs chromium, which cannot be installed here (as root: apt-get install chromium)")
     return found
 
 
-def test_the_runs_can_be_compared_in_the_browser(server: str, logged: str, chromium: str, tmp_path: Path) -> None:
-    """MLflow's metric page draws both runs' NDCG and its variance, with the figures that were logged."""
+def test_runs_can_be_compared_in_the_browser(server: str, logged: str, chromium: str, tmp_path: Path) -> None:
+    """MLflow's metric page shows NDCG and its variance of both runs, with the logged values."""
     client = MlflowClient(tracking_uri=server)
     children = [run for run in client.search_runs([logged]) if "mlflow.parentRunId" in run.data.tags]
     ids = ",".join(f"%22{run.info.run_id}%22" for run in children)
@@ -115,7 +115,7 @@ def test_the_runs_can_be_compared_in_the_browser(server: str, logged: str, chrom
             assert f"{run.data.metrics[f'val/ndcg_at_10/{figure}']:.12f}"[:8] in text
 
 
-def test_an_installed_wheel_brings_its_configuration(tmp_path: Path) -> None:
+def test_an_installed_wheel_contains_the_configuration(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     build = [
         sys.executable,
@@ -143,7 +143,7 @@ def test_an_installed_wheel_brings_its_configuration(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "fellrec.aggregation.FedAvg" in done.stdout
-    code = "import fellrec.config.paths as layout; print(layout.conf_dir())"
+    code = "from fellrec.config.paths import conf_dir; print(conf_dir())"
     shown = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(unpacked)},

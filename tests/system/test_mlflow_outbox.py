@@ -1,4 +1,4 @@
-"""Runs whose tracking server, or who themselves, are killed: what arrives is what an undisturbed run sends, once."""
+"""Runs and MLflow servers that are killed: the server has the same content as after an uninterrupted run, once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROUNDS = ["trainer.num_rounds=8"]
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A running MLflow server on either database."""
+    """A running MLflow server with sqlite or PostgreSQL."""
     folder = tmp_path_factory.mktemp(f"server-{request.param}")
     if request.param == "sqlite":
         yield from _serving(Server(folder, f"sqlite:///{folder / 'mlflow.db'}"))
@@ -47,9 +47,9 @@ def _serving(server: Server) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_overrides: list[str]) -> Content:
-    """What a run leaves that nobody disturbed."""
-    before, folder = Path.cwd(), tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_overrides: list[str]) -> Content:
+    """Content of the store after an uninterrupted run."""
+    before, folder = Path.cwd(), tmp_path_factory.mktemp("uninterrupted")
     os.chdir(folder)
     try:
         main(["train", *tiny_overrides, *ROUNDS, "run_dir=run"])
@@ -59,9 +59,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_overrides: list[s
 
 
 def uid_of(run_dir: Path) -> str:
-    first = first_operation(run_dir / "outbox")
-    assert first is not None
-    return str(first.fields["uid"])
+    return str(first_operation(run_dir / "outbox").fields["uid"])
 
 
 def on(server: Server, run_dir: Path) -> Content:
@@ -86,8 +84,8 @@ def sync(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, list
     return int(done.value.code or 0), capsys.readouterr().out.splitlines()
 
 
-def test_a_server_that_is_killed_and_started_again_in_mid_run(
-    server: Server, undisturbed: Content, tiny_overrides: list[str], tmp_path: Path
+def test_a_server_that_is_killed_and_restarted_during_a_run(
+    server: Server, uninterrupted: Content, tiny_overrides: list[str], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
     settings = [*tiny_overrides, *ROUNDS, "run_dir=run", f"tracking.uri={server.uri}"]
@@ -95,34 +93,34 @@ def test_a_server_that_is_killed_and_started_again_in_mid_run(
     wait_for(lambda: has_logged(run_dir, "round 1"), process, log)
     server.kill()
     wait_for(lambda: has_logged(run_dir, "round 3"), process, log)
-    process.send_signal(signal.SIGSTOP)  # so that it cannot end before the server is back
+    process.send_signal(signal.SIGSTOP)  # so that it cannot end before the server is running again
     server.start()
     process.send_signal(signal.SIGCONT)
     assert process.wait(timeout=240) == 0, log.read_text()
     shown = log.read_text()
-    assert "the run goes on, and what it logs is kept in" in shown
-    assert "fellrec sync" not in shown, "everything arrived by itself"
+    assert "the run continues, and its metrics are recorded in" in shown
+    assert "fellrec sync" not in shown, "everything was sent automatically"
     assert num_left(run_dir / "outbox") == 0
     arrived = on(server, run_dir)
     assert arrived.points == logged_points(run_dir / "outbox")
-    assert arrived.comparable() == undisturbed.comparable()
+    assert arrived.comparable() == uninterrupted.comparable()
     resend(server, run_dir, arrived)
 
 
 def resend(server: Server, run_dir: Path, arrived: Content) -> None:
-    """A crash between acknowledgement and note leaves an older note: whatever is sent again changes nothing."""
+    """A crash after an acknowledgement leaves an older sent.json: sending operations again has no effect."""
     outbox = run_dir / "outbox"
     known = list(operations(outbox))
     run_id = read_sent(outbox).run_id
-    notes = [Sent(), *(Sent(known[n].number + 1, known[n].end, run_id) for n in (len(known) // 2, len(known) - 2))]
-    for note in notes:
-        write_sent(outbox, note)
-        assert OutboxClient(outbox).send() == len(known) - note.number
+    earlier = [Sent(), *(Sent(known[n].number + 1, known[n].end, run_id) for n in (len(known) // 2, len(known) - 2))]
+    for sent in earlier:
+        write_sent(outbox, sent)
+        assert OutboxClient(outbox).send() == len(known) - sent.number
         assert on(server, run_dir) == arrived
 
 
-def test_half_a_batch_that_arrived_before_the_crash(server: Server, tmp_path: Path) -> None:
-    """MLflow refuses a batch with a known point as a whole, then takes what is new: the server's store must too."""
+def test_a_batch_that_was_partly_stored_before_a_crash(server: Server, tmp_path: Path) -> None:
+    """MLflow rejects a batch with a known point, then stores the new points one by one; servers must do the same."""
     from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
 
@@ -147,8 +145,8 @@ def test_half_a_batch_that_arrived_before_the_crash(server: Server, tmp_path: Pa
     assert arrived.status == "FAILED"
 
 
-def test_a_process_killed_at_any_moment_logs_each_point_once(server: Server, tmp_path: Path) -> None:
-    """It sends all the time, so that kills fall between acknowledgement and note, into notes, and into lines."""
+def test_a_process_killed_at_any_time_logs_each_point_once(server: Server, tmp_path: Path) -> None:
+    """The process sends continuously, so kills occur after acknowledgements and while sent.json or lines are written."""
     draw, run_dir, steps = random.Random(7), tmp_path / "run", 40
     for target in (draw.randrange(2, 20), draw.randrange(22, 45), draw.randrange(48, 70)):
         process, log = start(tmp_path, str(ENDLESS), str(run_dir), server.uri, str(steps))
@@ -156,7 +154,7 @@ def test_a_process_killed_at_any_moment_logs_each_point_once(server: Server, tmp
         process.kill()
         process.wait()
     process, log = start(tmp_path, str(ENDLESS), str(run_dir), server.uri, str(steps))
-    while process.poll() is None:  # as `fellrec sync` does while the run goes on
+    while process.poll() is None:  # like `fellrec sync` during a run
         OutboxClient(run_dir / "outbox").send()
         time.sleep(0.05)
     assert process.returncode == 0, log.read_text()
@@ -170,10 +168,10 @@ def test_a_process_killed_at_any_moment_logs_each_point_once(server: Server, tmp
     assert arrived.status == "FINISHED"
 
 
-def test_a_killed_run_goes_on_in_its_mlflow_run(
-    undisturbed: Content, tiny_overrides: list[str], tmp_path: Path
+def test_a_killed_run_continues_in_the_same_mlflow_run(
+    uninterrupted: Content, tiny_overrides: list[str], tmp_path: Path
 ) -> None:
-    """The round that was logged and not in a checkpoint is run again, and not logged again."""
+    """A round that was logged and not in a checkpoint is run again, and not logged again."""
     run_dir = tmp_path / "run"
     process, log = start(tmp_path, "-m", "fellrec", "train", *tiny_overrides, *ROUNDS, "run_dir=run")
     wait_for(lambda: has_logged(run_dir, "round 2"), process, log)
@@ -183,7 +181,7 @@ def test_a_killed_run_goes_on_in_its_mlflow_run(
     assert process.wait(timeout=240) == 0, log.read_text()
     arrived = content(f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "mlartifacts", uid_of(run_dir))
     assert arrived.points == logged_points(run_dir / "outbox")
-    assert arrived.comparable() == undisturbed.comparable()
+    assert arrived.comparable() == uninterrupted.comparable()
 
 
 def test_a_comparison_without_a_server_is_sent_later(
@@ -202,15 +200,15 @@ def test_a_comparison_without_a_server_is_sent_later(
         run["run_id"] for rule in ("fedavg", "fellrec") for run in json.loads(shown.out)["rules"][rule]["runs"]
     ] == [None, None]
     total = sum(num_left(folder) for folder in tmp_path.rglob("outbox"))
-    assert f"{total} operations for MLflow are kept in {both}; send them by: fellrec sync {both}" in shown.err
+    assert f"{total} MLflow operations were not sent; send them with: fellrec sync {both}" in shown.err
     code, lines = sync("both", capsys=capsys)
     assert (code, len(lines)) == (1, 3)
-    assert all(": 0 sent, " in line and "did not take operation 0 (create)" in line for line in lines)
+    assert all(": 0 sent, " in line and "operation 0 (create) failed" in line for line in lines)
     server.start()
     try:
         code, lines = sync("both/fedavg-s0", capsys=capsys)
         assert code == 1
-        assert "does not hold the comparison" in lines[0]
+        assert "does not have the run's comparison" in lines[0]
         code, lines = sync("both", "both/fedavg-s0", capsys=capsys)
         assert (code, [line.partition(":")[0] for line in lines]) == (
             0,
@@ -230,10 +228,8 @@ def test_a_comparison_without_a_server_is_sent_later(
 
 
 @pytest.mark.parametrize("server", ["sqlite"], indirect=True)
-def test_only_the_process_that_leads_the_run_talks_to_the_server(
-    server: Server, tiny_overrides: list[str], tmp_path: Path
-) -> None:
-    """Three processes, and a relay before the server that looks up which of them each connection comes from."""
+def test_only_the_coordinator_connects_to_the_server(server: Server, tiny_overrides: list[str], tmp_path: Path) -> None:
+    """Three processes, and a relay before the server that looks up the process of each connection."""
     settings = [*tiny_overrides, "split=executed", "split.transport=distributed", "trainer.num_rounds=1"]
     settings.append("backbone.num_layers=3")
     with Relay(server.port) as relay:
@@ -246,7 +242,7 @@ def test_only_the_process_that_leads_the_run_talks_to_the_server(
     assert arrived.status == "FINISHED"
 
 
-def test_what_is_no_run_cannot_be_sent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_directory_that_is_not_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main(["sync", str(tmp_path)])
     assert done.value.code == 1

@@ -1,4 +1,4 @@
-"""Runs on a real SLURM: several nodes, sweeps, a time limit that is too short, requeued and cancelled jobs."""
+"""Runs on a SLURM cluster: several nodes, sweeps, time limits, requeued and cancelled jobs."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from fellrec.cli.main import main
 from .cluster import Cluster, install, running_cluster
 
 ODD = """a b'c"d;$(touch hacked)`touch hacked`$HOME&|#=,{x}[y]"""
-"""A name with what bash, sbatch and Hydra have a meaning for."""
+"""A name with special characters of bash, sbatch and Hydra."""
 ON_LOOPBACK = "launcher.environment={MASTER_ADDR: 127.0.0.1, GLOO_SOCKET_IFNAME: lo}"
 TWO_NODES = ["launcher.nodes=2", "split=executed", "split.transport=distributed", "backbone.num_layers=3", ON_LOOPBACK]
 LONG = ["trainer.num_rounds=100000", "launcher.time=30:00", "launcher.signal_seconds=150"]
-"""It never ends by itself: what is tested comes to it from outside."""
+"""A run that does not end by itself."""
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job, where it was submitted, and what was printed."""
+    """A job, the directory of its submission, and the output of the command."""
 
     job_id: str
     folder: Path
@@ -63,15 +63,15 @@ class Submitted:
 
     @property
     def status(self) -> str:
-        """Of the one MLflow run; empty before there is one."""
+        """Status of the only MLflow run; empty if there is none."""
         experiment = self.client.get_experiment_by_name("fellrec")
         runs = [] if experiment is None else list(self.client.search_runs([experiment.experiment_id]))
-        assert len(runs) < 2, "the job goes on in the run that it began"
+        assert len(runs) < 2, "the job continues in the run that it started"
         return str(runs[0].info.status) if runs else ""
 
     @property
     def rounds(self) -> list[int]:
-        """The rounds that the one MLflow run has."""
+        """The logged rounds of the only MLflow run."""
         (run,) = self.runs
         return [point.step for point in self.client.get_metric_history(run.info.run_id, "train/loss/mean")]
 
@@ -81,7 +81,7 @@ def store_in(folder: Path) -> str:
 
 
 def submit(folder: Path, *arguments: str) -> Submitted:
-    """``fellrec submit`` in a folder."""
+    """Call ``fellrec submit`` in a directory."""
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -103,36 +103,36 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def jobs(cluster: Cluster, tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Submitted]:
-    """Jobs that run beside each other, so that all of them take as long as the longest."""
+    """Jobs that run at the same time, to save time."""
     name = ODD.replace("\\", "\\\\").replace("'", "\\'")
     settings = {
         "long": LONG,
         "pair": [*TWO_NODES, f"run_dir='{name}'", f"launcher.job_name='{name}'"],
-        "ranks": ["launcher.nodes=2", ON_LOOPBACK, "run_dir=run"],
+        "processes": ["launcher.nodes=2", ON_LOOPBACK, "run_dir=run"],
         "sweep": ["-m", "aggregation=fedavg,fellrec", "trainer.num_rounds=1", "run_dir=sweep"],
     }
     return {name: submit(tmp_path_factory.mktemp(name), *tiny_overrides, *given) for name, given in settings.items()}
 
 
-def test_a_run_on_two_nodes_with_an_odd_name(cluster: Cluster, jobs: dict[str, Submitted]) -> None:
+def test_a_run_on_two_nodes_with_special_characters_in_its_name(cluster: Cluster, jobs: dict[str, Submitted]) -> None:
     job = jobs["pair"]
     assert cluster.wait_until_over(job.job_id, job.log) == "COMPLETED", job.output
-    facts = cluster.job(job.job_id)
-    assert (facts["NumNodes"], facts["NumTasks"], facts["NodeList"]) == ("2", "2", "node[1-2]")
+    found = cluster.job(job.job_id)
+    assert (found["NumNodes"], found["NumTasks"], found["NodeList"]) == ("2", "2", "node[1-2]")
     name = cluster.command("squeue", "--states=all", f"--jobs={job.job_id}", "--noheader", "--format=%j")
     assert name.rstrip("\n") == ODD
     assert job.run_dir == job.folder / ODD
     assert (job.log / f"{job.job_id}.out").is_file()
     (run,) = job.runs
     assert run.info.status == "FINISHED"
-    assert (job.run_dir / "checkpoints-server").is_dir(), "the server was another process"
+    assert (job.run_dir / "checkpoints-server").is_dir(), "the server is another process"
     assert json.loads((job.run_dir / "results.json").read_text())["summary"]["num_users"] == 72
     assert not list(job.folder.rglob("hacked"))
 
 
-def test_clients_on_the_ranks_of_two_nodes(cluster: Cluster, jobs: dict[str, Submitted]) -> None:
-    """The job says itself how many processes the run has."""
-    job = jobs["ranks"]
+def test_clients_on_the_processes_of_two_nodes(cluster: Cluster, jobs: dict[str, Submitted]) -> None:
+    """The job sets the number of processes of the run."""
+    job = jobs["processes"]
     assert cluster.wait_until_over(job.job_id, job.log) == "COMPLETED", job.output
     assert cluster.job(job.job_id)["NodeList"] == "node[1-2]"
     trainer = OmegaConf.load(job.run_dir / "config.yaml").trainer
@@ -142,7 +142,7 @@ def test_clients_on_the_ranks_of_two_nodes(cluster: Cluster, jobs: dict[str, Sub
     assert json.loads((job.run_dir / "results.json").read_text())["summary"]["num_users"] == 72
 
 
-def test_a_sweep_is_an_array_with_a_directory_for_each_run(cluster: Cluster, jobs: dict[str, Submitted]) -> None:
+def test_a_sweep_is_a_job_array_with_a_directory_for_each_run(cluster: Cluster, jobs: dict[str, Submitted]) -> None:
     job = jobs["sweep"]
     for task in (0, 1):
         assert cluster.wait_until_over(f"{job.job_id}_{task}", job.log) == "COMPLETED", job.output
@@ -169,37 +169,37 @@ def test_a_run_survives_its_time_limit_a_requeue_and_its_cancellation(
     def stops_by(name: str, restarts: int) -> None:
         message = f"fellrec train: {name} stopped the run after"
         cluster.wait_for(lambda: job.output.count(message) == 1, message, job.log)
-        assert job.status == "KILLED", "between two stretches"
+        assert job.status == "KILLED", "between two starts"
         cluster.wait_for(lambda: cluster.job(job.job_id)["Restarts"] == str(restarts), "a requeue", job.log)
 
-    def goes_on(since: int) -> None:
+    def continues(since: int) -> None:
         cluster.wait_for(lambda: progress() >= since + 2, "two more rounds", job.log)
-        cluster.wait_for(lambda: job.status == "RUNNING", "MLflow to hear of it", job.log)
+        cluster.wait_for(lambda: job.status == "RUNNING", "MLflow's status", job.log)
 
-    goes_on(since=0)
-    refused_while_it_runs(cluster, job, capsys)
-    # The limit comes near: SLURM warns the job when it looks at the limits next, every half minute.
+    continues(since=0)
+    assert_other_jobs_are_refused(cluster, job, capsys)
+    # SLURM checks time limits every half minute, and then signals the job.
     minutes = int(cluster.job(job.job_id)["RunTime"].split(":")[1]) + 3
     cluster.command("scontrol", "update", f"JobId={job.job_id}", f"TimeLimit={minutes}")
     stops_by("SIGUSR1", restarts=1)
     cluster.command("scontrol", "update", f"JobId={job.job_id}", "TimeLimit=30")
     stopped_at = progress()
     assert len(job.rounds) == stopped_at
-    goes_on(stopped_at)
-    # Somebody requeues it from outside.
+    continues(stopped_at)
+    # The user requeues the job.
     cluster.command("scontrol", "requeue", job.job_id)
     stops_by("SIGTERM", restarts=2)
-    goes_on(progress())
+    continues(progress())
     cluster.command("scancel", job.job_id)
     assert cluster.wait_until_over(job.job_id, job.log) == "CANCELLED"
     (run,) = job.runs
     assert run.info.status == "KILLED"
-    assert job.rounds == list(range(progress())), "every round is there once"
-    assert_nothing_is_half_written(job.run_dir)
+    assert job.rounds == list(range(progress())), "every round is logged once"
+    assert_all_files_are_complete(job.run_dir)
 
 
-def refused_while_it_runs(cluster: Cluster, job: Submitted, capsys: pytest.CaptureFixture[str]) -> None:
-    """Neither a second job from the same script nor a new submission gets the run directory."""
+def assert_other_jobs_are_refused(cluster: Cluster, job: Submitted, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second job from the same script and a new submission are refused while the job runs."""
     second = cluster.command("sbatch", "--parsable", str(job.log / "job.sh")).strip()
     with pytest.raises(SystemExit):
         main(["submit", f"resume={job.run_dir}"])
@@ -210,9 +210,9 @@ def refused_while_it_runs(cluster: Cluster, job: Submitted, capsys: pytest.Captu
     assert f"SLURM job {job.job_id}" in text
 
 
-def assert_nothing_is_half_written(run_dir: Path) -> None:
+def assert_all_files_are_complete(run_dir: Path) -> None:
     hidden = [path for path in run_dir.rglob(".*") if not path.name.startswith(".lock-")]
-    assert not hidden, "no drafts"
+    assert not hidden, "no temporary files"
     found = list(run_dir.rglob("*.safetensors"))
     assert found
     for path in found:
@@ -221,7 +221,7 @@ def assert_nothing_is_half_written(run_dir: Path) -> None:
         json.loads(path.read_text())
 
 
-def test_what_slurm_refuses_leaves_no_run_directory(
+def test_a_rejected_job_leaves_no_run_directory(
     cluster: Cluster, tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as done:
@@ -231,7 +231,7 @@ def test_what_slurm_refuses_leaves_no_run_directory(
     assert not (tmp_path / "run").exists()
 
 
-def test_doctor_sees_the_cluster(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_reports_the_cluster(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main(["doctor"])
     shown = " ".join(capsys.readouterr().out.split())

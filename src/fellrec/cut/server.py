@@ -114,7 +114,7 @@ class BodyServer:
         self._swap = ParameterSwap(model.model, trainable)
         self._base, self._changes = base, list[StoredTensors]()
         self._served: dict[int, tuple[dict[str, nn.Parameter], int]] = {}
-        self._is_training = True
+        self._is_training: bool | None = None
         first = next(model.parameters())
         self._device, self._dtype = first.device, first.dtype
         self._width = int(model.model.config.hidden_size)

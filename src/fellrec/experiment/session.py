@@ -40,7 +40,7 @@ from fellrec.federated.ledger import Ledger
 from fellrec.functional.nested import flatten
 from fellrec.models.backbone import DTYPES
 from fellrec.models.partial import fingerprint as fingerprint_of
-from fellrec.models.partial import load_share
+from fellrec.models.partial import load_partial
 from fellrec.models.split import SplitModel
 from fellrec.pool.executor import PoolExecutor, Worker
 from fellrec.pool.messages import Begin, Begun, ScoreClients, TrainClient
@@ -179,7 +179,7 @@ class Session:
         folder = Path(own or begin.folder).expanduser()  # each node may have the backbone in a folder of its own
         self._agree(begin, self._settings() | {"backbone's files": fingerprint_of(folder)})
         dtype = DTYPES[config.backbone.get("dtype") or "float32"]
-        body = load_share(folder, "server", split.head_layers, split.tail_layers, dtype)
+        body = load_partial(folder, "server", split.head_layers, split.tail_layers, dtype)
         part = attach_server(config, SplitModel(body, split.head_layers, split.tail_layers), self.fabric)
         server = build_server(config, part, begin.num_rows, self.fabric)
         return server, Begun(part.initial)

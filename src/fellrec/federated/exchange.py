@@ -122,9 +122,11 @@ class Exchange:
         """What the clients receive; the bytes that they receive are recorded."""
         received = Received(updates.clients, aggregated.adapters, aggregated.tensors, aggregated.base)
         if self.rule.sees != "nothing":
-            stacks = [as_lazy(stack) for stack in aggregated.tensors.values()]
-            names = [*as_lazy(aggregated.adapters), *(name for stack in stacks for name in stack)]
-            num_bytes = sum(self._sizes[name] for name in names if name not in self.at_server)
+            kept = [
+                stack[name] for stack in aggregated.tensors.values() for name in stack if name not in self.at_server
+            ]
+            num_bytes = sum(tensor.nbytes // len(tensor) for tensor in kept)
+            num_bytes += sum(size for name, size in self._sizes.items() if name in self._sent_back(aggregated))
             num_bytes += _num_bytes(aggregated.base, self.at_server)
             for row, round_index in zip(updates.clients, updates.start_rounds, strict=True):
                 self.ledger.add(row, round_index, "train", "down", "adapter", num_bytes)
@@ -145,6 +147,10 @@ class Exchange:
         """See ``Persisted``."""
         for place, transform in enumerate(self.transforms):
             transform.load_state_dict(state.get(str(place), {}))
+
+    def _sent_back(self, aggregated: Aggregated) -> set[str]:
+        """Parameters of which clients receive values."""
+        return set(as_lazy(aggregated.adapters)) - self.at_server
 
     def _leaves(self, name: str, trained: Trained) -> bool:
         trains = trained.job.trains

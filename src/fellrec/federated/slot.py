@@ -156,13 +156,15 @@ class LocalSlot:
         if self._has_corrected or not self.terms:
             return
         self._has_corrected = True
-        for term in self.terms:
-            loss = term.loss(self._trained, self._context)
-            if loss is not None:
+        with torch.enable_grad():  # a server in this process answers within the client's backward pass
+            losses = [term.loss(self._trained, self._context) for term in self.terms]
+        for loss in losses:
+            if loss is not None and loss.requires_grad:  # a side can have no trained parameters
                 loss.backward()
         gradients = {name: p.grad for name, p in self._trained.items() if p.grad is not None}
-        for term in self.terms:
-            term.correct(gradients, self._context)
+        with torch.no_grad():
+            for term in self.terms:
+                term.correct(gradients, self._context)
 
     def _new_context(self) -> TermContext:
         device = next(iter(self.parameters.values())).device if self.parameters else torch.device("cpu")

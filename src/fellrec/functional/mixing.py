@@ -1,7 +1,7 @@
 """Equations (1)-(4) of METHOD: the mixing matrix ``W[receiver, sender]`` of a round, and mixing.
 
-``[N, N]`` and ``[N]`` tensors are float64. Adapters are read in blocks of columns: they are neither concatenated nor
-cast to float64 as a whole, and with a ``LazyStack`` they need not be in memory.
+``[N, N]`` and ``[N]`` tensors are float64. Adapters are read in blocks of columns, so that they are not concatenated or
+cast to float64 as a whole. With a ``LazyStack`` they need not be in memory.
 """
 
 from __future__ import annotations

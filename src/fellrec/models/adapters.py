@@ -1,4 +1,4 @@
-"""What is trained and travels: a LoRA adapter, or all parameters of a small backbone."""
+"""Adapters, the parameters that are trained and exchanged: LoRA, or all parameters of a small backbone."""
 
 from __future__ import annotations
 
@@ -27,48 +27,47 @@ from fellrec.state.files import write_atomically
 _NAME = "default"
 
 Frozen = Callable[[], Mapping[str, torch.Tensor]]
-"""The parameters of the whole model that are not trained."""
+"""Returns the frozen parameters of the whole model."""
 
 PartOf = Callable[[str], str]
-"""``head``, ``body`` or ``tail`` for a dotted name of the whole model."""
+"""Returns ``head``, ``body`` or ``tail`` for a dotted name of the whole model."""
 
 
 class AdapterKind(Protocol):
-    """What ``adapter=…`` provides."""
+    """Interface of ``adapter``."""
 
     parts: tuple[str, ...]
-    """The parts that have something to train."""
+    """Parts of the model with trainable parameters."""
 
     def attach(self, model: nn.Module, arch: ArchSpec, seed: int, part_of: PartOf) -> None:
-        """Make the model's adapter trainable and everything else frozen, in place.
+        """Attach the adapter in place, make it trainable and freeze all other parameters.
 
-        The model may be the client's or the server's share only; what is attached there is what a whole model gets.
+        In a partial model (of a client or the server) the parameters are the same as in the whole model.
         """
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The adapter's parameters in the model, sorted by name."""
 
     def save(self, adapter: Mapping[str, torch.Tensor], backbone: Any, frozen: Frozen, folder: Path) -> None:
-        """Write an adapter in a format that other tools read.
+        """Write an adapter in a standard format.
 
         Args:
-            adapter: Of the whole model, parameter name → tensor.
+            adapter: Adapter of the whole model, parameter name → tensor.
             backbone: The ``Backbone``, for its configuration and tokenizer.
-            frozen: Gives all other parameters.
-            folder: Where.
+            frozen: Returns all other parameters.
+            folder: Output folder.
         """
 
 
 class LoraAdapter:
-    """Low-rank adapters through PEFT; the backbone is frozen.
+    """Low-rank adapters of PEFT; the backbone is frozen.
 
     Args:
         rank: Rank r of the update B·A.
-        alpha: The update is scaled by alpha / r.
-        dropout: Dropout on the adapter's input, in [0, 1).
-        target_modules: Name or names of the modules to adapt, matched at the end of their full names; ``None`` takes
-            the architecture's own.
-        layers: The parts to adapt, such as ``"body+tail"``.
+        alpha: Scaling numerator; the update is scaled by alpha / r.
+        dropout: Dropout on the input of the adapter, in [0, 1).
+        target_modules: Suffixes of the names of the modules to adapt; ``None`` for the architecture's default.
+        layers: Parts to adapt, such as ``"body+tail"``.
 
     Raises:
         ConfigError: If a number is out of range or a part is unknown.
@@ -96,16 +95,15 @@ class LoraAdapter:
         """Inject the adapter in float32, with an initialisation that depends on seed and name only.
 
         Raises:
-            BackboneError: If a target matches no module; names some that exist, the nearest first.
+            BackboneError: If a target matches no module; lists existing modules, closest names first.
         """
         targets = self.target_modules or list(arch.lora_targets)
         _check_targets(model, targets)
+        model.requires_grad_(False)
         if self.parts != PARTS:
             adaptable = _adaptable(model)
             targets = [name for name in adaptable if _matches(name, targets) and part_of(name) in self.parts]
-            if not targets:
-                for parameter in model.parameters():  # a share of the model without any of these parts
-                    parameter.requires_grad_(False)
+            if not targets:  # a partial model without any of these parts
                 return
         self._config = LoraConfig(
             r=self.rank,
@@ -115,11 +113,9 @@ class LoraAdapter:
             task_type="CAUSAL_LM" if arch.is_causal else "FEATURE_EXTRACTION",
             base_model_name_or_path=getattr(model.config, "_name_or_path", None),
         )
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             inject_adapter_in_model(self._config, model, adapter_name=_NAME)
-        cast_adapter_dtype(model, _NAME)  # as PeftModel does: half precision would lose small optimiser steps
+        cast_adapter_dtype(model, _NAME)  # as PeftModel does: small optimiser steps would be lost in half precision
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
             if "lora_A" in name:
@@ -130,22 +126,22 @@ class LoraAdapter:
         return dict(sorted((name, parameter) for name, parameter in model.named_parameters() if "lora_" in name))
 
     def save(self, adapter: Mapping[str, torch.Tensor], backbone: Any, frozen: Frozen, folder: Path) -> None:
-        """Write PEFT's own format, which ``PeftModel.from_pretrained`` loads."""
+        """Write in PEFT's format, for ``PeftModel.from_pretrained``."""
         assert self._config is not None, "attach comes before save"
         folder.mkdir(parents=True, exist_ok=True)
         modules = sorted({name.rpartition(".lora_")[0] for name in adapter})
         whole = replace(self._config, target_modules=modules) if self.parts != PARTS else self._config
         whole.save_pretrained(str(folder))
-        # PEFT's names are those of the wrapped model, without the adapter's own name.
+        # PEFT saves the names of the wrapped model, without the adapter name.
         named = {f"base_model.model.{name.replace(f'.{_NAME}.', '.')}": tensor for name, tensor in adapter.items()}
         _write(named, folder / SAFETENSORS_WEIGHTS_NAME)
 
 
 class FullAdapter:
-    """All parameters of the backbone are trained and travel; for small backbones.
+    """Full fine-tuning: all parameters are trained and exchanged; for small backbones.
 
     Args:
-        layers: The parts to train, such as ``"body+tail"``.
+        layers: Parts to train, such as ``"body+tail"``.
 
     Raises:
         ConfigError: If a part is unknown.
@@ -160,13 +156,13 @@ class FullAdapter:
             parameter.requires_grad_(part_of(name) in self.parts)
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """All parameters of the parts, sorted by name; shared ones once."""
+        """All parameters of the parts, sorted by name; tied parameters once."""
         return dict(
             sorted((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
         )
 
     def save(self, adapter: Mapping[str, torch.Tensor], backbone: Any, frozen: Frozen, folder: Path) -> None:
-        """Write a plain transformers folder, which ``AutoModelForCausalLM``, for an encoder ``AutoModel``, loads."""
+        """Write a Transformers model folder, for ``AutoModelForCausalLM`` or, with an encoder, ``AutoModel``."""
         folder.mkdir(parents=True, exist_ok=True)
         backbone.model.config.save_pretrained(folder)
         backbone.tokenizer.save_pretrained(folder)
@@ -197,10 +193,10 @@ def name_base(folder: Path, base: Path) -> None:
 
 
 def parse_parts(layers: str) -> tuple[str, ...]:
-    """The parts in ``adapter.layers``, in their own order.
+    """Parse ``adapter.layers`` to parts, in the order of the model.
 
     Raises:
-        ConfigError: If one is unknown, or none is given.
+        ConfigError: If a part is unknown, or none is given.
 
     Example:
         >>> parse_parts("tail+body")
@@ -209,12 +205,12 @@ def parse_parts(layers: str) -> tuple[str, ...]:
     given = str(layers).split("+")
     for part in given:
         if part not in PARTS:
-            raise ConfigError(f"adapter.layers={layers}: {unknown('part', part, PARTS)}; join several by +")
+            raise ConfigError(f"adapter.layers={layers}: {unknown('part', part, PARTS)}; join several with +")
     return tuple(part for part in PARTS if part in given)
 
 
 def adapter_bytes(adapter: Mapping[str, torch.Tensor]) -> int:
-    """Bytes that travel one way when one client sends its adapter."""
+    """Size of one adapter in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in adapter.values())
 
 
@@ -225,7 +221,7 @@ def _write(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
 @torch.no_grad()
 def _draw(parameter: nn.Parameter, seed: int) -> None:
-    """PEFT's own initialisation of A, from a generator of its own: the same in a whole model and in a share of one."""
+    """PEFT's initialisation of A with a separate generator, so that whole and partial models get the same values."""
     if parameter.device.type == "meta":
         return
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What differs between architectures, as data: where the parts of a Hugging Face causal LM or encoder are."""
+"""Specifications of the supported Hugging Face architectures: names and properties of their modules."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from fellrec.errors import BackboneError, unknown
 
 @dataclass(frozen=True)
 class ArchSpec:
-    """Names of the parts of one architecture; attribute names are relative to the inner model.
+    """Modules and properties of one architecture; attribute names are relative to the inner model.
 
     Attributes:
-        inner: Attribute of the causal LM that holds the decoder; empty for an encoder, which is its own inner model.
-        embedding: Token embedding, or the module that holds it.
+        inner: Attribute of the causal LM that contains the decoder; empty for an encoder, which is the inner model.
+        embedding: Token embedding, or the module that contains it.
         layers: List of decoder or encoder layers, as a dotted name.
-        norm: Final norm; ``None`` if each layer ends with one.
-        entry: Modules that act on the embedding before the first layer, and must not act again in body and tail.
-        position_embedding: Learned position embedding that ``forward`` adds, ``None`` for others.
+        norm: Final norm; ``None`` if each layer ends with a norm.
+        entry: Modules between embedding and first layer, which must not be applied again in body and tail.
+        position_embedding: Learned position embedding that ``forward`` adds; ``None`` if there is none.
         lora_targets: Modules that LoRA adapts by default.
-        names_in_files: Parameters that checkpoint files call by an older name: the model's name, the file's.
-        prefix_in_files: What files of a model with a head put before an encoder's names.
-        is_causal: Whether a token sees those before it only; else this is a bidirectional encoder.
-        counts_from_padding: Whether positions begin after the number of the padding token.
-        has_global_token: Whether attention is local but for some tokens, of which the first is one here.
+        names_in_files: Parameters with an older name in checkpoint files: (name in the model, name in the file).
+        prefix_in_files: Prefix of an encoder's parameters in checkpoint files of a model with a head.
+        is_causal: Whether attention is causal; else the model is a bidirectional encoder.
+        counts_from_padding: Whether position ids start at ``pad_token_id + 1``.
+        has_global_token: Whether attention is local and the first token needs global attention.
     """
 
     inner: str = "model"
@@ -46,11 +46,11 @@ class ArchSpec:
 
     @property
     def names_prefix(self) -> str:
-        """What stands before the inner model's names in those of the whole model."""
+        """Prefix of the inner model's parameter names in the whole model."""
         return f"{self.inner}." if self.inner else ""
 
     def inner_of(self, model: Any) -> Any:
-        """The inner model of a whole one."""
+        """The inner model of a whole model."""
         return getattr(model, self.inner) if self.inner else model
 
 
@@ -96,7 +96,7 @@ ARCHITECTURES: dict[str, ArchSpec] = {
     "longformer": replace(
         _ROBERTA,
         prefix_in_files="longformer.",
-        lora_targets=("query", "value", "query_global", "value_global"),  # the first token is read by the latter
+        lora_targets=("query", "value", "query_global", "value_global"),  # the latter project the first token
         has_global_token=True,
     ),
 }
@@ -106,41 +106,41 @@ def arch_of(config: Any) -> ArchSpec:
     """The architecture of a Hugging Face configuration.
 
     Raises:
-        BackboneError: If ``config.model_type`` is not known, naming the known ones, or an encoder is configured to be
-            a decoder.
+        BackboneError: If ``config.model_type`` is unknown (lists the known ones), or an encoder is configured as a
+            decoder.
     """
     found = ARCHITECTURES.get(config.model_type)
     if found is None:
         raise BackboneError(unknown("architecture (model_type)", config.model_type, ARCHITECTURES))
     if not found.is_causal and getattr(config, "is_decoder", False):
-        raise BackboneError(f"model_type {config.model_type} with is_decoder=true is not supported; only as an encoder")
+        raise BackboneError(f"model_type {config.model_type} with is_decoder=true is not supported; set it to false")
     return found
 
 
 def decoder_layers(model: nn.Module, arch: ArchSpec) -> nn.ModuleList:
-    """The decoder layers of a whole causal LM, or an encoder's layers."""
+    """The layers of a whole causal LM or encoder."""
     layers = arch.inner_of(model).get_submodule(arch.layers)
     assert isinstance(layers, nn.ModuleList)
     return layers
 
 
 def auto_class(arch: ArchSpec) -> tuple[Any, dict[str, Any]]:
-    """Transformers' class that makes such models, and what it is to be told: an encoder's pooler is not used."""
+    """The Transformers auto class of an architecture, and its keyword arguments; encoders have no pooler."""
     return (AutoModelForCausalLM, {}) if arch.is_causal else (AutoModel, {"add_pooling_layer": False})
 
 
 def model_of(config: Any, dtype: torch.dtype | None = None) -> Any:
-    """A model of this configuration with random weights.
+    """Build a model of a configuration with random weights.
 
     Raises:
-        BackboneError: If the architecture is not known.
+        BackboneError: If the architecture is unknown.
     """
     maker, arguments = auto_class(arch_of(config))
     return maker.from_config(config, dtype=dtype, **arguments)
 
 
 def attention_window(config: Any) -> int:
-    """The number that a text's length must be a multiple of inside the model; 1 for most.
+    """The number that the sequence length must be a multiple of inside the model; 1 for most models.
 
     Example:
         >>> from transformers import BertConfig, LongformerConfig
@@ -152,7 +152,7 @@ def attention_window(config: Any) -> int:
 
 
 def context_of(config: Any) -> int | None:
-    """The longest text that a model reads, in tokens; ``None`` if its positions have no end.
+    """Maximum sequence length in tokens; ``None`` if unlimited.
 
     Example:
         >>> from transformers import LongformerConfig, RobertaConfig

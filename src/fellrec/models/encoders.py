@@ -1,7 +1,7 @@
-"""Bidirectional encoders: every part must know where padding is, or tokens would see it.
+"""Bidirectional encoders, whose parts must mask padding.
 
-Token ids of padding are negative, and a hidden state of padding is zero wherever it leaves a part. So padding needs no
-message of its own to cross a cut, and a hidden state is all that body and tail need, as for causal LMs.
+Padding has negative token ids, and its hidden states are zero at the output of every part. So body and tail derive the
+mask from the hidden states, and no mask is transferred across a cut.
 
 Shape letters: B rows, L tokens, D hidden size.
 """
@@ -18,17 +18,17 @@ from fellrec.models.architectures import ArchSpec, attention_window
 
 
 class AlreadyEmbedded(nn.Module):
-    """Stands for what acts on the embedding, in parts where it has acted: passes a hidden state."""
+    """Identity that replaces the ``entry`` modules in body and tail."""
 
     def forward(self, hidden: Tensor | None = None, *, inputs_embeds: Tensor | None = None, **_: Any) -> Tensor:
-        """``[B, L, D]`` unchanged, given in either way."""
+        """Return the given ``[B, L, D]`` unchanged."""
         passed = hidden if inputs_embeds is None else inputs_embeds
         assert passed is not None
         return passed
 
 
 def tokens_of(hidden_BLD: Tensor) -> Tensor:
-    """Which places of a hidden state hold a token, ``[B, L]`` bool.
+    """Mask ``[B, L]`` bool of a hidden state, true for tokens, false for padding.
 
     Example:
         >>> tokens_of(torch.tensor([[[1.0, 0.0], [0.0, -2.0], [0.0, 0.0]]]))
@@ -38,19 +38,19 @@ def tokens_of(hidden_BLD: Tensor) -> Tensor:
 
 
 def run_encoder(inner: nn.Module, arch: ArchSpec, hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-    """Run some layers of an encoder.
+    """Run an encoder or one of its parts.
 
     Args:
-        inner: The model, or a part of it.
+        inner: The model or part.
         arch: Its architecture.
-        hidden_BLD: Token embeddings, or a hidden state.
-        mask_BL: 1 or true for tokens.
+        hidden_BLD: Token embeddings, or the hidden state of the previous part.
+        mask_BL: 1 or true for tokens, 0 or false for padding.
 
     Returns:
         Hidden state ``[B, L, D]``, zero for padding.
     """
     length, arguments = hidden_BLD.shape[1], {}
-    # Transformers would do this, and pass what is padded through the embeddings twice, with other dropout.
+    # Pad to the attention window here: Transformers would embed the padding again, which changes dropout.
     missing = -length % attention_window(inner.config)
     mask = F.pad(mask_BL.long(), (0, missing))
     if arch.has_global_token:

@@ -284,6 +284,10 @@ class FellrecModule(LightningModule):
         for metric in self.metrics:
             metric.reset()
 
+    def on_train_start(self) -> None:
+        """Lightning's hook: dropout is on in training, whatever mode the backbone was loaded in."""
+        self.train()
+
     def on_validation_epoch_start(self) -> None:
         """Lightning's hook."""
         self._reset_metrics()

@@ -1,9 +1,10 @@
-"""One side's share of a backbone, read from safetensors files without ever holding the rest of it."""
+"""Partial models of the client or the server, read from safetensors files without loading the whole model."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,87 +18,49 @@ from fellrec.errors import BackboneError
 from fellrec.models.architectures import ArchSpec, arch_of, decoder_layers, model_of
 from fellrec.models.remote import Cut, RemoteLayer, server_shell
 
-SIDES = ("client", "server")
 _INDEX = "model.safetensors.index.json"
 
 
-def load_share(folder: Path, side: str, head_layers: int, tail_layers: int, dtype: torch.dtype) -> Any:
-    """Load the client's or the server's share of a model; the other's tensors are not read.
+def load_partial(folder: Path, side: str, head_layers: int, tail_layers: int, dtype: torch.dtype) -> Any:
+    """Load the client's or the server's partial model; the tensors of the other side are not read.
 
     Args:
-        folder: A Hugging Face folder with ``config.json`` and safetensors files, one or several.
+        folder: A Hugging Face model folder with ``config.json`` and one or several safetensors files.
         side: ``"client"`` (embedding, head, tail, final norm, LM head) or ``"server"`` (body).
         head_layers: Decoder layers of the head.
         tail_layers: Decoder layers of the tail.
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
 
     Returns:
-        The model with stand-ins for the layers of the other side, under the whole model's names.
+        The model with placeholders for the layers of the other side, and the parameter names of the whole model.
 
     Raises:
-        BackboneError: If the cuts do not fit, or the files do not fill the share.
+        BackboneError: If the cuts do not fit the model, or tensors are missing in the files.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    arch = arch_of(config)
-    with init_empty_weights(include_buffers=False):
-        model = model_of(config, dtype)
-    layers = decoder_layers(model, arch)
-    cut = Cut(head_layers, tail_layers, len(layers))
+    model, cut = _empty_model(folder, head_layers, tail_layers, dtype)
     if side == "server":
         model = server_shell(model, cut)
     else:
+        layers = decoder_layers(model, arch_of(model.config))
         for number in cut.layers("body"):
             layers[number] = RemoteLayer(number)
     _fill(model, folder, dtype)
     return model.eval()
 
 
-def read_tensors(folder: Path, names: Iterable[str], arch: ArchSpec) -> dict[str, Tensor]:
-    """Tensors of a model by its own names; those that the files do not have are left out.
-
-    Args:
-        folder: With safetensors files.
-        names: Parameter names of the model.
-        arch: Knows the names that files use.
-
-    Raises:
-        BackboneError: If a file is damaged.
-    """
-    files, found, older = _files(folder), {}, dict(arch.names_in_files)
-    for name in names:
-        # Some files are those of the inner model alone, and leave its name out; others have an encoder and a head.
-        candidates = (
-            name, older.get(name, name), name.removeprefix(arch.names_prefix), f"{arch.prefix_in_files}{name}"
-        )  # fmt: skip
-        key = next((candidate for candidate in candidates if candidate in files), None)
-        if key is not None:
-            try:
-                # Opened anew for every tensor: an open file keeps all that was read of it in memory.
-                with safe_open(files[key], "pt") as file:
-                    found[name] = file.get_tensor(key).clone()
-            except (OSError, SafetensorError) as error:
-                raise BackboneError(f"{files[key].name} cannot be read: {error}") from error
-    return found
-
-
 def read_body(folder: Path, head_layers: int, tail_layers: int) -> dict[str, Tensor]:
-    """The body's tensors of a model, by its own names."""
+    """Read the parameters of the body, by their names in the whole model."""
     shell = empty_body(folder, head_layers, tail_layers)
-    return read_tensors(folder, [name for name, _ in shell.named_parameters()], arch_of(shell.config))
+    return dict(_read_tensors(folder, [name for name, _ in shell.named_parameters()], arch_of(shell.config)))
 
 
 def empty_body(folder: Path, head_layers: int, tail_layers: int, dtype: torch.dtype | None = None) -> Any:
-    """The server's share of a model on PyTorch's ``meta`` device: names, shapes and types, without memory."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with init_empty_weights():
-        model = model_of(config, dtype)
-    return server_shell(model, Cut(head_layers, tail_layers, len(decoder_layers(model, arch_of(config)))))
+    """The server's partial model on the ``meta`` device: names, shapes and dtypes without memory."""
+    return server_shell(*_empty_model(folder, head_layers, tail_layers, dtype))
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash of the configuration and of the names of all tensors: enough to tell two backbones apart."""
-    import hashlib
-
+    """Hash of the configuration, the tensor names and the sizes of the files."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     digest.update("\n".join(sorted(_files(folder))).encode())
     for path in sorted(set(_files(folder).values())):
@@ -105,8 +68,16 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def _empty_model(folder: Path, head_layers: int, tail_layers: int, dtype: torch.dtype | None) -> tuple[Any, Cut]:
+    """The whole model with its parameters on the ``meta`` device, and its cut."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with init_empty_weights(include_buffers=False):
+        model = model_of(config, dtype)
+    return model, Cut(head_layers, tail_layers, len(decoder_layers(model, arch_of(config))))
+
+
 def _files(folder: Path) -> dict[str, Path]:
-    """The file of every tensor."""
+    """Tensor name → file."""
     try:
         if (folder / _INDEX).is_file():
             weight_map: Mapping[str, str] = json.loads((folder / _INDEX).read_text())["weight_map"]
@@ -120,23 +91,43 @@ def _files(folder: Path) -> dict[str, Path]:
     return found
 
 
+def _read_tensors(folder: Path, names: Iterable[str], arch: ArchSpec) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of the given parameters one by one; names that are missing in the files are skipped.
+
+    Raises:
+        BackboneError: If a file is damaged.
+    """
+    files, older = _files(folder), dict(arch.names_in_files)
+    for name in names:
+        # Files of the inner model alone have no prefix of the inner model; files of a model with a head have another.
+        candidates = (
+            name, older.get(name, name), name.removeprefix(arch.names_prefix), f"{arch.prefix_in_files}{name}"
+        )  # fmt: skip
+        key = next((candidate for candidate in candidates if candidate in files), None)
+        if key is not None:
+            try:
+                # Reopened for every tensor: an open file keeps all pages that were read in memory.
+                with safe_open(files[key], "pt") as file:
+                    tensor = file.get_tensor(key).clone()
+            except (OSError, SafetensorError) as error:
+                raise BackboneError(f"{files[key].name} cannot be read: {error}") from error
+            yield name, tensor
+
+
 def _fill(model: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Give every parameter of a model without weights its tensor from the files."""
+    """Load every parameter of an empty model from the files."""
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {}) if model.config.tie_word_embeddings else {}
     places = {name: (module, key) for name, module, key in _places(model)}
-    wanted = [name for name in places if name not in tied]
-    arch, missing = arch_of(model.config), []
-    for name in wanted:
+    missing = {name: places[name] for name in places if name not in tied}
+    for name, tensor in _read_tensors(folder, list(missing), arch_of(model.config)):
         module, key = places[name]
-        tensor = read_tensors(folder, [name], arch).get(name)
-        if tensor is None or tensor.shape != module._parameters[key].shape:  # type: ignore[union-attr]
-            missing.append(name)
-            continue
-        module._parameters[key] = nn.Parameter(tensor.to(dtype), requires_grad=False)
+        if tensor.shape == module._parameters[key].shape:  # type: ignore[union-attr]
+            module._parameters[key] = nn.Parameter(tensor.to(dtype), requires_grad=False)
+            del missing[name]
     if missing:
         raise BackboneError(
-            f"backbone.path={folder}: the files do not fill this share of the model of config.json; "
-            f"missing or of another shape are {len(missing)} tensors ({', '.join(missing[:3])})"
+            f"backbone.path={folder}: {len(missing)} tensors of the partial model are missing or have another shape "
+            f"than in config.json ({', '.join(list(missing)[:3])})"
         )
     for name, source in tied.items():
         if name in places and source in places:
@@ -145,7 +136,8 @@ def _fill(model: Any, folder: Path, dtype: torch.dtype) -> None:
             module._parameters[key] = owner._parameters[source_key]
 
 
-def _places(model: nn.Module) -> Iterable[tuple[str, nn.Module, str]]:
+def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield the name of each parameter, its module and its name in the module."""
     for prefix, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:

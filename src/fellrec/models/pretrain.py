@@ -1,4 +1,4 @@
-"""Pre-training of the tiny backbone on catalogue text and public users, before any client takes part."""
+"""Pre-training of the tiny backbone on catalogue texts and public users."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from fellrec.models.split import SplitModel
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """How the tiny backbone is pre-trained.
+    """Settings of the pre-training.
 
     Attributes:
-        steps: Optimiser steps; each takes one batch of public users and one of catalogue text.
-        batch_size: Public users' training rows a step.
-        text_batch_size: Catalogue texts a step.
-        text_weight: Weight of the catalogue text's language-model loss beside the objective's.
-        learning_rate: Peak of AdamW's step size: 5 % linear warm-up, then linear decay to a tenth.
-        seed: Order of the batches.
+        steps: Optimiser steps; each uses one batch of public users and one of catalogue texts.
+        batch_size: Training rows of public users per step.
+        text_batch_size: Catalogue texts per step.
+        text_weight: Weight of the language-model loss on catalogue texts; the objective's loss has weight 1.
+        learning_rate: Peak learning rate of AdamW, with 5 % linear warm-up, then linear decay to a tenth.
+        seed: Seed of the order of the batches.
     """
 
     steps: int = 300
@@ -49,10 +49,10 @@ def pretrain(
     Args:
         model: The backbone before an adapter is attached.
         objective: The run's objective, applied to public users' histories.
-        public_batches: Seed → batches of public users, one pass; ``None`` if there are no public users.
-        catalogue_tokens: ``[I, L]`` token ids of the catalogue's texts, padded with -100.
-        settings: Steps, sizes, learning rate.
-        on_step: Called after every step with its loss.
+        public_batches: Seed → batches of public users for one epoch; ``None`` if there are no public users.
+        catalogue_tokens: ``[I, L]`` int64 token ids of the catalogue's texts, padded with -100.
+        settings: Settings of the pre-training.
+        on_step: Called with the loss of every step.
     """
     device = model.model.get_input_embeddings().weight.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
@@ -78,7 +78,7 @@ def pretrain(
 
 
 def catalogue_tokens(tokenizer: Any, texts: list[str], max_tokens: int = 64) -> Tensor:
-    """Token ids of each text with the tokenizer's BOS and EOS where it has them, ``[I, L]``, padded with -100."""
+    """Token ids ``[I, L]`` int64 of each text, with BOS and EOS if the tokenizer has them, padded with -100."""
     before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]

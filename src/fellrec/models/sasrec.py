@@ -1,10 +1,10 @@
-"""SASRec as a backbone (Kang, McAuley 2018): one token for each item, and a small causal GPT-2 with random weights.
+"""SASRec as a backbone (Kang, McAuley 2018): one token per item, and a small causal GPT-2 with random weights.
 
-With the retrieval objective on item ids (``objective=items``) an item's vector is its row of the embedding table, which
-is the input's too, and the score of an item is its dot product with the last hidden state. What differs from the
-original: the norm stands before each block on a residual path of its own (the original adds the normalised input, not
-the raw one), the loss is cross-entropy over the whole catalogue (the original's is binary, against one sampled
-negative), embeddings are not scaled by the square root of their size, and weights are drawn as GPT-2's are.
+With the retrieval objective on item ids (``objective=items``), the vector of an item is its row of the input embedding,
+and its score is the dot product with the last hidden state. Differences to the original: pre-norm blocks with the raw
+input on the residual path (the original adds the normalised input), cross-entropy over the whole catalogue (binary
+cross-entropy with one sampled negative), embeddings that are not scaled by the square root of their size, and GPT-2's
+weight initialisation.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ _PAD = "<pad>"
 
 
 def item_tokenizer(item_ids: Sequence[str]) -> Any:
-    """A tokenizer that has one token for each item id, and reads nothing else; number 0 is padding.
+    """Build a tokenizer with one token per item id; token 0 is padding.
 
     Args:
-        item_ids: The catalogue's, of which no two are equal. Space around an id does not count.
+        item_ids: Distinct item ids of the catalogue. Leading and trailing whitespace is ignored.
 
     Raises:
-        DataError: If an id cannot be a token of its own: it is another's with space around it, or holds the padding's.
+        DataError: If an id is empty, equals another id up to whitespace, or contains the padding token.
     """
     names = pd.Series([name.strip() for name in item_ids], dtype=object)
     wrong = names.duplicated() | (names == "") | names.str.contains(_PAD, regex=False)
     if wrong.any():
         raise DataError(
-            f"backbone=sasrec needs one token for each item; {int(wrong.sum())} item ids are no token of their own, "
-            f"the first is {names[wrong].iloc[0]!r}"
+            f"backbone=sasrec needs distinct, non-empty item ids without {_PAD}; {int(wrong.sum())} ids are not valid, "
+            f"first: {names[wrong].iloc[0]!r}"
         )
     numbers = {name: number for number, name in enumerate(names, start=1)}
-    tokenizer = Tokenizer(models.WordLevel({_PAD: 0, **numbers}))  # without a token for what it does not know
+    tokenizer = Tokenizer(models.WordLevel({_PAD: 0, **numbers}))  # without an unknown token
     tokenizer.normalizer = normalizers.Strip()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=_PAD, clean_up_tokenization_spaces=False)
 
@@ -50,10 +50,10 @@ def item_tokenizer(item_ids: Sequence[str]) -> Any:
 def sasrec_config(
     tokenizer: Any, hidden_size: int, num_layers: int, num_heads: int, max_position_embeddings: int, dropout: float
 ) -> GPT2Config:
-    """The shape of a SASRec backbone; see `build_sasrec`.
+    """Configuration of a SASRec backbone; see `build_sasrec`.
 
     Raises:
-        ConfigError: If the sizes do not fit together.
+        ConfigError: If a size is out of range.
     """
     if min(hidden_size, num_layers, num_heads) < 1 or hidden_size % num_heads:
         raise ConfigError(
@@ -91,20 +91,20 @@ def build_sasrec(
     dropout: float = 0.2,
     seed: int = 0,
 ) -> Backbone:
-    """A causal GPT-2 over items with random weights.
+    """Build a causal GPT-2 over items with random weights.
 
     Args:
-        item_ids: The catalogue's.
-        hidden_size: D, a multiple of ``num_heads``; the feed-forward layers have this size too.
-        num_layers: Blocks.
+        item_ids: Item ids of the catalogue.
+        hidden_size: D, a multiple of ``num_heads``; also the size of the feed-forward layers.
+        num_layers: Number of blocks.
         num_heads: Attention heads.
-        max_position_embeddings: Longest history.
-        dropout: Of embeddings, attention and blocks.
-        seed: Of the weights; the global generator is left alone.
+        max_position_embeddings: Longest history in items.
+        dropout: Dropout of embeddings, attention and blocks.
+        seed: Seed of the weights; the global generator is not changed.
 
     Raises:
-        ConfigError: If the sizes do not fit together.
-        DataError: If an item id cannot be a token.
+        ConfigError: If a size is out of range.
+        DataError: If an item id is not a valid token.
     """
     tokenizer = item_tokenizer(item_ids)
     config = sasrec_config(tokenizer, hidden_size, num_layers, num_heads, max_position_embeddings, dropout)

@@ -1,4 +1,4 @@
-"""The tiny backbone: a small Llama with a tokenizer of its own, both made here from the catalogue's text."""
+"""The tiny backbone: a small Llama with random weights, and a tokenizer trained on the catalogue's text."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _SMALLEST_VOCABULARY = 256 + len(_SPECIAL)
 
 
 def build_tokenizer(texts: Sequence[str], vocab_size: int = 4000) -> Any:
-    """Train a byte-level BPE tokenizer: any text can be written with it, and read back unchanged.
+    """Train a byte-level BPE tokenizer, which encodes any text without loss.
 
     Args:
-        texts: What it is trained on.
-        vocab_size: Upper bound on the pieces; small catalogues give fewer.
+        texts: Training texts.
+        vocab_size: Maximum vocabulary size; small catalogues give smaller vocabularies.
 
     Raises:
-        ConfigError: If ``vocab_size`` has no room for every byte and the special tokens.
+        ConfigError: If ``vocab_size`` is too small for all bytes and the special tokens.
     """
     if vocab_size < _SMALLEST_VOCABULARY:
         raise ConfigError(
@@ -52,10 +52,10 @@ def build_tokenizer(texts: Sequence[str], vocab_size: int = 4000) -> Any:
 def tiny_config(
     tokenizer: Any, hidden_size: int, num_layers: int, num_heads: int, max_position_embeddings: int
 ) -> LlamaConfig:
-    """The shape of a tiny backbone; see `build_tiny`.
+    """Configuration of a tiny backbone; see `build_tiny`.
 
     Raises:
-        ConfigError: If the sizes do not fit together.
+        ConfigError: If a size is out of range.
     """
     if min(hidden_size, num_layers, num_heads) < 1 or hidden_size % (2 * num_heads):
         raise ConfigError(
@@ -88,24 +88,24 @@ def build_tiny(
     max_position_embeddings: int = 512,
     seed: int = 0,
 ) -> Backbone:
-    """A small Llama with random weights and tied embeddings.
+    """Build a small Llama with random weights and tied embeddings.
 
     Args:
-        texts: The catalogue's text, for the tokenizer.
+        texts: Texts of the catalogue, for the tokenizer.
         hidden_size: D, a multiple of ``2 · num_heads``.
         num_layers: Decoder layers.
         num_heads: Attention heads.
-        vocab_size: Upper bound on the tokenizer's pieces.
-        max_position_embeddings: Longest input in tokens.
-        seed: Of the weights; the global generator is left alone.
+        vocab_size: Maximum vocabulary size.
+        max_position_embeddings: Maximum sequence length in tokens.
+        seed: Seed of the weights; the global generator is not changed.
 
     Raises:
-        ConfigError: If the sizes do not fit together.
+        ConfigError: If a size is out of range.
     """
     tokenizer = build_tokenizer(texts, vocab_size)
     config = tiny_config(tokenizer, hidden_size, num_layers, num_heads, max_position_embeddings)
     with torch.random.fork_rng(devices=[]):
-        # The weights are drawn on the CPU; torch.manual_seed would reseed the accelerators too.
+        # The weights are drawn on the CPU; torch.manual_seed would also reseed the accelerators.
         torch.default_generator.manual_seed(derive_seed(seed, "tiny"))
         model = LlamaForCausalLM(config)
     return Backbone(model, tokenizer, arch_of(config), "tiny")

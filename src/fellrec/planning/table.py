@@ -29,10 +29,8 @@ class Row:
     plan: Plan
 
 
-@dataclass(frozen=True)
-class _Column:
-    heading: str
-    cell: Callable[[Plan], str]
+_Column = tuple[str, Callable[[Plan], str]]
+"""Heading, and the text of a plan's cell."""
 
 
 def print_plans(rows: Sequence[Row], console: Console) -> None:
@@ -79,32 +77,32 @@ def _fractions(client: float) -> str:
 
 
 _STORAGE = (
-    _Column("", lambda plan: "client\nserver"),
-    _Column("weights", _both(lambda part: part.weight_bytes)),
-    _Column("fraction", lambda plan: _fractions(plan.client_weight_share)),
-    _Column("saved", lambda plan: _percent(1 - plan.client_weight_share)),
-    _Column("adapter", _both(lambda part: part.adapter_bytes)),
-    _Column("optimiser", _both(lambda part: part.optimizer_bytes)),
-    _Column("gradients", _both(lambda part: part.gradient_bytes)),
-    _Column("activations", _both(lambda part: part.activation_bytes)),
-    _Column("peak memory", lambda plan: _two(plan.client_peak_bytes, plan.server_peak_bytes)),
-    _Column("compute", lambda plan: _fractions(plan.client_compute_share)),
+    ("", lambda plan: "client\nserver"),
+    ("weights", _both(lambda part: part.weight_bytes)),
+    ("fraction", lambda plan: _fractions(plan.client_weight_share)),
+    ("saved", lambda plan: _percent(1 - plan.client_weight_share)),
+    ("adapter", _both(lambda part: part.adapter_bytes)),
+    ("optimiser", _both(lambda part: part.optimizer_bytes)),
+    ("gradients", _both(lambda part: part.gradient_bytes)),
+    ("activations", _both(lambda part: part.activation_bytes)),
+    ("peak memory", lambda plan: _two(plan.client_peak_bytes, plan.server_peak_bytes)),
+    ("compute", lambda plan: _fractions(plan.client_compute_share)),
 )
 
 
 def _traffic_columns(has_probe: bool) -> tuple[_Column, ...]:
     columns = (
-        _Column("", lambda plan: "up\ndown"),
-        _Column("hidden", lambda plan: _two(plan.traffic.hidden_up_bytes, plan.traffic.hidden_down_bytes)),
-        _Column("gradients", lambda plan: _two(plan.traffic.gradient_up_bytes, plan.traffic.gradient_down_bytes)),
-        _Column("adapters", lambda plan: _two(plan.traffic.adapter_up_bytes, plan.traffic.adapter_down_bytes)),
-        _Column("scalars", lambda plan: _two(plan.traffic.scalar_up_bytes, plan.traffic.scalar_down_bytes)),
-        _Column("per client", lambda plan: _two(plan.traffic.up_bytes, plan.traffic.down_bytes)),
-        _Column("all clients", _of_all_clients),
-        _Column("cuts/adapters", _ratio),
-        _Column("checkpoint", lambda plan: human_bytes(plan.checkpoint_bytes)),
+        ("", lambda plan: "up\ndown"),
+        ("hidden", lambda plan: _two(plan.traffic.hidden_up_bytes, plan.traffic.hidden_down_bytes)),
+        ("gradients", lambda plan: _two(plan.traffic.gradient_up_bytes, plan.traffic.gradient_down_bytes)),
+        ("adapters", lambda plan: _two(plan.traffic.adapter_up_bytes, plan.traffic.adapter_down_bytes)),
+        ("scalars", lambda plan: _two(plan.traffic.scalar_up_bytes, plan.traffic.scalar_down_bytes)),
+        ("per client", lambda plan: _two(plan.traffic.up_bytes, plan.traffic.down_bytes)),
+        ("all clients", _of_all_clients),
+        ("cuts/adapters", _ratio),
+        ("checkpoint", lambda plan: human_bytes(plan.checkpoint_bytes)),
     )
-    return (*columns, _Column("s/round", lambda plan: f"{plan.seconds_per_round:.3g}")) if has_probe else columns
+    return (*columns, ("s/round", lambda plan: f"{plan.seconds_per_round:.3g}")) if has_probe else columns
 
 
 def _of_all_clients(plan: Plan) -> str:
@@ -136,10 +134,10 @@ def _table(rows: Sequence[Row], title: str, columns: Sequence[_Column]) -> Table
     swept = [key for key in rows[0].values if key not in _SHOWN_BY_CUT]
     for heading in (*(key.rpartition(".")[2] for key in swept), "cut"):
         table.add_column(heading, no_wrap=True)
-    for column in columns:
-        table.add_column(column.heading, justify="right" if column.heading else "left", no_wrap=True)
+    for heading, _ in columns:
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for row in rows:
-        cells = [column.cell(row.plan) for column in columns]
+        cells = [cell(row.plan) for _, cell in columns]
         table.add_row(*(row.values[key] for key in swept), _cut(row.plan), *cells)
     return table
 

@@ -1,7 +1,7 @@
-"""Rankers made from the binary user-item matrix of the training interactions: neighbouring items, factors.
+"""Collaborative filtering on the binary user-item matrix of the training interactions: item-kNN and PureSVD.
 
-Both score from all that is known of a user. Where an evaluation batch is given that is everything the user has seen,
-however long ago; else it is the histories, which hold the last items only. How often and in which order does not count.
+The input is the set of a user's items, without order and repetition: with an evaluation batch all items that the user
+has seen, else the items of the histories.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from fellrec.data.ragged import IntArray, Ragged
 from fellrec.errors import ConfigError
 
 _CELLS = 1 << 24
-"""Similarities that are held in memory at once."""
+"""Maximum number of similarities in memory at the same time."""
 
 
 class ItemKNNRanker:
-    """Adds up an item's similarities to the user's items, those among its nearest neighbours (Sarwar et al. 2001).
+    """Item-kNN: sum of an item's similarities to those of the user's items that are its neighbours.
 
-    The similarity of two items is the cosine of their columns of the user-item matrix, with a shrinkage that damps
-    those that rest on few users: users of both / (sqrt(users of one · users of the other) + shrink).
+    See Sarwar et al. 2001. The similarity of two items is the shrunk cosine of their columns of the user-item matrix:
+    users of both / (sqrt(users of one · users of the other) + shrink).
 
     Args:
         similarity: ``[I, I]`` sparse; column ``i`` has the similarities of item ``i`` to its neighbours.
@@ -37,13 +37,13 @@ class ItemKNNRanker:
 
     @classmethod
     def fit(cls, train: Ragged, num_items: int, neighbours: int = 20, shrink: float = 10.0) -> ItemKNNRanker:
-        """Find each item's neighbours in ``train``, a block of items at a time.
+        """Compute each item's neighbours in ``train``, in blocks of items.
 
         Args:
             train: Training sequences, one row per user.
             num_items: I.
-            neighbours: Most similar items that are kept for each.
-            shrink: Added to the cosine's denominator.
+            neighbours: Number of neighbours per item.
+            shrink: Term added to the denominator of the cosine.
 
         Raises:
             ConfigError: If ``neighbours`` is below 1 or ``shrink`` below 0.
@@ -68,10 +68,9 @@ class ItemKNNRanker:
 
 
 class PureSVDRanker:
-    """Projects the user's row of the user-item matrix on the first factors: x V Vᵀ (PureSVD, Cremonesi et al. 2010).
+    """PureSVD (Cremonesi et al. 2010): projects a user's row x of the user-item matrix on the factors, x V Vᵀ.
 
-    The factors are those of scikit-learn's ``TruncatedSVD``. A user is folded in from their items, so that users who
-    were not there when the factors were made are scored like the others.
+    Users that are not in the training data are scored in the same way.
 
     Args:
         factors: ``[F, I]`` orthonormal rows.
@@ -87,7 +86,7 @@ class PureSVDRanker:
         Args:
             train: Training sequences, one row per user.
             num_items: I.
-            factors: F; small data give fewer.
+            factors: F; reduced for small data sets.
 
         Raises:
             ConfigError: If ``factors`` is below 1.
@@ -95,23 +94,23 @@ class PureSVDRanker:
         if factors < 1:
             raise ConfigError(f"references.factors={factors} must be at least 1")
         matrix = _binary(train.row_index, train.values, (len(train), num_items))
-        # Exact, where the randomised algorithm would be an approximation that depends on its seed.
+        # Exact; the randomised algorithm is an approximation that depends on its seed.
         svd = TruncatedSVD(min(factors, min(matrix.shape) - 1), algorithm="arpack", random_state=0).fit(matrix)
         return cls(svd.components_)
 
     def scores(self, histories: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
-        """``[B, I]`` float32 entries of the users' rows as the factors give them."""
+        """``[B, I]`` float32 projected rows of the users."""
         known = known_items(histories, batch, self.factors.shape[1])
         return torch.from_numpy(((known @ self.factors.T) @ self.factors).astype(np.float32)).to(histories.device)
 
 
 def known_items(histories: Tensor, batch: Mapping[str, Tensor] | None, num_items: int) -> sparse.csr_array:
-    """The binary matrix ``[B, I]`` of the items that users are scored from.
+    """Binary matrix ``[B, I]`` of the users' items.
 
     Args:
         histories: ``[B, H]`` int64, padded with -1.
-        batch: With ``masked_rows`` and ``masked_items`` ``[M]``, all that the users have seen; ``None`` if only the
-            histories are known.
+        batch: Evaluation batch with the users' seen items, ``masked_rows`` and ``masked_items`` ``[M]``; ``None`` to
+            use the items of the histories.
         num_items: I.
     """
     shape = (len(histories), num_items)
@@ -123,7 +122,7 @@ def known_items(histories: Tensor, batch: Mapping[str, Tensor] | None, num_items
 
 
 def _binary(rows: IntArray, items: IntArray, shape: tuple[int, int]) -> sparse.csr_array:
-    """Ones at these places; a place that is given twice is still one."""
+    """Binary matrix with ones at the given positions, which may repeat."""
     found = sparse.csr_array(sparse.coo_array((np.ones(len(rows)), (rows, items)), shape=shape))
     found.data[:] = 1.0
     return found
@@ -132,11 +131,11 @@ def _binary(rows: IntArray, items: IntArray, shape: tuple[int, int]) -> sparse.c
 def _nearest(
     matrix: sparse.csc_array, norms: NDArray[np.float64], items: NDArray[np.int64], neighbours: int, shrink: float
 ) -> sparse.csr_array:
-    """Similarities of some items to their nearest neighbours, ``[len(items), I]``."""
+    """Similarities of the given items to their nearest neighbours, ``[len(items), I]``."""
     together = (matrix[:, items].T @ matrix).toarray()
     denominator = np.outer(norms[items], norms) + shrink
     similarity = np.divide(together, denominator, out=np.zeros_like(together), where=together > 0)
-    similarity[np.arange(len(items)), items] = 0.0  # no item is its own neighbour
+    similarity[np.arange(len(items)), items] = 0.0  # items are not their own neighbours
     count = min(neighbours, similarity.shape[1])
     nearest = np.argpartition(-similarity, count - 1, axis=1)[:, :count]
     rows = np.repeat(np.arange(len(items)), count)

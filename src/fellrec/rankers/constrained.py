@@ -1,4 +1,4 @@
-"""Constrained decoding: beam search in which only titles of the catalogue can be written."""
+"""Constrained decoding: beam search that generates only titles of the catalogue."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from torch import Tensor
 from fellrec.data.text import pad_left
 from fellrec.errors import ConfigError
 from fellrec.functional.trie import Trie, build_trie, is_among_best
-from fellrec.models.objectives.generative import GenerativeObjective, check_writes
+from fellrec.models.objectives.generative import GenerativeObjective, check_generative
 from fellrec.models.split import SplitModel
+from fellrec.rankers.likelihood import next_logits
 from fellrec.rankers.report import REPORTED, generation_figures, report_texts
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search found for b users.
+class SearchResult:
+    """Result of a beam search for b users.
 
     Attributes:
-        logp: ``[b, E]`` float32, log-likelihood of each distinct title and its end; -inf if it was not reached.
-        bound: ``[b]`` float32, at least that of every title that was not reached; -inf if all were.
+        logp: ``[b, E]`` float32 log-likelihood of each distinct title with its end token; -inf if it was not reached.
+        bound: ``[b]`` float32 upper bound on the log-likelihood of the titles that were not reached; -inf if all were.
     """
 
     logp: Tensor
@@ -32,22 +33,23 @@ class Found:
 class ConstrainedRanker:
     """Log-likelihood of the titles that a beam search over the trie of all titles reaches.
 
-    A title that ends is set aside, and takes no place in the beam. With ``objective.softmax=catalogue`` it is set aside
-    as soon as no other can follow: the rest is certain then. Titles that are not reached all have the same score, below
-    those of all that are: they are tied, which no metric counts in a target's favour. Items with one title, and those
-    whose titles are the same after they were cut to ``objective.max_title_tokens``, have the same score.
+    A complete title is removed from the beam. With ``objective.softmax=catalogue`` a prefix counts as complete as soon
+    as only one title can follow, because the remaining tokens have probability 1. Titles that are not reached have the
+    same score, below all others, and are therefore tied. Items with the same title, also after truncation to
+    ``objective.max_title_tokens``, have the same score.
 
-    With as many beams as there are titles nothing is left out, and the result is the ranking by log-likelihood. With
-    fewer, the likelihood of a beginning bounds that of all titles that begin so: titles that are likelier than every
-    beginning that was left out stand where the full ranking has them, and are counted.
+    With at least as many beams as titles, the search is exhaustive and the ranking is that by log-likelihood. With
+    fewer beams, the likelihood of a pruned prefix bounds that of its titles. The titles above all bounds have the same
+    rank as in the exhaustive ranking; their number is reported.
 
     Args:
-        objective: The objective that the model was trained with; it makes the prompts.
-        num_beams: Beginnings that are followed for each user.
-        max_batch_tokens: Tokens of prompts and titles, over all beams, in one forward pass; bounds the memory.
+        objective: The objective of the training, for its prompts.
+        num_beams: Number of prefixes per user in the beam.
+        max_batch_tokens: Maximum number of tokens, over all beams, in one forward pass.
 
     Attributes:
-        reported: See ``fellrec.rankers.report``; whether nothing was left out; how many first titles are certain.
+        reported: Columns of ``fellrec.rankers.report``; whether the search was exhaustive; number of first titles with
+            certain ranks.
 
     Raises:
         ConfigError: If ``num_beams`` or ``max_batch_tokens`` is below 1.
@@ -57,26 +59,26 @@ class ConstrainedRanker:
     choices: tuple[float, ...] = ()
 
     def __init__(self, objective: GenerativeObjective, num_beams: int = 20, max_batch_tokens: int = 65536) -> None:
-        check_writes(objective, "constrained")
+        check_generative(objective, "constrained")
         for name, value in (("num_beams", num_beams), ("max_batch_tokens", max_batch_tokens)):
             if value < 1:
-                raise ConfigError(f"ranker.{name}={value} is not allowed: a whole number of at least 1")
+                raise ConfigError(f"ranker.{name}={value} must be an integer of at least 1")
         self.objective = objective
         self.max_batch_tokens = max_batch_tokens
         self.trie = build_trie(objective.titles.tokens, objective.titles.inside)
         self.num_beams = min(num_beams, self.trie.num_ends)
-        self._title_of_end = dict(zip(self.trie.end_of_row.tolist(), objective.learnt_titles()))
+        self._title_of_end = dict(zip(self.trie.end_of_row.tolist(), objective.decoded_titles()))
         self._report = torch.empty(0, len(self.reported), dtype=torch.float64)
 
     def refresh(self, model: SplitModel) -> None:
-        """Nothing is kept between adapters."""
+        """No state depends on the adapter."""
 
     @torch.no_grad()
     def scores(self, model: SplitModel, histories: Tensor) -> Tensor:
         """Score all items for each history.
 
         Args:
-            model: The backbone with a client's adapter in it.
+            model: The backbone with a client's adapter.
             histories: ``[B, H]`` int64, oldest first, padded with -1 on the right.
 
         Returns:
@@ -98,15 +100,15 @@ class ConstrainedRanker:
         return torch.where(is_reached, logp_BE, below_all)[:, self.trie.end_of_row]
 
     def take_report(self) -> Tensor:
-        """Of the likeliest titles and the searches of the last ``scores``, ``[B, 5]`` float64."""
+        """Report of the last ``scores``, ``[B, 5]`` float64, columns as in ``reported``."""
         return self._report
 
     def figures(self, reported: Mapping[str, Tensor], choice: int) -> dict[str, float]:
-        """Figures of each user's likeliest title, and of the searches.
+        """Metrics of each user's most likely title, and of the searches.
 
         Returns:
-            Those of ``generation_figures``; ``generation/exhaustive_rate``, share of users for whom nothing was left
-            out; ``generation/certain_titles``, mean number of first titles that stand where the full ranking has them.
+            The metrics of ``generation_figures``; ``generation/exhaustive_rate``, fraction of users with an exhaustive
+            search; ``generation/certain_titles``, mean number of first titles with certain ranks.
         """
         return {
             **generation_figures(reported),
@@ -121,8 +123,8 @@ class ConstrainedRanker:
         searches = torch.stack([is_exhaustive.double(), num_certain.double()], dim=1)
         return torch.cat([report_texts(texts, set(texts)), searches.cpu()], dim=1)
 
-    def _search(self, model: SplitModel, trie: Trie, ids: Tensor, mask: Tensor) -> Found:
-        """Search for left-padded prompts ``[b, L]``; the rows of all users' beams form one batch, grouped by user."""
+    def _search(self, model: SplitModel, trie: Trie, ids: Tensor, mask: Tensor) -> SearchResult:
+        """Search for left-padded prompts ``[b, L]``; all users' beams form one batch, grouped by user."""
         logp_bE = torch.full((len(ids), trie.num_ends), -torch.inf, device=ids.device)
         bound = torch.full((len(ids),), -torch.inf, device=ids.device)
         user = torch.arange(len(ids), device=ids.device)
@@ -130,7 +132,7 @@ class ConstrainedRanker:
         cache, tokens = model.new_cache(), ids
         title_of_node = self.objective.titles_of_nodes(trie)
         while len(node):
-            next_nV = self._next(model, cache, tokens, mask)
+            next_nV = next_logits(model, cache, tokens, mask)
             parent, child = trie.children(node)
             extended, owner = logp[parent] + self.objective.continuations(trie, node, next_nV), user[parent]
             ends = title_of_node[child]
@@ -146,19 +148,4 @@ class ConstrainedRanker:
             if len(node):
                 cache.reorder_cache(parent)  # type: ignore[arg-type]
         model.drop_cache(cache)
-        return Found(logp_bE, bound)
-
-    @staticmethod
-    def _next(model: SplitModel, cache: object, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Logits ``[n, V]`` float32 of the token after these ``[n, l]``, which the cache then has."""
-        position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        output = model.model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: Tensor = output.logits[:, -1].float()
-        return logits
+        return SearchResult(logp_bE, bound)

@@ -1,4 +1,4 @@
-"""Rankers that only count: random, popularity, first-order Markov; ``fellrec.rankers.reference`` has the protocol."""
+"""Simple non-learned rankers: random, popularity and first-order Markov. See `fellrec.rankers.reference`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from scipy import sparse
 from torch import Tensor
 
 from fellrec.data.ragged import IntArray, Ragged
-from fellrec.errors import ConfigError
 from fellrec.functional.rng import scramble
 
 TIE_BREAK = 0.01
-"""Transitions that the most popular item gets for its popularity in the Markov ranker."""
+"""Popularity term of the most popular item in the Markov ranker, in transitions."""
 
 
 class RandomRanker:
-    """A random order of the items for each history.
+    """Random scores.
 
-    The order is a hash of seed, history and item, so it does not depend on batches, processes or padding.
+    A score is a hash of seed, history and item, so it does not depend on batches, processes or padding.
 
     Args:
         num_items: I.
@@ -34,7 +33,7 @@ class RandomRanker:
 
     def scores(self, histories: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
         """``[B, I]`` float32, uniform in [0, 1)."""
-        # Padding becomes 0 and adds nothing to the hash.
+        # Padding becomes 0, which does not change the hash.
         items: NDArray[np.uint64] = (histories.cpu().numpy() + 1).astype(np.uint64)
         catalogue: NDArray[np.uint64] = np.arange(self.num_items, dtype=np.uint64)
         seed = np.array([self.seed % 2**64], dtype=np.uint64)
@@ -45,10 +44,10 @@ class RandomRanker:
 
 
 class PopularityRanker:
-    """Every user gets the items in the order of how often they occur.
+    """Ranks items by their number of interactions.
 
     Args:
-        counts: ``[I]`` occurrences of each item.
+        counts: ``[I]`` number of interactions of each item.
     """
 
     def __init__(self, counts: NDArray[np.int64]) -> None:
@@ -56,7 +55,7 @@ class PopularityRanker:
 
     @classmethod
     def fit(cls, train: Ragged, num_items: int) -> PopularityRanker:
-        """Count the items in ``train``."""
+        """Count the interactions of each item in ``train``."""
         return cls(np.bincount(train.values, minlength=num_items))
 
     def scores(self, histories: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -65,12 +64,10 @@ class PopularityRanker:
 
 
 class ClientPopularityRanker:
-    """Every user gets the items in the order of how often they occur among the users of their own client.
-
-    It is all that a client can count alone. Items that nobody at the client has used are tied, and stand last.
+    """Ranks items by their number of interactions at the user's client; items without any are tied at the end.
 
     Args:
-        counts: ``[C, I]`` sparse, occurrences of each item at each client.
+        counts: ``[C, I]`` sparse, number of interactions of each item at each client.
     """
 
     def __init__(self, counts: sparse.csr_array) -> None:
@@ -78,7 +75,7 @@ class ClientPopularityRanker:
 
     @classmethod
     def fit(cls, train: Ragged, client_of_user: IntArray, num_items: int) -> ClientPopularityRanker:
-        """Count the items in ``train`` by client; users of client -1 are nobody's."""
+        """Count the interactions of each item in ``train`` by client; public users (client -1) do not count."""
         clients = client_of_user[train.row_index]
         owned = clients >= 0
         shape = (int(client_of_user.max()) + 1, num_items)
@@ -90,37 +87,28 @@ class ClientPopularityRanker:
 
         Args:
             histories: ``[B, H]`` int64; only their device is used.
-            batch: With ``clients`` ``[B]`` int64.
+            batch: Evaluation batch with ``clients`` ``[B]`` int64.
         """
-        assert batch is not None, "popularity by client needs to know the clients"
+        assert batch is not None, "ClientPopularityRanker needs an evaluation batch"
         counts = self.counts[batch["clients"].cpu().numpy()].toarray()
         return torch.from_numpy(counts.astype(np.float32)).to(histories.device)
 
 
 class MarkovRanker:
-    """Scores an item by how often it came right after the user's last items in training.
+    """First-order Markov chain: scores an item by its number of transitions from the user's last items.
 
-    Popularity breaks ties: it adds at most `TIE_BREAK` of one transition, so that items that never came after the last
-    one, and all items for a user without history, stand in the order of their popularity.
+    Ties are broken by popularity, which adds at most `TIE_BREAK` transitions.
 
     Args:
-        transitions: ``[I, I]`` sparse, how often column came right after row.
-        counts: ``[I]`` occurrences of each item.
-        decay: Weight of the item before the last one, that of the one before it being ``decay ** 2`` and so on; at 0
-            only the last item counts.
-        max_history: How many of the last items count at most.
-
-    Raises:
-        ConfigError: If ``decay`` is not in [0, 1] or ``max_history`` is below 1.
+        transitions: ``[I, I]`` sparse, number of transitions from row to column.
+        counts: ``[I]`` number of interactions of each item.
+        decay: Weight ``decay ** age`` of the transitions from earlier items, in [0, 1]; 0 uses only the last item.
+        max_history: Number of last items that are used.
     """
 
     def __init__(
         self, transitions: sparse.csr_array, counts: NDArray[np.int64], decay: float = 0.0, max_history: int = 10
     ) -> None:
-        if not 0 <= decay <= 1:
-            raise ConfigError(f"decay is {decay!r}; allowed are numbers from 0 to 1")
-        if max_history < 1:
-            raise ConfigError(f"max_history is {max_history!r}; allowed are integers from 1")
         self.transitions = transitions
         self.tie_break = TIE_BREAK * counts / max(counts.max(initial=0), 1)
         self.decay = decay
@@ -128,15 +116,15 @@ class MarkovRanker:
 
     @classmethod
     def fit(cls, train: Ragged, num_items: int, decay: float = 0.0, max_history: int = 10) -> MarkovRanker:
-        """Count items, and transitions between consecutive items of each row, in ``train``."""
-        follows = train.positions[1:] > 0  # false where the next value starts another row
+        """Count interactions, and transitions between consecutive items of each row, in ``train``."""
+        follows = train.positions[1:] > 0  # false at the start of a row
         before, after = train.values[:-1][follows], train.values[1:][follows]
         ones = np.ones(len(before))
         transitions = sparse.coo_array((ones, (before, after)), shape=(num_items, num_items)).tocsr()
         return cls(transitions, np.bincount(train.values, minlength=num_items), decay, max_history)
 
     def scores(self, histories: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
-        """``[B, I]`` float32 weighted transitions from the last items."""
+        """``[B, I]`` float32 weighted number of transitions from the last items."""
         items = histories.cpu().numpy()
         age = (items >= 0).sum(axis=1, keepdims=True) - 1 - np.arange(items.shape[1])
         rows, columns = np.nonzero((items >= 0) & (age < self.max_history))

@@ -1,4 +1,4 @@
-"""Grounding: the model writes a title, and the items whose titles lie nearest to it come first (BIGRec)."""
+"""Grounding (BIGRec): the model generates a title, and items are ranked by the distance of their titles to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fellrec.data.ragged import Ragged
 from fellrec.data.text import TokenizedTexts, pad_left
 from fellrec.errors import ConfigError, unknown
 from fellrec.functional.grounding import weighted_distances
-from fellrec.models.objectives.generative import GenerativeObjective, check_writes
+from fellrec.models.objectives.generative import GenerativeObjective, check_generative
 from fellrec.models.split import SplitModel
 from fellrec.rankers.reference import REFERENCE_DECAY, MarkovRanker, PopularityRanker, ReferenceRanker
 from fellrec.rankers.report import REPORTED, generation_figures, report_texts
@@ -22,28 +22,29 @@ REWEIGHT = ("none", "popularity", "collaborative")
 class GroundingRanker:
     """Negative L2 distance between the embedding of the generated text and that of every title, in float32.
 
-    A text's embedding is the last layer's hidden state at its last token. With LoRA it is the frozen backbone's, the
-    adapter switched off; with ``adapter=full`` there is no frozen backbone, and the trained model embeds both sides.
+    The embedding of a text is the last hidden state at its last token, computed by the frozen backbone. With
+    ``adapter=full`` there is no frozen backbone, and the trained model computes it.
 
-    The distances can be weighed by how often items occur, or how often they followed the user's last items, in
-    training; see ``fellrec.functional.grounding.weighted_distances``.
+    Distances can be weighted by the items' popularity in training, or by their number of transitions from the user's
+    last items; see ``fellrec.functional.grounding.weighted_distances``.
 
     Args:
-        objective: The objective that the model was trained with; it makes the prompts.
+        objective: The objective of the training, for its prompts.
         train: Training sequences, one row per user, oldest first; for the weights.
-        max_new_tokens: Longest generated title.
-        num_beams: 1 is greedy.
-        batch_size: Texts that are embedded, and beams that are written, at once.
+        max_new_tokens: Maximum length of a generated title in tokens.
+        num_beams: Number of beams; 1 is greedy decoding.
+        batch_size: Number of texts per embedding batch, and of beams per generation batch.
         reweight: ``"none"``, ``"popularity"`` or ``"collaborative"``.
-        gamma: Exponent of the weight; of several, validation chooses one (the smallest of equally good ones).
+        gamma: Exponent of the weight, or a list, from which validation selects one (the smallest in case of ties).
 
     Attributes:
         gammas: The exponents, ascending.
-        choices: The same if there are several to choose from, else nothing.
+        choices: The exponents to select from; empty if there is only one, or no weight.
         reported: See ``fellrec.rankers.report``.
 
     Raises:
-        ConfigError: For an unknown ``reweight``, or a ``gamma`` that is no number of at least 0 and no list of such.
+        ConfigError: For an unknown ``reweight``, or if ``gamma`` is not a finite number of at least 0 or a list of
+            such numbers.
     """
 
     reported = REPORTED
@@ -58,7 +59,7 @@ class GroundingRanker:
         reweight: str = "none",
         gamma: float | Sequence[float] = 1.0,
     ) -> None:
-        check_writes(objective, "grounding")
+        check_generative(objective, "grounding")
         if reweight not in REWEIGHT:
             raise ConfigError(unknown("ranker.reweight", reweight, REWEIGHT))
         self.objective = objective
@@ -68,14 +69,14 @@ class GroundingRanker:
         self.gammas = _check_gammas(gamma)
         self.choices = self.gammas if reweight != "none" and len(self.gammas) > 1 else ()
         self._prior = _prior(reweight, train, len(objective.catalogue))
-        self._titles = objective.learnt_titles()
+        self._titles = objective.decoded_titles()
         self._known = {*objective.catalogue.titles, *self._titles}
         self._titles_ID: Tensor | None = None
         self._report = torch.empty(0, len(REPORTED), dtype=torch.float64)
 
     @torch.no_grad()
     def refresh(self, model: SplitModel) -> None:
-        """Embed all titles; a frozen backbone's embeddings are kept."""
+        """Embed all titles; only once if the backbone is frozen."""
         if self._titles_ID is None or not model.lora_layers():
             self._titles_ID = self.embed(model, self._titles)
 
@@ -84,13 +85,13 @@ class GroundingRanker:
         """Score all items for each history.
 
         Args:
-            model: The backbone with a client's adapter in it.
+            model: The backbone with a client's adapter.
             histories: ``[B, H]`` int64, oldest first, padded with -1 on the right.
 
         Returns:
             ``[B, I]`` float32, higher is better; with several ``choices`` ``[G, B, I]``.
         """
-        assert self._titles_ID is not None, "refresh comes before scores"
+        assert self._titles_ID is not None, "call refresh before scores"
         texts = self.generate(model, histories)
         self._report = report_texts(texts, self._known)
         vectors = self.embed(model, texts)
@@ -101,19 +102,19 @@ class GroundingRanker:
         return scores if self.choices else scores[0]
 
     def take_report(self) -> Tensor:
-        """Of the texts that ``scores`` had written last, ``[B, 3]`` float64."""
+        """Report of the texts of the last ``scores``, ``[B, 3]`` float64, columns as in ``reported``."""
         return self._report
 
     def figures(self, reported: Mapping[str, Tensor], choice: int) -> dict[str, float]:
-        """Figures of the texts, see ``generation_figures``, and ``generation/gamma``, the exponent that was used."""
+        """Metrics of the texts, see ``generation_figures``, and the exponent ``generation/gamma``."""
         figures = generation_figures(reported)
         return figures if self._prior is None else {**figures, "generation/gamma": self.gammas[choice]}
 
     @torch.no_grad()
     def generate(self, model: SplitModel, histories: Tensor) -> list[str]:
-        """The titles that the model writes, one per history."""
-        together = max(1, self.batch_size // self.num_beams)
-        return [text for rows in histories.cpu().split(together) for text in self._generate(model, rows)]
+        """Generate one title per history."""
+        num_rows = max(1, self.batch_size // self.num_beams)
+        return [text for rows in histories.cpu().split(num_rows) for text in self._generate(model, rows)]
 
     def _generate(self, model: SplitModel, histories: Tensor) -> list[str]:
         device = model.model.get_input_embeddings().weight.device
@@ -134,11 +135,10 @@ class GroundingRanker:
         return [text.strip() for text in texts]
 
     def embed(self, model: SplitModel, texts: Sequence[str]) -> Tensor:
-        """Embeddings ``[n, D]`` float32; an empty text is embedded as the beginning-of-text token alone."""
+        """Embeddings ``[n, D]`` float32; an empty text has only the BOS token."""
         tokenizer = self.objective.tokenizer
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        encoded = _WithStart(tokenizer, start)
-        tokens = TokenizedTexts(encoded, texts, self.max_new_tokens + 8)
+        tokens = TokenizedTexts(tokenizer, texts, self.max_new_tokens + 7, prefix=[start], allow_empty=True)
         device = model.model.get_input_embeddings().weight.device
         parts = []
         with model.without_lora():
@@ -153,26 +153,15 @@ class GroundingRanker:
 def _check_gammas(gamma: float | Sequence[float]) -> tuple[float, ...]:
     given = [gamma] if isinstance(gamma, int | float) else list(gamma)
     if not given or not all(isinstance(value, int | float) and 0 <= value < float("inf") for value in given):
-        raise ConfigError(f"ranker.gamma={gamma} is not allowed: a number of at least 0, or a list of such")
+        raise ConfigError(f"ranker.gamma={gamma} must be a finite number of at least 0, or a list of such numbers")
     return tuple(sorted({float(value) for value in given}))
 
 
 def _prior(reweight: str, train: Ragged | None, num_items: int) -> ReferenceRanker | None:
-    """What says how likely items are without their titles; ``None`` for nothing."""
+    """The ranker whose scores weight the distances; ``None`` for no weights."""
     if reweight == "none":
         return None
-    assert train is not None, "the weights are counted in training"
+    assert train is not None, "weights need the training sequences"
     if reweight == "popularity":
         return PopularityRanker.fit(train, num_items)
     return MarkovRanker.fit(train, num_items, decay=REFERENCE_DECAY)
-
-
-class _WithStart:
-    """A tokenizer that puts one token before every text."""
-
-    def __init__(self, tokenizer: object, start: int) -> None:
-        self._tokenizer, self._start = tokenizer, start
-
-    def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
-        encoded = self._tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]  # type: ignore[operator]
-        return {"input_ids": [[self._start, *ids] for ids in encoded]}

@@ -8,28 +8,50 @@ from transformers import Cache
 
 from fellrec.data.text import pad_left
 from fellrec.errors import ConfigError, unknown
-from fellrec.models.objectives.generative import GenerativeObjective, check_writes
+from fellrec.models.objectives.generative import GenerativeObjective, check_generative
 from fellrec.models.split import SplitModel
 
 NORMALISE = ("mean", "sum")
 
 
-class LikelihoodRanker:
-    """Log-likelihood of each title's tokens after the prompt, which is computed once per user.
-
-    The prompt's keys and values are kept and shared by all titles.
+def next_logits(model: SplitModel, cache: Cache, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Logits of the next token after cached prefixes and new tokens, which are added to the cache.
 
     Args:
-        objective: The objective that the model was trained with; it makes the prompts.
-        normalise: ``"mean"`` over a title's tokens, or their ``"sum"``, which prefers short titles.
-        max_batch_tokens: Tokens of prompts and titles in one forward pass.
+        model: The backbone with a client's adapter.
+        cache: Key-value cache of the prefixes.
+        tokens: ``[n, l]`` int64 new tokens.
+        mask: ``[n, seen + l]`` int64, 1 for tokens and 0 for padding on the left.
+
+    Returns:
+        ``[n, V]`` float32.
+    """
+    output = model.model(
+        input_ids=tokens,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    logits: Tensor = output.logits[:, -1].float()
+    return logits
+
+
+class LikelihoodRanker:
+    """Log-likelihood of each title's tokens after the prompt, with one key-value cache per prompt for all titles.
+
+    Args:
+        objective: The objective of the training, for its prompts.
+        normalise: ``"mean"`` over a title's tokens, or their ``"sum"``, which favours short titles.
+        max_batch_tokens: Maximum number of tokens in one forward pass.
 
     Raises:
         ConfigError: For an unknown ``normalise``.
     """
 
     def __init__(self, objective: GenerativeObjective, normalise: str = "mean", max_batch_tokens: int = 65536) -> None:
-        check_writes(objective, "likelihood")
+        check_generative(objective, "likelihood")
         if normalise not in NORMALISE:
             raise ConfigError(unknown("ranker.normalise", normalise, NORMALISE))
         self.objective = objective
@@ -37,14 +59,14 @@ class LikelihoodRanker:
         self.max_batch_tokens = max_batch_tokens
 
     def refresh(self, model: SplitModel) -> None:
-        """Nothing is kept between adapters."""
+        """No state depends on the adapter."""
 
     @torch.no_grad()
     def scores(self, model: SplitModel, histories: Tensor) -> Tensor:
         """Score all items for each history.
 
         Args:
-            model: The backbone with a client's adapter in it.
+            model: The backbone with a client's adapter.
             histories: ``[B, H]`` int64, oldest first, padded with -1 on the right.
 
         Returns:
@@ -62,18 +84,9 @@ class LikelihoodRanker:
         return torch.cat(parts)
 
     def _score_users(self, model: SplitModel, ids: Tensor, mask: Tensor, rows: int) -> Tensor:
-        """Scores ``[b, I]`` for a few left-padded prompts ``[b, L]``."""
-        position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        """Scores ``[b, I]`` for a batch of left-padded prompts ``[b, L]``."""
         cache = model.new_cache()
-        prompt = model.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        first_logp_bV = prompt.logits[:, -1].float().log_softmax(dim=-1)
+        first_logp_bV = next_logits(model, cache, ids, mask).log_softmax(dim=-1)
         chunk = max(1, rows // len(ids))
         titles = self.objective.titles
         scores = [
@@ -99,7 +112,7 @@ class LikelihoodRanker:
         inputs, inside_all = titles.repeat(num_users, 1), inside.repeat(num_users, 1)
         full_mask = torch.cat([mask.repeat_interleave(num_titles, dim=0), inside_all.long()], dim=1)
         position_ids = (full_mask.cumsum(dim=1) - 1).clamp(min=0)[:, mask.shape[1] :]
-        # The last token of a title predicts nothing that is scored, so it is not fed.
+        # The last token of a title predicts no scored token, so it is not an input.
         logits = model.model(
             input_ids=inputs[:, :-1],
             attention_mask=full_mask[:, :-1],

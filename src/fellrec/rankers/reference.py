@@ -1,7 +1,7 @@
-"""Rankers without a language model that stand beside every learned one. Cheap, strong, and they keep everyone honest.
+"""Reference rankers: non-learned and classical baselines without a language model.
 
-All give ``scores(histories) -> [B, I]`` float32, higher is better, with ``histories`` ``[B, H]`` int64, oldest first,
-padded with -1 on the right. They compute on the CPU and give scores on the histories' device. None masks anything.
+All have ``scores(histories) -> [B, I]`` float32, higher is better, with ``histories`` ``[B, H]`` int64, oldest first,
+padded with -1 on the right. They compute on the CPU and return scores on the device of the histories, without masking.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from fellrec.rankers.collaborative import ItemKNNRanker, PureSVDRanker
 from fellrec.rankers.counting import ClientPopularityRanker, MarkovRanker, PopularityRanker, RandomRanker
 
 REFERENCE_DECAY = 0.25
-"""Reproduces the figure this project is measured against: NDCG@10 0.126 on ML-1M (0.5 would reach 0.132)."""
+"""Decay of ``markov_decay``, with NDCG@10 0.126 on ML-1M (0.132 with 0.5)."""
 
 
 class ReferenceRanker(Protocol):
-    """What all reference rankers have in common."""
+    """Interface of the reference rankers."""
 
     def scores(self, histories: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
         """Score all items.
 
         Args:
             histories: ``[B, H]`` int64, padded with -1 on the right.
-            batch: The evaluation batch that they come from, for rankers that look at more than the last items: the
-                users' ``clients``, and all they have seen as ``masked_rows`` and ``masked_items``.
+            batch: The evaluation batch of the histories, for rankers that need the users' ``clients`` or all their seen
+                items (``masked_rows`` and ``masked_items``).
 
         Returns:
             ``[B, I]`` float32.
@@ -39,13 +39,13 @@ class ReferenceRanker(Protocol):
 
 @dataclass(frozen=True)
 class ReferenceSettings:
-    """What of the reference rankers can be set.
+    """Settings of the reference rankers.
 
     Attributes:
         neighbours: See `ItemKNNRanker.fit`.
         shrink: See `ItemKNNRanker.fit`.
         factors: See `PureSVDRanker.fit`.
-        seed: Of the random ranker.
+        seed: Seed of the random ranker.
     """
 
     neighbours: int = 20
@@ -64,13 +64,13 @@ _FITS: dict[str, Callable[[Ragged, IntArray, int, ReferenceSettings], ReferenceR
     "mf": lambda train, clients, num_items, how: PureSVDRanker.fit(train, num_items, how.factors),
 }
 REFERENCES = tuple(_FITS)
-"""Names of all reference rankers, in the order of the table."""
+"""Names of the reference rankers, in the order of tables."""
 
 PRETRAINED = "pretrained"
-"""The backbone before any round: no ranker of this module, but shown beside them."""
+"""Name of the backbone before the first round, which is shown beside the reference rankers."""
 
 SHOWN = (*REFERENCES, PRETRAINED)
-"""What ``references.show`` can name."""
+"""Allowed values in ``references.show``."""
 
 
 def reference_rankers(
@@ -80,17 +80,17 @@ def reference_rankers(
     settings: ReferenceSettings,
     names: Sequence[str] = REFERENCES,
 ) -> dict[str, ReferenceRanker]:
-    """Fit reference rankers, by name.
+    """Fit reference rankers on the training interactions, by name.
 
-    They are fitted on the training interactions alone, as the learned ones are; at test time what they score from also
-    has the validation item. On ML-1M (leave-one-out, 6,040 users, 3,706 films, earlier films masked) NDCG@10 is 0.001
-    for random, 0.0194 for popularity, 0.112 and 0.126 for the Markov rankers, 0.039 for item-kNN and 0.049 for MF.
+    At test time their input also contains the validation item, as for learned models. On ML-1M (leave-one-out, 6,040
+    users, 3,706 films, earlier films masked) NDCG@10 is 0.001 for random, 0.0194 for popularity, 0.112 and 0.126 for
+    the Markov rankers, 0.039 for item-kNN and 0.049 for MF.
 
     Args:
         train: Training sequences, one row per user, oldest first.
         client_of_user: ``[U]`` int64; -1 is a public user.
         num_items: I.
-        settings: Numbers of neighbours and factors, the seed.
-        names: Of `REFERENCES`.
+        settings: Settings of the rankers.
+        names: Names from `REFERENCES`.
     """
     return {name: _FITS[name](train, client_of_user, num_items, settings) for name in names}

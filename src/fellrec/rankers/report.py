@@ -1,4 +1,4 @@
-"""What a ranker that writes titles tells of them: one row of numbers per user, and the figures of an evaluation."""
+"""Reports of rankers that generate titles: one row of numbers per user, and the metrics of an evaluation."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ REPORTED = ("is_title", "is_empty", "text")
 
 
 def report_texts(texts: Sequence[str], titles: Collection[str]) -> Tensor:
-    """Whether each text is a title, whether it is empty, and a number that is the same for equal texts.
+    """Whether each text is a title, whether it is empty, and a hash of the text.
 
     Args:
-        texts: B texts that were written, one per user.
-        titles: Of the catalogue.
+        texts: B generated texts, one per user.
+        titles: Titles of the catalogue.
 
     Returns:
-        ``[B, 3]`` float64, columns as in `REPORTED`. The number is a hash of 52 bits, which float64 holds exactly.
+        ``[B, 3]`` float64, columns as in `REPORTED`. The hash has 52 bits, which float64 represents exactly.
     """
     rows = [(float(text in titles), float(not text), float(_number(text))) for text in texts]
     return torch.tensor(rows, dtype=torch.float64).reshape(len(texts), len(REPORTED))
 
 
 def generation_figures(reported: Mapping[str, Tensor]) -> dict[str, float]:
-    """Figures of all texts of an evaluation.
+    """Metrics of all generated texts of an evaluation.
 
     Args:
         reported: Columns of `report_texts` by name, ``[U]`` each.
 
     Returns:
-        ``generation/in_catalogue_rate`` and ``generation/empty_rate``, shares of the texts; and
-        ``generation/duplicate_rate``, the share of texts that somebody else's text makes superfluous: 1 − distinct
-        texts / texts. It is 0 if everybody got another text.
+        ``generation/in_catalogue_rate``, the fraction of texts that are titles; ``generation/empty_rate``, the fraction
+        of empty texts; and ``generation/duplicate_rate``, 1 − distinct texts / texts.
     """
     texts = reported["text"]
     return {

@@ -1,4 +1,4 @@
-"""Scores of the retrieval family: similarity between the history's vector and every item's."""
+"""Ranker of the retrieval objective: similarity between the history vector and all item vectors."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fellrec.models.split import SplitModel
 
 
 class SimilarityRanker:
-    """Similarity (the objective's, cosine or dot product) with all item vectors, which are made once per adapter.
+    """Cosine similarity or dot product with all item vectors, which are computed once per adapter.
 
     Args:
-        objective: The objective that the model was trained with; it holds the catalogue's text.
+        objective: The objective of the training, for its vectors.
     """
 
     def __init__(self, objective: RetrievalObjective) -> None:
@@ -22,7 +22,7 @@ class SimilarityRanker:
 
     @torch.no_grad()
     def refresh(self, model: SplitModel) -> None:
-        """Make the item vectors with the adapter that is in the model now."""
+        """Compute the item vectors with the model's current adapter."""
         self._items_ID = self.objective.item_vectors(model)
 
     @torch.no_grad()
@@ -30,13 +30,13 @@ class SimilarityRanker:
         """Score all items for each history.
 
         Args:
-            model: The backbone with a client's adapter in it.
+            model: The backbone with a client's adapter.
             histories: ``[B, H]`` int64, oldest first, padded with -1 on the right.
 
         Returns:
             ``[B, I]`` float32, higher is better.
         """
-        assert self._items_ID is not None, "refresh comes before scores"
+        assert self._items_ID is not None, "call refresh before scores"
         queries_BD = self.objective.queries(model, histories)
-        with torch.autocast(queries_BD.device.type, enabled=False):  # rounded to bf16, many items would tie
+        with torch.autocast(queries_BD.device.type, enabled=False):  # in bfloat16 many items would be tied
             return queries_BD.float() @ self._items_ID.float().T

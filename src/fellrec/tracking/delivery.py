@@ -45,7 +45,7 @@ class OutboxClient:
 
     def __init__(self, folder: Path, uri: str | None = None) -> None:
         self.folder = folder
-        self.uri = uri or str(_first(folder).fields["uri"])
+        self.uri = uri or str(first_operation(folder).fields["uri"])
         self._client: MlflowClient | None = None
 
     def send(self) -> int:
@@ -143,13 +143,6 @@ class Sender:
             _log.warning("%s is reachable again; all recorded operations were sent", self._client.uri)
         else:
             _log.warning("%s; the run continues, and its metrics are recorded in %s", self.error, self._client.folder)
-
-
-def _first(folder: Path) -> Operation:
-    first = first_operation(folder)
-    if first is None:
-        raise FellrecError(f"{folder} has no complete operation: the run stopped before it logged anything")
-    return first
 
 
 def _create(client: MlflowClient, uri: str, operation: Operation) -> str:

@@ -165,9 +165,15 @@ def operations(folder: Path, start: Sent | None = None) -> Iterator[Operation]:
             yield Operation(number - 1, record.pop("kind"), record.pop("time"), record, end)
 
 
-def first_operation(folder: Path) -> Operation | None:
-    """The operation that creates the run; ``None`` if the outbox is empty."""
-    return next(operations(folder), None)
+def first_operation(folder: Path) -> Operation:
+    """The operation that creates the run.
+
+    Raises:
+        TrainingError: If the outbox is empty.
+    """
+    for operation in operations(folder):
+        return operation
+    raise TrainingError(f"{folder} has no complete operation: the run stopped before it logged anything")
 
 
 def read_sent(folder: Path) -> Sent:

@@ -17,6 +17,8 @@ from fellrec.tracking.delivery import OutboxClient, Sender
 from fellrec.tracking.outbox import Outbox, first_operation, num_left, read_sent
 from fellrec.tracking.store import absolute
 
+_OUTBOX = "outbox"
+"""Directory of the outbox in a run directory."""
 _MAX_PARAM_LENGTH, _MAX_TAG_LENGTH = 250, 500
 _SECONDS_AFTER_FAILURE = 30.0
 """Maximum wait for the server after a run failed or was stopped."""
@@ -54,14 +56,12 @@ class RunLog:
 
     def __init__(self, run_dir: Path, new: NewRun) -> None:
         self.run_dir = run_dir
-        self._outbox = Outbox(outbox_dir(run_dir))
+        self._outbox = Outbox(run_dir / _OUTBOX)
         if self._outbox.is_empty:
             self._outbox.append("create", **_creation(new))
         else:
             self._outbox.append("reopen")
-        first = first_operation(self._outbox.folder)
-        assert first is not None
-        self._fields = first.fields
+        self._fields = first_operation(self._outbox.folder).fields
         self._sender = Sender(OutboxClient(self._outbox.folder))
         self._sender.wake()
 
@@ -151,21 +151,16 @@ def parent_run(run_dir: Path, new: NewRun) -> Iterator[RunLog]:
     log.close()
 
 
-def outbox_dir(run_dir: Path) -> Path:
-    """The outbox of a run."""
-    return run_dir / "outbox"
-
-
 def outboxes(run_dir: Path) -> list[Path]:
     """The outbox of a run; of a comparison, its own outbox and then those of its runs.
 
     Raises:
         ConfigError: If it is not the directory of a run.
     """
-    own = outbox_dir(run_dir)
+    own = run_dir / _OUTBOX
     if not own.is_dir():
         raise ConfigError(f"{run_dir} has no outbox; give the directory of a run")
-    return [own, *sorted(run_dir.glob("*/outbox"))]
+    return [own, *sorted(run_dir.glob(f"*/{_OUTBOX}"))]
 
 
 def _creation(new: NewRun) -> dict[str, Any]:

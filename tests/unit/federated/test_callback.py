@@ -14,11 +14,11 @@ def test_known_hooks_helpers_and_attributes_are_accepted():
     class Fine(FederatedCallback):
         on_disk = True
 
-        def on_round_end(self, loop, record): ...
+        def on_round_end(self, record): ...
         def once(self): ...
 
     assert Fine().state_dict() == {}
-    assert Fine().on_fit_start(loop=None) is None
+    assert Fine().on_fit_end(None) is None
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, staticmethod, classmethod])

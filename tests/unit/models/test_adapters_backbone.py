@@ -1,4 +1,4 @@
-"""Adapters and backbones on a real pretrained model, and the bank that holds the clients' adapters."""
+"""Adapters and backbones with a real pretrained model, and the bank of the clients' adapters."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def disturb(parameters: dict[str, torch.nn.Parameter]) -> None:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
-def test_the_pretrained_model_tells_its_story(stories: Backbone) -> None:
+def test_the_pretrained_model_generates_its_known_text(stories: Backbone) -> None:
     ids = torch.tensor([[stories.tokenizer.bos_token_id]])
-    written = stories.model.generate(ids, max_new_tokens=60, do_sample=False)
-    text = stories.tokenizer.decode(written[0], skip_special_tokens=True)
+    generated = stories.model.generate(ids, max_new_tokens=60, do_sample=False)
+    text = stories.tokenizer.decode(generated[0], skip_special_tokens=True)
     assert text.strip().startswith(
         "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
     )
@@ -50,7 +50,7 @@ def test_the_pretrained_model_tells_its_story(stories: Backbone) -> None:
     assert stories.tokenizer.pad_token_id is not None
 
 
-def test_lora_travels_in_pefts_own_format(stories: Backbone, real_data: Path, tmp_path: Path) -> None:
+def test_lora_is_saved_in_the_format_of_peft(stories: Backbone, real_data: Path, tmp_path: Path) -> None:
     adapter = LoraAdapter(rank=4, dropout=0.0)
     adapter.attach(stories.model, stories.arch, 0, lambda name: "body")
     trainable = adapter.trainable(stories.model)
@@ -70,7 +70,7 @@ def test_lora_travels_in_pefts_own_format(stories: Backbone, real_data: Path, tm
     torch.testing.assert_close(logits(merged), logits(stories.model), atol=1e-4, rtol=1e-4)
 
 
-def test_lora_starts_as_the_backbone_and_depends_on_the_seed_only(stories: Backbone, real_data: Path) -> None:
+def test_lora_is_initially_the_identity_and_depends_on_the_seed_only(stories: Backbone, real_data: Path) -> None:
     before = logits(stories.model)
     state = torch.get_rng_state()
     adapter = LoraAdapter()
@@ -85,7 +85,7 @@ def test_lora_starts_as_the_backbone_and_depends_on_the_seed_only(stories: Backb
     assert not all(torch.equal(mine[n], p) for n, p in adapter.trainable(other.model).items())
 
 
-def test_lora_works_through_the_cuts(stories: Backbone) -> None:
+def test_lora_in_the_parts_equals_the_whole_model(stories: Backbone) -> None:
     split = SplitModel(stories.model, 2, 1)
     adapter = LoraAdapter(dropout=0.0)
     adapter.attach(stories.model, stories.arch, 0, lambda name: "body")
@@ -94,7 +94,7 @@ def test_lora_works_through_the_cuts(stories: Backbone) -> None:
     assert torch.equal(split.eval().lm_head(split(ids)), stories.model(input_ids=ids, use_cache=False).logits)
 
 
-def test_targets_that_match_nothing_are_named() -> None:
+def test_targets_that_match_no_module_are_refused() -> None:
     tiny = build_tiny(TITLES, hidden_size=16, num_layers=2)
     for target in ("q_prj", "self_attn.q_prj", "mlp.q_proj"):
         with pytest.raises(BackboneError, match=rf"'{target}' matches no module of the backbone; it has q_proj"):
@@ -102,7 +102,7 @@ def test_targets_that_match_nothing_are_named() -> None:
 
 
 @pytest.mark.parametrize("targets", ["q_proj", ["q_proj"], ["self_attn.q_proj"]])
-def test_targets_match_the_end_of_a_modules_name(targets: str | list[str]) -> None:
+def test_targets_match_suffixes_of_module_names(targets: str | list[str]) -> None:
     tiny = build_tiny(TITLES, hidden_size=16, num_layers=2)
     adapter = LoraAdapter(target_modules=targets)
     adapter.attach(tiny.model, tiny.arch, 0, lambda name: "body")
@@ -115,7 +115,7 @@ def test_building_a_model_or_an_adapter_does_not_reseed_the_accelerators(monkeyp
     reseeded: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", reseeded.append)
     torch.manual_seed(0)
-    assert reseeded == [0], "this is how PyTorch reseeds them"
+    assert reseeded == [0], "torch.manual_seed reseeds the accelerators"
     tiny = build_tiny(TITLES, hidden_size=16, num_layers=2, seed=1)
     LoraAdapter().attach(tiny.model, tiny.arch, 2, lambda name: "body")
     assert reseeded == [0]
@@ -127,7 +127,7 @@ def test_lora_settings_are_checked(settings: dict[str, float]) -> None:
         LoraAdapter(**settings)  # type: ignore[arg-type]
 
 
-def test_a_full_adapter_is_an_ordinary_model_folder(tmp_path: Path) -> None:
+def test_a_full_adapter_is_saved_as_a_transformers_model_folder(tmp_path: Path) -> None:
     tiny = build_tiny(TITLES, hidden_size=16, num_layers=2)
     adapter = FullAdapter()
     adapter.attach(tiny.model, tiny.arch, 0, lambda name: "body")
@@ -138,7 +138,7 @@ def test_a_full_adapter_is_an_ordinary_model_folder(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path)(TITLES)["input_ids"] == tiny.tokenizer(TITLES)["input_ids"]
 
 
-def test_the_tokenizer_loses_nothing() -> None:
+def test_the_tokenizer_is_lossless() -> None:
     tokenizer = build_tokenizer(TITLES[:2], vocab_size=300)
     for title in TITLES:
         ids = tokenizer(title, add_special_tokens=False)["input_ids"]
@@ -146,7 +146,7 @@ def test_the_tokenizer_loses_nothing() -> None:
     assert len(tokenizer) <= 300
 
 
-def test_the_tiny_model_depends_on_its_seed_and_leaves_the_global_generator_alone() -> None:
+def test_the_tiny_model_depends_on_its_seed_and_does_not_use_the_global_generator() -> None:
     state = torch.get_rng_state()
     first, same, other = (build_tiny(TITLES, hidden_size=16, num_layers=2, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
@@ -170,13 +170,13 @@ def test_tiny_sizes_are_checked(sizes: dict[str, int], message: str) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (None, "is no folder"),
+        (None, "is not a directory"),
         ([], "has no config.json"),
         (["config.json"], "has no .*safetensors"),
         (["config.json", "model.safetensors"], "cannot be loaded"),
     ],
 )
-def test_bad_folders_are_explained(files: list[str] | None, message: str, tmp_path: Path) -> None:
+def test_incomplete_folders_are_refused(files: list[str] | None, message: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     if files is not None:
         folder.mkdir()
@@ -221,33 +221,31 @@ def drop_a_tensor(folder: Path) -> None:
         (edit_json("config.json", num_hidden_layers=3), r"missing 9 \(model.layers.2."),
         (edit_json("config.json", intermediate_size=8), r"missing 0 \(\), of another shape 6 \(model.layers.0.mlp"),
         (edit_json("tokenizer_config.json", pad_token=None, eos_token=None), "no padding, end or unknown token"),
-        (edit_json("tokenizer_config.json", pad_token="<new>"), "pad_token is number .* embeddings for 0 to"),
+        (edit_json("tokenizer_config.json", pad_token="<new>"), "pad_token has id .* embeddings for ids 0 to"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "cannot be loaded"),
         (lambda folder: (folder / "tokenizer.json").write_text('{"a": 1}'), "cannot be loaded"),
     ],
 )
-def test_nothing_is_made_up_for_a_damaged_folder(
-    damage: Callable[[Path], None], message: str, tiny_folder: Path
-) -> None:
+def test_damaged_folders_are_refused(damage: Callable[[Path], None], message: str, tiny_folder: Path) -> None:
     load_hf(str(tiny_folder))
     damage(tiny_folder)
     with pytest.raises(BackboneError, match=message):
         load_hf(str(tiny_folder))
 
 
-def test_a_folder_may_be_given_from_home_or_from_within(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_may_be_relative_or_in_the_home_folder(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tiny_folder.parent))
     monkeypatch.chdir(tiny_folder)
     assert [load_hf(path).name for path in ("~/tiny", ".", "../tiny/")] == ["tiny"] * 3
 
 
-def test_a_saved_tokenizer_still_loses_nothing(tiny_folder: Path) -> None:
+def test_a_saved_tokenizer_is_lossless(tiny_folder: Path) -> None:
     tokenizer = load_hf(str(tiny_folder)).tokenizer
     for title in [*TITLES, "two  spaces , and a comma"]:
         assert tokenizer.decode(tokenizer(title, add_special_tokens=False)["input_ids"]) == title
 
 
-def test_unknown_architectures_name_the_known_ones(tmp_path: Path) -> None:
+def test_unknown_architectures_are_refused_with_the_known_ones(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bloom"}')
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(BackboneError, match=r"unknown architecture \(model_type\) 'bloom'; choose from: .*gpt2"):
@@ -258,7 +256,7 @@ def adapter(value: float) -> dict[str, torch.Tensor]:
     return {"a": torch.full((2, 3), value), "b": torch.full((4,), value)}
 
 
-def test_the_bank_touches_only_the_clients_it_is_asked_to() -> None:
+def test_the_bank_changes_only_the_given_clients() -> None:
     bank = AdapterBank.replicate(adapter(0.0), 4)
     bank.store(2, adapter(2.0))
     bank.replace((0, 3), {name: torch.stack([t, t + 1]) for name, t in adapter(5.0).items()})
@@ -280,7 +278,7 @@ def test_the_bank_touches_only_the_clients_it_is_asked_to() -> None:
         ({"a": torch.zeros(3, 2), "b": torch.zeros(4)}, r"a has shape \[3, 2\], expected \[2, 3\]"),
     ],
 )
-def test_the_bank_is_strict(wrong: dict[str, torch.Tensor], message: str) -> None:
+def test_the_bank_refuses_other_names_and_shapes(wrong: dict[str, torch.Tensor], message: str) -> None:
     bank = AdapterBank.replicate(adapter(0.0), 2)
     with pytest.raises(BackboneError, match=message):
         bank.store(0, wrong)
@@ -289,7 +287,7 @@ def test_the_bank_is_strict(wrong: dict[str, torch.Tensor], message: str) -> Non
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
-def test_a_stack_of_other_clients_is_not_broadcast(num_rows: int) -> None:
+def test_a_stack_with_another_number_of_rows_is_refused(num_rows: int) -> None:
     bank = AdapterBank.replicate(adapter(0.0), 2)
     stack = {name: tensor.expand(num_rows, *tensor.shape) for name, tensor in adapter(1.0).items()}
     with pytest.raises(BackboneError, match=f"rows for {num_rows} clients, expected 2"):

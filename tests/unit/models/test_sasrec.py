@@ -1,4 +1,4 @@
-"""SASRec: items as tokens, the forward pass against a version written out here, and what a run of it learns."""
+"""SASRec: one token per item, the forward pass against an independent implementation, and small runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HISTORIES = torch.tensor([[0, 1, 2, 1], [5, 3, -1, -1], [4, -1, -1, -1]])
 
 @pytest.fixture(scope="module")
 def sasrec() -> Backbone:
-    """With weights that are larger than those at the start, so that no term is too small to be seen."""
+    """With weights larger than the initial ones, so that every term of the forward pass matters."""
     backbone = build_sasrec(IDS, hidden_size=8, num_layers=2, num_heads=2, max_position_embeddings=4)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def objective_of(backbone: Backbone, **settings: object) -> RetrievalObjective:
     return RetrievalObjective(backbone.tokenizer, CATALOGUE, max_history=4, **{**fields, **settings})  # type: ignore[arg-type]
 
 
-def test_every_item_is_one_token_whatever_its_title(sasrec: Backbone) -> None:
+def test_every_item_id_is_one_token(sasrec: Backbone) -> None:
     objective = objective_of(sasrec)
     for texts in (objective.history_text, objective.item_text):
         assert texts.tokens.tolist() == [[1], [2], [3], [4], [5], [6]]
@@ -55,13 +55,13 @@ def test_every_item_is_one_token_whatever_its_title(sasrec: Backbone) -> None:
 @pytest.mark.parametrize(
     ("ids", "first"), [(("1", "2", " 1"), "'1'"), (("1", "<pad>"), "'<pad>'"), (("1", "a<pad>b"), "'a<pad>b'")]
 )
-def test_ids_that_cannot_be_tokens_are_refused(ids: tuple[str, ...], first: str) -> None:
-    with pytest.raises(DataError, match=f"1 item ids are no token of their own, the first is {first}"):
+def test_ids_that_are_not_valid_tokens_are_refused(ids: tuple[str, ...], first: str) -> None:
+    with pytest.raises(DataError, match=f"1 ids are not valid, first: {first}"):
         item_tokenizer(ids)
 
 
 def by_hand(weights: dict[str, Tensor], tokens: Tensor, num_heads: int = 2) -> Tensor:
-    """Pre-norm causal self-attention and feed-forward blocks, a loop over heads; ``[L]`` to ``[L, D]``."""
+    """Pre-norm causal self-attention and feed-forward blocks, with a loop over heads; ``[L]`` to ``[L, D]``."""
 
     def norm(x: Tensor, name: str) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
@@ -85,7 +85,7 @@ def by_hand(weights: dict[str, Tensor], tokens: Tensor, num_heads: int = 2) -> T
     return norm(hidden, "transformer.ln_f")
 
 
-def test_scores_and_loss_equal_a_version_written_out(sasrec: Backbone) -> None:
+def test_scores_and_loss_equal_an_independent_implementation(sasrec: Backbone) -> None:
     weights = dict(sasrec.model.named_parameters())
     model, objective = SplitModel(sasrec.model, 1, 1).eval(), objective_of(sasrec)
     items = weights["transformer.wte.weight"][1:]
@@ -102,7 +102,7 @@ def test_scores_and_loss_equal_a_version_written_out(sasrec: Backbone) -> None:
     torch.testing.assert_close(total, sum(wanted), rtol=1e-5, atol=1e-5)
 
 
-def test_the_length_of_the_vectors_counts_for_dot_and_not_for_cosine(sasrec: Backbone) -> None:
+def test_vectors_are_normalised_for_cosine_and_not_for_dot(sasrec: Backbone) -> None:
     model = SplitModel(sasrec.model, 1, 1).eval()
     rows = sasrec.model.transformer.wte.weight[1:]
     torch.testing.assert_close(objective_of(sasrec).item_vectors(model), rows, rtol=0, atol=0)
@@ -126,34 +126,34 @@ def build(cache: Path, *overrides: str) -> tuple[object, Recommender]:
 
 
 @pytest.mark.parametrize("rule", ["centralized", "fedavg"])
-def test_it_learns_the_planted_habits_with_every_rule(cache: Path, rule: str) -> None:
-    """The synthetic set's users follow habits that lead from one film to the next: more than popularity can know."""
+def test_it_learns_the_transitions_of_the_synthetic_data(cache: Path, rule: str) -> None:
+    """The synthetic users follow transitions between items, which popularity does not model."""
     config, recommender = build(cache, f"aggregation={rule}")
     loop = build_loop(config, recommender, ())  # type: ignore[arg-type]
     learned = loop.run().evaluation.summary["ndcg_at_10/pooled"]
     references = {result.rule: result.evaluation.summary["ndcg_at_10/pooled"]
                   for result in reference_results(config, recommender, loop)}  # type: ignore[arg-type]  # fmt: skip
-    assert list(references) == ["popularity", "markov", "untrained"], "nothing was pre-trained"
+    assert list(references) == ["popularity", "markov", "untrained"], "the backbone is not pre-trained"
     assert learned > 1.5 * references["popularity"]
     assert learned > 1.5 * references["untrained"]
 
 
-def test_the_cut_is_executed_with_the_same_figures(cache: Path) -> None:
-    figures = []
+def test_the_executed_cut_gives_the_same_metrics(cache: Path) -> None:
+    summaries = []
     for split in ("default", "executed"):
         config, recommender = build(cache, f"split={split}", "split.head_layers=0", "trainer.num_rounds=1")
-        figures.append(build_loop(config, recommender, ()).run().evaluation.summary)  # type: ignore[arg-type]
-    assert figures[0] == figures[1]
+        summaries.append(build_loop(config, recommender, ()).run().evaluation.summary)  # type: ignore[arg-type]
+    assert summaries[0] == summaries[1]
 
 
-def test_an_objective_that_shows_text_is_refused(cache: Path) -> None:
+def test_an_objective_that_needs_text_is_refused(cache: Path) -> None:
     with pytest.raises(ConfigError, match=r"backbone=sasrec has item tokens only, but objective.history_fields"):
         build(cache, "objective=generative")
     with pytest.raises(ConfigError, match=r"objective.item_fields=\['title', 'genre'\]; both must be \[item_id\]"):
         build(cache, "objective=retrieval")
 
 
-def test_what_a_run_exports_is_loaded_again(cache: Path, tmp_path: Path) -> None:
+def test_an_exported_adapter_can_be_loaded(cache: Path, tmp_path: Path) -> None:
     from fellrec.models.backbone import load_hf
 
     _, recommender = build(cache)
@@ -164,7 +164,7 @@ def test_what_a_run_exports_is_loaded_again(cache: Path, tmp_path: Path) -> None
         assert torch.equal(parameter, recommender.initial[name])
 
 
-def test_plan_knows_its_shape_without_weights(cache: Path) -> None:
+def test_plan_counts_its_parameters_without_weights(cache: Path) -> None:
     from fellrec.cli.plan import plan
 
     (row,) = plan([*SMALL, f"cache_dir={cache}", "split.head_layers=0"])

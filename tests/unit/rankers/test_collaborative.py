@@ -1,4 +1,4 @@
-"""Item-kNN and PureSVD against dense versions of their definitions."""
+"""Item-kNN and PureSVD against dense implementations of their definitions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ USERS, ITEMS = 40, 12
 
 @pytest.fixture(scope="module")
 def dense() -> np.ndarray:
-    """The last item has no interaction; nobody has used all items."""
+    """The last item has no interaction; no user has all items."""
     matrix = np.random.default_rng(0).random((USERS, ITEMS)) < np.linspace(0.6, 0.0, ITEMS)
     return matrix.astype(float)
 
@@ -32,7 +32,7 @@ def batch_of(train: Ragged, users: list[int]) -> dict[str, torch.Tensor]:
 
 
 def similarity_by_hand(dense: np.ndarray, neighbours: int, shrink: float) -> np.ndarray:
-    """Item by item, neighbour by neighbour: row ``i`` has the neighbours of item ``i``."""
+    """A loop over pairs of items: row ``i`` has the neighbours of item ``i``."""
     found = np.zeros((ITEMS, ITEMS))
     for i in range(ITEMS):
         for j in range(ITEMS):
@@ -45,7 +45,7 @@ def similarity_by_hand(dense: np.ndarray, neighbours: int, shrink: float) -> np.
 
 @pytest.mark.parametrize(("neighbours", "shrink"), [(3, 0.0), (3, 20.0), (100, 5.0)])
 @pytest.mark.parametrize("cells", [ITEMS, 5 * ITEMS, 1 << 24])
-def test_item_knn_equals_its_definition_in_blocks_of_any_size(
+def test_item_knn_equals_its_definition_with_any_block_size(
     dense: np.ndarray, train: Ragged, neighbours: int, shrink: float, cells: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(collaborative, "_CELLS", cells)
@@ -54,7 +54,7 @@ def test_item_knn_equals_its_definition_in_blocks_of_any_size(
     users = [3, 0, 7]
     scores = ranker.scores(torch.from_numpy(train.take(np.array(users)).last(2)), batch_of(train, users))
     assert scores.dtype == torch.float32
-    # Item i's score: over the user's items j that are among the neighbours of i.
+    # The score of item i sums over the user's items j that are neighbours of i.
     np.testing.assert_allclose(scores, dense[users] @ similarity.T, rtol=1e-6, atol=1e-7)
 
 
@@ -68,8 +68,8 @@ def test_item_knn_without_shrinkage_is_scikit_learns_cosine(dense: np.ndarray, t
 
 
 @pytest.mark.parametrize("factors", [2, 5])
-def test_mf_projects_on_the_first_right_singular_vectors(dense: np.ndarray, train: Ragged, factors: int) -> None:
-    """The scores are x V Vᵀ with V of NumPy's whole SVD; the projection does not depend on the signs of the vectors."""
+def test_pure_svd_projects_on_the_first_right_singular_vectors(dense: np.ndarray, train: Ragged, factors: int) -> None:
+    """The scores are x V Vᵀ with V of NumPy's SVD; the projection does not depend on the signs of the vectors."""
     first = np.linalg.svd(dense)[2][:factors]
     users = [5, 1]
     ranker = PureSVDRanker.fit(train, ITEMS, factors)
@@ -80,10 +80,10 @@ def test_mf_projects_on_the_first_right_singular_vectors(dense: np.ndarray, trai
 
 
 @pytest.mark.parametrize("kind", [ItemKNNRanker, PureSVDRanker])
-def test_all_of_a_users_items_count_where_they_are_known_and_the_last_ones_elsewhere(
+def test_scores_use_all_seen_items_of_the_batch_else_those_of_the_histories(
     train: Ragged, kind: type[ItemKNNRanker] | type[PureSVDRanker]
 ) -> None:
-    """A user whom nobody has seen before is scored by their items, in any order, however often."""
+    """A user who is not in the training data is scored from the set of their items."""
     ranker = kind.fit(train, ITEMS)
     rows, items = torch.tensor([0, 0, 0]), torch.tensor([4, 2, 9])
     known = {"masked_rows": rows, "masked_items": items}
@@ -92,7 +92,7 @@ def test_all_of_a_users_items_count_where_they_are_known_and_the_last_ones_elsew
     assert not torch.equal(ranker.scores(torch.tensor([[9]])), whole)
 
 
-def test_more_neighbours_and_factors_than_there_are_items_are_all_of_them(train: Ragged) -> None:
+def test_neighbours_and_factors_are_limited_by_the_number_of_items(train: Ragged) -> None:
     assert PureSVDRanker.fit(train, ITEMS, 500).factors.shape == (ITEMS - 1, ITEMS)
     assert ItemKNNRanker.fit(train, ITEMS, 500).similarity.shape == (ITEMS, ITEMS)
 

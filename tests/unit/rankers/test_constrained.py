@@ -1,4 +1,4 @@
-"""Constrained decoding against the likelihood of all titles, and against plain breadth-first search."""
+"""Constrained decoding against the likelihood of all titles, and against a beam search over lists."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TITLES = (
     *("Alien", "Aliens", "Heat (1995)", "Heat", "The Lonely Silver Garden", "The Lonely Silver Gate", "M", "Up"),
     *("Toy Story", "Toy Story 2", "Heat", "The Lonely"),
 )
-"""Beginnings that are titles themselves, and two items with one title."""
+"""Titles that are prefixes of others, and two items with the same title."""
 CATALOGUE = Catalogue(tuple(map(str, range(12))), TITLES, pd.DataFrame(index=range(12)))
 HISTORIES = torch.tensor([[0, 1, 2], [4, -1, -1], [6, 3, -1], [8, 9, 10], [11, -1, -1]])
 TARGETS = torch.arange(5), torch.tensor([3, 5, 7, 4, 1])
@@ -31,7 +31,7 @@ NONE = torch.empty(0, dtype=torch.long)
 
 @pytest.fixture(scope="module", params=["tiny", "stories"])
 def backbone(request: pytest.FixtureRequest) -> Backbone:
-    """One with random weights, spread out so that titles differ in likelihood, and a trained one."""
+    """One with random weights, scaled so that titles differ in likelihood, and a pretrained one."""
     if request.param == "stories":
         return load_hf(str(request.getfixturevalue("real_data") / "stories260K-hf"))
     tiny = build_tiny(TITLES, hidden_size=16, num_layers=2, vocab_size=300)
@@ -69,7 +69,7 @@ def test_enough_beams_give_the_ranking_by_likelihood(
     assert isinstance(ranker, ReportingRanker)
     scores = ranker.scores(model, HISTORIES)
     torch.testing.assert_close(scores, exact, rtol=1e-5, atol=1e-4)
-    assert torch.equal(scores[:, 3], scores[:, 10]), "two items with one title"
+    assert torch.equal(scores[:, 3], scores[:, 10]), "two items with the same title"
     groups = torch.from_numpy(CATALOGUE.title_groups)
     ranks = [target_ranks(s, *TARGETS, NONE, NONE, groups) for s in (scores, exact)]
     assert torch.equal(*ranks)
@@ -80,7 +80,7 @@ def test_enough_beams_give_the_ranking_by_likelihood(
 
 
 def breadth_first(objective: GenerativeObjective, exact: torch.Tensor, logp_of: dict, num_beams: int) -> set[int]:
-    """Items that a plain beam search with lists reaches, from the log-likelihood of every beginning."""
+    """Items that a beam search over lists reaches, from the log-likelihood of every prefix."""
     rows = [tuple(t[i].tolist()) for t, i in zip(objective.titles.tokens, objective.titles.inside)]
     beams, reached = [()], set()
     while beams:
@@ -92,7 +92,7 @@ def breadth_first(objective: GenerativeObjective, exact: torch.Tensor, logp_of: 
 
 
 @pytest.mark.parametrize("num_beams", [1, 2, 4])
-def test_few_beams_reach_what_plain_beam_search_reaches(
+def test_few_beams_reach_the_titles_of_a_beam_search_over_lists(
     backbone: Backbone, model: SplitModel, objective: GenerativeObjective, exact: torch.Tensor, num_beams: int
 ) -> None:
     ranker = ConstrainedRanker(objective, num_beams)
@@ -122,7 +122,7 @@ def test_few_beams_reach_what_plain_beam_search_reaches(
     assert figures_of(ranker)["generation/exhaustive_rate"] < 1
 
 
-def test_what_is_not_reached_does_not_favour_the_target(model: SplitModel, objective: GenerativeObjective) -> None:
+def test_a_target_that_is_not_reached_has_the_last_rank(model: SplitModel, objective: GenerativeObjective) -> None:
     scores = ConstrainedRanker(objective, num_beams=1).scores(model, HISTORIES)
     missed = (scores == scores.amin(dim=1, keepdim=True)).nonzero()
     rows, items = missed[:, 0], missed[:, 1]
@@ -131,7 +131,7 @@ def test_what_is_not_reached_does_not_favour_the_target(model: SplitModel, objec
         assert rank.item() == 11, "the last of 12"
 
 
-def test_long_titles_that_begin_alike_share_a_score(backbone: Backbone, model: SplitModel) -> None:
+def test_titles_that_are_equal_after_truncation_have_the_same_score(backbone: Backbone, model: SplitModel) -> None:
     objective = GenerativeObjective(backbone.tokenizer, CATALOGUE, max_history=3, max_title_tokens=3)
     ranker = ConstrainedRanker(objective, num_beams=12)
     scores = ranker.scores(model, HISTORIES)
@@ -143,21 +143,20 @@ def test_long_titles_that_begin_alike_share_a_score(backbone: Backbone, model: S
 
 
 def test_settings_are_checked(objective: GenerativeObjective) -> None:
-    with pytest.raises(ConfigError, match="ranker.num_beams=0 is not allowed"):
+    with pytest.raises(ConfigError, match="ranker.num_beams=0 must be an integer of at least 1"):
         ConstrainedRanker(objective, num_beams=0)
-    with pytest.raises(ConfigError, match="ranker.max_batch_tokens=0 is not allowed"):
+    with pytest.raises(ConfigError, match="ranker.max_batch_tokens=0 must be an integer of at least 1"):
         ConstrainedRanker(objective, max_batch_tokens=0)
 
 
-def test_a_trie_has_a_node_for_every_beginning() -> None:
+def test_a_trie_has_one_node_per_distinct_prefix() -> None:
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(0, 4, (60, 6), generator=generator)
     lengths = torch.randint(1, 7, (60,), generator=generator)
     inside = torch.arange(6) < lengths[:, None]
     trie = build_trie(tokens, inside)
     rows = [tuple(t[i].tolist()) for t, i in zip(tokens, inside)]
-    beginnings = {row[:n] for row in rows for n in range(len(row) + 1)}
-    assert len(trie.token) == len(beginnings)
+    assert len(trie.token) == len({row[:n] for row in rows for n in range(len(row) + 1)})
     assert trie.num_ends == len(set(rows))
     for row, end in zip(rows, trie.end_of_row.tolist()):
         node = torch.tensor([0])
@@ -174,7 +173,7 @@ def test_a_trie_has_a_node_for_every_beginning() -> None:
         assert only == (through.pop() if len(through) == 1 else -1)
 
 
-def test_a_trie_knows_the_way_of_each_row_from_its_root() -> None:
+def test_a_trie_has_the_path_of_each_row_from_its_root() -> None:
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(0, 4, (40, 5), generator=generator)
     inside = torch.arange(5) < torch.randint(1, 6, (40,), generator=generator)[:, None]
@@ -198,7 +197,7 @@ def test_a_trie_knows_the_way_of_each_row_from_its_root() -> None:
     assert torch.equal(of_children[is_child], values[0, trie.token[children]])
 
 
-def test_the_best_of_each_group_are_those_that_sorting_finds() -> None:
+def test_the_best_of_each_group_equal_those_of_pandas_rank() -> None:
     generator = torch.Generator().manual_seed(0)
     values, groups = torch.rand(200, generator=generator), torch.randint(0, 7, (200,), generator=generator)
     frame = pd.DataFrame({"value": values.numpy(), "group": groups.numpy()})

@@ -1,4 +1,4 @@
-"""Grounding: weights of the distances, how validation chooses among them, and what is reported of the texts."""
+"""Grounding: weights of the distances, selection of the exponent on validation, and the report of the texts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def model(tiny: Backbone) -> SplitModel:
 
 
 def ranker_of(tiny: Backbone, texts: Sequence[str] = (), **settings: object) -> GroundingRanker:
-    """A ranker; with ``texts`` it is told what the model has written."""
+    """A ranker; ``texts`` replace the texts that the model generates."""
     objective = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3)
     ranker = GroundingRanker(objective, TRAIN, max_new_tokens=4, **settings)  # type: ignore[arg-type]
     if texts:
@@ -57,21 +57,21 @@ def test_weighted_distances_by_hand_for_three_items() -> None:
 
 
 @pytest.mark.parametrize("reweight", ["popularity", "collaborative"])
-def test_a_gamma_of_0_changes_nothing(tiny: Backbone, model: SplitModel, reweight: str) -> None:
+def test_a_gamma_of_0_does_not_change_the_order(tiny: Backbone, model: SplitModel, reweight: str) -> None:
     histories = torch.tensor([[0, -1, -1], [1, 3, -1]])
-    plain, weighed = ranker_of(tiny), ranker_of(tiny, reweight=reweight, gamma=[0, 5])
-    assert weighed.choices == (0.0, 5.0)
-    for ranker in (plain, weighed):
+    plain, weighted = ranker_of(tiny), ranker_of(tiny, reweight=reweight, gamma=[0, 5])
+    assert weighted.choices == (0.0, 5.0)
+    for ranker in (plain, weighted):
         ranker.refresh(model)
-    scores, by_gamma = plain.scores(model, histories), weighed.scores(model, histories)
+    scores, by_gamma = plain.scores(model, histories), weighted.scores(model, histories)
     assert by_gamma.shape == (2, 2, 4)
     torch.testing.assert_close(by_gamma[0], -min_max(-scores))
     assert torch.equal(by_gamma[0].argsort(stable=True), scores.argsort(stable=True))
     assert not torch.allclose(by_gamma[1], by_gamma[0])
 
 
-def test_the_signals_are_counts_of_training(tiny: Backbone, model: SplitModel) -> None:
-    """After film 0 only film 1 came, once; in all, films 0, 1, 2, 3 occur 1, 3, 3, 1 times."""
+def test_the_weights_are_counts_in_training(tiny: Backbone, model: SplitModel) -> None:
+    """The only transition from item 0 is to item 1; items 0, 1, 2, 3 occur 1, 3, 3, 1 times."""
     histories = torch.tensor([[0, -1, -1]])
     distances = torch.tensor([[1.0, 2.0, 2.0, 2.0]])
     popular, followed = (ranker_of(tiny, ["Alien"], reweight=how, gamma=1) for how in ("popularity", "collaborative"))
@@ -82,7 +82,7 @@ def test_the_signals_are_counts_of_training(tiny: Backbone, model: SplitModel) -
         assert order[0] == 0
         assert order[1] == pytest.approx(1 / 2)
         ranker.refresh(model)
-        assert ranker.scores(model, histories).argmax().item() == 0, "the written title stays first"
+        assert ranker.scores(model, histories).argmax().item() == 0, "the generated title stays first"
     assert min_max(popular._prior.scores(histories)).tolist() == [[0, 1, 1, 0]]  # type: ignore[union-attr]
     assert min_max(followed._prior.scores(histories))[0, 2] < 0.01  # type: ignore[union-attr]
 
@@ -91,10 +91,10 @@ def test_settings_are_checked(tiny: Backbone) -> None:
     with pytest.raises(ConfigError, match="unknown ranker.reweight 'popular'; choose from: popularity, "):
         ranker_of(tiny, reweight="popular")
     for wrong in (-1, [], [0, "x"], float("nan"), [0, float("inf")]):
-        with pytest.raises(ConfigError, match="is not allowed: a number of at least 0, or a list"):
+        with pytest.raises(ConfigError, match="must be a finite number of at least 0, or a list"):
             ranker_of(tiny, gamma=wrong)
     assert ranker_of(tiny, gamma=[3, 0, 3]).gammas == (0.0, 3.0)
-    assert ranker_of(tiny, gamma=[3, 0]).choices == (), "nothing to choose without weights"
+    assert ranker_of(tiny, gamma=[3, 0]).choices == (), "there is no choice without weights"
 
 
 def evaluate(module: FellrecModule, stage: str, target: int) -> dict[str, float]:
@@ -108,8 +108,9 @@ def evaluate(module: FellrecModule, stage: str, target: int) -> dict[str, float]
     return dict(module.finish_evaluation(stage, 0).summary)
 
 
-def test_validation_chooses_gamma_and_the_test_does_not(tiny: Backbone, model: SplitModel) -> None:
-    """The farthest item is the only popular one. Validation wants that one, the test the nearest. Item 1 was seen."""
+def test_gamma_is_selected_on_validation_and_not_on_test(tiny: Backbone, model: SplitModel) -> None:
+    """The most distant item is the only popular one, and the validation target. The test target is the nearest item.
+    Item 1 is masked."""
     ranker = ranker_of(tiny, ["Alien"], reweight="popularity", gamma=[0, 100])
     module = FellrecModule(
         model, {}, ranker.objective, ranker,
@@ -121,7 +122,7 @@ def test_validation_chooses_gamma_and_the_test_does_not(tiny: Backbone, model: S
     ranker.refresh(model)
     distances = -ranker_scores(ranker, model)
     order = distances[0, 0].argsort().tolist()
-    assert order[0] == 0, "the written title"
+    assert order[0] == 0, "the generated title"
     nearest, popular = (item for item in order[1:] if item != 1)
     counts = torch.zeros(4, dtype=torch.long)
     counts[popular] = 1000
@@ -166,14 +167,14 @@ def ranker_scores(ranker: GroundingRanker, model: SplitModel) -> torch.Tensor:
     return ranker.scores(model, torch.tensor([[1, -1, -1]]))
 
 
-def test_batches_of_beams_write_the_same_texts(tiny: Backbone, model: SplitModel) -> None:
+def test_the_batch_size_does_not_change_the_generated_texts(tiny: Backbone, model: SplitModel) -> None:
     histories = torch.tensor([[0, 1, 2], [3, -1, -1], [2, 1, -1]])
     whole = ranker_of(tiny, num_beams=2).generate(model, histories)
     assert ranker_of(tiny, num_beams=2, batch_size=1).generate(model, histories) == whole
 
 
-def test_figures_of_texts_do_not_depend_on_batches() -> None:
-    """Of six texts four are titles, one is empty, and four are distinct."""
+def test_metrics_of_texts_do_not_depend_on_batches() -> None:
+    """Four of six texts are titles, one is empty, and four are distinct."""
     texts = ["Up", "Alien", "Up", "", "Heat", "Up"]
     whole = report_texts(texts, set(TITLES))
     parts = torch.cat([report_texts(texts[:2], set(TITLES)), report_texts(texts[2:], set(TITLES))])
@@ -185,13 +186,13 @@ def test_figures_of_texts_do_not_depend_on_batches() -> None:
     assert report_texts([], set()).shape == (0, 3)
 
 
-def test_a_long_title_counts_as_written_when_it_is_cut_as_in_training(tiny: Backbone, model: SplitModel) -> None:
+def test_a_title_truncated_as_in_training_counts_as_a_title(tiny: Backbone, model: SplitModel) -> None:
     objective = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3, max_title_tokens=2)
-    written = tiny.tokenizer.decode(tiny.tokenizer("Heat (1995)", add_special_tokens=False)["input_ids"][:2]).strip()
-    assert written != "Heat (1995)"
-    assert objective.learnt_titles()[1] == written
+    generated = tiny.tokenizer.decode(tiny.tokenizer("Heat (1995)", add_special_tokens=False)["input_ids"][:2]).strip()
+    assert generated != "Heat (1995)"
+    assert objective.decoded_titles()[1] == generated
     ranker = GroundingRanker(objective)
-    ranker.generate = lambda model, histories: [written]  # type: ignore[method-assign]
+    ranker.generate = lambda model, histories: [generated]  # type: ignore[method-assign]
     ranker.refresh(model)
     scores = ranker.scores(model, torch.tensor([[0, -1, -1]]))
     assert ranker.take_report()[0, 0] == 1

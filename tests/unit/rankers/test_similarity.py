@@ -1,4 +1,4 @@
-"""Scores in bf16 mixed precision: the model may be rounded, the ranking must not be."""
+"""Scores under bfloat16 mixed precision are computed in float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The generative family: a causal LM writes the title of the next item after an instruction and the history."""
+"""The generative objective: a causal LM generates the title of the next item from an instruction and the history."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ SOFTMAX = ("vocabulary", "catalogue")
 
 
 class GenerativeObjective:
-    """Mean negative log-likelihood of the target title's tokens and its end, and of nothing else (METHOD §1).
+    """Mean negative log-likelihood of the tokens of the target title and its end token (METHOD §1).
 
-    Prompts are put together from pieces that are tokenised once: the instruction, one line per title, the answer's
-    beginning. The same function makes them for training and for inference.
+    Prompts are concatenated from separately tokenised parts: the instruction, one line per title, and the beginning of
+    the answer. Training and inference use the same function.
 
     Args:
         tokenizer: Hugging Face tokenizer of the backbone.
         catalogue: The items.
         max_history: Longest history in items.
-        max_tokens: Longest prompt with its answer in tokens; the oldest titles are dropped, never the instruction.
-        max_title_tokens: Longest title in tokens.
-        template: Wording of the prompt, or its version.
-        group_by_length: Whether training rows of similar length come into one batch, which saves padding.
-        one_target_per_row: Whether a row is one history with one target (BIGRec); else each title of the history is a
-            target, too, as it stands in its line after those before it: many targets for one forward pass.
-        softmax: Over what a token competes: ``"vocabulary"`` (BIGRec), or ``"catalogue"``, the tokens that go on with
-            some title. Then the likelihoods of all titles sum to 1, a token that no other title has in its place is
-            no target, and the model need not learn to spell; only constrained decoding can read it.
-        is_causal: Whether the backbone is; else it is a bidirectional encoder, and cannot write.
+        max_tokens: Maximum length of a prompt with its answer in tokens; the oldest titles are dropped to fit.
+        max_title_tokens: Maximum length of a title in tokens.
+        template: Prompt template, or its version.
+        group_by_length: Whether training rows of similar length are batched together, which reduces padding.
+        one_target_per_row: Whether a row has one target, after the history (BIGRec); else each title in a line of the
+            history is also a target, given the lines before it, which gives many targets per forward pass.
+        softmax: Tokens in the denominator: ``"vocabulary"`` (BIGRec), or ``"catalogue"``, the tokens that continue a
+            prefix to some title. Then the likelihoods of all titles sum to 1, tokens without an alternative are not
+            targets, and only constrained decoding can be used.
+        is_causal: Whether the backbone is causal; else it is a bidirectional encoder, which cannot generate text.
 
     Raises:
-        ConfigError: If the backbone is an encoder, ``max_tokens`` leaves no room for a single title of history, there
-            is no such template or ``softmax``, or all titles are one.
+        ConfigError: If the backbone is an encoder, ``max_tokens`` leaves no room for one title of history, the
+            template or ``softmax`` is unknown, or all titles are equal.
         BackboneError: If the tokenizer has no end token.
     """
 
@@ -60,8 +60,8 @@ class GenerativeObjective:
     ) -> None:
         if not is_causal:
             raise ConfigError(
-                "objective=generative needs a causal backbone, which writes text, and this one is an encoder; "
-                "give objective=retrieval, or a causal LM as backbone.path"
+                "objective=generative needs a causal backbone, but this one is an encoder; "
+                "use objective=retrieval, or a causal LM as backbone.path"
             )
         if tokenizer.eos_token_id is None:
             raise BackboneError("objective=generative needs a tokenizer with an end-of-sequence token")
@@ -81,36 +81,36 @@ class GenerativeObjective:
         line_end = tokenizer(self.template.line_end, add_special_tokens=False)["input_ids"]
         lines = self.template.history_lines(catalogue.titles)
         self.lines = TokenizedTexts(tokenizer, lines, max_title_tokens + 8, line_end)
-        self.titles = _with_end(TokenizedTexts(tokenizer, catalogue.titles, max_title_tokens), tokenizer.eos_token_id)
+        self.titles = TokenizedTexts(tokenizer, catalogue.titles, max_title_tokens, suffix=[tokenizer.eos_token_id])
         self._room = max_tokens - len(self.before) - len(self.after) - int(self.titles.lengths.max())
         if self._room < int(self.lines.lengths.max()):
             raise ConfigError(
                 f"objective.max_tokens={max_tokens} leaves {self._room} tokens for the history beside instruction and "
-                f"answer; one title can take {int(self.lines.lengths.max())}"
+                f"answer, but one title can have {int(self.lines.lengths.max())}"
             )
         self._choices = _Choices(self.titles, self.lines) if softmax == "catalogue" else None
 
     def check(self, model: SplitModel) -> None:
-        """Refuse a backbone whose context is too short for the longest possible prompt.
+        """Check that the longest possible prompt fits into the backbone's context.
 
         Raises:
-            BackboneError: With both numbers.
+            BackboneError: If it does not. Gives both lengths.
         """
         context = model.context
         longest = self.max_tokens - self._room + min(self._room, self.max_history * int(self.lines.lengths.max()))
         if context is not None and longest > context:
             raise BackboneError(
-                f"a prompt with its answer can have {longest} tokens, the backbone's context is {context}; "
+                f"a prompt with its answer can have {longest} tokens, but the backbone's context is {context}; "
                 f"lower objective.max_tokens to {context} or less"
             )
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What of the objective is recorded with a run beside its settings."""
+        """Metadata that is recorded with a run beside the settings: version and hash of the prompt template."""
         return {"prompt_template": self.template.version, "prompt_sha256": self.template.sha256}
 
     def lengths(self, items: Tensor, is_target: Tensor) -> Tensor | None:
-        """Tokens ``[B]`` of each training row, as ``collate`` makes them; ``None`` if batches are not to go by them."""
+        """Number of tokens ``[B]`` of each training row in ``collate``; ``None`` to not group rows by length."""
         if not self.group_by_length:
             return None
         answer, histories = _last_target(items, is_target)
@@ -118,13 +118,13 @@ class GenerativeObjective:
         in_history = torch.where(histories >= 0, self.lines.lengths[histories.clamp(min=0)], 0).sum(dim=1)
         return in_history + self.titles.lengths[answer] + len(self.before) + len(self.after)
 
-    def learnt_titles(self) -> list[str]:
-        """The titles as the model is trained to write them, one per item: long ones are cut to ``max_title_tokens``."""
+    def decoded_titles(self) -> list[str]:
+        """The training targets as text, one per item: titles truncated to ``max_title_tokens``."""
         ids = self.titles.tokens.masked_fill(~self.titles.inside, self.tokenizer.eos_token_id)
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def prompts(self, histories: Tensor) -> tuple[Tensor, Tensor]:
-        """Prompts up to where the answer begins.
+        """Prompts without answers.
 
         Args:
             histories: ``[B, H]`` int64, oldest first, padded with -1 on the right.
@@ -145,8 +145,8 @@ class GenerativeObjective:
 
         Returns:
             ``input_ids [B, L]`` and their ``lengths [B]``; the positions ``rows [T]``, ``columns [T]`` whose next token
-            is to be predicted, and these tokens ``targets [T]``. With ``softmax="catalogue"`` the place of each token
-            among those that can stand there, and ``nodes [T]``, which say what these are.
+            is predicted, and these tokens ``targets [T]``. With ``softmax="catalogue"``, ``targets`` are indices among
+            the allowed tokens, which are the children of the trie's ``nodes [T]``.
         """
         answer, histories = _last_target(items, is_target)
         histories = self._drop_oldest(histories)
@@ -158,7 +158,7 @@ class GenerativeObjective:
         nodes, targets = None, tokens
         if self._choices is not None:
             nodes, targets = self._choices.of(histories, answer, len(self.before), len(self.after))
-            predicted &= self._choices.is_asked(nodes)
+            predicted &= self._choices.is_predicted(nodes)
         ids, positions = compact(tokens, inside)
         rows, column = predicted.nonzero(as_tuple=True)
         batch = {
@@ -171,27 +171,27 @@ class GenerativeObjective:
         return batch if nodes is None else {**batch, "nodes": nodes[rows, column]}
 
     def loss(self, model: SplitModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-        """Sum of the negative log-likelihood of the target titles' tokens, and their number."""
-        return self.loss_of(model, model.encode(self.inputs(batch)), batch)
+        """Sum of the negative log-likelihood of the target tokens, and their number."""
+        return self.loss_of(model, [model(ids) for ids in self.inputs(batch)], batch)
 
     def inputs(self, batch: dict[str, Tensor]) -> list[Tensor]:
-        """Token ids that go through the whole model: the prompts with their answers."""
+        """Token ids of the forward pass: the prompts with their answers."""
         return [batch["input_ids"]]
 
     def loss_of(self, model: SplitModel, hidden: list[Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-        """The loss for the final hidden states ``[B, L, D]`` of ``inputs``; only the LM head is used of the model."""
+        """The loss from the final hidden states ``[B, L, D]`` of ``inputs``; uses only the model's LM head."""
         logits = model.lm_head(hidden[0][batch["rows"], batch["columns"]]).float()
         if self._choices is not None:
             logits = self._choices.logits(logits, batch["nodes"])
         return F.cross_entropy(logits, batch["targets"], reduction="sum"), len(batch["targets"])
 
     def continuations(self, trie: Trie, nodes: Tensor, logits: Tensor) -> Tensor:
-        """Log-probabilities of the tokens with which beginnings of titles can go on.
+        """Log-probabilities of the tokens that continue prefixes of titles.
 
         Args:
-            trie: Of the titles.
-            nodes: ``[n]`` int64, the beginnings.
-            logits: ``[n, V]`` float32, of the token after each.
+            trie: Trie of the titles.
+            nodes: ``[n]`` int64 nodes of the prefixes.
+            logits: ``[n, V]`` float32 logits of the token after each prefix.
 
         Returns:
             ``[c]`` float32, one for each of ``trie.children(nodes)``.
@@ -204,25 +204,25 @@ class GenerativeObjective:
         return of_children[is_child]
 
     def titles_of_nodes(self, trie: Trie) -> Tensor:
-        """Number of the title whose likelihood is known at each node of a trie of titles, ``[N]``; -1 for none."""
+        """Index of the title whose likelihood is determined at each node of a trie of titles, ``[N]``; -1 for none."""
         return trie.end if self.softmax == "vocabulary" else trie.only_end
 
     def _prompt_pieces(self, histories: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Tokens and whether there is one: of the instruction, the history's lines, and the answer's beginning."""
+        """Tokens and masks of the instruction, the history lines and the beginning of the answer."""
         lines = self.lines.of(histories)
         return [repeat_row(self.before, len(histories)), lines, repeat_row(self.after, len(histories))]
 
     def _drop_oldest(self, histories: Tensor) -> Tensor:
-        """Forget the oldest titles that do not fit."""
+        """Remove the oldest items whose lines do not fit into the prompt."""
         lengths = torch.where(histories >= 0, self.lines.lengths[histories.clamp(min=0)], 0)
         from_newest = lengths.flip(1).cumsum(dim=1).flip(1)
         return histories.masked_fill(from_newest > self._room, -1)
 
 
 class _Choices:
-    """Which tokens can stand where in a prompt with its answer, if only titles can be written.
+    """The allowed tokens at each position of a prompt with its answer, if only titles can be generated.
 
-    The nodes are those of one trie with two roots: titles as answers, and as lines of the history.
+    One trie has two roots: titles as answers, and titles in lines of the history.
     """
 
     def __init__(self, titles: TokenizedTexts, lines: TokenizedTexts) -> None:
@@ -241,7 +241,10 @@ class _Choices:
         self._num_children = trie.num_children
 
     def of(self, histories: Tensor, answers: Tensor, before: int, after: int) -> tuple[Tensor, Tensor]:
-        """Nodes and places ``[B, N]`` of every token of a prompt with its answer; 0 outside of titles."""
+        """Node before each token of a prompt with its answer, and the token's index among the node's children.
+
+        Both are ``[B, N]`` int64 and 0 outside of titles.
+        """
         known = histories.clamp(min=0)
         nodes, places = (
             torch.cat([F.pad(line[known].flatten(1), (before, after)), title[answers]], dim=1)
@@ -249,12 +252,12 @@ class _Choices:
         )
         return nodes, places
 
-    def is_asked(self, nodes: Tensor) -> Tensor:
-        """Whether several tokens can follow a node; and where an answer begins, which guards look for, always."""
+    def is_predicted(self, nodes: Tensor) -> Tensor:
+        """Whether several tokens can follow a node. Always true at the start of an answer, for ``check_prompts``."""
         return (self._num_children[nodes] > 1) | (nodes == 0)
 
     def logits(self, logits: Tensor, nodes: Tensor) -> Tensor:
-        """Of the tokens that can follow ``[n, C]``, from those of all tokens ``[n, V]``; -inf where there are fewer."""
+        """Logits ``[n, C]`` of the tokens that can follow each node, padded with -inf, from all logits ``[n, V]``."""
         if self._trie.token.device != logits.device:
             self._trie = self._trie.to(logits.device)
         return self._trie.of_children(logits, nodes)[0]
@@ -267,32 +270,22 @@ def _last_target(items: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
     return items[torch.arange(len(items)), last], items.masked_fill(column >= last[:, None], -1)
 
 
-def _with_end(texts: TokenizedTexts, end: int) -> TokenizedTexts:
-    """The same texts, each with the end token after it."""
-    texts.tokens = F.pad(texts.tokens, (0, 1))
-    texts.tokens[torch.arange(len(texts.lengths)), texts.lengths] = end
-    texts.lengths = texts.lengths + 1
-    texts.inside = torch.arange(texts.tokens.shape[1])[None, :] < texts.lengths[:, None]
-    return texts
-
-
-def check_writes(objective: object, ranker: str) -> None:
-    """Refuse an objective that a ranker cannot go on with: it makes no prompts, or was not taught what is needed.
+def check_generative(objective: object, ranker: str) -> None:
+    """Check that a ranker supports the objective.
 
     Args:
-        objective: The run's.
-        ranker: The ranker's name in the configuration.
+        objective: The run's objective.
+        ranker: Name of the ranker in the configuration.
 
     Raises:
-        ConfigError: Naming what can be chosen.
+        ConfigError: If it has no prompts, or its softmax needs another ranker; lists the supported choices.
     """
     if not hasattr(objective, "prompts"):
         raise ConfigError(
-            f"ranker={ranker} needs objective=generative, whose prompts it goes on with; with objective=retrieval "
-            "choose from: similarity"
+            f"ranker={ranker} needs objective=generative; with objective=retrieval choose from: similarity"
         )
     if ranker != "constrained" and getattr(objective, "softmax", None) == "catalogue":
         raise ConfigError(
-            f"ranker={ranker} lets the model write any token, and objective.softmax=catalogue trains it on those that "
-            "go on with a title; choose ranker=constrained"
+            f"ranker={ranker} needs likelihoods over the whole vocabulary, but objective.softmax=catalogue trains only "
+            "tokens that continue a title; choose ranker=constrained"
         )

@@ -1,4 +1,4 @@
-"""Item vectors that are made now and then, and kept in between."""
+"""A cached table of item vectors, which is refreshed periodically."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ EVERY_STEP, ROUND = "every_step", "round"
 
 
 class ItemTable:
-    """The vectors of all items while a client is trained, without gradients, as in RecFormer's two stages.
+    """The vectors of all items during a client's training, without gradients, as in RecFormer's two-stage training.
 
-    The table belongs to one client's training in one round: it is made from the adapter that the client starts the
-    round with, and again after every so many steps. It is nothing that a resume would have to bring back.
+    The table belongs to one client's training in one round. It is computed from the adapter at the start of the round,
+    and recomputed after a number of steps. It is not part of a checkpoint.
 
     Args:
-        refresh: ``"every_step"`` for no table (vectors are made with the step's own adapter, and gradients flow into
-            them), a number of optimiser steps, or ``"round"``.
-        freeze_after: From this round on the table is made once a round, whatever ``refresh`` says; ``None`` for never.
+        refresh: ``"every_step"`` for no table (vectors are computed in every step, with gradients), a number of
+            optimiser steps, or ``"round"``.
+        freeze_after: From this round on the table is computed once per round, independent of ``refresh``; ``None`` for
+            never.
 
     Raises:
-        ConfigError: For another rhythm, or a round below 0.
+        ConfigError: For another ``refresh``, or a round below 0.
     """
 
     def __init__(self, refresh: str | int = EVERY_STEP, freeze_after: int | None = None) -> None:
@@ -39,7 +40,7 @@ class ItemTable:
             raise ConfigError(f"objective.freeze_items_after={freeze_after} must be at least 0, or null for never")
         if freeze_after is not None and refresh == ROUND:
             raise ConfigError(
-                f"objective.freeze_items_after={freeze_after} changes nothing with objective.refresh_items=round"
+                f"objective.freeze_items_after={freeze_after} has no effect with objective.refresh_items=round"
             )
         self.refresh = refresh
         self.freeze_after = freeze_after
@@ -48,7 +49,7 @@ class ItemTable:
 
     @property
     def is_used(self) -> bool:
-        """Whether there ever is a table."""
+        """Whether there is a table in any round."""
         return self.refresh != EVERY_STEP or self.freeze_after is not None
 
     @property
@@ -57,7 +58,7 @@ class ItemTable:
         return self.refresh != EVERY_STEP or self.freeze_after == 0
 
     def is_due(self, round_index: int, step: int) -> bool:
-        """Whether the table is made before a step; both count from 0, steps within the client's round.
+        """Whether the table is recomputed before a step; both count from 0, steps within the client's round.
 
         Example:
             >>> [ItemTable(2).is_due(0, step) for step in range(4)]
@@ -73,15 +74,15 @@ class ItemTable:
 
     @torch.no_grad()
     def prepare(self, model: SplitModel, round_index: int, step: int, encode: Callable[[SplitModel], Tensor]) -> None:
-        """Make the table if it is due.
+        """Recompute the table if it is due.
 
-        Dropout is off meanwhile, as in evaluation, and the client's random numbers are not used up.
+        The model is in evaluation mode, and the client's random streams are not advanced.
 
         Args:
-            model: With the client's adapter, under ``model.streams.using``.
-            round_index: From 0.
+            model: The model with the client's adapter, inside ``model.streams.using``.
+            round_index: Round, from 0.
             step: Optimiser step within the round, from 0.
-            encode: Makes the vectors of all items.
+            encode: Computes the vectors of all items.
         """
         if not self.is_due(round_index, step):
             return
@@ -95,6 +96,6 @@ class ItemTable:
         self._owner, self._vectors_ID = owner, vectors_ID
 
     def vectors(self, model: SplitModel) -> Tensor | None:
-        """The table ``[I, D]`` of the client that is in training; ``None`` if it has none."""
+        """The table ``[I, D]`` of the client in training; ``None`` if it has none."""
         position = model.streams.position
         return self._vectors_ID if position is not None and position is self._owner else None

@@ -1,4 +1,4 @@
-"""The retrieval family: the history's text is encoded and every item is scored by similarity."""
+"""The retrieval objective: the text of the history is encoded, and items are scored by similarity."""
 
 from __future__ import annotations
 
@@ -12,57 +12,59 @@ from torch.nn import functional as F
 from fellrec.data.schema import Catalogue
 from fellrec.data.text import TokenizedTexts, compact, repeat_row
 from fellrec.errors import BackboneError, ConfigError, unknown
-from fellrec.models.objectives.direction import reading
+from fellrec.models.objectives.direction import order_and_pooling
 from fellrec.models.objectives.item_table import EVERY_STEP, ItemTable
 from fellrec.models.objectives.softmax import CatalogueSoftmax
 from fellrec.models.split import SplitModel
 from fellrec.models.streams import LayerStreams
 
-ITEM_ENCODERS = ("tokens", "encoded")
-SIMILARITIES = ("cosine", "dot")
-ORDERS = ("oldest_first", "newest_first")
-POOLINGS = ("last", "first", "mean")
-_CHOICES = {"item_encoder": ITEM_ENCODERS, "similarity": SIMILARITIES, "order": ORDERS, "pooling": POOLINGS}
+_CHOICES = {
+    "item_encoder": ("tokens", "encoded"),
+    "similarity": ("cosine", "dot"),
+    "order": ("oldest_first", "newest_first"),
+    "pooling": ("last", "first", "mean"),
+}
 
 
 class RetrievalObjective:
-    """Cross-entropy over the whole catalogue of similarity / temperature, at every next-item position.
+    """Cross-entropy of similarity / temperature over the whole catalogue, at every next-item position (METHOD §1).
 
-    The history is the text of its titles, one title a line. Oldest first, the hidden state at the end of each line
-    predicts the next item, and one pass of a causal model trains all positions of a row. Newest first (RecFormer), the
-    text of a history is no beginning of the next one's: a row has one target, which is read at the end of the text.
-    Padding is on the right, so a causal model needs no mask; for an encoder its token ids are negative.
+    The history is a text with one title per line. With ``oldest_first``, the hidden state at the end of each line
+    predicts the next item, so that one pass of a causal model trains all positions of a row. With ``newest_first``
+    (RecFormer), a history is not a prefix of the next one, so a row has one target. Padding is on the right, so a
+    causal model needs no mask; for an encoder the token ids of padding are negative.
 
-    An encoder sees both directions, so newest first is the only order that hides the target from it. Its texts begin
-    with its first token ([CLS] or ``<s>``), and with two towers an item's text is read as a history's is.
+    For an encoder, whose attention is bidirectional, only ``newest_first`` is valid. Its texts start with its first
+    special token ([CLS] or ``<s>``), and with two towers item texts are pooled like histories.
 
     Args:
         tokenizer: Hugging Face tokenizer of the backbone.
         catalogue: The items.
         max_history: Longest history in items.
-        temperature: Divides the similarity, METHOD §1.
-        similarity: ``"cosine"``, or ``"dot"``: the vectors' lengths count too.
-        history_fields: Catalogue fields written into the history.
-        item_fields: Catalogue fields that an item vector is made from.
-        item_encoder: ``"tokens"`` (mean of the text's token embeddings) or ``"encoded"`` (mean of the model's
-            hidden states over the text, an encoder's by ``pooling``; two towers, slower by a forward pass over the
-            catalogue a step).
-        max_title_tokens: Longest item text in tokens.
-        text: How fields are written, see ``Catalogue.texts``.
-        order: ``"oldest_first"`` or ``"newest_first"``; ``None`` for the backbone's, see ``reading``.
-        pooling: A history's vector is the hidden state of its ``"last"`` token, of its ``"first"``, or the ``"mean"``
-            of all; ``None`` for the backbone's, see ``reading``.
-        chunk_items: See ``CatalogueSoftmax``; item texts are encoded so many at a time too.
+        temperature: Divisor of the similarity.
+        similarity: ``"cosine"`` or ``"dot"``.
+        history_fields: Catalogue fields in the history text.
+        item_fields: Catalogue fields in the item text.
+        item_encoder: ``"tokens"`` (an item vector is the mean of the text's token embeddings) or ``"encoded"`` (two
+            towers: the mean of the hidden states of the text, or with an encoder by ``pooling``; one more forward
+            pass over the catalogue per step).
+        max_title_tokens: Maximum length of an item text in tokens.
+        text: Style of the texts, see ``Catalogue.texts``.
+        order: ``"oldest_first"`` or ``"newest_first"``; ``None`` for the default, see ``order_and_pooling``.
+        pooling: A history vector is the hidden state of the ``"last"`` token, of the ``"first"`` token, or the
+            ``"mean"`` of all; ``None`` for the default, see ``order_and_pooling``.
+        chunk_items: See ``CatalogueSoftmax``; also the number of item texts per forward pass.
         num_negatives: See ``CatalogueSoftmax``.
         negatives: See ``CatalogueSoftmax``.
         item_counts: See ``CatalogueSoftmax``.
-        refresh_items: With ``item_encoder="encoded"``, how often item vectors are made; see ``ItemTable``.
+        refresh_items: With ``item_encoder="encoded"``, how often item vectors are recomputed; see ``ItemTable``.
         freeze_items_after: See ``ItemTable``.
-        is_causal: Whether the backbone is; else it is a bidirectional encoder.
+        is_causal: Whether the backbone is causal; else it is a bidirectional encoder.
 
     Raises:
-        ConfigError: For an unknown choice, a number out of range, or settings that exclude each other or the backbone.
-        BackboneError: If an encoder's first token is to be read, and its tokenizer has none.
+        ConfigError: For an unknown choice, a number out of range, or settings that conflict with each other or with
+            the backbone.
+        BackboneError: If ``pooling`` is ``"first"`` and the tokenizer has no first special token.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class RetrievalObjective:
         freeze_items_after: int | None = None,
         is_causal: bool = True,
     ) -> None:
-        order, pooling = reading(is_causal, order, pooling)
+        order, pooling = order_and_pooling(is_causal, order, pooling)
         _check_choices(item_encoder=item_encoder, similarity=similarity, order=order, pooling=pooling)
         if not temperature > 0:
             raise ConfigError(f"objective.temperature={temperature} must be above 0")
@@ -106,7 +108,7 @@ class RetrievalObjective:
             )
         first = tokenizer.bos_token_id if is_causal or tokenizer.cls_token_id is None else tokenizer.cls_token_id
         if first is None and pooling == "first":
-            raise BackboneError("objective.pooling=first needs a tokenizer with a [CLS] or beginning token; give mean")
+            raise BackboneError("objective.pooling=first needs a tokenizer with a [CLS] or BOS token; use mean")
         self.prefix = [] if first is None else [first]
         lines = [f"{line}\n" for line in catalogue.texts(history_fields, text)]
         self.history_text = TokenizedTexts(tokenizer, lines, max_title_tokens)
@@ -116,36 +118,36 @@ class RetrievalObjective:
         self.max_tokens = int(self.history_text.lengths.max()) * max_history + len(self.prefix)
 
     def check(self, model: SplitModel) -> None:
-        """Refuse a backbone whose context is too short for the longest possible history, or whose cut is executed.
+        """Check that the backbone fits the objective.
 
         Raises:
-            BackboneError: With both numbers.
-            ConfigError: If item vectors are kept, which is only possible in one process.
+            BackboneError: If the longest possible history exceeds the backbone's context.
+            ConfigError: If item vectors are cached and the body runs in another process.
         """
         if self.table.is_used and model.is_cut:
             raise ConfigError(
                 f"objective.refresh_items={self.table.refresh}, objective.freeze_items_after={self.table.freeze_after} "
-                "need split.transport=none: item vectors that are kept are made without the server"
+                "need split.transport=none: cached item vectors are computed without the server"
             )
         context = model.context
         if context is not None and self.max_tokens > context:
             raise BackboneError(
-                f"a history can have {self.max_tokens} tokens, the backbone's context is {context}; "
+                f"a history can have {self.max_tokens} tokens, but the backbone's context is {context}; "
                 "lower data.max_history or objective.max_title_tokens"
             )
 
     @property
     def _pools_items(self) -> bool:
-        """Whether items' texts are read as histories are."""
+        """Whether item texts are pooled like histories."""
         return self.item_encoder == "encoded" and not self.is_causal
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Nothing: its texts are the catalogue's, and the rest is settings."""
+        """Empty: the texts are determined by the catalogue and the settings."""
         return {}
 
     def lengths(self, items: Tensor, is_target: Tensor) -> Tensor | None:
-        """Batches are shuffled and no more: most windows are full, and there is little padding to save."""
+        """``None``: batches are not grouped by length, because most windows are full and have little padding."""
         return None
 
     def collate(self, items: Tensor, is_target: Tensor) -> dict[str, Tensor]:
@@ -156,13 +158,13 @@ class RetrievalObjective:
             is_target: ``[B, W + 1]`` bool.
 
         Returns:
-            ``input_ids [B, L]``, padded as ``SplitModel.head`` says, and their ``lengths [B]``, the positions of the
-            queries ``rows [T]`` and ``columns [T]``, and the items to be predicted ``targets [T]``.
+            ``input_ids [B, L]``, padded as in ``SplitModel.head``, and their ``lengths [B]``; the positions of the
+            queries, ``rows [T]`` and ``columns [T]``; and the target items ``targets [T]``.
         """
         row, column = is_target[:, 1:].nonzero(as_tuple=True)
         history = items[:, :-1].masked_fill(items[:, 1:] < 0, -1)
         if self.one_target_per_row:
-            assert len(row) == len(items), "newest first, a row has one target"
+            assert len(row) == len(items), "with newest_first a row has one target"
             history = history.masked_fill(torch.arange(history.shape[1]) > column[:, None], -1)
         ids, ends = self._history_tokens(history)
         lengths, columns = ends[:, -1] + 1, ends[row, -1 if self.one_target_per_row else column]
@@ -175,53 +177,50 @@ class RetrievalObjective:
         }
 
     def _history_tokens(self, items: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids ``[B, L]`` of histories ``[B, H]``, and where each title ends in them ``[B, H]``, as written."""
-        items = items.flip(1) if self.one_target_per_row else items  # what is no item is left out, wherever it is
+        """Token ids ``[B, L]`` of histories ``[B, H]``, and the last position of each title in them ``[B, H]``."""
+        items = items.flip(1) if self.one_target_per_row else items  # padding (-1) is removed below
         before, tokens = repeat_row(self.prefix, len(items)), self.history_text.of(items)
         ids, positions = compact(torch.cat([before[0], tokens[0]], dim=1), torch.cat([before[1], tokens[1]], dim=1))
         width = self.history_text.tokens.shape[1]
-        ids = self._marked(ids, torch.arange(ids.shape[1]) <= positions[:, -1:])
+        ids = self._mark_padding(ids, torch.arange(ids.shape[1]) <= positions[:, -1:])
         return ids, positions[:, len(self.prefix) + width - 1 :: width]
 
-    def _marked(self, ids: Tensor, inside: Tensor) -> Tensor:
-        """Token ids that an encoder knows padding by."""
+    def _mark_padding(self, ids: Tensor, inside: Tensor) -> Tensor:
+        """Set the token ids of padding to -1 for an encoder."""
         return ids if self.is_causal else ids.masked_fill(~inside, -1)
 
     def prepare_step(self, model: SplitModel, round_index: int, step: int) -> None:
-        """Called before a client's optimiser step ``step`` of a round (both from 0): item vectors that are kept."""
+        """Refresh the item table before optimiser step ``step`` of a client's round; both count from 0."""
         self.table.prepare(model, round_index, step, self.item_vectors)
 
     def draw(self, batch: dict[str, Tensor], streams: LayerStreams) -> dict[str, Tensor]:
-        """The batch with its sample of items, see ``CatalogueSoftmax.draw``, and these items' texts."""
+        """Add the sample of items to a batch, see ``CatalogueSoftmax.draw``, with the texts of these items."""
         sample = self.softmax.draw(batch["targets"], streams)
         return {**batch, **sample, **self._texts(sample["items"])} if sample else batch
 
     def _texts(self, items_N: Tensor) -> dict[str, Tensor]:
-        """What the items' vectors are made from, on the items' device.
+        """Inputs of the item vectors, on the device of the items.
 
         Returns:
-            ``item_tokens``, one text after the other, and where each begins, ``item_offsets [N]``; with two towers
-            ``item_ids [N, L]`` as the model takes them, and ``item_inside [N, L]``, true for tokens.
+            ``item_tokens``, all texts concatenated, and the start of each, ``item_offsets [N]``; with two towers
+            ``item_ids [N, L]``, the model's input, and ``item_inside [N, L]``, true for tokens.
         """
-        text, places = self.item_text, items_N.cpu()
-        tokens, inside, lengths = text.tokens[places], text.inside[places], text.lengths[places]
+        text, index = self.item_text, items_N.cpu()
+        tokens, inside, lengths = text.tokens[index], text.inside[index], text.lengths[index]
         if self.item_encoder == "tokens":
-            made = {"item_tokens": tokens[inside], "item_offsets": lengths.cumsum(0) - lengths}
+            texts = {"item_tokens": tokens[inside], "item_offsets": lengths.cumsum(0) - lengths}
         else:
-            made = {"item_ids": self._marked(tokens, inside), "item_inside": inside}
-        return {name: tensor.to(items_N.device) for name, tensor in made.items()}
+            texts = {"item_ids": self._mark_padding(tokens, inside), "item_inside": inside}
+        return {name: tensor.to(items_N.device) for name, tensor in texts.items()}
 
     def _texts_for(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The texts of the items that were drawn for a batch; of all, if none were."""
+        """Texts of the items in the batch's sample, or of all items without a sample."""
         if "items" in batch:
             return batch
         return {name: tensor.to(batch["input_ids"].device) for name, tensor in self._all_texts.items()}
 
     def inputs(self, batch: dict[str, Tensor]) -> list[Tensor]:
-        """Token ids that go through the whole model: the histories, and with two towers the items' texts.
-
-        In every step, that is: not those of item vectors that are kept in all rounds.
-        """
+        """Token ids of all forward passes: the histories and, with two towers, the item texts, unless cached."""
         if self.item_encoder == "tokens" or self.table.is_always_used:
             return [batch["input_ids"]]
         return [batch["input_ids"], self._texts_for(batch)["item_ids"]]
@@ -232,13 +231,13 @@ class RetrievalObjective:
         inputs = self.inputs(batch)
         if self.table.vectors(model) is not None:
             inputs = inputs[:1]
-        elif self.table.is_always_used:  # outside of rounds, as Lightning's trainer is, nothing was kept
+        elif self.table.is_always_used:  # outside of federated rounds there is no table
             inputs.append(self._texts_for(batch)["item_ids"])
         return self.loss_of(model, model.encode(inputs), batch)
 
     def loss_of(self, model: SplitModel, hidden: list[Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-        """The loss for the final hidden states ``[B, L, D]`` of ``inputs``; only the embedding is used of the model."""
-        query_TD = self._scaled(self._read(hidden[0], batch["rows"], batch["columns"]))
+        """The loss from the final hidden states ``[B, L, D]`` of ``inputs``; uses only the model's embedding."""
+        query_TD = self._scaled(self._pool(hidden[0], batch["rows"], batch["columns"]))
         kept_ID = self.table.vectors(model)
         if kept_ID is not None:
             items_ND = kept_ID[batch["items"]] if "items" in batch else kept_ID
@@ -250,7 +249,7 @@ class RetrievalObjective:
         return total, len(batch["targets"])
 
     def item_vectors(self, model: SplitModel) -> Tensor:
-        """Vectors of all items, ``[I, D]`` float32, differentiable; of length 1 with the cosine similarity."""
+        """Vectors of all items, ``[I, D]`` float32, differentiable; normalised with the cosine similarity."""
         device = model.model.get_input_embeddings().weight.device
         texts = {name: tensor.to(device) for name, tensor in self._all_texts.items()}
         if self.item_encoder == "tokens":
@@ -259,8 +258,8 @@ class RetrievalObjective:
         chunks = zip(texts["item_ids"].split(size), texts["item_inside"].split(size), strict=True)
         return self._scaled(torch.cat([self._item_vectors(model(some), which) for some, which in chunks]))
 
-    def _read(self, hidden_BLD: Tensor, rows_T: Tensor, columns_T: Tensor) -> Tensor:
-        """The vectors ``[T, D]`` of the histories that end at these places; no token after them counts."""
+    def _pool(self, hidden_BLD: Tensor, rows_T: Tensor, columns_T: Tensor) -> Tensor:
+        """Vectors ``[T, D]`` of the histories that end at the given positions; later tokens are not used."""
         if self.pooling != "mean":
             return hidden_BLD[rows_T, columns_T if self.pooling == "last" else 0].float()
         return hidden_BLD.float().cumsum(dim=1)[rows_T, columns_T] / (columns_T + 1)[:, None]
@@ -277,13 +276,13 @@ class RetrievalObjective:
 
         Args:
             model: The backbone with a client's adapter in it.
-            histories: ``[B, H]`` int64, oldest first, padded with -1 on the right, at least one item a row.
+            histories: ``[B, H]`` int64, oldest first, padded with -1 on the right, at least one item per row.
         """
         ids, ends = self._history_tokens(histories.cpu())
         device = model.model.get_input_embeddings().weight.device
         hidden_BLD = model(ids.to(device))
-        last = ends[:, -1].to(device)  # the end of the last title: padding adds nothing
-        return self._scaled(self._read(hidden_BLD, torch.arange(len(last), device=device), last))
+        last = ends[:, -1].to(device)
+        return self._scaled(self._pool(hidden_BLD, torch.arange(len(last), device=device), last))
 
 
 def _mean_embeddings(model: SplitModel, texts: dict[str, Tensor]) -> Tensor:

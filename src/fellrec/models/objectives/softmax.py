@@ -1,4 +1,4 @@
-"""Which items a target is told from: all, all in chunks, or a sample of them."""
+"""Softmax over the items of the catalogue: full, in chunks, or sampled."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ PROPOSALS = ("uniform", "popularity")
 
 
 class CatalogueSoftmax:
-    """Cross-entropy of targets among the catalogue's items.
+    """Cross-entropy of targets over the items of the catalogue.
 
     Args:
         num_items: I.
-        chunk_items: Logits of so many items are held at a time, ``None`` for all; the result is the same.
-        num_negatives: Draw so many items a step instead of taking all, ``None`` for all.
-        negatives: What they are drawn from: ``"uniform"``, or ``"popularity"``, by ``item_counts`` plus 1.
-        item_counts: ``[I]``, how often each item was used; only for ``"popularity"``.
+        chunk_items: Number of items whose logits are in memory at the same time, ``None`` for all. It does not change
+            the result.
+        num_negatives: Number of sampled items per step; ``None`` for the full softmax.
+        negatives: Proposal distribution of the sample: ``"uniform"``, or ``"popularity"``, by ``item_counts`` plus 1.
+        item_counts: ``[I]`` number of interactions of each item; only for ``"popularity"``.
 
     Raises:
-        ConfigError: For an unknown proposal, numbers out of range, or settings that exclude each other.
+        ConfigError: For an unknown proposal, numbers out of range, or conflicting settings.
     """
 
     def __init__(
@@ -44,12 +45,12 @@ class CatalogueSoftmax:
         if num_negatives is not None and not 1 <= num_negatives < num_items:
             raise ConfigError(
                 f"objective.num_negatives={num_negatives} must be at least 1 and below the {num_items} items of the "
-                "catalogue, or null to take all"
+                "catalogue, or null for all items"
             )
         if num_negatives is not None and chunk_items is not None:
             raise ConfigError(
-                f"objective.chunk_items={chunk_items} is of the softmax over all items, "
-                f"objective.num_negatives={num_negatives} takes a sample; one of them must be null"
+                f"objective.chunk_items={chunk_items} needs the full softmax, "
+                f"objective.num_negatives={num_negatives} samples it; one of them must be null"
             )
         self.chunk_items = chunk_items
         self.num_negatives = num_negatives
@@ -59,21 +60,22 @@ class CatalogueSoftmax:
         if negatives == "popularity":
             if item_counts is None:
                 raise ConfigError("objective.negatives=popularity needs item_counts")
-            weights_I += torch.as_tensor(item_counts, dtype=torch.float64)  # an item that is never drawn would bias
+            weights_I += torch.as_tensor(item_counts, dtype=torch.float64)  # + 1: items with probability 0 would bias
         self._cumulative_I = (weights_I / weights_I.sum()).cumsum(0)
         self._expected_I = num_negatives * weights_I / weights_I.sum()
 
     def draw(self, targets_T: Tensor, streams: LayerStreams) -> dict[str, Tensor]:
-        """Draw the sample for one loss; nothing, if all items are taken.
+        """Draw the sample of one batch.
 
         Args:
             targets_T: ``[T]`` int64.
-            streams: Random numbers of the client that is being trained; a sample depends on the seed, the client, the
-                round and the number of the batch in it.
+            streams: Random streams of the client in training. A sample depends on the seed, the client, the round and
+                the index of the batch in the round.
 
         Returns:
-            The distinct items that the loss is about, ``items [N]``, N at most T + S, and where targets and sample are
-            among them, ``target_places [T]`` and ``sample_places [S]``; all int64.
+            The distinct items of targets and sample ``items [N]``, N at most T + S, and the positions in it of the
+            targets, ``target_places [T]``, and of the sample, ``sample_places [S]``; all int64. Empty for the full
+            softmax.
         """
         if self.num_negatives is None:
             return {}
@@ -88,9 +90,9 @@ class CatalogueSoftmax:
 
         Args:
             query_TD: ``[T, D]``, divided by the temperature.
-            items_ND: ``[N, D]``, of the items that were drawn, or of all.
+            items_ND: ``[N, D]`` vectors of the drawn items, or of all items.
             targets_T: ``[T]`` int64.
-            drawn: From `draw`.
+            drawn: Output of `draw`.
         """
         if self.num_negatives is not None:
             expected_N = self._expected_I.to(targets_T.device)[drawn["items"]]

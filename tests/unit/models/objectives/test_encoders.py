@@ -1,6 +1,6 @@
-"""The retrieval objective with encoders: the vectors are transformers' own, and nothing of the target is in them.
+"""The retrieval objective with encoders: its vectors equal those of Transformers, and do not depend on targets.
 
-Models have random weights; the tokenizer is a WordPiece one with [CLS] and [SEP], as BERT's.
+The models have random weights; the tokenizer is a WordPiece tokenizer with [CLS] and [SEP], like BERT's.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def objective_of(backbone: Backbone, **settings: Any) -> RetrievalObjective:
 
 
 def own_hidden(backbone: Backbone, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states and mask by transformers' tokenizer and model, [CLS] before and [SEP] taken off the end."""
+    """Hidden states and mask of the Transformers tokenizer and model, with [CLS] and without [SEP]."""
     tokenizer = backbone.tokenizer
     ids = [tokenizer(text)["input_ids"][:-1] for text in texts]
     given = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
@@ -94,7 +94,7 @@ def own_hidden(backbone: Backbone, texts: list[str]) -> tuple[torch.Tensor, torc
 
 
 @pytest.mark.parametrize("pooling", ["first", "mean"])
-def test_a_historys_vector_is_transformers_own(backbone: Backbone, pooling: str) -> None:
+def test_history_vectors_equal_those_of_transformers(backbone: Backbone, pooling: str) -> None:
     objective, model = objective_of(backbone, pooling=pooling), SplitModel(backbone.model, 1, 1)
     histories = torch.tensor([[0, 1, 2, 4], [3, -1, -1, -1], [4, 1, -1, -1]])
     hidden, mask = own_hidden(backbone, ["Brazil Amélie Heat of the Day Alien", "M", "Heat of the Day Brazil"])
@@ -104,7 +104,7 @@ def test_a_historys_vector_is_transformers_own(backbone: Backbone, pooling: str)
 
 
 @pytest.mark.parametrize("pooling", ["first", "mean"])
-def test_with_two_towers_items_are_read_as_histories_are(backbone: Backbone, pooling: str) -> None:
+def test_with_two_towers_items_are_pooled_like_histories(backbone: Backbone, pooling: str) -> None:
     objective = objective_of(backbone, pooling=pooling, item_encoder="encoded", similarity="dot", chunk_items=2)
     hidden, mask = own_hidden(backbone, CATALOGUE.texts())
     expected = hidden[:, 0] if pooling == "first" else (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
@@ -120,15 +120,15 @@ def test_with_two_towers_items_are_read_as_histories_are(backbone: Backbone, poo
 
 
 def test_items_of_token_embeddings(backbone: Backbone) -> None:
-    """The mean of the text's own embeddings, without [CLS] and padding."""
-    made = objective_of(backbone, similarity="dot").item_vectors(SplitModel(backbone.model, 1, 1))
+    """The mean of the text's embeddings, without [CLS] and padding."""
+    vectors = objective_of(backbone, similarity="dot").item_vectors(SplitModel(backbone.model, 1, 1))
     for item, text in enumerate(CATALOGUE.texts()):
         ids = torch.tensor(backbone.tokenizer(text, add_special_tokens=False)["input_ids"])
-        torch.testing.assert_close(made[item], backbone.model.get_input_embeddings()(ids).mean(dim=0))
+        torch.testing.assert_close(vectors[item], backbone.model.get_input_embeddings()(ids).mean(dim=0))
 
 
-def test_nothing_of_the_target_or_later_is_in_the_vector(backbone: Backbone) -> None:
-    """Planted leak: rows that differ in the target, and in what follows it, must give the same vector to the bit."""
+def test_the_target_and_later_items_do_not_change_the_vector(backbone: Backbone) -> None:
+    """Rows that differ only in the target and the items after it have bit-identical vectors."""
     objective, model = objective_of(backbone), SplitModel(backbone.model, 1, 1)
     assert objective.one_target_per_row
     items = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 4, 3, 4], [0, 1, 2, 0, 1], [0, 2, 2, 3, 4]])
@@ -152,39 +152,43 @@ def test_padding_does_not_change_a_vector(backbone: Backbone) -> None:
     ids, _ = objective._history_tokens(torch.tensor([[3, -1, -1, -1], [0, 1, 2, 1]]))
     assert (ids[0] < 0).any()
     seen = model(ids.masked_fill(ids < 0, backbone.tokenizer.pad_token_id))[0, 0]
-    assert not torch.allclose(seen, model(ids)[0, 0], atol=1e-4), "padding that is no padding would change it"
+    assert not torch.allclose(seen, model(ids)[0, 0], atol=1e-4), "padding as ordinary tokens would change it"
 
 
 @pytest.mark.parametrize(
     ("is_causal", "settings", "message"),
     [
-        (False, {"order": "oldest_first"}, "order=oldest_first is not allowed with an encoder.*see its own target"),
+        (
+            False,
+            {"order": "oldest_first"},
+            "order=oldest_first is not allowed with an encoder.*attend to its own target",
+        ),
         (False, {"pooling": "last"}, "pooling=last is not allowed with an encoder.*choose from: first, mean"),
         (True, {"pooling": "first"}, "pooling=first is not allowed with a causal backbone.*choose from: last, mean"),
     ],
 )
-def test_what_a_direction_does_not_allow(is_causal: bool, settings: Any, message: str, folder: Path) -> None:
+def test_invalid_orders_and_poolings_are_refused(is_causal: bool, settings: Any, message: str, folder: Path) -> None:
     tokenizer = load_hf(str(folder / "bert")).tokenizer
     with pytest.raises(ConfigError, match=message):
         RetrievalObjective(tokenizer, CATALOGUE, 4, is_causal=is_causal, **settings)
 
 
-def test_the_first_token_needs_a_tokenizer_that_has_one(folder: Path) -> None:
+def test_pooling_of_the_first_token_needs_a_tokenizer_with_one(folder: Path) -> None:
     tokenizer = load_hf(str(folder / "bert")).tokenizer
     tokenizer.cls_token = None
-    with pytest.raises(BackboneError, match="pooling=first needs a tokenizer with a .CLS. or beginning token"):
+    with pytest.raises(BackboneError, match="pooling=first needs a tokenizer with a .CLS. or BOS token"):
         RetrievalObjective(tokenizer, CATALOGUE, 4, is_causal=False)
     assert RetrievalObjective(tokenizer, CATALOGUE, 4, is_causal=False, pooling="mean").prefix == []
 
 
-def test_an_encoder_cannot_write(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="objective=generative needs a causal backbone.*give objective=retrieval"):
+def test_the_generative_objective_refuses_an_encoder(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="objective=generative needs a causal backbone.*use objective=retrieval"):
         GenerativeObjective(load_hf(str(folder / "bert")).tokenizer, CATALOGUE, is_causal=False)
 
 
 @pytest.fixture(scope="module")
 def overrides(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A small run whose backbone is still to be named, by its place in the first override."""
+    """Overrides of a small run; the first one has the parent folder of the backbones, see ``named``."""
     given = [item for item in tiny_overrides if not item.startswith("backbone.")]
     catalogue = build_data(compose(given)).catalogue
     folder = write_models(tmp_path_factory.mktemp("run_encoders"), catalogue.texts())
@@ -207,7 +211,7 @@ class Losses(FederatedCallback):
 
 
 def trained(overrides: list[str]) -> tuple[list[float], dict[str, torch.Tensor], dict[str, float]]:
-    """Losses of all steps, adapters of the whole model, and the test."""
+    """Losses of all steps, adapters of the whole model, and the test metrics."""
     config, losses = compose(overrides), Losses()
     loop = build_loop(config, build_recommender(config, build_data(config)), (losses,))
     summary = dict(loop.run().evaluation.summary)
@@ -215,8 +219,8 @@ def trained(overrides: list[str]) -> tuple[list[float], dict[str, torch.Tensor],
 
 
 @pytest.mark.parametrize("name", ["bert", "longformer"])
-def test_the_loss_falls(overrides: list[str], name: str) -> None:
-    """Few rows, twenty times: what is learned is more than how often items occur."""
+def test_the_loss_decreases(overrides: list[str], name: str) -> None:
+    """20 epochs on few rows."""
     few = ["data.max_train_samples=32", "trainer.local_epochs=20", "trainer.num_rounds=1", "trainer.learning_rate=3e-3"]
     given = [*few, "adapter=full", "aggregation=centralized", "objective.temperature=0.2"]
     losses, _, _ = trained(named(overrides, name, *given))
@@ -226,8 +230,8 @@ def test_the_loss_falls(overrides: list[str], name: str) -> None:
 
 @pytest.mark.parametrize("adapter", ["full", "lora"])
 @pytest.mark.parametrize("name", ["bert", "longformer"])
-def test_a_run_through_the_cut_has_the_same_bits(overrides: list[str], name: str, adapter: str) -> None:
-    """Dropout is on; with LoRA there are two towers, so two texts of different padding cross together."""
+def test_a_run_with_the_executed_cut_is_bit_identical(overrides: list[str], name: str, adapter: str) -> None:
+    """With dropout. With LoRA there are two towers, so two batches of different padding cross the cuts together."""
     towers = ["objective.item_encoder=encoded", "objective.pooling=mean"] if adapter == "lora" else []
     given = named(overrides, name, f"adapter={adapter}", "trainer.num_rounds=1", "trainer.max_local_steps=2", *towers)
     whole, cut = trained(given), trained([*given, "split.transport=inprocess"])
@@ -251,7 +255,7 @@ def test_a_frozen_head_changes_nothing(overrides: list[str]) -> None:
 def test_train_works_from_the_command_line(
     overrides: list[str], name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With what an encoder brings: newest first, the first token, LoRA on query and value."""
+    """With an encoder's defaults: newest first, pooling of the first token, LoRA on query and value."""
     where = [f"tracking.uri=sqlite:///{folder / 'mlflow.db'}", f"run_dir={tmp_path / 'run'}"]
     main(["train", *named(overrides, name, "trainer.num_rounds=1", "references.show=[popularity]", *where)])
     assert "FELLRec" in capsys.readouterr().out
@@ -267,10 +271,10 @@ def test_train_works_from_the_command_line(
         (["objective.order=oldest_first"], "objective.order=oldest_first is not allowed with an encoder"),
         *(([f"ranker={name}"], f"ranker={name} needs objective=generative") for name in ("likelihood", "grounding")),
         (["ranker=constrained"], "ranker=constrained needs objective=generative"),
-        (["data.max_history=100"], "a history can have .* tokens, the backbone's context is 260"),
+        (["data.max_history=100"], "a history can have .* tokens, but the backbone's context is 260"),
     ],
 )
-def test_what_an_encoder_cannot_do_is_refused_before_training(
+def test_settings_that_need_a_causal_backbone_are_refused_before_training(
     overrides: list[str], more: list[str], message: str
 ) -> None:
     config = compose(named(overrides, "bert", *more))

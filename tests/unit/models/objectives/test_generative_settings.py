@@ -1,4 +1,4 @@
-"""Every title as a target, and the softmax over the catalogue: against literal versions with lists, and laws."""
+"""Several targets per row and the softmax over the catalogue, against slow implementations with lists."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from fellrec.rankers.grounding import GroundingRanker
 from fellrec.rankers.likelihood import LikelihoodRanker
 
 TITLES = ("Alien", "Aliens", "Heat (1995)", "Heat", "The Lonely Garden", "The Lonely Gate", "Up", "Heat", "- Alien")
-"""Beginnings that are titles, two items with one title, and one that looks like a line."""
+"""Titles that are prefixes of others, two items with the same title, and one that looks like a history line."""
 CATALOGUE = Catalogue(tuple("abcdefghi"), TITLES, pd.DataFrame(index=range(9)))
 ITEMS = torch.tensor([[0, 1, 2, 3], [4, 5, -1, -1], [6, 3, 1, 8]])
 IS_TARGET = torch.tensor([[0, 1, 1, 1], [0, 1, 0, 0], [0, 1, 1, 0]]).bool()
 ROWS = (([0, 1, 2, 3], {1, 2, 3}), ([4, 5], {1}), ([6, 3, 1], {1, 2}))
-"""The same as lists: items up to the last target, and the places of targets."""
+"""The same as lists: items up to the last target, and the positions of the targets."""
 DISTINCT = [0, 1, 2, 3, 4, 5, 6, 8]
 TEMPLATE = prompt_template("product-1")
 
 
 @pytest.fixture(scope="module")
 def tiny() -> Backbone:
-    """Random weights, spread out so that tokens differ in likelihood."""
+    """Random weights, scaled so that tokens differ in likelihood."""
     backbone = build_tiny([f"{title}\n" for title in TITLES], hidden_size=16, num_layers=2, vocab_size=300)
     with torch.no_grad():
         for parameter in backbone.model.parameters():
@@ -53,7 +53,7 @@ def objective_of(tiny: Backbone, softmax: str, one_target_per_row: bool = False)
 
 
 def pieces_of(tiny: Backbone, items: list[int]) -> list[tuple[int | None, list[int]]]:
-    """A prompt with its answer: token ids, and which place of the row they are of."""
+    """A prompt with its answer: parts of token ids with the position of their item in the row."""
 
     def ids(text: str) -> list[int]:
         return tiny.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -65,7 +65,7 @@ def pieces_of(tiny: Backbone, items: list[int]) -> list[tuple[int | None, list[i
 
 
 def slow_loss(tiny: Backbone, softmax: str, rows: tuple[tuple[list[int], set[int]], ...]) -> tuple[float, int]:
-    """One row, one token at a time."""
+    """A loop over rows and tokens."""
     total, count = 0.0, 0
     answers = [pieces_of(tiny, [0, item])[-1][1] for item in range(len(TITLES))]
     lines = [pieces_of(tiny, [item, 0])[1][1] for item in range(len(TITLES))]
@@ -90,12 +90,12 @@ def slow_loss(tiny: Backbone, softmax: str, rows: tuple[tuple[list[int], set[int
 
 
 @pytest.mark.parametrize("softmax", ["vocabulary", "catalogue"])
-def test_each_title_is_a_target_after_those_before_it(tiny: Backbone, model: SplitModel, softmax: str) -> None:
-    """And what comes after the last target is not shown."""
+def test_each_title_of_a_row_is_a_target(tiny: Backbone, model: SplitModel, softmax: str) -> None:
+    """Items after the last target are not in the prompt."""
     objective = objective_of(tiny, softmax)
     assert not objective.one_target_per_row
     batch = objective.collate(ITEMS, IS_TARGET)
-    assert tiny.tokenizer.decode(batch["input_ids"][2]).count("Alien") == 1, "the fourth item comes after"
+    assert tiny.tokenizer.decode(batch["input_ids"][2]).count("Alien") == 1, "the fourth item is after the last target"
     total, count = objective.loss(model, batch)
     expected, number = slow_loss(tiny, softmax, ROWS)
     assert count == number == len(batch["targets"])
@@ -104,14 +104,16 @@ def test_each_title_is_a_target_after_those_before_it(tiny: Backbone, model: Spl
 
 
 @pytest.mark.parametrize("softmax", ["vocabulary", "catalogue"])
-def test_one_target_a_row_is_the_last_title_alone(tiny: Backbone, model: SplitModel, softmax: str) -> None:
+def test_with_one_target_per_row_only_the_last_title_is_a_target(
+    tiny: Backbone, model: SplitModel, softmax: str
+) -> None:
     is_last = torch.tensor([[0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]]).bool()
     total, count = (objective := objective_of(tiny, softmax, True)).loss(model, objective.collate(ITEMS, is_last))
     expected, number = slow_loss(tiny, softmax, tuple((items, {len(items) - 1}) for items, _ in ROWS))
     assert (count, float(total.detach())) == (number, pytest.approx(expected, rel=1e-5))
 
 
-def test_titles_that_were_dropped_are_no_targets(tiny: Backbone, model: SplitModel) -> None:
+def test_dropped_titles_are_not_targets(tiny: Backbone, model: SplitModel) -> None:
     objective = objective_of(tiny, "catalogue")
     objective._room = int(objective.lines.lengths[[1, 2]].sum())
     total, count = objective.loss(model, objective.collate(ITEMS[:1], IS_TARGET[:1]))
@@ -119,17 +121,17 @@ def test_titles_that_were_dropped_are_no_targets(tiny: Backbone, model: SplitMod
     assert (count, float(total.detach())) == (number, pytest.approx(expected, rel=1e-5))
 
 
-def test_the_likelihoods_of_all_titles_sum_to_one_and_are_those_that_were_trained(
+def test_the_likelihoods_of_all_titles_sum_to_one_and_equal_those_of_the_loss(
     tiny: Backbone, model: SplitModel
 ) -> None:
-    """Of the vocabulary's softmax, other texts have the rest."""
+    """With the softmax over the vocabulary, other texts have a part of the probability."""
     histories = torch.tensor([[0, 1, 2], [4, -1, -1], [6, 3, -1]])
     sums = {}
     for softmax in ("catalogue", "vocabulary"):
         objective = objective_of(tiny, softmax)
         scores = ConstrainedRanker(objective, num_beams=20).scores(model, histories)
         sums[softmax] = scores[:, DISTINCT].exp().sum(dim=1)
-        assert torch.equal(scores[:, 3], scores[:, 7]), "two items with one title"
+        assert torch.equal(scores[:, 3], scores[:, 7]), "two items with the same title"
         for row, (history, target) in enumerate((([0, 1, 2], 3), ([4], 5), ([6, 3], 1))):
             expected, _ = slow_loss(tiny, softmax, (([*history, target], {len(history)}),))
             assert float(scores[row, target]) == pytest.approx(-expected, rel=1e-4)
@@ -138,8 +140,8 @@ def test_the_likelihoods_of_all_titles_sum_to_one_and_are_those_that_were_traine
 
 
 @pytest.mark.parametrize("num_beams", [1, 2, 3])
-def test_a_title_is_found_as_soon_as_nothing_else_can_follow(tiny: Backbone, model: SplitModel, num_beams: int) -> None:
-    """So few beams find more titles, at the same likelihoods, in fewer steps; what is certain stands in its place."""
+def test_a_title_is_complete_as_soon_as_its_prefix_is_unique(tiny: Backbone, model: SplitModel, num_beams: int) -> None:
+    """The search needs fewer steps, with exact likelihoods, and the titles reported as certain have exact ranks."""
     histories = torch.tensor([[0, 1, 2], [4, -1, -1], [6, 3, -1]])
     objective = objective_of(tiny, "catalogue")
     exact = ConstrainedRanker(objective, num_beams=20).scores(model, histories)
@@ -157,8 +159,8 @@ def test_a_title_is_found_as_soon_as_nothing_else_can_follow(tiny: Backbone, mod
     finally:
         model.model.forward = forward  # type: ignore[method-assign]
     answers = {tuple(pieces_of(tiny, [0, item])[-1][1]) for item in range(len(TITLES))}
-    shared = [n for one, other in permutations(answers, 2) for n in range(len(one)) if one[:n] == other[:n]]
-    assert len(steps) <= max(shared) + 1 < max(map(len, answers))
+    common = [n for one, other in permutations(answers, 2) for n in range(len(one)) if one[:n] == other[:n]]
+    assert len(steps) <= max(common) + 1 < max(map(len, answers))
     certain = ranker.take_report()[:, ranker.reported.index("num_certain")]
     for row in range(3):
         found = scores[row] > scores[row].min()
@@ -169,8 +171,8 @@ def test_a_title_is_found_as_soon_as_nothing_else_can_follow(tiny: Backbone, mod
         torch.testing.assert_close(first, best, rtol=1e-4, atol=1e-4)
 
 
-def test_the_gradient_asks_for_no_token_that_is_not_in_question(tiny: Backbone, model: SplitModel) -> None:
-    """The loss does not depend on the logits of tokens with which no title goes on."""
+def test_only_tokens_that_continue_a_title_have_gradients(tiny: Backbone, model: SplitModel) -> None:
+    """The loss does not depend on the logits of other tokens."""
     objective = objective_of(tiny, "catalogue")
     batch = objective.collate(ITEMS, IS_TARGET)
     hidden = model(batch["input_ids"]).detach()
@@ -190,11 +192,11 @@ def test_the_gradient_asks_for_no_token_that_is_not_in_question(tiny: Backbone, 
     assert gradient is not None
     torch.testing.assert_close(gradient.sum(dim=1), torch.zeros(len(gradient)), rtol=0, atol=1e-5)
     counts = [int((row != 0).sum()) for row in gradient]
-    assert set(counts) <= set(range(2, len(TITLES) + 1)), "as many as there are beginnings, of 300 tokens"
+    assert set(counts) <= set(range(2, len(TITLES) + 1)), "at most one token per title"
     assert max(counts) >= 4
 
 
-def test_ranks_that_share_a_batch_have_its_loss(tiny: Backbone, model: SplitModel) -> None:
+def test_the_loss_of_a_batch_is_the_sum_of_its_parts(tiny: Backbone, model: SplitModel) -> None:
     objective = objective_of(tiny, "catalogue")
     batch = objective.collate(ITEMS, IS_TARGET)
     whole, count = objective.loss(model, batch)

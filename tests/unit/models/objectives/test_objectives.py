@@ -1,4 +1,4 @@
-"""Both objectives and all rankers against slow, literal versions of themselves."""
+"""Both objectives and all rankers against slow reference implementations."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_retrieval_settings_are_checked(tiny: Backbone, model: SplitModel) -> No
     with pytest.raises(ConfigError, match="unknown item field 'brand'"):
         RetrievalObjective(tiny.tokenizer, CATALOGUE, item_fields=["brand"])
     long = RetrievalObjective(tiny.tokenizer, CATALOGUE, max_history=200)
-    with pytest.raises(BackboneError, match=r"tokens, the backbone's context is 512"):
+    with pytest.raises(BackboneError, match=r"tokens, but the backbone's context is 512"):
         long.check(model)
 
 
@@ -111,8 +111,8 @@ def rendered(template: PromptTemplate, titles: Sequence[str]) -> str:
 
 
 @pytest.mark.parametrize("version", TEMPLATES)
-def test_the_prompt_is_the_templates_text_in_training_and_inference(tiny: Backbone, version: str) -> None:
-    """The golden texts were written by hand; they end where the answer begins."""
+def test_prompts_equal_the_golden_texts_in_training_and_inference(tiny: Backbone, version: str) -> None:
+    """The golden texts are written by hand, without the answer."""
     golden = (GOLDEN_PROMPTS / f"{version}.txt").read_text()
     assert rendered(TEMPLATES[version], ["Toy Story", "The Lonely Silver Garden"]) == golden
     objective = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3, template=version)
@@ -125,7 +125,7 @@ def test_the_prompt_is_the_templates_text_in_training_and_inference(tiny: Backbo
     assert decode(batch["targets"]) == "Heat (1995)</s>"
 
 
-def test_every_template_has_a_golden_text_and_its_own_hash(tiny: Backbone) -> None:
+def test_every_template_has_a_golden_text_and_a_different_hash(tiny: Backbone) -> None:
     assert {path.stem for path in GOLDEN_PROMPTS.iterdir()} == set(TEMPLATES)
     assert len({template.sha256 for template in TEMPLATES.values()}) == len(TEMPLATES)
     changed = dataclasses.replace(TEMPLATE, after="Next thing:\n")
@@ -134,7 +134,7 @@ def test_every_template_has_a_golden_text_and_its_own_hash(tiny: Backbone) -> No
         GenerativeObjective(tiny.tokenizer, CATALOGUE, template="movies-1")
 
 
-def test_lengths_are_those_of_the_batch(tiny: Backbone) -> None:
+def test_lengths_equal_those_of_the_batch(tiny: Backbone) -> None:
     last = torch.tensor([[0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]]).bool()
     objective = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3)
     assert objective.lengths(ITEMS, last).tolist() == objective.collate(ITEMS, last)["lengths"].tolist()  # type: ignore[union-attr]
@@ -144,7 +144,7 @@ def test_lengths_are_those_of_the_batch(tiny: Backbone) -> None:
     assert alone.lengths(ITEMS, last) is None
 
 
-def test_truncation_drops_the_oldest_titles_and_nothing_else(tiny: Backbone) -> None:
+def test_truncation_drops_only_the_oldest_titles(tiny: Backbone) -> None:
     objective = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3)
     lengths = [len(ids_of(tiny, f"- {TITLES[item]}\n")) for item in (1, 2)]
     objective._room = sum(lengths)
@@ -152,8 +152,8 @@ def test_truncation_drops_the_oldest_titles_and_nothing_else(tiny: Backbone) -> 
     assert tiny.tokenizer.decode(ids[0, : length[0]]) == "<s>" + rendered(TEMPLATE, ["Heat (1995)", "Amélie"])
 
 
-def test_a_title_longer_than_the_room_is_cut_and_keeps_its_line(tiny: Backbone) -> None:
-    """Or is refused, if the room is smaller than what it is cut to."""
+def test_a_title_longer_than_the_prompt_is_truncated_with_its_line_break(tiny: Backbone) -> None:
+    """It is an error if the truncated title does not fit either."""
     title = "A Title Of Many Words " * 40
     catalogue = Catalogue(("a", "b"), (title, "Up"), pd.DataFrame(index=range(2)))
     objective = GenerativeObjective(tiny.tokenizer, catalogue, max_history=2, max_tokens=240, max_title_tokens=12)
@@ -168,7 +168,7 @@ def test_a_title_longer_than_the_room_is_cut_and_keeps_its_line(tiny: Backbone) 
     ids, lengths = alone.prompts(torch.tensor([[1, 0]]))
     assert tiny.tokenizer.decode(ids[0, : lengths[0]]) == "<s>" + rendered(TEMPLATE, [kept])
     with pytest.raises(
-        ConfigError, match=rf"leaves {longest - 1} tokens for the history .* one title can take {longest}"
+        ConfigError, match=rf"leaves {longest - 1} tokens for the history .* one title can have {longest}"
     ):
         GenerativeObjective(tiny.tokenizer, catalogue, max_history=2, max_tokens=least - 1, max_title_tokens=12)
 
@@ -186,7 +186,7 @@ def test_generative_loss_scores_the_target_title_only(tiny: Backbone, model: Spl
 
 
 def slow_likelihood(backbone: Backbone, history: list[int], target: int) -> tuple[torch.Tensor, int]:
-    """Log-likelihood of a title and its end after the prompt, in one plain forward pass."""
+    """Log-likelihood of a title with its end token after the prompt, in one forward pass without a cache."""
     prompt = [backbone.tokenizer.bos_token_id, *ids_of(backbone, TEMPLATE.before)]
     for item in history:
         prompt += ids_of(backbone, f"- {TITLES[item]}\n")
@@ -199,7 +199,7 @@ def slow_likelihood(backbone: Backbone, history: list[int], target: int) -> tupl
 
 @pytest.mark.parametrize("max_batch_tokens", [1, 400, 100_000])
 @pytest.mark.parametrize("normalise", ["mean", "sum"])
-def test_likelihood_with_a_shared_prompt_equals_whole_passes(
+def test_likelihood_with_cached_prompts_equals_passes_without_a_cache(
     tiny: Backbone, model: SplitModel, normalise: str, max_batch_tokens: int
 ) -> None:
     objective = GenerativeObjective(tiny.tokenizer, CATALOGUE, max_history=3)
@@ -218,7 +218,7 @@ def stories(real_data: Path) -> Backbone:
     return load_hf(str(real_data / "stories260K-hf"))
 
 
-def test_grounding_ranks_the_written_title_first(stories: Backbone) -> None:
+def test_grounding_ranks_the_generated_title_first(stories: Backbone) -> None:
     model = SplitModel(stories.model, 1, 1).eval()
     objective = GenerativeObjective(stories.tokenizer, CATALOGUE, max_history=3)
     ranker = GroundingRanker(objective, max_new_tokens=8)
@@ -250,7 +250,7 @@ def test_grounding_embeds_with_the_frozen_backbone(real_data: Path) -> None:
     ids = torch.arange(3, 9)[None]
     adapted = model.eval()(ids)
     assert torch.equal(GroundingRanker(objective).embed(model, list(TITLES)), before)
-    assert torch.equal(model(ids), adapted), "the adapter is back"
+    assert torch.equal(model(ids), adapted), "the adapter is active again"
 
 
 def test_training_on_titles_raises_their_likelihood(real_data: Path) -> None:
@@ -276,6 +276,6 @@ def test_training_on_titles_raises_their_likelihood(real_data: Path) -> None:
     order = few.scores(model, HISTORIES).argsort(dim=1, descending=True)
     certain = few.take_report()[:, few.reported.index("num_certain")].int().tolist()
     assert max(certain) < 7, "not all titles are reached"
-    assert min(certain) >= 1, "a trained model is sure enough for few beams to prove which title is the likeliest"
+    assert min(certain) >= 1, "after training, few beams suffice for the most likely title"
     for row, number in enumerate(certain):
         assert order[row, :number].tolist() == exact[row].argsort(descending=True)[:number].tolist()

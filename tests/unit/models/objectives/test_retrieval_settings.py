@@ -1,4 +1,4 @@
-"""The retrieval objective's settings: text, order, pooling, softmax over chunks and samples, item vectors that are kept."""
+"""Settings of the retrieval objective: text, order, pooling, chunked and sampled softmax, cached item vectors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def hidden_of(tiny: Backbone, titles: list[str]) -> torch.Tensor:
     return tiny.model.model(torch.tensor([ids]), use_cache=False).last_hidden_state[0]
 
 
-def test_key_value_text_leaves_out_what_is_missing() -> None:
+def test_key_value_text_skips_missing_values() -> None:
     assert CATALOGUE.texts(("title", "genre"), "key_value") == [
         "title: Alien genre: Horror", "title: Heat (1995) genre: Crime", "title: Amélie", "title: M genre: Thriller",
     ]  # fmt: skip
@@ -49,8 +49,8 @@ def test_key_value_text_leaves_out_what_is_missing() -> None:
         CATALOGUE.texts(style="json")
 
 
-def test_newest_first_reads_the_end_of_the_reversed_text(tiny: Backbone, model: SplitModel) -> None:
-    """One target a row; what follows the target is in neither the text nor the loss."""
+def test_newest_first_pools_the_end_of_the_reversed_text(tiny: Backbone, model: SplitModel) -> None:
+    """One target per row; items after the target are neither in the text nor in the loss."""
     objective = RetrievalObjective(tiny.tokenizer, CATALOGUE, 3, order="newest_first")
     assert objective.one_target_per_row
     queries = objective.queries(model, torch.tensor([[0, 1, 2], [3, -1, -1]]))
@@ -63,7 +63,7 @@ def test_newest_first_reads_the_end_of_the_reversed_text(tiny: Backbone, model: 
     torch.testing.assert_close(loss, F.cross_entropy(logits, torch.tensor(2)), rtol=1e-4, atol=1e-4)
 
 
-def test_mean_pooling_averages_what_is_before_the_end(tiny: Backbone, model: SplitModel) -> None:
+def test_mean_pooling_averages_the_tokens_of_the_history(tiny: Backbone, model: SplitModel) -> None:
     objective = RetrievalObjective(tiny.tokenizer, CATALOGUE, 3, pooling="mean")
     queries = objective.queries(model, torch.tensor([[0, 1, -1], [3, -1, -1]]))
     for row, titles in enumerate([["Alien", "Heat (1995)"], ["M"]]):
@@ -86,9 +86,9 @@ def test_chunks_give_the_full_softmax_and_its_gradients(chunk_items: int) -> Non
 
 @pytest.mark.parametrize("how", ["chunked", "sampled"])
 def test_under_autocast_products_are_in_bfloat16_and_sums_in_float32(how: str) -> None:
-    """Against the products rounded by hand and a softmax in float32; the sample has every item as often as expected.
+    """The expected loss has products in bfloat16 and a softmax in float32; the sample has each item as often as expected.
 
-    The full softmax under autocast is the same up to what bfloat16 resolves, in value and gradients.
+    It equals the full softmax under autocast up to the precision of bfloat16, in value and gradients.
     """
     generator = torch.Generator().manual_seed(0)
     query, items = (3 * torch.randn(size, 16, generator=generator) for size in (12, 500))
@@ -104,26 +104,28 @@ def test_under_autocast_products_are_in_bfloat16_and_sums_in_float32(how: str) -
     gradients = torch.autograd.grad(found, pair)
     assert {tensor.dtype for tensor in (found, *gradients)} == {torch.float32}
     exact = F.cross_entropy(query @ items.T, targets, reduction="sum")
-    assert abs(exact - by_hand) > 1e-4 * by_hand, "the products' rounding shows"
-    # The target's own product is not rounded in a sample.
+    assert abs(exact - by_hand) > 1e-4 * by_hand, "rounding changes the loss"
+    # The product of the target is not rounded in the sampled loss.
     torch.testing.assert_close(found, by_hand, rtol=1e-6 if how == "chunked" else 2e-3, atol=0)
     torch.testing.assert_close(found, full, rtol=1e-6 if how == "chunked" else 2e-3, atol=0)
     for mine, theirs in zip(gradients, torch.autograd.grad(full, pair), strict=True):
         assert (mine - theirs).norm() < 2**-7 * theirs.norm()
 
 
-def test_the_denominator_of_a_sample_is_right_on_average() -> None:
-    """Whatever the proposal: exp of loss + target logit is an unbiased estimate of the sum of exponentials."""
+def test_the_estimate_of_the_denominator_is_unbiased() -> None:
+    """For any proposal, exp(loss + target logit) is an unbiased estimate of the sum of exponentials."""
     generator = torch.Generator().manual_seed(1)
     query, items = torch.randn(1, 4, generator=generator), torch.randn(8, 4, generator=generator)
     target = torch.tensor([2])
     weights = torch.tensor([5, 1, 1, 1, 2, 9, 1, 1], dtype=torch.float64)
-    share = weights / weights.sum()
+    probabilities = weights / weights.sum()
     of_target = (query @ items[2]).double()
     torch.manual_seed(3)
     found = [
         (
-            sampled_cross_entropy(query, items, target, draw_items(share.cumsum(0), 20), 20 * share).double()
+            sampled_cross_entropy(
+                query, items, target, draw_items(probabilities.cumsum(0), 20), 20 * probabilities
+            ).double()
             + of_target
         ).exp()
         for _ in range(3000)
@@ -135,8 +137,8 @@ def test_the_denominator_of_a_sample_is_right_on_average() -> None:
 
 
 @pytest.mark.parametrize("item_encoder", ["tokens", "encoded"])
-def test_vectors_are_made_of_the_drawn_items_alone(tiny: Backbone, model: SplitModel, item_encoder: str) -> None:
-    """Value and gradients are those of the sample's loss with the vectors of all items; two of four are encoded."""
+def test_only_the_drawn_items_are_encoded(tiny: Backbone, model: SplitModel, item_encoder: str) -> None:
+    """Value and gradients equal those of the sampled loss with the vectors of all items; two of four are encoded."""
     settings = {"item_encoder": item_encoder, "num_negatives": 1}
     objective = RetrievalObjective(tiny.tokenizer, CATALOGUE, 3, **settings)
     batch = objective.collate(torch.tensor([[0, 1, 2, 3]]), torch.tensor([[False, False, False, True]]))
@@ -177,7 +179,7 @@ def short(tiny_overrides: list[str]) -> list[str]:
     ]
 
 
-def test_chunks_change_no_result_and_samples_depend_on_the_seed(short: list[str]) -> None:
+def test_chunks_do_not_change_results_and_samples_depend_on_the_seed(short: list[str]) -> None:
     whole, chunked = trained(short), trained([*short, "objective.chunk_items=7"])
     assert chunked[1] == pytest.approx(whole[1], rel=1e-4)
     sampled = [*short, "objective.num_negatives=20", "objective.negatives=popularity"]
@@ -187,8 +189,8 @@ def test_chunks_change_no_result_and_samples_depend_on_the_seed(short: list[str]
     assert once[1] != whole[1]
 
 
-def test_kept_item_vectors(short: list[str]) -> None:
-    """Made before every step without gradients is not the same as with them; a rhythm of one round is a freeze at 0."""
+def test_cached_item_vectors(short: list[str]) -> None:
+    """A refresh in every step differs from no table, which has gradients; a refresh per round equals a freeze at 0."""
     towers = [*short, "objective.item_encoder=encoded"]
     free, each = trained(towers), trained([*towers, "objective.refresh_items=1"])
     once, frozen = (
@@ -198,11 +200,11 @@ def test_kept_item_vectors(short: list[str]) -> None:
     later = trained([*towers, "objective.freeze_items_after=1"])
     assert once == frozen
     assert len({free[1], each[1], once[1], later[1]}) == 4
-    assert trained([*towers, "objective.refresh_items=3"]) == once, "three steps a round"
+    assert trained([*towers, "objective.refresh_items=3"]) == once, "three steps per round"
 
 
-def test_without_a_table_a_step_encodes_the_items(tiny: Backbone, model: SplitModel) -> None:
-    """Lightning's trainer knows no rounds; only what goes through the model in every step is asked for by a plan."""
+def test_outside_of_rounds_every_step_encodes_the_items(tiny: Backbone, model: SplitModel) -> None:
+    """Without rounds, as in ``lightning.Trainer``, there is no table; ``inputs`` has only the inputs of every step."""
     each, kept = (
         RetrievalObjective(tiny.tokenizer, CATALOGUE, 3, item_encoder="encoded", **settings)
         for settings in ({}, {"refresh_items": "round"})
@@ -226,12 +228,12 @@ def test_without_a_table_a_step_encodes_the_items(tiny: Backbone, model: SplitMo
         ({"refresh_items": 2}, "need objective.item_encoder=encoded"),
     ],
 )
-def test_what_cannot_be_is_refused(tiny: Backbone, settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(tiny: Backbone, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RetrievalObjective(tiny.tokenizer, CATALOGUE, 3, **settings)
 
 
-def test_kept_vectors_need_the_whole_model(tiny_overrides: list[str], tmp_path: Path) -> None:
+def test_cached_item_vectors_need_the_whole_model(tiny_overrides: list[str], tmp_path: Path) -> None:
     cut = ["split=executed", "split.tail_layers=0", "objective.item_encoder=encoded", "objective.refresh_items=2"]
     config = compose([*tiny_overrides, *cut])
     with pytest.raises(ConfigError, match="need split.transport=none"):

@@ -1,0 +1,111 @@
+"""A federated loop without a language model: clients "train" by adding a number to their adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fellrec.aggregation import AggregationCallback, FedAvg
+from fellrec.federated.callback import Events, FederatedCallback
+from fellrec.federated.checkpoint import CheckpointFolder
+from fellrec.federated.exchange import Exchange, Transform
+from fellrec.federated.ledger import Ledger
+from fellrec.federated.loop import FederatedLoop
+from fellrec.federated.participation import Participation
+from fellrec.federated.population import JobNeeds, Population, SharedAndPersonal
+from fellrec.federated.progress import Progress
+from fellrec.federated.records import Failed, Job, ScoreJob, Trained
+from fellrec.federated.selection import Selection
+from fellrec.federated.settings import ParticipationSettings, TrainerSettings
+from fellrec.metrics import summarise
+from fellrec.state.tensor_store import StoredTensors
+from fellrec.types import Evaluation
+
+NAMES = ("a", "b")
+
+
+class FakeExecutor:
+    """Adds row + 1 to every trained parameter; a client's metric is the sum of its adapter, capped at ``best``."""
+
+    def __init__(
+        self, fails: Callable[[Job], bool] = lambda job: False, best: float = 1e9, has_tensors: bool = False
+    ) -> None:
+        self.fails, self.best, self.has_tensors, self.scored = fails, best, has_tensors, list[str]()
+
+    def train(self, jobs: Sequence[Job], events: Events) -> Iterator[Trained | Failed]:
+        for job in jobs:
+            events.call("on_client_start", job)
+            yield Failed(job, f"client {job.row} failed") if self.fails(job) else trained(job, self.has_tensors)
+
+    def score(self, jobs: Sequence[ScoreJob], stage: str, round_index: int) -> Evaluation:
+        self.scored.append(stage)
+        sums = {c: sum(float(t.sum()) for t in job.adapter.tensors().values()) for job in jobs for c in job.clients}
+        values = torch.tensor([value if value <= self.best else -value for _, value in sorted(sums.items())])
+        return summarise({"ndcg_at_10": values.double()}, torch.arange(len(values)), len(values), stage, round_index)
+
+    def close(self) -> None:
+        pass
+
+
+def trained(job: Job, has_tensors: bool = False) -> Trained:
+    """What a client returns: its row + 1 is added to what it trains."""
+    adapter = {n: t + (job.row + 1) * (job.trains is None or n in job.trains) for n, t in job.adapter.tensors().items()}
+    steps = {"a|step": torch.tensor(float(job.first_step + 1))}
+    own = {"seen|a": torch.tensor([float(job.round_index)])} if has_tensors else {}
+    stored = StoredTensors(adapter), StoredTensors(steps)
+    return Trained(job, *stored, loss=1.0 / (job.row + 1), num_samples=job.row + 1, num_steps=1, seconds=0.0,
+                   start_loss=2.0 if job.needs_start_loss else None, tensors=StoredTensors(own))  # fmt: skip
+
+
+def fake_loop(
+    rule: AggregationCallback | None = None,
+    executor: FakeExecutor | None = None,
+    num_clients: int = 4,
+    callbacks: Sequence[FederatedCallback] = (),
+    participation: dict[str, Any] | None = None,
+    transforms: Sequence[Transform] = (),
+    **trainer: Any,
+) -> FederatedLoop:
+    """A loop over adapters of two parameters."""
+    rule = rule or FedAvg()
+    settings = TrainerSettings(**{"num_rounds": 3, **trainer})
+    has_trains = type(rule).trains is not AggregationCallback.trains
+    needs = JobNeeds(rule.trains if has_trains else None, rule.needs_start_loss)
+    arguments = (rule.serves,) if issubclass(rule.population, SharedAndPersonal) else ()
+    initial = {name: torch.zeros(2) for name in NAMES}
+    population: Population = rule.population(initial, num_clients, needs, *arguments)
+    return FederatedLoop(
+        population=population,
+        participation=Participation(ParticipationSettings(**(participation or {})), seed=0),
+        executor=executor or FakeExecutor(),
+        exchange=Exchange(rule, Ledger(), transforms),
+        rule=rule,
+        selection=Selection(population, settings.metric, settings.select, settings.patience),
+        progress=Progress(),
+        events=Events([rule, *callbacks]),
+        settings=settings,
+    )
+
+
+def parts(loop: FederatedLoop) -> dict[str, Any]:
+    """What a checkpoint of the loop holds."""
+    return {
+        "progress": loop.progress, "population": loop.population, "selection": loop.selection,
+        "rule": loop.rule, "exchange": loop.exchange, "ledger": loop.exchange.ledger,
+    }  # fmt: skip
+
+
+def resumed(loop: FederatedLoop, folder: Path, **how: Any) -> FederatedLoop:
+    """Save a loop, and give another one that continues from there."""
+    CheckpointFolder(folder).save(parts(loop), loop.progress.round_index)
+    other = fake_loop(**how)
+    CheckpointFolder(folder).load(parts(other))
+    return other
+
+
+def adapters(loop: FederatedLoop) -> list[dict[str, list[float]]]:
+    """Every row's adapter."""
+    return [{n: t.tolist() for n, t in stored.tensors().items()} for stored in loop.population.bank.versions]

@@ -1,0 +1,330 @@
+"""Each seam of the round, used as its first user will, without a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fakes import FakeExecutor, adapters, fake_loop, resumed
+from torch import Tensor
+
+from fellrec.aggregation import AggregationCallback, FedAvg, Local
+from fellrec.errors import TrainingError
+from fellrec.federated.callback import FederatedCallback
+from fellrec.federated.exchange import Transform
+from fellrec.federated.population import SharedAndPersonal
+from fellrec.federated.records import Aggregated, Job, RoundRecord, Updates
+
+
+class Rounds(FederatedCallback):
+    """Keeps what the callbacks of a run receive."""
+
+    def __init__(self) -> None:
+        self.updates: list[Updates] = []
+        self.jobs: list[Job] = []
+        self.records: list[RoundRecord] = []
+
+    def on_client_start(self, job: Job) -> None:
+        self.jobs.append(job)
+
+    def on_aggregate_start(self, updates: Updates) -> None:
+        self.updates.append(updates)
+
+    def on_round_end(self, record: RoundRecord) -> None:
+        self.records.append(record)
+
+
+class ServerMomentum(AggregationCallback):
+    """FedAvgM: u ← 0.5 u + mean update, every client moves by u; u is a tensor of the rule."""
+
+    def __init__(self) -> None:
+        self.momentum: dict[str, Tensor] = {}
+
+    def aggregate(self, updates: Updates, round_index: int) -> Aggregated:
+        start, end = dict(updates.start), dict(updates.end)
+        for name, tensor in end.items():
+            mean = (tensor - start[name]).mean(dim=0)
+            self.momentum[name] = 0.5 * self.momentum.get(name, torch.zeros_like(mean)) + mean
+        return Aggregated({name: start[name] + self.momentum[name] for name in end})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"momentum": self.momentum, "rounds": 3}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.momentum = state["momentum"]
+
+
+def test_tensors_of_a_rule_are_in_checkpoints(tmp_path: Path) -> None:
+    """The mean update is 2.5: u = 2.5, 3.75, 4.375, and every adapter is their sum."""
+    whole = fake_loop(ServerMomentum())
+    whole.run()
+    first = fake_loop(ServerMomentum(), num_rounds=1)
+    first.run()
+    second = resumed(first, tmp_path, rule=ServerMomentum())
+    second.run()
+    assert adapters(second) == adapters(whole) == [{"a": [10.625] * 2, "b": [10.625] * 2}] * 4
+
+
+class Controls(FedAvg):
+    """Sends every client a tensor, and reads what the clients return."""
+
+    def aggregate(self, updates: Updates, round_index: int) -> Aggregated:
+        mixed = super().aggregate(updates, round_index)
+        number = torch.full((len(updates.clients), 1), float(round_index))
+        return Aggregated(mixed.adapters, tensors={"control": {"a": number}})
+
+
+def test_tensors_of_a_client_come_with_its_jobs_and_survive_a_resume(tmp_path: Path) -> None:
+    """The executor returns ``seen``; the rule sends ``control``. A client that is absent keeps both."""
+    how = {"num_clients": 6, "participation": {"rate": 0.5}}
+    rounds = Rounds()
+    loop = fake_loop(Controls(), FakeExecutor(has_tensors=True), callbacks=[rounds], num_rounds=2, **how)
+    loop.run()
+    assert rounds.updates[1].tensors["seen"]["a"].tolist() == [[1.0]] * 3
+    last = {row: r.round_index for r in rounds.records for row in (t.row for t in r.trained)}
+    other = resumed(loop, tmp_path, rule=Controls(), **how)
+    for row in range(6):
+        found = {key: tensor.tolist() for key, tensor in other.population.job(row, 2).tensors.tensors().items()}
+        expected = {"seen|a": [float(last[row])], "control|a": [float(last[row])]} if row in last else {}
+        assert found == expected, row
+    traffic = loop.exchange.ledger.total(round=1, kind="adapter")
+    assert traffic == 3 * (2 * 2 * 2 * 4 + 2 * 4), "two parameters of two float32 up and down, and a tensor each way"
+
+
+class Alternating(FedAvg):
+    """RoLoRA's pattern: one half of the adapter trains in a round."""
+
+    def trains(self, name: str, round_index: int) -> bool:
+        return name == ("b" if round_index % 2 == 0 else "a")
+
+
+def test_only_the_trained_parameters_train_travel_and_are_counted() -> None:
+    rounds = Rounds()
+    loop = fake_loop(Alternating(), num_rounds=2, callbacks=[rounds])
+    loop.run()
+    assert [job.trains for job in rounds.jobs] == [("b",)] * 4 + [("a",)] * 4
+    assert [sorted(updates.end) for updates in rounds.updates] == [["b"], ["a"]]
+    assert adapters(loop) == [{"a": [3.0, 3.0], "b": [3.0, 3.0]}] * 4
+    for direction in ("up", "down"):
+        assert loop.exchange.ledger.total(round=0, direction=direction, kind="adapter") == 4 * 2 * 4
+
+
+class SharedA(AggregationCallback):
+    """FedSA's pattern: parameter ``a`` is averaged, ``b`` stays at its client."""
+
+    def exchanges(self, name: str, round_index: int) -> bool:
+        return name == "a"
+
+    def mixing_matrix(self, updates: Updates, round_index: int) -> Tensor:
+        n = len(updates.clients)
+        return torch.full((n, n), 1 / n, dtype=torch.float64)
+
+
+class TwoGroups(AggregationCallback):
+    """A matrix for each group of parameters: ``a`` is averaged, ``b`` goes to the next client."""
+
+    def group_of(self, name: str) -> str:
+        return name
+
+    def mixing_matrix(self, updates: Updates, round_index: int) -> Mapping[str, Tensor]:
+        n = len(updates.clients)
+        return {"a": torch.full((n, n), 1 / n, dtype=torch.float64), "b": torch.eye(n).roll(1, dims=0)}
+
+
+def test_parameters_can_stay_personal() -> None:
+    loop = fake_loop(SharedA())
+    loop.run_round(0)
+    assert adapters(loop) == [{"a": [2.5, 2.5], "b": [row + 1.0] * 2} for row in range(4)]
+    assert loop.exchange.ledger.total(direction="up", kind="adapter") == 4 * 2 * 4
+
+
+def test_groups_of_parameters_have_matrices_of_their_own() -> None:
+    rounds = Rounds()
+    loop = fake_loop(TwoGroups(), num_rounds=1, callbacks=[rounds])
+    loop.run()
+    assert adapters(loop) == [{"a": [2.5, 2.5], "b": [float((row - 1) % 4 + 1)] * 2} for row in range(4)]
+    assert set(rounds.records[0].aggregated.matrices) == {"mixing_a", "mixing_b"}
+
+
+class SumsOnly(AggregationCallback):
+    """As under secure aggregation: only a weighted sum is read."""
+
+    sees = "sums"
+
+    def aggregate(self, updates: Updates, round_index: int) -> Aggregated:
+        n = len(updates.clients)
+        mean = updates.weighted_sums(torch.full((n,), 1 / n))
+        return Aggregated({name: tensor.expand(n, *tensor.shape) for name, tensor in mean.items()})
+
+
+class Curious(SumsOnly):
+    """Declares sums and reads adapters."""
+
+    def aggregate(self, updates: Updates, round_index: int) -> Aggregated:
+        return Aggregated(dict(updates.end))
+
+
+def test_a_rule_that_sees_sums_cannot_read_adapters() -> None:
+    loop = fake_loop(SumsOnly())
+    loop.run_round(0)
+    assert adapters(loop) == [{"a": [2.5, 2.5], "b": [2.5, 2.5]}] * 4
+    with pytest.raises(TrainingError, match="aggregation curious declares sees='sums' and reads single adapters"):
+        fake_loop(Curious()).run_round(0)
+    with pytest.raises(TypeError, match="unknown value of sees 'all'; choose from: adapters, nothing, sums"):
+        type("All", (FedAvg,), {"sees": "all"})
+
+
+def test_what_a_rule_sees_decides_what_is_sent() -> None:
+    local, mixed = fake_loop(Local(), num_rounds=1), fake_loop(num_rounds=1)
+    local.run()
+    mixed.run()
+    assert not local.exchange.ledger.rows()
+    assert adapters(local) == [{"a": [row + 1.0] * 2, "b": [row + 1.0] * 2} for row in range(4)]
+    assert mixed.exchange.ledger.total(direction="up", kind="scalar") == 4 * 16, "loss and number of samples"
+
+
+class Shrinking(Local):
+    """A rule of a user that exchanges nothing and changes every client's adapter on its own."""
+
+    def aggregate(self, updates: Updates, round_index: int) -> Aggregated:
+        return Aggregated({name: 0.5 * tensor for name, tensor in updates.end.items()})
+
+
+def test_a_rule_that_exchanges_nothing_can_change_adapters() -> None:
+    loop = fake_loop(Shrinking())
+    loop.run_round(0)
+    assert adapters(loop) == [{"a": [(row + 1) / 2] * 2, "b": [(row + 1) / 2] * 2} for row in range(4)]
+    assert not loop.exchange.ledger.rows()
+
+
+class NeedsLoss(FedAvg):
+    """q-FFL's pattern."""
+
+    needs_start_loss = True
+
+
+def test_the_loss_at_the_received_adapter_is_measured_on_request() -> None:
+    asked, not_asked = Rounds(), Rounds()
+    fake_loop(NeedsLoss(), callbacks=[asked]).run_round(0)
+    fake_loop(callbacks=[not_asked]).run_round(0)
+    assert asked.updates[0].start_losses is not None
+    assert asked.updates[0].start_losses.tolist() == [2.0] * 4
+    assert not_asked.updates[0].start_losses is None
+
+
+class TwoModels(FedAvg):
+    """Ditto's pattern: a shared and a personal model a client."""
+
+    population = SharedAndPersonal
+
+
+@pytest.mark.parametrize("serves", ["personal", "shared"])
+def test_a_client_can_have_a_shared_and_a_personal_model(serves: str, tmp_path: Path) -> None:
+    """Rows 0 and 1 are shared: (1·1 + 2·2) / 3 a round; rows 2 and 3 are personal: 3 and 4 a round."""
+    rule = type("Rule", (TwoModels,), {"serves": serves})
+    rounds = Rounds()
+    loop = fake_loop(rule(), num_clients=2, num_rounds=1, callbacks=[rounds])
+    loop.run()
+    assert [job.data_of for job in rounds.jobs] == [0, 1, 0, 1]
+    assert [sorted(job.anchors) for job in rounds.jobs] == [[], [], ["shared"], ["shared"]]
+    assert rounds.updates[0].clients == (0, 1), "personal rows never leave their client"
+    other = resumed(loop, tmp_path, rule=rule(), num_clients=2, num_rounds=2)
+    result = other.run()
+    shared, personal = 10 / 3, [6.0, 8.0]
+    assert other.population.bank.row(0)["a"].tolist() == pytest.approx([shared] * 2)
+    assert [other.population.bank.row(row)["a"][0].item() for row in (2, 3)] == personal
+    served = [stored.tensors()["a"][0].item() for stored in result.served]
+    assert served == (personal if serves == "personal" else pytest.approx([shared] * 2))
+
+
+class Clip(Transform):
+    """Clips every client's update to norm 1."""
+
+    def encode(self, payload: Mapping[str, Tensor], row: int, round_index: int) -> Mapping[str, Tensor]:
+        norm = torch.cat([tensor.flatten() for tensor in payload.values()]).norm()
+        return {name: tensor / norm.clamp(min=1.0) for name, tensor in payload.items()}
+
+
+class Int8(Transform):
+    """Quantises with one scale a parameter, and keeps each client's error for its next update."""
+
+    def __init__(self) -> None:
+        self.errors: dict[str, dict[str, Tensor]] = {}
+
+    def encode(self, payload: Mapping[str, Tensor], row: int, round_index: int) -> Mapping[str, Tensor]:
+        kept, encoded = self.errors.setdefault(str(row), {}), {}
+        for name, tensor in payload.items():
+            value = tensor + kept.get(name, torch.zeros_like(tensor))
+            scale = value.abs().max() / 127
+            codes = (value / scale).round().to(torch.int8)
+            encoded |= {f"{name}|codes": codes, f"{name}|scale": scale}
+            kept[name] = value - codes * scale
+        return encoded
+
+    def decode(self, payload: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        names = {key.partition("|")[0] for key in payload}
+        return {name: payload[f"{name}|codes"] * payload[f"{name}|scale"] for name in names}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"errors": self.errors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.errors = state["errors"]
+
+
+def test_updates_go_through_the_chain_and_sizes_are_those_of_the_payload(tmp_path: Path) -> None:
+    """An update of norm 1 has four equal entries of 1/2; int8 holds 127 steps of it exactly."""
+    how = {"transforms": [Clip(), Int8()], "rule": FedAvg()}
+    loop = fake_loop(num_rounds=1, **how)
+    loop.run()
+    for adapter in adapters(loop):
+        assert adapter["a"] == pytest.approx([0.5, 0.5])
+    per_client = 2 * (2 * 1 + 4)  # two parameters of two int8 codes and a float32 scale
+    assert loop.exchange.ledger.total(direction="up", kind="adapter") == 4 * per_client
+    assert loop.exchange.ledger.total(direction="down", kind="adapter") == 4 * 2 * 2 * 4
+    whole = fake_loop(num_rounds=3, transforms=[Clip(), Int8()])
+    whole.run()
+    second = resumed(loop, tmp_path, transforms=[Clip(), Int8()])
+    second.run()
+    assert adapters(second) == adapters(whole), "the errors that clients keep are in checkpoints"
+
+
+def test_a_start_round_comes_with_every_update() -> None:
+    rounds = Rounds()
+    fake_loop(callbacks=[rounds], num_rounds=2).run()
+    assert [updates.start_rounds for updates in rounds.updates] == [(0,) * 4, (1,) * 4]
+
+
+def test_callbacks_have_states_too(tmp_path: Path) -> None:
+    """JSON, tensors and stored versions come back as they were, wherever they are in a state."""
+    from fellrec.federated.checkpoint import CheckpointFolder
+    from fellrec.state.tensor_store import StoredTensors
+
+    class Part:
+        state: dict[str, Any] = {
+            "numbers": [1, 2.5, None, -float("inf")],
+            "nested": {
+                "tensor": torch.tensor([1.5]),
+                "stored": [StoredTensors({"x": torch.ones(2, dtype=torch.int64)})],
+            },
+        }
+
+        def state_dict(self) -> dict[str, Any]:
+            return self.state
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.found = state
+
+    CheckpointFolder(tmp_path).save({"part": Part()}, 4)
+    part = Part()
+    assert CheckpointFolder(tmp_path).load({"part": part}) == 4
+    assert part.found["numbers"] == [1, 2.5, None, -float("inf")]
+    assert part.found["nested"]["tensor"].tolist() == [1.5]
+    assert part.found["nested"]["stored"][0].tensors()["x"].tolist() == [1, 1]
+
+
+def test_an_executor_needs_three_methods() -> None:
+    assert {name for name in vars(FakeExecutor) if not name.startswith("_")} == {"train", "score", "close"}
