@@ -24,7 +24,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from fellrec.data.readers import MicroLensShapedReader
+from fellrec.data.readers import SyntheticReader
 from fellrec.data.schema import Catalogue
 from fellrec.models.objectives.retrieval import RetrievalObjective
 from fellrec.models.settings import RetrievalSettings, TinySettings

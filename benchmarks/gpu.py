@@ -30,7 +30,8 @@ from transformers import AutoModelForCausalLM
 
 from fellrec.config.compose import compose
 from fellrec.distributed.memory import peak_bytes
-from fellrec.experiment import build_data, build_loop, build_recommender
+from fellrec.experiment import Recommender, build_data, build_loop, build_recommender
+from fellrec.federated.executor import SerialExecutor
 from fellrec.federated.loop import FederatedLoop
 from fellrec.functional.cost import human_bytes, training_flops
 from fellrec.models.module import drawn
@@ -44,6 +45,7 @@ LARGE = (
     *("backbone=hf", "backbone.dtype=bfloat16", "trainer.precision=bf16-mixed", "adapter=lora"),
     *("objective=generative", "trainer.batch_size=16", "trainer.max_local_steps=10"),
 )
+NO_EVALUATION = ("trainer.num_rounds=1000", "trainer.evaluate_every=1000")
 CUT = ("split=executed", "split.head_layers=2", "split.tail_layers=1")
 SYNTHETIC = ("data=synthetic", "data.reader.num_users=90", "data.reader.num_items=60")
 DRY = (*SYNTHETIC, "data.reader.mean_length=12", "trainer.max_local_steps=2", "trainer.batch_size=4")
@@ -126,8 +128,7 @@ def measure(case: str, config: DictConfig, rounds: int, matrix_size: int) -> Res
     rows, tokens = plan.micro_batch
     flops_per_token = sum(part.forward_flops for part in parts) / (rows * tokens)
     recommender = build_recommender(config, data)
-    loop, device = build_loop(config, recommender, ()), recommender.fabric.device
-    loop.execution.start(loop)
+    loop, device = build_loop(config, recommender), recommender.fabric.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds, steps = [], 0
@@ -138,7 +139,7 @@ def measure(case: str, config: DictConfig, rounds: int, matrix_size: int) -> Res
         _wait_for(device)
         seconds.append(time.perf_counter() - started)
     median = sorted(seconds[1:])[rounds // 2]
-    seen = _tokens(loop, rounds)
+    seen = _tokens(loop, recommender, rounds)
     uses_bf16 = config.trainer.precision != "32-true"
     dtype = torch.bfloat16 if uses_bf16 else torch.float32
     trains_all = config.adapter["_target_"].endswith("FullAdapter")
@@ -156,24 +157,21 @@ def measure(case: str, config: DictConfig, rounds: int, matrix_size: int) -> Res
 
 
 def _round(loop: FederatedLoop, round_index: int) -> int:
-    """Local training and aggregation as in the loop; returns the number of local steps."""
-    clients = loop.cohort(round_index)
-    start = loop.state.bank.stack(clients)
-    outcome = loop.train(clients, round_index)
-    loop.aggregate(start, outcome.updates, round_index)
-    loop.state.round_index = round_index + 1
-    return sum(update.num_steps for update in outcome.updates)
+    """Run a round; returns the number of local steps of all clients."""
+    return sum(trained.num_steps for trained in loop.run_round(round_index).trained)
 
 
-def _tokens(loop: FederatedLoop, round_index: int) -> int:
+def _tokens(loop: FederatedLoop, recommender: Recommender, round_index: int) -> int:
     """Padded tokens of a round: batches are a function of seed, round and client."""
-    objective = loop.module.objective
+    objective, streams = recommender.module.objective, recommender.module.model.streams
+    executor = loop.executor
+    assert isinstance(executor, SerialExecutor)
     return sum(
         ids.numel()
-        for client in loop.cohort(round_index)
-        for batches in loop.trainer.steps(client, loop.data_of(client), round_index)
+        for row in loop.participation.rows(loop.population, round_index)
+        for batches in executor.trainer.batches(loop.population.job(row, round_index))
         for batch in batches
-        for ids in objective.inputs(drawn(objective, batch, loop.module.model.streams))
+        for ids in objective.inputs(drawn(objective, batch, streams))
     )
 
 
@@ -187,7 +185,7 @@ def cases(options: argparse.Namespace) -> dict[str, DictConfig]:
     data = ["data=ml_1m", f"data.root={options.data_root}"] if options.data_root else list(SYNTHETIC[:1])
     small: list[str] = [*SMALL, *data]
     large: list[str] = [*LARGE, *data]
-    common = [f"cache_dir={options.work / 'cache'}", "split.transport=none"]
+    common = [f"cache_dir={options.work / 'cache'}", "split.transport=none", *NO_EVALUATION]
     if options.dry_run:
         small, large = [*small, *DRY, "backbone.pretrain.steps=3"], [*large, *DRY]
         common += ["trainer.accelerator=cpu"]

@@ -69,7 +69,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     from fellrec.callbacks.checkpoint import Checkpoint
     from fellrec.config.compose import compose
-    from fellrec.experiment import build_data, build_loop, build_recommender
+    from fellrec.experiment import build_data, build_recommender
+    from fellrec.experiment.federation import build_federation
     from fellrec.federated.callback import FederatedCallback
 
     torch.set_num_threads(options.threads)
@@ -78,13 +79,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     seen: dict[str, list[float]] = {"round": [], "evaluation": [], "memory": []}
 
     class Meter(FederatedCallback):
-        def on_evaluate_start(self, loop: Any, stage: str) -> None:
+        def on_evaluate_start(self, stage: str) -> None:
             self.started = time.perf_counter()
 
-        def on_evaluate_end(self, loop: Any, evaluation: Any) -> None:
+        def on_evaluate_end(self, evaluation: Any) -> None:
             seen["evaluation"].append(time.perf_counter() - self.started)
 
-        def on_round_end(self, loop: Any, record: Any) -> None:
+        def on_round_end(self, record: Any) -> None:
             gc.collect()
             ctypes.CDLL(None).malloc_trim(0)  # return free memory of the allocator to the system
             seen["round"].append(record.seconds)
@@ -94,8 +95,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     gc.collect()
     before, peak = anonymous_bytes(), Peak()
     try:
-        loop = build_loop(config, recommender, [Checkpoint(folder), Meter()])
-        loop.run()
+        federation = build_federation(config, recommender)
+        population = federation.population
+        cohort = federation.participation.rows(population, 0)
+        checkpoint = Checkpoint(folder, federation.persisted, population, cohort_size=len(cohort))
+        federation.loop([checkpoint, Meter()]).run()
         disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     finally:
         shutil.rmtree(folder)
@@ -103,9 +107,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     slope = float(np.polyfit(range(len(late)), late, 1)[0]) if len(late) > 2 else float("nan")
     return {
         "clients": recommender.data.num_clients,
-        "cohort": len(loop.cohort(0)),
+        "cohort": len(cohort),
         "rounds": options.rounds,
-        "adapter_bytes": loop.state.bank.adapter_bytes,
+        "adapter_bytes": population.bank.adapter_bytes,
         "seconds_per_round": float(np.median(seen["round"])),
         "evaluation_seconds": seen["evaluation"],
         "before_bytes": before,

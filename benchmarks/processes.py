@@ -76,7 +76,7 @@ def measure(processes: int, clients: int, rounds: int, overrides: Sequence[str],
         points = sorted(client.get_metric_history(run.info.run_id, metric), key=lambda point: point.step)
         return [point.value for point in points][1:]
 
-    busy, peaks = history("cost/rank/busy_rate"), history("cost/rank/peak_bytes")
+    busy, peaks = history("cost/process/busy_rate"), history("cost/process/peak_bytes")
     (learned,) = (rule for rule in json.loads(done.stdout)["rules"].values() if rule["kind"] == "learned")
     return Cell(
         processes=processes,

@@ -23,30 +23,34 @@ import pandas as pd
 
 from fellrec.config.compose import compose
 from fellrec.experiment import build_data, build_loop, build_recommender
-from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.loop import FederatedLoop
+from fellrec.federated.records import RoundRecord
 from fellrec.report.costs import Rounds
 from fellrec.report.tables import markdown
-from fellrec.types import RoundRecord
 
-IN_FLIGHT = (1, 2, 4)
 PACKINGS = ("float32", "bfloat16", "int8")
 NO_EVALUATION = ["trainer.num_rounds=1000", "trainer.evaluate_every=1000"]
 
 
-class Records(FederatedCallback):
-    """Stores the record and the CPU time of every round."""
+class Measured:
+    """A loop with the record and the CPU time of every round.
 
-    def __init__(self) -> None:
+    Args:
+        overrides: Of the configuration.
+    """
+
+    def __init__(self, overrides: Sequence[str]) -> None:
+        config = compose(overrides)
+        self.loop: FederatedLoop = build_loop(config, build_recommender(config, build_data(config)))
         self.records: list[RoundRecord] = []
         self.rounds = Rounds()
 
-    def on_round_start(self, loop: FederatedLoop, round_index: int) -> None:
-        self._started = time.process_time()
-
-    def on_round_end(self, loop: FederatedLoop, record: RoundRecord) -> None:
+    def run_round(self) -> None:
+        """Run the next round."""
+        started = time.process_time()
+        record = self.loop.run_round(self.loop.progress.round_index)
+        self.rounds = self.rounds.plus(record, time.process_time() - started)
         self.records.append(record)
-        self.rounds = self.rounds.plus(record, time.process_time() - self._started)
 
     def seconds(self) -> float:
         """Median of all rounds except the first."""
@@ -61,70 +65,58 @@ class Records(FederatedCallback):
         return self.rounds.busy_rate("server") or 0.0
 
 
-def new_loop(overrides: Sequence[str]) -> tuple[FederatedLoop, Records]:
-    config, records = compose(overrides), Records()
-    loop = build_loop(config, build_recommender(config, build_data(config)), [records])
-    loop.execution.start(loop)
-    return loop, records
-
-
-def interleave(loops: Sequence[FederatedLoop], num_rounds: int) -> None:
+def interleave(runs: Sequence[Measured], num_rounds: int) -> None:
     """Run one round of each loop in turn, every second time in reverse order."""
     for number in range(num_rounds):
-        for loop in loops if number % 2 == 0 else reversed(loops):
-            loop.run_round(loop.state.round_index)
+        for run in runs if number % 2 == 0 else reversed(runs):
+            run.run_round()
 
 
 def in_process(overrides: Sequence[str], options: argparse.Namespace) -> pd.DataFrame:
     """Compare an executed round with an unsplit one, both in this process."""
     base = [*overrides, *NO_EVALUATION]
-    cuts = [["split.transport=inprocess", f"split.in_flight={number}"] for number in IN_FLIGHT]
-    (whole, unsplit), *split = (new_loop([*base, *cut]) for cut in ([], *cuts))
-    interleave([whole, *(loop for loop, _ in split)], options.rounds * options.repeats + 1)
-    rows = []
-    for in_flight, (_, records) in zip(IN_FLIGHT, split, strict=True):
-        row = _row("1", in_flight, records.seconds(), unsplit.seconds(), records.busy_rate())
-        rows.append({**row, "CPU ratio": f"{records.cpu_seconds() / unsplit.cpu_seconds():.2f}"})
-    return pd.DataFrame(rows)
+    unsplit, split = Measured(base), Measured([*base, "split.transport=inprocess"])
+    interleave([unsplit, split], options.rounds * options.repeats + 1)
+    row = _row("1", split.seconds(), unsplit.seconds(), split.busy_rate())
+    return pd.DataFrame([{**row, "CPU ratio": f"{split.cpu_seconds() / unsplit.cpu_seconds():.2f}"}])
 
 
 def distributed(overrides: Sequence[str], options: argparse.Namespace) -> pd.DataFrame:
     """Compare runs started by torchrun with unsplit rounds of this process, which run between the launches."""
     base = [*overrides, f"trainer.num_rounds={options.rounds + 1}", "trainer.evaluate_every=1000"]
-    whole, unsplit = new_loop([*overrides, *NO_EVALUATION])
-    interleave([whole], 1)
-    found: dict[tuple[int, int], list[tuple[float, float]]] = {}
-    for _, processes, in_flight in itertools.product(range(options.repeats), (2, 3), IN_FLIGHT):
-        interleave([whole], options.rounds)
-        found.setdefault((processes, in_flight), []).append(_launch(base, processes, in_flight))
-    interleave([whole], options.rounds)
+    unsplit = Measured([*overrides, *NO_EVALUATION])
+    interleave([unsplit], 1)
+    found: dict[int, list[tuple[float, float]]] = {}
+    for _, processes in itertools.product(range(options.repeats), (2, 3)):
+        interleave([unsplit], options.rounds)
+        found.setdefault(processes, []).append(_launch(base, processes))
+    interleave([unsplit], options.rounds)
     return pd.DataFrame(
         [
-            _row(str(processes), in_flight, median(s for s, _ in runs), unsplit.seconds(), median(b for _, b in runs))
-            for (processes, in_flight), runs in found.items()
+            _row(str(processes), median(s for s, _ in runs), unsplit.seconds(), median(b for _, b in runs))
+            for processes, runs in found.items()
         ]
     )
 
 
-def _launch(overrides: Sequence[str], processes: int, in_flight: int) -> tuple[float, float]:
+def _launch(overrides: Sequence[str], processes: int) -> tuple[float, float]:
     """Median seconds of all rounds except the first, and the server's busy rate."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command += ["-m", "fellrec", "train", *overrides, "split.transport=distributed", f"split.in_flight={in_flight}"]
+        command += ["-m", "fellrec", "train", *overrides, "split.transport=distributed"]
         command += [f"run_dir={folder}/run", f"tracking.uri=sqlite:///{folder}/mlflow.db"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(done.stderr)
         measured = json.loads(Path(folder, "run", "results.json").read_text())["cost"]["measured"]
     seconds, busy = median(measured["round_seconds"][1:]), measured["server_busy_rate"]
-    sys.stderr.write(f"{processes} processes, {in_flight} in flight: {seconds:.2f} s/round, server busy {busy:.2f}\n")
+    sys.stderr.write(f"{processes} processes: {seconds:.2f} s/round, server busy {busy:.2f}\n")
     return seconds, busy
 
 
-def _row(processes: str, in_flight: int, seconds: float, unsplit: float, busy: float) -> dict[str, str]:
+def _row(processes: str, seconds: float, unsplit: float, busy: float) -> dict[str, str]:
     return {
         "processes": processes,
-        "in flight": str(in_flight),
         "s/round": f"{seconds:.2f}",
         "unsplit": f"{unsplit:.2f}",
         "ratio": f"{seconds / unsplit:.2f}",
@@ -135,29 +127,31 @@ def _row(processes: str, in_flight: int, seconds: float, unsplit: float, busy: f
 def packing(overrides: Sequence[str], options: argparse.Namespace) -> pd.DataFrame:
     """The same run with each data type of hidden states and gradients; accuracy on the test split."""
     base = [*overrides, "split.transport=inprocess", f"trainer.num_rounds={options.rounds}"]
-    loops = [
-        (name, *new_loop([*base, f"split.hidden_dtype={name}", f"split.gradient_dtype={name}"])) for name in PACKINGS
-    ]
-    for _, loop, _ in loops:
-        loop.validate(-1)
-    interleave([loop for _, loop, _ in loops], options.rounds)
-    rows, plain = [], loops[0][2]
-    for name, loop, records in loops:
-        ledger, summary = loop.execution.ledger, loop.test().summary
+    runs = {name: Measured([*base, f"split.hidden_dtype={name}", f"split.gradient_dtype={name}"]) for name in PACKINGS}
+    for run in runs.values():
+        run.loop.validate(-1)
+    interleave(list(runs.values()), options.rounds)
+    rows, plain_loss = [], _last_loss(runs[PACKINGS[0]])
+    for name, run in runs.items():
+        ledger, summary = run.loop.exchange.ledger, run.loop.test().summary
         crossing = sum(ledger.total(kind=kind, phase="train") for kind in ("hidden_state", "gradient"))
-        losses = [record.updates for record in (records.records[-1], plain.records[-1])]
-        loss, plain_loss = (sum(update.loss for update in updates) / len(updates) for updates in losses)
         rows.append(
             {
                 "data type": name,
                 "MB a round": f"{crossing / options.rounds / 1e6:.1f}",
-                "s/round": f"{records.seconds():.2f}",
-                "last loss": f"{loss:.5f}",
-                "difference": f"{loss - plain_loss:+.5f}",
+                "s/round": f"{run.seconds():.2f}",
+                "last loss": f"{_last_loss(run):.5f}",
+                "difference": f"{_last_loss(run) - plain_loss:+.5f}",
                 "NDCG@10": f"{summary['ndcg_at_10/mean']:.4f}",
             }
         )
     return pd.DataFrame(rows)
+
+
+def _last_loss(run: Measured) -> float:
+    """Mean training loss over the clients of the last round."""
+    trained = run.records[-1].trained
+    return sum(client.loss for client in trained) / len(trained)
 
 
 PARTS: dict[str, Callable[[Sequence[str], argparse.Namespace], pd.DataFrame]] = {

@@ -1,4 +1,4 @@
-"""A small model cut in two: the client's share and a server that has the rest, in one process."""
+"""A small model cut in two: the client's part and a server that has the rest, in one process."""
 
 from __future__ import annotations
 
@@ -8,26 +8,35 @@ from typing import Any
 
 from small_models import LAYERS
 
-from fellrec.aggregation import FedAvg
 from fellrec.cut.link import InProcess, ServerLink
+from fellrec.cut.messages import OpenSlot, Serve
 from fellrec.cut.server import BodyServer, ServerSettings
+from fellrec.federated.base_change import BaseWeights
 from fellrec.federated.ledger import Ledger
-from fellrec.federated.state import RunState, Selection
 from fellrec.models.module import OptimizerSettings
 from fellrec.models.remote import Cut, server_shell
 from fellrec.models.split import SplitModel
-from fellrec.state.bank import AdapterBank
+
+NUM_CLIENTS = 2
 
 
 def cut_in_two(model: Any, head: int, tail: int) -> tuple[SplitModel, ServerLink, BodyServer]:
-    """A copy of the model as the client's share, and the server that has the rest; every parameter is trainable."""
+    """A copy of the model as the client's part, and the server that has the rest; every parameter is trainable.
+
+    The server has the adapters of all clients for evaluation, and none of them is being trained; see ``open_slot``.
+    """
     model = copy.deepcopy(model)
-    cut = Cut(head, tail, LAYERS)
-    body = SplitModel(server_shell(model, cut), head, tail)
+    body = SplitModel(server_shell(model, Cut(head, tail, LAYERS)), head, tail)
     trainable = dict(sorted(body.model.named_parameters()))
-    initial = {name: parameter.detach().clone() for name, parameter in trainable.items()}
-    bank = AdapterBank.replicate(initial, 2)
-    state = RunState(bank, Selection("m", bank, bank), AdapterBank.replicate(initial, 2), local_steps=[0, 0])
-    server = BodyServer(body, trainable, state, FedAvg(), ServerSettings(0, OptimizerSettings()), nullcontext)
-    link = ServerLink(InProcess(server), Ledger())
+    settings = ServerSettings(0, OptimizerSettings(), num_rows=NUM_CLIENTS)
+    server = BodyServer(body, trainable, settings, nullcontext, BaseWeights(body.model))
+    link = ServerLink()
+    link.connect(InProcess(server), Ledger())
+    for client in range(NUM_CLIENTS):
+        link.send(Serve(client, 0, "val", dict(server.trainable)))
     return SplitModel(model, head, tail, link).eval(), link, server
+
+
+def open_slot(link: ServerLink, server: BodyServer, client: int, round_index: int = 0) -> None:
+    """Let a client begin its local training with the model's own weights."""
+    link.send(OpenSlot(client, round_index, "train", dict(server.trainable)))

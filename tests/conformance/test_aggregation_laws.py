@@ -13,7 +13,7 @@ from fellrec.aggregation import UpdateMixing
 from fellrec.config.compose import compose
 from fellrec.config.instantiate import instantiate
 from fellrec.config.paths import group_choices
-from fellrec.types import Updates
+from fellrec.federated.records import Updates
 
 VARIANTS = [
     {"_target_": "fellrec.aggregation.FELLRec", "similarity": "parameters"},
@@ -104,12 +104,14 @@ def test_equal_inputs_are_a_fixed_point(cfg, problem):
 @quick
 @given(rounds())
 def test_inputs_are_not_changed_and_not_aliased(cfg, problem):
+    """A rule that sees nothing returns no adapters: clients keep what they trained."""
     updates, round_index = problem
     tensors = [*updates.start.values(), *updates.end.values(), updates.losses, updates.num_samples]
     before = [tensor.clone() for tensor in tensors]
-    result = instantiate(cfg, "aggregation").aggregate(updates, round_index)
+    rule = instantiate(cfg, "aggregation")
+    result = rule.aggregate(updates, round_index)
     for parameter in result.adapters.values():
         parameter.fill_(np.pi)
     for tensor, copy in zip(tensors, before, strict=True):
         torch.testing.assert_close(tensor, copy, rtol=0, atol=0)
-    assert list(result.adapters) == list(updates.end)
+    assert list(result.adapters) == ([] if rule.sees == "nothing" else list(updates.end))

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from cut_models import cut_in_two
+from cut_models import cut_in_two, open_slot
 from peft import PeftModel
 from small_models import ENCODERS, LAYERS
 from torch import Tensor
 from transformers import AutoModel, AutoModelForMaskedLM
 
-from fellrec.cut.messages import Gradient, HiddenState
 from fellrec.errors import BackboneError
 from fellrec.functional.packing import PACKINGS, pack, unpack
 from fellrec.models.adapters import FullAdapter, LoraAdapter
@@ -172,18 +171,14 @@ def test_the_executed_cut_is_exact(name: str, lengths: str) -> None:
     whole, (ids, inside) = whole_model(name), texts(lengths)
     expected = gradients(whole, own_forward(whole, ids, inside), inside)
     client, link, server = cut_in_two(whole, 2, 1)
-    with torch.no_grad(), link.on_behalf_of(0, 0, "val", "current"):
+    with torch.no_grad(), link.on_behalf_of(0, 0, "val"):
         assert torch.equal(client(ids)[inside], own_forward(whole, ids, inside)[inside])
     assert link.ledger.total(direction="up") == link.ledger.total(direction="down") == 3 * 9 * 32 * 4
-    head = client.head(ids)
-    link.send(HiddenState(1, 0, "train", 1, (pack(head, "float32"),)))
-    body = link.receive().hidden[0].codes.detach().requires_grad_()  # type: ignore[attr-defined]
-    found = gradients(client.model, client.tail(body), inside)
-    assert body.grad is not None
-    link.send(Gradient(1, 0, "train", 1, (pack(body.grad, "float32"),)))
-    torch.autograd.backward(head, link.receive().gradient[0].codes)  # type: ignore[attr-defined]
-    found = {key: p.grad for key, p in client.model.named_parameters() if p.grad is not None}
-    found |= {key: p.grad for key, p in server._jobs[1].slot.parameters.items() if p.grad is not None}
+    open_slot(link, server, 1)
+    with link.on_behalf_of(1, 0, "train"):
+        (hidden_BLD,) = client.train().encode([ids])
+        found = gradients(client.model, hidden_BLD, inside)
+    found |= {key: p.grad for key, p in server.jobs[1].slot.parameters.items() if p.grad is not None}
     assert found.keys() == expected.keys()
     assert not [key for key in expected if not torch.equal(found[key], expected[key])]
 

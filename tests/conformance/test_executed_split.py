@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from cut_models import cut_in_two
+from cut_models import cut_in_two, open_slot
 from small_models import CONFIGS, masks
 from transformers import AutoModelForCausalLM
 
-from fellrec.aggregation import Local
-from fellrec.cut.messages import Gradient, HiddenState, Step, Upload
+from fellrec.cut.messages import ChangeBase, CloseSlot, Gradient, HiddenState, SlotClosed, Step
+from fellrec.distributed.message import Stop
 from fellrec.errors import BackboneError, SplitError
 from fellrec.functional.packing import Packed, pack
 from fellrec.models.partial import load_partial
@@ -24,9 +24,11 @@ from fellrec.models.split import SplitModel
 CUTS = [(2, 1), (0, 2), (1, 0), (0, 0)]
 
 
-def whole_model(name: str) -> Any:
+def whole_model(name: str, without_dropout: bool = False) -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    values = CONFIGS[name].to_dict()
+    off = dict.fromkeys([key for key in values if "drop" in key], 0.0) if without_dropout else {}
+    return AutoModelForCausalLM.from_config(CONFIGS[name].__class__(**{**values, **off})).eval()
 
 
 @pytest.mark.parametrize("mask", ["none", "left", "right"])
@@ -36,7 +38,7 @@ def test_forward_is_exact(name: str, mask: str) -> None:
     expected = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
     for head, tail in CUTS:
         client, link, _ = cut_in_two(model, head, tail)
-        with torch.no_grad(), link.on_behalf_of(0, 0, "val", "current"):
+        with torch.no_grad(), link.on_behalf_of(0, 0, "val"):
             logits = client.lm_head(client(ids, attention_mask))
         assert torch.equal(logits, expected), (head, tail)
         assert link.ledger.total(direction="down") == 3 * 9 * 32 * 4
@@ -44,23 +46,23 @@ def test_forward_is_exact(name: str, mask: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_gradient_is_exact(name: str) -> None:
-    """The client computes those of head and tail, the server those of the body from ∂L/∂h."""
-    model, ids = whole_model(name), torch.randint(3, 97, (3, 9))
+    """The client computes those of head and tail, the server those of the body from ∂L/∂h, and their norms."""
+    model, ids = whole_model(name, without_dropout=True).train(), torch.randint(3, 97, (3, 9))
     model(input_ids=ids, use_cache=False).logits.square().sum().backward()
     expected = {key: parameter.grad for key, parameter in model.named_parameters()}
     client, link, server = cut_in_two(model, 2, 1)
-    head = client.head(ids)
-    link.send(HiddenState(1, 0, "train", 1, (pack(head, "float32"),)))
-    body = link.receive().hidden[0].codes.detach().requires_grad_()  # type: ignore[attr-defined]
-    client.lm_head(client.tail(body)).square().sum().backward()
-    assert body.grad is not None
-    link.send(Gradient(1, 0, "train", 1, (pack(body.grad, "float32"),)))
-    torch.autograd.backward(head, link.receive().gradient[0].codes)  # type: ignore[attr-defined]
+    client.model.zero_grad()
+    open_slot(link, server, 1)
+    link.wants_norms = True
+    with link.on_behalf_of(1, 0, "train"):
+        (hidden_BLD,) = client.train().encode([ids])
+        client.lm_head(hidden_BLD).square().sum().backward()
     found = {key: parameter.grad for key, parameter in client.model.named_parameters()}
-    found |= {key: tensor.grad for key, tensor in server._jobs[1].slot.parameters.items()}
-    assert found.keys() == expected.keys()
+    body = {key: tensor.grad for key, tensor in server.jobs[1].slot.parameters.items()}
+    assert (found | body).keys() == expected.keys()
     for key, gradient in expected.items():
-        assert torch.equal(found[key], gradient), key  # type: ignore[arg-type]
+        assert torch.equal((found | body)[key], gradient), key
+    assert link.norms == {key: float(gradient.norm()) for key, gradient in body.items()}
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -72,13 +74,13 @@ def test_generation_with_a_cache_on_both_sides_is_exact(name: str, beams: int) -
     expected = model.generate(input_ids=ids, **how)
     for head, tail in CUTS:
         client, link, server = cut_in_two(model, head, tail)
-        with link.on_behalf_of(1, 0, "test", "current"):
+        with link.on_behalf_of(1, 0, "test"):
             cache = client.new_cache()
             written = client.model.generate(input_ids=ids, past_key_values=cache, **how)
-            assert server._caches
+            assert server.caches
             client.drop_cache(cache)
         assert torch.equal(written, expected), (head, tail)
-        assert not server._caches, "the server frees its caches"
+        assert not server.caches, "the server frees its caches"
         rows, new = 3 * beams, expected.shape[1] - 6
         masks_bytes = sum(rows * (6 + step) for step in range(new))
         hidden_bytes = rows * 32 * 4 * (6 + new - 1)
@@ -92,7 +94,7 @@ def test_a_copied_cache_grows_on_its_own(name: str) -> None:
     client, link, _ = cut_in_two(model, 1, 1)
     more = torch.randint(3, 97, (4, 3))
     whole = model(torch.cat([ids.repeat_interleave(2, dim=0), more], dim=1), use_cache=False).logits[:, 5:]
-    with torch.no_grad(), link.on_behalf_of(0, 0, "val", "current"):
+    with torch.no_grad(), link.on_behalf_of(0, 0, "val"):
         cache = client.new_cache()
         client.model(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
         for _ in range(2):
@@ -159,12 +161,16 @@ def packed(*shape: int) -> tuple[Packed]:
     ("message", "problem"),
     [
         (
-            HiddenState(0, 4, "train", 1, packed(2, 3, 31)),
+            HiddenState(0, 4, "val", 1, packed(2, 3, 31)),
             "client 0 in round 4: its hidden size is 31, the body's is 32",
         ),
+        (HiddenState(1, 4, "train", 1, packed(2, 3, 32), training=True), "round 4: the client is not being trained"),
         (HiddenState(9, 4, "train", 1, packed(2, 3, 32)), "client 9 in round 4: there are 2 clients"),
         (Gradient(0, 4, "train", 7, packed(2, 3, 32)), "client 0 in round 4: there is no forward pass 7"),
         (Step(1, 4, "train", 1.0, 1e-3), "client 1 in round 4: the client is not being trained"),
+        (CloseSlot(1, 4, "train"), "client 1 in round 4: the client is not being trained"),
+        (ChangeBase(1, {}), "change 1 of the base comes before change 0"),
+        (Stop(), "unexpected message Stop"),
     ],
 )
 def test_messages_that_do_not_fit_are_refused(message: Any, problem: str) -> None:
@@ -174,15 +180,16 @@ def test_messages_that_do_not_fit_are_refused(message: Any, problem: str) -> Non
 
 
 def test_a_gradient_of_another_shape_is_refused() -> None:
-    _, link, _ = cut_in_two(whole_model("llama"), 2, 1)
-    link.send(HiddenState(0, 4, "train", 1, packed(2, 3, 32)))
+    _, link, server = cut_in_two(whole_model("llama"), 2, 1)
+    open_slot(link, server, 0, 4)
+    link.send(HiddenState(0, 4, "train", 1, packed(2, 3, 32), training=True, keeps_graph=True))
     with pytest.raises(SplitError, match=r"its shapes \[\[2, 4, 32\]\] are not those of the forward pass"):
         link.send(Gradient(0, 4, "train", 1, packed(2, 4, 32)))
 
 
 def test_rows_of_a_cache_are_positions_in_its_batch_and_nothing_else() -> None:
     client, link, _ = cut_in_two(whole_model("llama"), 2, 1)
-    with torch.no_grad(), link.on_behalf_of(0, 0, "test", "current"):
+    with torch.no_grad(), link.on_behalf_of(0, 0, "test"):
         cache = client.new_cache()
         client.model(torch.randint(3, 97, (3, 5)), past_key_values=cache, use_cache=True)
         link.select_rows(cache.number, cache.number, torch.tensor([2, 0]))
@@ -191,8 +198,29 @@ def test_rows_of_a_cache_are_positions_in_its_batch_and_nothing_else() -> None:
                 link.select_rows(cache.number, cache.number, torch.tensor(ids))
 
 
-def test_an_adapter_that_no_rule_mixes_is_refused() -> None:
+def test_the_server_returns_what_a_client_trained_and_keeps_nothing() -> None:
+    """A step of size 0 with the gradient of a constant: AdamW changes no weight, and its moments are zero."""
     _, link, server = cut_in_two(whole_model("llama"), 2, 1)
-    server.rule = Local()
-    with pytest.raises(SplitError, match="Upload of client 0 in round 0: aggregation local does not mix"):
-        link.send(Upload(0, 0, "train", {"model.norm.weight": torch.ones(32)}))
+    open_slot(link, server, 1, 4)
+    sent = {name: tensor.detach().clone() for name, tensor in server.trainable.items()}
+    link.send(HiddenState(1, 4, "train", 1, packed(2, 3, 32), training=True, keeps_graph=True))
+    link.send(Gradient(1, 4, "train", 1, packed(2, 3, 32)))
+    link.send(Step(1, 4, "train", 1.0, 0.0))
+    for _ in range(2):
+        link.transport.receive()
+    closed = link.request(CloseSlot(1, 4, "train"))
+    assert isinstance(closed, SlotClosed)
+    assert closed.adapter.keys() == sent.keys()
+    assert all(torch.equal(closed.adapter[name], tensor) for name, tensor in sent.items())
+    assert {key.partition("|")[0] for key in closed.optimizer} == set(sent)
+    assert all(not closed.optimizer[f"{name}|exp_avg"].any() for name in sent)
+    assert not server.jobs
+
+
+def test_a_client_that_failed_leaves_nothing_on_the_server() -> None:
+    _, link, server = cut_in_two(whole_model("llama"), 2, 1)
+    open_slot(link, server, 1)
+    link.send(CloseSlot(1, 0, "train", keep=False))
+    assert not server.jobs
+    with pytest.raises(SplitError, match="the client is not being trained"):
+        link.send(Step(1, 0, "train", 1.0, 1e-3))

@@ -11,10 +11,10 @@ from many_clients import Peak
 
 from fellrec.aggregation import FELLRec
 from fellrec.distributed.memory import anonymous_bytes
+from fellrec.federated.records import Updates
 from fellrec.functional import stacks
 from fellrec.state.bank import AdapterBank
 from fellrec.state.tensor_store import open_store
-from fellrec.types import Updates
 
 
 def main(folder: Path, num_clients: int, block_bytes: int) -> None:

@@ -16,24 +16,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from run_tensors import adapters, optimizer_states, selected
 
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.config.compose import compose
-from fellrec.experiment import Recommender, build_data, build_loop, build_recommender
-from fellrec.experiment.run_dir import write_evaluation, write_json
-from fellrec.federated.callback import FederatedCallback
-from fellrec.federated.loop import FederatedLoop
+from fellrec.experiment import Recommender, build_data, build_recommender
+from fellrec.experiment.federation import build_federation
+from fellrec.experiment.run_dir import write_evaluation
+from fellrec.federated.callback import Events, FederatedCallback
+from fellrec.federated.records import Job
 from fellrec.report.export import write_users
+from fellrec.state.files import write_json
 from fellrec.types import Evaluation
 
 
 class History(FederatedCallback):
-    """Every validation's figures; kept in the state's extras, as a logger's run id is."""
+    """Every validation's figures; a part of the checkpoint."""
 
-    def on_evaluate_end(self, loop: FederatedLoop, evaluation: Evaluation) -> None:
+    def __init__(self) -> None:
+        self.figures: dict[str, dict[str, float]] = {}
+
+    def on_evaluate_end(self, evaluation: Evaluation) -> None:
         if evaluation.stage == "val":
-            history = loop.state.extras.setdefault("history", {})
-            history[str(evaluation.round_index)] = dict(evaluation.summary)
+            self.figures[str(evaluation.round_index)] = dict(evaluation.summary)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"figures": self.figures}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.figures = state["figures"]
+
+
+class Started(FederatedCallback):
+    """The clients that were trained by this process."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def on_client_start(self, job: Job) -> None:
+        self.rows.append(job.row)
 
 
 def kill_at(counted: Callable[[str], str | None], number: int) -> Callable[[str], None]:
@@ -56,45 +77,48 @@ def arm(at: str, number: int) -> None:
         before, fsync = kill_at(lambda name: name, number), os.fsync
         os.fsync = lambda handle: (before("write"), fsync(handle))[1]  # type: ignore[assignment]
         return
-    before, call = kill_at(lambda name: name if name == at else None, number), FederatedLoop.call
+    before, call = kill_at(lambda name: name if name == at else None, number), Events.call
 
-    def counting(self: FederatedLoop, hook: str, *arguments: object) -> None:
+    def counting(self: Events, hook: str, *records: object) -> None:
         # A hook that ends something counts when its callbacks were called, but for the last one: the checkpoint.
         last = self.callbacks.pop() if hook == at == "on_round_end" else None
-        call(self, hook, *arguments)
+        call(self, hook, *records)
         before(hook)
         if last is not None:
             self.callbacks.append(last)
-            getattr(last, hook)(self, *arguments)
+            getattr(last, hook)(*records)
 
-    FederatedLoop.call = counting  # type: ignore[method-assign]
+    Events.call = counting  # type: ignore[method-assign]
 
 
 def run(recommender: Recommender, overrides: list[str], order: dict[str, Any]) -> None:
-    """Run, or go on with, what ``order`` says, and write what it came to."""
+    """Run or resume what ``order`` names, and write its results."""
     run_dir = Path(order["run_dir"])
     run_dir.mkdir(exist_ok=True)
-    checkpoint = Checkpoint(run_dir, order.get("every", 1))
-    loop = build_loop(compose([*overrides, *order.get("overrides", [])]), recommender, [History()])
+    federation = build_federation(compose([*overrides, *order.get("overrides", [])]), recommender)
+    history, started = History(), Started()
+    parts = {**federation.persisted, "history": history}
+    checkpoint = Checkpoint(run_dir, parts, federation.population, order.get("every", 1))
     if order.get("resume"):
-        checkpoint.resume(loop)
-    loop.callbacks.append(checkpoint)
+        checkpoint.resume()
+    loop = federation.loop([history, started, checkpoint])
     if order.get("at"):
         arm(order["at"], order["number"])
-    trained: list[int] = []
-    train = loop.trainer.train
-    loop.trainer.train = lambda client, *rest: (trained.append(client), train(client, *rest))[1]  # type: ignore
-    evaluation = loop.run()
+    evaluation = loop.run().evaluation
     write_evaluation(run_dir, evaluation, {})
     write_users(run_dir, evaluation, recommender.data, recommender.cold)
-    banks = {name: loop.state.bank_named(name).tensors for name in ("current", "best", "best_per_client")}
-    moments = {client: loop.state.optimizer_of(client) for client in sorted(loop.state.optimizers)}
-    rest = {name: getattr(loop.state, name) for name in ("round_index", "local_steps", "rounds_without_gain", "extras")}
-    torch.save({"banks": banks, "moments": moments}, run_dir / "tensors.pt")
-    selection = {name: value for name, value in vars(loop.state.selection).items() if "bank" not in name}
-    ledger = loop.execution.ledger.rows()
-    write_json(run_dir / "state.json", {**rest, "selection": selection, "ledger": ledger})
-    write_json(run_dir / "trained.json", trained)
+    tensors = {"adapters": adapters(loop), "selected": selected(loop), "optimizers": optimizer_states(loop)}
+    torch.save(tensors, run_dir / "tensors.pt")
+    selection = {name: value for name, value in loop.selection.state_dict().items() if "served" not in name}
+    state = {
+        "progress": loop.progress.state_dict(),
+        "local_steps": loop.population.local_steps,
+        "selection": selection,
+        "history": history.figures,
+        "ledger": loop.exchange.ledger.rows(),
+    }
+    write_json(run_dir / "state.json", state)
+    write_json(run_dir / "trained.json", started.rows)
 
 
 def main() -> None:

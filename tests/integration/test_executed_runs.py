@@ -8,19 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_tensors import adapters, assert_same, optimizer_states, selected
 from torch import Tensor
 
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.config.compose import compose
-from fellrec.cut.link import InProcess
-from fellrec.cut.messages import Download, HiddenState, Message, SelectRows, Upload
+from fellrec.cut.client_model import CutClientModel
+from fellrec.cut.link import InProcess, ServerLink
+from fellrec.cut.messages import HiddenState, OpenSlot, SelectRows, Serve
 from fellrec.cut.server import BodyServer
+from fellrec.distributed.message import Message
 from fellrec.errors import TrainingError
-from fellrec.experiment import build_data, build_loop, build_recommender
+from fellrec.experiment import build_data, build_recommender
+from fellrec.experiment.federation import Federation, build_federation
 from fellrec.federated.callback import FederatedCallback
-from fellrec.federated.executor import SplitExecution
 from fellrec.federated.loop import FederatedLoop
+from fellrec.federated.records import Job, Trained
 from fellrec.functional.packing import Packed
+from fellrec.models.module import FellrecModule
 from fellrec.types import Evaluation
 
 Run = Callable[..., FederatedLoop]
@@ -38,41 +43,31 @@ def run(tiny_overrides: list[str]) -> Run:
     return build
 
 
+def new_federation(tiny_overrides: list[str], *overrides: str) -> Federation:
+    config = compose([*tiny_overrides, "backbone.num_layers=4", "trainer.num_rounds=3", *overrides])
+    return build_federation(config, build_recommender(config, build_data(config)))
+
+
 def new_loop(
     tiny_overrides: list[str], *overrides: str, callbacks: tuple[FederatedCallback, ...] = ()
 ) -> FederatedLoop:
-    config = compose([*tiny_overrides, "backbone.num_layers=4", "trainer.num_rounds=3", *overrides])
-    return build_loop(config, build_recommender(config, build_data(config)), callbacks)
+    return new_federation(tiny_overrides, *overrides).loop(callbacks)
+
+
+def module_of(loop: FederatedLoop) -> FellrecModule:
+    return loop.executor.evaluator.module  # type: ignore[attr-defined]
+
+
+def link_of(loop: FederatedLoop) -> ServerLink:
+    model = loop.executor.trainer.model  # type: ignore[attr-defined]
+    assert isinstance(model, CutClientModel)
+    return model.link
 
 
 def server_of(loop: FederatedLoop) -> BodyServer:
-    assert isinstance(loop.execution, SplitExecution)
-    assert isinstance(loop.execution.link.transport, InProcess)
-    return loop.execution.link.transport.server
-
-
-def adapters(loop: FederatedLoop, bank: str = "current") -> dict[str, Tensor]:
-    """Of the whole model, wherever its parts are."""
-    own = dict(loop.state.bank_named(bank).tensors)
-    return own | (server_of(loop).state.bank_named(bank).tensors if isinstance(loop.execution, SplitExecution) else {})
-
-
-def moments(loop: FederatedLoop) -> dict[str, Tensor]:
-    """AdamW's first moments by client and name."""
-    states = [loop.state]
-    if isinstance(loop.execution, SplitExecution):
-        states.append(server_of(loop).state)
-    return {
-        f"{client} {name}": values["exp_avg"]
-        for state in states
-        for client in state.optimizers
-        for name, values in state.optimizer_of(client).items()
-    }
-
-
-def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    assert not [name for name in left if not torch.equal(left[name], right[name])]
+    transport = link_of(loop).transport
+    assert isinstance(transport, InProcess)
+    return transport.server
 
 
 class Values(FederatedCallback):
@@ -82,10 +77,10 @@ class Values(FederatedCallback):
         self.losses: list[tuple[int, float, int]] = []
         self.figures: list[dict[str, float]] = []
 
-    def on_client_end(self, loop, update) -> None:  # type: ignore[no-untyped-def]
-        self.losses.append((update.client, update.loss, update.num_steps))
+    def on_client_end(self, trained: Trained) -> None:
+        self.losses.append((trained.row, trained.loss, trained.num_steps))
 
-    def on_evaluate_end(self, loop, evaluation: Evaluation) -> None:  # type: ignore[no-untyped-def]
+    def on_evaluate_end(self, evaluation: Evaluation) -> None:
         self.figures.append(dict(evaluation.summary))
 
 
@@ -102,7 +97,7 @@ class Values(FederatedCallback):
         "split.head_layers=0 split.tail_layers=2 participation.rate=0.5 trainer.reset_optimizer=true",
         "adapter=lora adapter.layers=body+tail",
         "adapter.layers=tail",
-        "adapter.layers=head adapter=lora split.in_flight=3",
+        "adapter.layers=head adapter=lora",
         "objective=generative adapter=lora trainer.num_rounds=1",
         "objective=generative adapter=lora ranker=grounding ranker.num_beams=2 ranker.max_new_tokens=5 "
         "trainer.num_rounds=1 trainer.learning_rate=0.05",
@@ -110,18 +105,20 @@ class Values(FederatedCallback):
     ],
 )
 def test_a_run_through_the_cut_has_the_same_bits(run: Run, overrides: str) -> None:
-    """Losses, adapters, optimiser moments, selection, and every figure of every evaluation."""
+    """Losses, adapters, optimiser states, selection, and every figure of every evaluation."""
     seen = Values(), Values()
     whole = run(*overrides.split(), callbacks=(seen[0],))
     cut = run(*overrides.split(), "split.transport=inprocess", callbacks=(seen[1],))
-    assert sorted(seen[0].losses) == sorted(seen[1].losses)
+    assert seen[0].losses == seen[1].losses
     assert seen[0].figures == seen[1].figures
-    for bank in ("current", "best", "best_per_client"):
-        assert_same(adapters(whole, bank), adapters(cut, bank))
-    assert_same(moments(whole), moments(cut))
-    assert moments(whole)
-    assert whole.state.selection.client_rounds == cut.state.selection.client_rounds
-    assert any(not torch.equal(a, b) for a, b in zip(adapters(cut).values(), adapters(cut, "initial").values()))
+    assert_same(adapters(whole), adapters(cut))
+    assert_same(selected(whole), selected(cut))
+    assert_same(optimizer_states(whole), optimizer_states(cut))
+    assert optimizer_states(whole)
+    assert whole.selection.client_rounds == cut.selection.client_rounds
+    assert whole.population.local_steps == cut.population.local_steps
+    start = cut.population.initial.tensors()
+    assert any(not torch.equal(tensor[0], start[name]) for name, tensor in adapters(cut).items())
 
 
 def test_bf16_stays_within_its_resolution(run: Run) -> None:
@@ -134,13 +131,6 @@ def test_bf16_stays_within_its_resolution(run: Run) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=2**-7, atol=1e-5)
 
 
-def test_how_many_clients_are_under_way_changes_nothing(run: Run) -> None:
-    runs = [run("adapter=lora", "split.transport=inprocess", f"split.in_flight={number}") for number in (1, 2, 3)]
-    for other in runs[1:]:
-        assert_same(adapters(runs[0]), adapters(other))
-        assert runs[0].execution.ledger.rows() == other.execution.ledger.rows()
-
-
 @pytest.mark.parametrize("depth", [(0, 1), (2, 1), (1, 2)])
 def test_where_the_cuts_are_changes_nothing(run: Run, depth: tuple[int, int]) -> None:
     """Dropout belongs to layers, not to parts: any two cuts give the same run."""
@@ -149,17 +139,22 @@ def test_where_the_cuts_are_changes_nothing(run: Run, depth: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize(("packing", "atol"), [("bfloat16", 0.02), ("int8", 0.05)])
-def test_packed_hidden_states_cost_little_and_save_bytes(run: Run, packing: str, atol: float) -> None:
+def test_packed_hidden_states_cost_little_and_save_bytes(tiny_overrides: list[str], packing: str, atol: float) -> None:
     """Bytes by arithmetic: bfloat16 halves 4 bytes a number; int8 is 1 byte, and 4 bytes of scale a token of 16."""
-    plain = run("split.transport=inprocess")
-    packed = run("split.transport=inprocess", f"split.hidden_dtype={packing}", f"split.gradient_dtype={packing}")
+    how = "split.transport=inprocess", "trainer.num_rounds=2"
+    loops = [new_loop(tiny_overrides, *how, *more) for more in ([], packed_as(packing))]
+    figures = [loop.run().evaluation.summary["ndcg_at_10/pooled"] for loop in loops]
+    plain, packed = loops
     share = 0.5 if packing == "bfloat16" else (16 + 4) / 64
     for kind in ("hidden_state", "gradient"):
-        num_bytes = plain.execution.ledger.total(kind=kind, phase="train")
-        assert packed.execution.ledger.total(kind=kind, phase="train") == share * num_bytes
-    figures = [loop.test_evaluation.summary["ndcg_at_10/pooled"] for loop in (plain, packed)]  # type: ignore[union-attr]
+        num_bytes = plain.exchange.ledger.total(kind=kind, phase="train")
+        assert packed.exchange.ledger.total(kind=kind, phase="train") == share * num_bytes
     assert figures[0] == pytest.approx(figures[1], abs=atol)
     assert any(not torch.equal(adapters(plain)[name], tensor) for name, tensor in adapters(packed).items())
+
+
+def packed_as(packing: str) -> list[str]:
+    return [f"split.hidden_dtype={packing}", f"split.gradient_dtype={packing}"]
 
 
 class Recording(InProcess):
@@ -190,8 +185,8 @@ def tensors_of(value: object) -> list[Tensor]:
 def recorded(tiny_overrides: list[str]) -> Callable[..., tuple[FederatedLoop, list[Message]]]:
     def build(*overrides: str) -> tuple[FederatedLoop, list[Message]]:
         loop = new_loop(tiny_overrides, "split.transport=inprocess", "trainer.num_rounds=2", *overrides)
-        assert isinstance(loop.execution, SplitExecution)
-        recording = loop.execution.link.transport = Recording(server_of(loop))
+        recording = Recording(server_of(loop))
+        link_of(loop).connect(recording, loop.exchange.ledger)
         loop.run()
         return loop, recording.sent
 
@@ -203,7 +198,8 @@ def test_nothing_private_reaches_the_server(
     recorded: Callable[..., tuple[FederatedLoop, list[Message]]], objective: str
 ) -> None:
     loop, sent = recorded(f"objective={objective}", "adapter=lora", "trainer.num_rounds=1")
-    data, embedding = loop.datamodule.data, loop.module.model.model.get_input_embeddings()
+    data = loop.executor.evaluator.datamodule.data  # type: ignore[attr-defined]
+    embedding = module_of(loop).model.model.get_input_embeddings()
     integers = {
         type(message)
         for message in sent
@@ -234,21 +230,41 @@ def test_the_server_object_holds_the_body_only(run: Run) -> None:
     assert state
     assert {name.split(".")[2] for name in state} == {"1", "2"}
     assert all(name.startswith("model.layers.") for name in state)
-    clients = {name for name, _ in loop.module.model.model.named_parameters()}
+    clients = {name for name, _ in module_of(loop).model.model.named_parameters()}
     assert not clients & set(state)
     assert not hasattr(server, "datamodule")
+    assert not server.jobs, "nothing of a client stays when its training is over"
 
 
-def test_client_adapters_go_up_once_a_round_and_only_if_the_rule_mixes(
+def test_the_server_is_sent_the_body_of_adapters_only(
     recorded: Callable[..., tuple[FederatedLoop, list[Message]]],
 ) -> None:
+    """Once for a client's training, with its optimiser state, and once for its evaluation."""
     loop, sent = recorded("aggregation=fellrec")
-    uploads = [(m.round_index, m.client) for m in sent if isinstance(m, Upload)]
-    assert uploads == [(-1, 0)] + [(r, c) for r in range(2) for c in range(3)]
-    for message in (m for m in sent if isinstance(m, Upload)):
-        assert {loop.module.model.part_of(name) for name in message.adapter} == {"head", "tail"}
-    _, sent = recorded("aggregation=local")
-    assert not [m for m in sent if isinstance(m, (Upload, Download))]
+    begun = [message for message in sent if isinstance(message, OpenSlot)]
+    assert [(m.round_index, m.client) for m in begun] == [(r, c) for r in range(2) for c in range(3)]
+    part_of = module_of(loop).model.part_of
+    for message in (m for m in sent if isinstance(m, OpenSlot | Serve)):
+        assert {part_of(name) for name in message.adapter} == {"body"}
+    for message in begun:
+        assert {key.partition("|")[0] for key in message.optimizer} == (
+            set(message.adapter) if message.round_index else set()
+        )
+
+
+def test_client_adapters_go_up_once_a_round_and_only_if_the_rule_mixes(run: Run) -> None:
+    """Of head and tail only: the body's adapters are with the server."""
+    how = "split.transport=inprocess", "trainer.num_rounds=2"
+    loop = run(*how, "aggregation=fellrec")
+    part_of, kinds = module_of(loop).model.part_of, loop.population.bank.kinds
+    own = sum(kind.itemsize * shape.numel() for name, (kind, shape) in kinds.items() if part_of(name) != "body")
+    ledger = loop.exchange.ledger
+    for direction in ("up", "down"):
+        for client, round_index in ((client, round_index) for client in range(3) for round_index in range(2)):
+            where = {"client": client, "round": round_index, "direction": direction, "kind": "adapter"}
+            assert (ledger.num_messages(**where), ledger.total(**where)) == (1, own)
+    assert ledger.total(kind="adapter") == 2 * 3 * 2 * own
+    assert run(*how, "aggregation=local").exchange.ledger.total(kind="adapter") == 0
 
 
 def test_the_ledger_is_the_closed_form(tiny_overrides: list[str]) -> None:
@@ -257,19 +273,19 @@ def test_the_ledger_is_the_closed_form(tiny_overrides: list[str]) -> None:
     Tokens are counted from the very batches, from another data module than the run's.
     """
     loop = new_loop(tiny_overrides, "split.transport=inprocess", "trainer.num_rounds=2", "trainer.local_epochs=2")
-    loop.run()
+    result = loop.run()
     from fellrec.functional.rng import derive_seed
 
-    ledger, hidden_size, epochs = loop.execution.ledger, 16, 2
-    assert isinstance(loop.execution, SplitExecution)
-    own = sum(tensor[0].nbytes for tensor in loop.state.bank.tensors.values())
-    body_names = loop.execution.trainer.settings.body_names
+    ledger, hidden_size, epochs = loop.exchange.ledger, 16, 2
+    module, datamodule = module_of(loop), loop.executor.evaluator.datamodule  # type: ignore[attr-defined]
+    body = {name for name in loop.population.bank.kinds if module.model.part_of(name) == "body"}
+    own = sum(tensor[0].nbytes for name, tensor in adapters(loop).items() if name not in body)
     for round_index in range(2):
         for client in range(3):
             tokens = steps = 0
             for epoch in range(epochs):
                 seed = derive_seed(0, "order", round_index, client, epoch)
-                for batch in loop.datamodule.train_loader(client, seed):
+                for batch in datamodule.train_loader(client, seed):
                     tokens, steps = tokens + batch["input_ids"].numel(), steps + 1
             where = {"client": client, "round": round_index, "phase": "train"}
             for direction in ("up", "down"):
@@ -279,111 +295,81 @@ def test_the_ledger_is_the_closed_form(tiny_overrides: list[str]) -> None:
                     assert ledger.num_messages(**where, direction=direction, kind=kind) == steps
                 assert ledger.total(**where, direction=direction, kind="adapter") == own
             assert ledger.total(**where, direction="up", kind="scalar") == 8 * steps + 16
-            assert ledger.total(**where, direction="down", kind="scalar") == 4 * len(body_names) * steps
-    assert ledger.total(round=-1, kind="adapter") == own, "the shared start, once"
-    users = sum(len(batch["users"]) for batch in loop.datamodule.eval_loader("val"))
-    assert users == len(loop.test_evaluation.client_of_user)  # type: ignore[union-attr]
+            assert ledger.total(**where, direction="down", kind="scalar") == 4 * len(body) * steps
+    users = sum(len(batch["users"]) for batch in datamodule.eval_loader("val"))
+    assert users == len(result.evaluation.client_of_user)
     evaluated = sum(
-        loop.module.objective._history_tokens(batch["histories"])[0].numel()  # type: ignore[attr-defined]
+        module.objective._history_tokens(batch["histories"])[0].numel()  # type: ignore[attr-defined]
         for client in range(3)
-        for batch in loop.datamodule.eval_loader("val", (client,))
+        for batch in datamodule.eval_loader("val", (client,))
     )
     for direction in ("up", "down"):
         assert ledger.total(round=1, phase="val", direction=direction) == evaluated * hidden_size * 4
 
 
-def test_the_whole_model_books_what_a_federation_would_send(run: Run) -> None:
+def test_the_whole_model_records_what_a_federation_would_send(run: Run) -> None:
     loop = run("aggregation=fedavg")
-    num_bytes = sum(tensor[0].nbytes for tensor in loop.state.bank.tensors.values())
+    num_bytes = sum(tensor[0].nbytes for tensor in adapters(loop).values())
     for direction in ("up", "down"):
-        assert loop.execution.ledger.total(round=1, direction=direction, kind="adapter") == 3 * num_bytes
-    assert not run("aggregation=local").execution.ledger.rows()
+        assert loop.exchange.ledger.total(round=1, direction=direction, kind="adapter") == 3 * num_bytes
+    assert not run("aggregation=local").exchange.ledger.rows()
 
 
-@pytest.mark.parametrize("kind", ["memory", "disk"])
-def test_the_head_is_computed_once_where_it_is_frozen(run: Run, kind: str) -> None:
-    frozen = ["adapter=lora", "adapter.layers=body+tail", "split.transport=inprocess", "trainer.local_epochs=2"]
-    without = run(*frozen, "split.head_cache=none")
-    cached = run(*frozen, f"split.head_cache={kind}")
-    assert_same(adapters(without), adapters(cached))
-    assert without.test_evaluation.summary == cached.test_evaluation.summary  # type: ignore[union-attr]
-    assert isinstance(cached.execution, SplitExecution)
-    cache = cached.execution.trainer.head_cache
-    assert cache is not None
-    rows = sum(len(cached.datamodule._rows(client)) for client in range(3))
-    assert cache.misses == rows, "once"
-    assert cache.hits == rows * (2 * 3 - 1), "in all other epochs and rounds it is there"
-    assert (kind == "disk") == (cache.file is not None and cache.file.is_file())
+class Stopped(Exception):
+    """Instead of a signal."""
 
 
-def test_a_full_head_cache_computes_the_rest_anew(run: Run) -> None:
-    frozen = ["adapter=lora", "adapter.layers=body+tail", "split.transport=inprocess"]
-    without = run(*frozen, "split.head_cache=none")
-    cached = run(*frozen, "split.head_cache_bytes=20000")
-    assert isinstance(cached.execution, SplitExecution)
-    cache = cached.execution.trainer.head_cache
-    assert cache is not None
-    assert 0 < cache.used_bytes <= 20000
-    assert cache.hits > 0
-    assert cache.misses > sum(len(cached.datamodule._rows(client)) for client in range(3))
-    assert_same(adapters(without), adapters(cached))
+class StopsBeforeRound(FederatedCallback):
+    def __init__(self, round_index: int) -> None:
+        self.round_index = round_index
+
+    def on_round_start(self, round_index: int) -> None:
+        if round_index == self.round_index:
+            raise Stopped
 
 
-def test_a_trained_head_is_not_cached(run: Run) -> None:
-    loop = run("split.transport=inprocess", "trainer.num_rounds=1")
-    assert isinstance(loop.execution, SplitExecution)
-    assert loop.execution.trainer.head_cache is None
-
-
-def test_a_resumed_run_through_the_cut_equals_an_uninterrupted_one(tiny_overrides: list[str], tmp_path: Path) -> None:
-    how = ["split.transport=inprocess", "adapter=lora", "trainer.num_rounds=4"]
-    whole = new_loop(tiny_overrides, *how)
+@pytest.mark.parametrize(
+    ("before", "after"), [("inprocess", "inprocess"), ("none", "inprocess"), ("inprocess", "none")]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tiny_overrides: list[str], tmp_path: Path, before: str, after: str
+) -> None:
+    """Also with the cut executed before the stop only, or after it only: the state of a run is the same in both."""
+    how = ["adapter=lora", "trainer.num_rounds=4"]
+    whole = new_loop(tiny_overrides, *how, "split.transport=inprocess")
     whole.run()
-    first = new_loop(tiny_overrides, *how, callbacks=(Checkpoint(tmp_path),))
-    first.validate(-1)
-    first.execution.start(first)
-    for round_index in range(2):
-        first.run_round(round_index)
-    second = new_loop(tiny_overrides, *how)
-    second.execution.load(second, tmp_path)
-    assert second.state.round_index == 2
-    second.run()
-    for bank in ("current", "best"):
-        assert_same(adapters(whole, bank), adapters(second, bank))
-    assert_same(moments(whole), moments(second))
+    first = new_federation(tiny_overrides, *how, f"split.transport={before}")
+    checkpoint = Checkpoint(tmp_path, first.persisted, first.population)
+    with pytest.raises(Stopped):
+        first.loop([checkpoint, StopsBeforeRound(2)]).run()
+    second = new_federation(tiny_overrides, *how, f"split.transport={after}")
+    assert Checkpoint(tmp_path, second.persisted, second.population).resume() == 2
+    loop = second.loop()
+    loop.run()
+    assert_same(adapters(whole), adapters(loop))
+    assert_same(selected(whole), selected(loop))
+    assert_same(optimizer_states(whole), optimizer_states(loop))
 
 
-def test_a_checkpoint_without_the_servers_share_is_no_checkpoint(tiny_overrides: list[str], tmp_path: Path) -> None:
-    import shutil
-
-    how = ["split.transport=inprocess", "adapter=lora"]
-    first = new_loop(tiny_overrides, *how, callbacks=(Checkpoint(tmp_path),))
-    first.run()
-    second = new_loop(tiny_overrides, *how)
-    (tmp_path / "checkpoints-server" / "round_00003.json").unlink()
-    second.execution.load(second, tmp_path)
-    assert second.state.round_index == 2, "the newest that both have"
-    shutil.rmtree(tmp_path / "checkpoints-server")
-    with pytest.raises(TrainingError, match="no checkpoint of both clients and server"):
-        second.execution.load(second, tmp_path)
-
-
-def poison(loop: FederatedLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+class Poison(FederatedCallback):
     """Client 1's loss becomes NaN in round 1."""
-    loss_of, model = loop.module.objective.loss_of, loop.module.model
 
-    def poisoned(model_, hidden, batch):  # type: ignore[no-untyped-def]
-        total, count = loss_of(model_, hidden, batch)
-        rows = set(batch["row_ids"].tolist())
-        is_client_1 = rows <= set((loop.datamodule._rows(1).first_id + torch.arange(10_000)).tolist()) and not (
-            rows & set((loop.datamodule._rows(2).first_id + torch.arange(10_000)).tolist())
-        )
-        return (total * float("nan") if is_client_1 and loop.state.round_index == 1 else total), count
+    def __init__(self) -> None:
+        self.is_poisoned = False
 
-    for client in range(3):
-        loop.datamodule._rows(client)  # in this order, so that clients have ascending numbers of rows
-    monkeypatch.setattr(loop.module.objective, "loss_of", poisoned)
-    assert model is loop.module.model
+    def on_client_start(self, job: Job) -> None:
+        self.is_poisoned = (job.row, job.round_index) == (1, 1)
+
+    def on(self, loop: FederatedLoop, monkeypatch: pytest.MonkeyPatch) -> FederatedLoop:
+        objective = module_of(loop).objective
+        loss = objective.loss
+
+        def poisoned(model, batch):  # type: ignore[no-untyped-def]
+            total, count = loss(model, batch)
+            return (total * float("nan") if self.is_poisoned else total), count
+
+        monkeypatch.setattr(objective, "loss", poisoned)
+        return loop
 
 
 @pytest.mark.parametrize("transport", ["none", "inprocess"])
@@ -391,23 +377,26 @@ def test_a_client_that_fails_is_skipped_or_stops_the_run(
     tiny_overrides: list[str], transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     how = [f"split.transport={transport}", "adapter=lora", "aggregation=fedavg"]
-    loop = new_loop(tiny_overrides, *how)
-    poison(loop, monkeypatch)
+
+    def poisoned_loop(*more: str) -> FederatedLoop:
+        poison = Poison()
+        return poison.on(new_loop(tiny_overrides, *how, *more, callbacks=(poison,)), monkeypatch)
+
     with pytest.raises(TrainingError, match="client 1 became nan in round 1, local step 0"):
-        loop.run()
-    skipping = new_loop(tiny_overrides, *how, "participation.on_failure=skip")
-    poison(skipping, monkeypatch)
+        poisoned_loop().run()
+    skipping = poisoned_loop("participation.on_failure=skip")
     skipping.validate(-1)
-    skipping.execution.start(skipping)
     skipping.run_round(0)
     before = {name: tensor.clone() for name, tensor in adapters(skipping).items()}
-    skipping.run_round(1)
+    record = skipping.run_round(1)
     after = adapters(skipping)
+    assert [outcome.row for outcome in record.failed] == [1]
     assert all(torch.equal(after[name][1], before[name][1]) for name in after), "as it was"
     assert any(not torch.equal(after[name][0], before[name][0]) for name in after)
     assert all(torch.equal(after[name][0], after[name][2]) for name in after), "FedAvg of the other two"
-    assert skipping.state.extras["dropped_clients"] == {"1": [1]}
-    few = new_loop(tiny_overrides, *how, "participation.on_failure=skip", "participation.quorum=0.9")
-    poison(few, monkeypatch)
+    assert skipping.progress.failed_clients == {"1": [1]}
+    if transport == "inprocess":
+        assert not server_of(skipping).jobs, "the server has dropped the failed client's training"
+    few = poisoned_loop("participation.on_failure=skip", "participation.quorum=0.9")
     with pytest.raises(TrainingError, match=r"only 2 of 3 clients finished round 1, participation.quorum=0.9 needs 3"):
         few.run()

@@ -14,10 +14,11 @@ import torch
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.config.compose import compose
 from fellrec.errors import StorageError
-from fellrec.experiment import Recommender, build_data, build_loop, build_recommender
+from fellrec.experiment import Recommender, build_data, build_recommender
+from fellrec.experiment.federation import build_federation
 from fellrec.experiment.run_dir import write_evaluation
 from fellrec.federated.callback import FederatedCallback
-from fellrec.federated.checkpoint import rounds_on_disk
+from fellrec.federated.checkpoint import CHECKPOINTS, TENSORS, CheckpointFolder
 from fellrec.federated.loop import FederatedLoop
 from fellrec.state.tensor_store import check_file
 
@@ -55,7 +56,7 @@ class Trouble(FederatedCallback):
     def __init__(self, hook: str, number: int, act: Any) -> None:
         self.left = number
 
-        def count(loop: FederatedLoop, *arguments: object) -> None:
+        def count(*records: object) -> None:
             self.left -= 1
             if self.left == 0:
                 act()
@@ -67,12 +68,11 @@ def new_loop(
     recommender: Recommender, overrides: list[str], run_dir: Path, *callbacks: FederatedCallback, resume: bool = False
 ) -> FederatedLoop:
     run_dir.mkdir(exist_ok=True)
-    loop = build_loop(compose([*overrides, "trainer.num_rounds=3"]), recommender, callbacks)
-    checkpoint = Checkpoint(run_dir)
+    federation = build_federation(compose([*overrides, "trainer.num_rounds=3"]), recommender)
+    checkpoint = Checkpoint(run_dir, federation.persisted, federation.population)
     if resume:
-        checkpoint.resume(loop)
-    loop.callbacks.append(checkpoint)
-    return loop
+        checkpoint.resume()
+    return federation.loop([*callbacks, checkpoint])
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +81,16 @@ def whole(
 ) -> dict[str, torch.Tensor]:
     loop = new_loop(recommender, tiny_overrides, tmp_path_factory.mktemp("whole") / "run")
     loop.run()
-    return loop.state.bank.tensors
+    return loop.population.bank.tensors
 
 
 def assert_nothing_half(run_dir: Path) -> None:
     """Every file there is whole, and no draft is left."""
-    for path in (run_dir / "checkpoints" / "clients").iterdir():
+    folder = run_dir / CHECKPOINTS
+    for path in (folder / TENSORS).iterdir():
         assert not path.name.startswith(".")
         check_file(path)
-    newest = rounds_on_disk(run_dir / "checkpoints")
-    assert newest == sorted(int(p.stem[-5:]) for p in (run_dir / "checkpoints").glob("round_*.json"))
+    assert CheckpointFolder(folder).rounds() == sorted(int(p.stem[-5:]) for p in folder.glob("round_*.json"))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_full_disk_ends_the_run_with_a_message_and_it_goes_on_when_there_is_ro
     ballast.unlink()
     again = new_loop(recommender, settings, run_dir, resume=True)
     again.run()
-    for name, tensor in again.state.bank.tensors.items():
+    for name, tensor in again.population.bank.tensors.items():
         assert torch.equal(tensor, whole[name])
 
 
@@ -153,9 +153,8 @@ def test_a_disk_that_turns_read_only_leaves_the_last_checkpoint(
         loop.run()
     assert_nothing_half(run_dir)
     reader = new_loop(recommender, tiny_overrides, run_dir, resume=True)  # reading asks for nothing more
-    bank, rows = reader.selected
-    evaluation = reader.evaluate("val", 0, bank, rows)
-    assert evaluation.summary["ndcg_at_10/mean"] == reader.state.selection.value
+    evaluation = reader.evaluate(reader.selection.score_jobs(), "val", 0)
+    assert evaluation.summary["ndcg_at_10/mean"] == reader.selection.value
     with pytest.raises(StorageError, match="Read-only file system"):
         reader.run()
     with pytest.raises(StorageError, match=rf"cannot write {run_dir}/results\.json: Read-only file system"):
@@ -163,14 +162,14 @@ def test_a_disk_that_turns_read_only_leaves_the_last_checkpoint(
     remount("rw")
     again = new_loop(recommender, tiny_overrides, run_dir, resume=True)
     again.run()
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in again.state.bank.tensors.items())
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in again.population.bank.tensors.items())
 
 
 def test_results_are_written_whole_or_not_at_all(
     disk: Path, recommender: Recommender, tiny_overrides: list[str]
 ) -> None:
     loop = new_loop(recommender, tiny_overrides, disk / "run")
-    evaluation = loop.run()
+    evaluation = loop.run().evaluation
     write_evaluation(disk / "run", evaluation, {})
     before = {path.name: path.read_bytes() for path in (disk / "run").iterdir() if path.is_file()}
     free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize

@@ -15,8 +15,8 @@ from fellrec.data.prompts import TEMPLATES
 from fellrec.experiment import backbones as pretrained
 from fellrec.experiment import build_data, build_loop, build_recommender
 from fellrec.federated.callback import FederatedCallback
-from fellrec.federated.local import LocalSettings
 from fellrec.federated.loop import FederatedLoop
+from fellrec.federated.settings import TrainerSettings
 from fellrec.planning.load import count_load
 from fellrec.types import Evaluation
 
@@ -28,7 +28,7 @@ class Evaluations(FederatedCallback):
     def __init__(self) -> None:
         self.seen: list[Evaluation] = []
 
-    def on_evaluate_end(self, loop: FederatedLoop, evaluation: Evaluation) -> None:
+    def on_evaluate_end(self, evaluation: Evaluation) -> None:
         self.seen.append(evaluation)
 
 
@@ -67,14 +67,14 @@ def test_the_test_uses_the_gamma_of_its_own_adapters_validation(
     given = [*GROUNDING, f"ranker.reweight={signal}", "aggregation=fedavg"]
     grid = [0.0, 1.0, 30.0]
     loop, evaluations = make(*given, f"ranker.gamma={grid}")
-    test = loop.run()
+    result = loop.run()
+    test = result.evaluation
     alone = {}
     for gamma in grid:
         single, _ = make(*given, f"ranker.gamma={gamma}")
-        single.state.bank = loop.state.selection.bank
-        single.state.selection.bank = loop.state.selection.bank
-        figures = [single.evaluate(stage, 0, "current", single.row_of_client).summary for stage in ("val", "test")]
-        assert not single.module.chooses_on_validation
+        jobs = single.population.score_jobs_of(result.served, ())
+        figures = [single.evaluate(jobs, stage, 0).summary for stage in ("val", "test")]
+        assert not single.executor.evaluator.module.chooses_on_validation
         alone[gamma] = figures
     best = max(grid, key=lambda gamma: alone[gamma][0]["ndcg_at_10/mean"])
     assert alone[best][0]["ndcg_at_10/mean"] > min(valid["ndcg_at_10/mean"] for valid, _ in alone.values())
@@ -138,7 +138,7 @@ def test_clients_train_in_batches_of_similar_length(make: Callable[..., tuple[Fe
     grouped, alone = (make("trainer.batch_size=8", f"objective.group_by_length={how}")[0] for how in ("true", "false"))
 
     def epoch(loop: FederatedLoop) -> tuple[list[list[int]], int]:
-        batches = list(loop.datamodule.train_loader(0, 7))
+        batches = list(loop.executor.evaluator.datamodule.train_loader(0, 7))
         rows = [ids[:length].tolist() for b in batches for ids, length in zip(b["input_ids"], b["lengths"])]
         return sorted(rows), sum(batch["input_ids"].numel() for batch in batches)
 
@@ -150,12 +150,14 @@ def test_clients_train_in_batches_of_similar_length(make: Callable[..., tuple[Fe
 def test_a_plan_sees_the_longest_batch(make: Callable[..., tuple[FederatedLoop, Evaluations]]) -> None:
     """Also if it looks at one batch of each client; no batch of any epoch has more tokens."""
     loop, _ = make("trainer.batch_size=8")
-    load = count_load(loop.datamodule, loop.module.objective, LocalSettings(max_local_steps=1), max_batches=3)
+    evaluator = loop.executor.evaluator
+    local = TrainerSettings(max_local_steps=1)
+    load = count_load(evaluator.datamodule, evaluator.module.objective, local, seed=0, max_batches=3)
     sizes = [
         batch["input_ids"].numel()
         for client in range(3)
         for seed in range(3)
-        for batch in loop.datamodule.train_loader(client, seed)
+        for batch in loop.executor.evaluator.datamodule.train_loader(client, seed)
     ]
     assert load.num_tokens_largest == load.largest_batch["input_ids"].numel() >= max(sizes)
     assert load.num_tokens_largest > sorted(sizes)[len(sizes) // 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -34,12 +35,14 @@ class Runs:
         self.folder = folder
         self.errors = folder / "errors"
         driver = Path(__file__).with_name("killed_runs.py")
+        paths = [str(driver.parents[1]), os.environ.get("PYTHONPATH", "")]  # run_tensors.py is a folder above
         self.process = subprocess.Popen(
             [sys.executable, str(driver)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors.open("w"),
             text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )
         self._send(overrides)
 
@@ -129,7 +132,7 @@ def test_a_killed_run_ends_with_the_same_bits(runs: Runs, at: str, number: int, 
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_wherever_a_file_is_written(runs: Runs, data: st.DataObject) -> None:
-    """Before a draft is renamed and after, of adapters, moments, mixed adapters, ledger and manifest."""
+    """Before a draft is renamed and after, of adapters, optimiser states, aggregated adapters, ledger and manifest."""
     at = data.draw(st.integers(1, 70))
     kill_and_resume(runs, "write", at, "write")
 

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_tensors import all_tensors
 from torch import Tensor
 
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.config.compose import compose
-from fellrec.cut.link import InProcess
-from fellrec.experiment import build_data, build_loop, build_recommender
+from fellrec.experiment import build_data, build_recommender
+from fellrec.experiment.federation import Federation, build_federation
 from fellrec.federated.callback import FederatedCallback
-from fellrec.federated.executor import SplitExecution
 from fellrec.federated.loop import FederatedLoop
-from fellrec.federated.state import RunState
-from fellrec.types import ClientUpdate, Evaluation
+from fellrec.federated.records import Job, Trained
+from fellrec.types import Evaluation
 
 SHORT = "data.max_users=40 data.max_history=3 trainer.batch_size=8 trainer.max_local_steps=3"
 SETTINGS = {
@@ -48,27 +48,17 @@ class Result(FederatedCallback):
     figures: list[dict[str, float]]
     tensors: dict[str, Tensor]
 
-    def on_client_end(self, loop: FederatedLoop, update: ClientUpdate) -> None:
-        self.losses[loop.state.round_index, update.client] = update.loss
+    def on_client_end(self, trained: Trained) -> None:
+        self.losses[trained.job.round_index, trained.row] = trained.loss
 
-    def on_evaluate_end(self, loop: FederatedLoop, evaluation: Evaluation) -> None:
+    def on_evaluate_end(self, evaluation: Evaluation) -> None:
         self.figures.append(dict(evaluation.summary))
 
-    def on_fit_end(self, loop: FederatedLoop) -> None:
-        states = [loop.state]
-        if isinstance(loop.execution, SplitExecution):
-            assert isinstance(loop.execution.link.transport, InProcess)
-            states.append(loop.execution.link.transport.server.state)
-        self.tensors = {name: tensor for state in states for name, tensor in all_tensors(state).items()}
-
-
-def all_tensors(state: RunState) -> dict[str, Tensor]:
-    """The current and the selected adapters, and every client's moments."""
-    found = {f"{bank} {name}": t for bank in ("current", "best") for name, t in state.bank_named(bank).tensors.items()}
-    for client in state.optimizers:
-        for name, values in state.optimizer_of(client).items():
-            found |= {f"{client} {name} {key}": tensor for key, tensor in values.items()}
-    return found
+    def of(self, loop: FederatedLoop) -> Result:
+        """Run to the end."""
+        loop.run()
+        self.tensors = all_tensors(loop)
+        return self
 
 
 class Stopped(Exception):
@@ -79,17 +69,20 @@ class StopsInTheSecondRound(FederatedCallback):
     """After the second step of the second client: between two encodings of the items, and two checkpoints."""
 
     def __init__(self) -> None:
-        self.steps = 0
+        self.steps = self.round_index = 0
 
-    def on_step_end(self, loop: FederatedLoop, loss: float) -> None:
-        self.steps += loop.state.round_index == 1
+    def on_client_start(self, job: Job) -> None:
+        self.round_index = job.round_index
+
+    def on_step_end(self, loss: float) -> None:
+        self.steps += self.round_index == 1
         if self.steps == 5:
             raise Stopped
 
 
-def new_loop(overrides: list[str], callbacks: tuple[FederatedCallback, ...]) -> FederatedLoop:
+def new_federation(overrides: list[str]) -> Federation:
     config = compose(overrides)
-    return build_loop(config, build_recommender(config, build_data(config)), callbacks)
+    return build_federation(config, build_recommender(config, build_data(config)))
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +97,7 @@ def whole(given: Callable[[str], list[str]]) -> Callable[[str], Result]:
     @once
     def run(case: str) -> Result:
         result = Result({}, [], {})
-        new_loop(given(case), (result,)).run()
-        return result
+        return result.of(new_federation(given(case)).loop((result,)))
 
     return run
 
@@ -122,13 +114,14 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
     case: str, given: Callable[[str], list[str]], whole: Callable[[str], Result], tmp_path: Path
 ) -> None:
     """With nothing but the files: the model, what the objective keeps and its random numbers are made again."""
+    first = new_federation(given(case))
+    checkpoint = Checkpoint(tmp_path, first.persisted, first.population)
     with pytest.raises(Stopped):
-        new_loop(given(case), (Checkpoint(tmp_path), StopsInTheSecondRound())).run()
-    resumed, checkpoint = Result({}, [], {}), Checkpoint(tmp_path)
-    loop = new_loop(given(case), (resumed, checkpoint))
-    checkpoint.resume(loop)
-    assert loop.state.round_index == 1
-    loop.run()
+        first.loop((checkpoint, StopsInTheSecondRound())).run()
+    second, resumed = new_federation(given(case)), Result({}, [], {})
+    checkpoint = Checkpoint(tmp_path, second.persisted, second.population)
+    assert checkpoint.resume() == second.progress.round_index == 1
+    resumed.of(second.loop((resumed, checkpoint)))
     assert [client for _, client in resumed.losses] == [1, 2], "the first had finished"
     assert len(resumed.figures) == 2
     assert_same(resumed, whole(case))
@@ -139,6 +132,6 @@ def test_through_the_cut_it_has_the_same_bits(
     case: str, given: Callable[[str], list[str]], whole: Callable[[str], Result]
 ) -> None:
     cut = Result({}, [], {})
-    new_loop([*given(case), "split.transport=inprocess"], (cut,)).run()
+    cut.of(new_federation([*given(case), "split.transport=inprocess"]).loop((cut,)))
     assert len(cut.losses) == 6
     assert_same(cut, whole(case))

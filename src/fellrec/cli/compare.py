@@ -52,13 +52,14 @@ def run(options: argparse.Namespace) -> None:
     from omegaconf import OmegaConf
 
     from fellrec.experiment.session import run_processes
-    from fellrec.experiment.variants import configurations
+    from fellrec.experiment.variants import check_comparable, configurations
 
     configs = configurations(options.overrides, options.run or ())
     if options.show_config:
         sys.stdout.write("---\n".join(OmegaConf.to_yaml(config) for config in configs))
         return
 
+    check_comparable(configs)
     run_processes(configs[0], lambda session: _report(*compare(configs, session), configs[0], options.format))
 
 
@@ -83,23 +84,22 @@ def compare(configs: Sequence[DictConfig], session: Session | None = None) -> tu
     """Run every configuration and collect the results.
 
     Args:
-        configs: One per rule, setting, seed and cut; data, partition and backbone are the same in all.
+        configs: One per rule, setting, seed and cut; see `check_comparable` for what must be the same in all.
         session: The processes of the command; ``None`` if there is one.
 
     Returns:
         The results, and the directory that holds every run.
 
     Raises:
-        ConfigError: If the configurations differ in more than `check_comparable` allows.
+        ConfigError: If a rule's settings are not allowed.
     """
     from fellrec.experiment import build_data, build_loop
     from fellrec.experiment.run import check_classes, collect, reference_results, table_cutoff
     from fellrec.experiment.run_dir import check_new, new_run_dir
-    from fellrec.experiment.variants import check_comparable, labels
+    from fellrec.experiment.variants import labels
     from fellrec.report.significance import with_significance
     from fellrec.tracking.run_log import NewRun, parent_run
 
-    check_comparable(configs)
     for config in configs:
         check_classes(config)  # report errors of every rule before the first run starts
     first = configs[0]

@@ -1,8 +1,8 @@
 """Everything that can be sent between a client and the body server. No message has token ids, labels, titles or users.
 
 Every message is a frozen record that checks itself when it is made, on either side: hidden states and gradients are
-floating tensors of three dimensions, masks are boolean, adapters are floating. Integers are counts and positions in
-batches. ``METHOD §4`` describes what is sent when.
+floating tensors of three dimensions, masks are boolean, all named tensors (adapters, optimiser states, tensors of local
+terms) are floating. Integers are counts and positions in batches. ``METHOD §4`` describes what is sent when.
 
 The body's adapters and their optimiser states belong to the server's side of the federation. The server process keeps
 none of them: it receives a client's with ``OpenSlot`` or ``Serve`` and returns them with ``SlotClosed``. These
@@ -74,8 +74,7 @@ class OpenSlot(ClientMessage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, tensor in self.adapter.items():
-            _require(self, tensor.is_floating_point(), f"{name} must be a floating tensor")
+        _check_floating(self, self.adapter, self.optimizer, self.anchors, self.tensors)
 
     @property
     def state(self) -> SlotState:
@@ -103,6 +102,10 @@ class SlotClosed(ClientMessage):
     tensors: Mapping[str, Tensor]
     to_server: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_floating(self, self.adapter, self.optimizer, self.tensors)
+
     @property
     def state(self) -> SlotState:
         """The same as a record."""
@@ -120,6 +123,10 @@ class Serve(ClientMessage):
 
     adapter: Mapping[str, Tensor]
     base: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_floating(self, self.adapter)
 
 
 @dataclass(frozen=True)
@@ -291,6 +298,9 @@ class ChangeBase(Message):
     version: int
     factors: Mapping[str, Tensor]
 
+    def __post_init__(self) -> None:
+        _check_floating(self, self.factors)
+
 
 @dataclass(frozen=True)
 class Report(Message):
@@ -312,6 +322,11 @@ class ServerReport(Done):
 
 def _num_bytes(tensors: tuple[Packed, ...]) -> int:
     return sum(packed.nbytes for packed in tensors)
+
+
+def _check_floating(message: Message, *mappings: Mapping[str, Tensor]) -> None:
+    for name, tensor in (item for mapping in mappings for item in mapping.items()):
+        _require(message, tensor.is_floating_point(), f"{name} must be a floating tensor")
 
 
 def _check_packed(message: Message, *tensors: Packed) -> None:

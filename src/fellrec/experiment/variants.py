@@ -144,6 +144,6 @@ def check_comparable(configs: Sequence[DictConfig]) -> None:
         )
     if any(config.split.transport == "distributed" for config in configs):
         raise ConfigError(
-            "compare runs in one process: split.transport=distributed is not allowed, only none or inprocess; "
+            "compare has no server process: split.transport=distributed is not allowed, only none or inprocess; "
             "start distributed runs by torchrun … -m fellrec train"
         )

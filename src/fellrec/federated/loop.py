@@ -89,8 +89,8 @@ class FederatedLoop:
             if not self.selection.is_started:  # also a run that is resumed before its first round was done
                 self.validate(-1)
             while not self.is_over:
-                record = self.run_round(self.progress.round_index)
-                self.events.call("on_round_end", record)
+                # The record is not kept: it refers to adapters that the next round replaces.
+                self.events.call("on_round_end", self.run_round(self.progress.round_index))
             result = self._result(self.test())
             self.events.call("on_fit_end", result)
         except BaseException as error:

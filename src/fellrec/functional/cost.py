@@ -14,7 +14,7 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 _SCALE_BYTES = 4  # int8: one float32 scale per token
 _NORM_BYTES = 4  # float32 gradient norm of one tensor of the body
 _STEP_BYTES = 2 * 4  # float32 clip factor and learning rate of one step
-_FINISH_BYTES = 2 * 8  # loss and number of samples of one client in one round
+_REPORT_BYTES = 2 * 8  # loss and number of samples of one client in one round
 _COUNT_BYTES = 4  # float32 step count of AdamW, one per tensor
 
 
@@ -228,6 +228,7 @@ def traffic(head: PartCost, body: PartCost, tail: PartCost, load: RoundLoad, set
     gradient = crossing_bytes(load.num_tokens, settings.hidden_size, settings.gradient_dtype) if is_cut else 0
     norms = _NORM_BYTES * body.num_adapter_tensors if is_cut and settings.clips_gradients else 0
     adapter = head.adapter_bytes + tail.adapter_bytes if settings.exchanges_adapters else 0
+    report = _REPORT_BYTES if settings.exchanges_adapters else 0
     return Traffic(
         hidden_up_bytes=hidden,
         hidden_down_bytes=hidden,
@@ -235,7 +236,7 @@ def traffic(head: PartCost, body: PartCost, tail: PartCost, load: RoundLoad, set
         gradient_down_bytes=gradient if head.num_adapter_tensors else 0,
         adapter_up_bytes=adapter,
         adapter_down_bytes=adapter,
-        scalar_up_bytes=(_STEP_BYTES * load.num_steps if is_cut else 0) + _FINISH_BYTES,
+        scalar_up_bytes=(_STEP_BYTES * load.num_steps if is_cut else 0) + report,
         scalar_down_bytes=norms * load.num_steps,
     )
 

@@ -94,13 +94,13 @@ class RunCost:
 
     @classmethod
     def collect(cls, storage: Storage, rounds: Rounds, ledger_rows: Iterable[Sequence[Any]], transport: str) -> RunCost:
-        """From the ledger's rows, see ``Ledger.rows``; the initial broadcast of round -1 is in no round."""
+        """From the ledger's rows, see ``Ledger.rows``."""
         booked: dict[str, dict[str, int]] = {}
         seen, evaluation_bytes = set(), 0
         for _, round_index, phase, direction, kind, _, num_bytes in ledger_rows:
             if phase != "train":
                 evaluation_bytes += num_bytes
-            elif round_index >= 0:
+            else:
                 seen.add(round_index)
                 by_direction = booked.setdefault(kind, dict.fromkeys(DIRECTIONS, 0))
                 by_direction[direction] += num_bytes

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fellrec.types import Updates
+from fellrec.federated.records import Updates
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import torch
 
 from fellrec.aggregation import AggregationCallback
 from fellrec.errors import TrainingError
-from fellrec.types import Aggregated
+from fellrec.federated.records import Aggregated
 
 
 class Given(AggregationCallback):

@@ -4,7 +4,7 @@ import torch
 
 from fellrec.aggregation import FELLRec, Local, Uniform
 from fellrec.errors import ConfigError, TrainingError
-from fellrec.types import Updates
+from fellrec.federated.records import Updates
 
 
 def vectors(stack):

@@ -3,16 +3,18 @@ import torch
 
 from fellrec.aggregation import Centralized, FedAvg, Local, Uniform
 from fellrec.errors import TrainingError
-from fellrec.types import Updates
+from fellrec.federated.population import OneForAll, Population
+from fellrec.federated.records import Updates
 
 
 def test_local_and_centralized_leave_adapters_as_they_are(make_updates):
-    updates = make_updates()
+    """They ask for no client's adapter and return none, so every row of the population keeps what it trained."""
     for rule in (Local(), Centralized()):
-        for name, parameter in rule.aggregate(updates, 3).adapters.items():
-            torch.testing.assert_close(parameter, updates.end[name], rtol=0, atol=0)
-    assert Centralized.pools_clients
-    assert not Local.pools_clients
+        result = rule.aggregate(make_updates(), 3)
+        assert not result.adapters
+        assert torch.equal(result.matrices["mixing"], torch.eye(4).double())
+    assert Centralized.population is OneForAll
+    assert Local.population is Population
 
 
 def test_fedavg_is_the_mean_over_all_samples():

@@ -1,4 +1,4 @@
-"""Messages: what can be said between client and server, and what cannot."""
+"""Messages between processes: how they are encoded, and what cannot be sent to the server."""
 
 from __future__ import annotations
 
@@ -10,56 +10,49 @@ import torch
 from torch import Tensor
 
 from fellrec.cut import messages as m
+from fellrec.distributed.message import Abort, Done, Message, Stop, _subclasses, decode, encode
 from fellrec.errors import SplitError
 from fellrec.functional.packing import Packed, pack
-from fellrec.pool import messages as r
+from fellrec.pool import messages as p
 
 HIDDEN = pack(torch.randn(2, 3, 4), "float32")
-EXAMPLES: list[m.Message] = [
+WEIGHTS = {"a.b": torch.randn(2, 3), "c": torch.zeros(())}
+STATE = {"a.b|step": torch.tensor(7.0), "a.b|exp_avg": torch.ones(2, 3)}
+EXAMPLES: list[Message] = [
+    m.OpenSlot(1, 2, "train", WEIGHTS, STATE, {"shared|c": torch.ones(())}, {"variate|c": torch.ones(())}, ("c",), 1),
+    m.CloseSlot(1, 2, "train", keep=False),
+    m.SlotClosed(1, 2, "train", WEIGHTS, STATE, {}),
+    m.Serve(1, -1, "val", {"a.b": torch.randn(2, 3).bfloat16()}, 1),
     m.HiddenState(1, 2, "train", 3, (HIDDEN, pack(torch.randn(1, 2, 4), "int8")), torch.ones(2, 3, dtype=torch.bool)),
     m.HiddenReply(1, 2, "val", 3, (HIDDEN,)),
     m.Gradient(1, 2, "train", 3, (HIDDEN,), wants_norms=True),
-    m.GradientReply(1, 2, "train", 3, (), torch.tensor([1.0, -1.0])),
+    m.GradientReply(1, 2, "train", 3, (), ("a.b", "c"), torch.tensor([1.0, -1.0])),
     m.Step(1, 2, "train", 0.1, 1e-3),
-    m.Finish(1, 2, "train", 0.1 + 0.2, 7),
-    m.Upload(1, 2, "train", {"a.b": torch.randn(2, 3), "c": torch.zeros(())}),
-    m.Download(1, 2, "train", {"a.b": torch.randn(2, 3).bfloat16()}),
-    m.Fetch(1, 2, "train"),
     m.SelectRows(1, -1, "test", 4, 5, torch.tensor([1, 0, 0])),
     m.DropCache(1, 2, "test", 4),
-    m.Aggregate(2, (0, 2)),
-    m.Mixed({"mixing": torch.eye(2).double()}, {"difficulty": torch.ones(2)}),
-    m.KeepBest(True, (0, 1), (0, 0)),
-    m.SaveState("runs/a b", 3),
-    m.LoadState("runs/a b", 3),
-    m.SaveAdapters("runs/a b/adapters", "best"),
+    m.ChangeBase(0, {"a.b|left": torch.randn(2, 1), "a.b|right": torch.randn(1, 3)}),
     m.Report(),
-    m.Done(1.5, 2**40),
-    m.Hello({"seed": "0"}, "folder", 3, ("x", "y")),
-    m.Ready(("x",)),
-    m.Abort("because"),
-    m.Stop(),
-    m.Train(1, (0, 2)),
-    m.Trained(((0, 10, 2, 0.5, 0.1),), {"2": "gone"}, ((0, 1, "train", "up", "scalar", 1, 16),)),
-    m.Refresh(1, (0, 2)),
-    m.Score("val", 1, "best", (0,)),
-    m.Scored(
+    m.ServerReport(1.5, 2**40),
+    Done(),
+    Abort("because"),
+    Stop(),
+    p.Begin("seed: 0\n", {"torch version": "2"}, "a folder", 3),
+    p.Begun(WEIGHTS),
+    p.TrainClient(1, -1, 2, 7, WEIGHTS, STATE, {"shared": WEIGHTS}, {}, ("c",), True, 1, ({"c|left": torch.ones(1)},)),
+    p.ClientTrained(1, WEIGHTS, STATE, {}, {"loss": 0.1 + 0.2, "start_loss": None}, (0.25, 1 / 3), ((0, "up", 16),)),
+    p.ClientFailed(1, "because"),
+    p.ScoreClients(1, WEIGHTS, (0, 2), "val", -1, 0, 2, 0, ()),
+    p.Scored(
         (
             (torch.tensor([3]), torch.tensor([0]), torch.rand(1, 2).double()),
             (torch.tensor([7, 2]), torch.tensor([0.5, 0.25]), torch.tensor([True])),
-        ),
-        (),
+        )
     ),
-    r.Begin("seed: 0\n", {"torch version": "2"}),
-    r.Begun(),
-    r.TrainClient(
-        1, 2, 7, {"a.b": torch.randn(2, 3)}, {"a.b": {"step": torch.tensor(7.0), "exp_avg": torch.ones(2, 3)}}
-    ),
-    r.Finished(1, 9, 2, 0.1 + 0.2, 0.5, (0.25, 1 / 3), {"a.b": torch.randn(2, 3)}, {"a.b": {}}, 2**40),
-    r.Failed(1, "because"),
-    r.ScoreClients("val", "best", 1, 0, 2, {"a.b": torch.randn(2, 3)}),
 ]
-TO_SERVER = (m.HiddenState, m.Gradient, m.Step, m.Finish, m.Upload, m.Fetch, m.SelectRows, m.DropCache, m.Aggregate)
+TO_SERVER = (
+    *(m.OpenSlot, m.CloseSlot, m.Serve, m.HiddenState, m.Gradient, m.Step, m.SelectRows, m.DropCache, m.ChangeBase),
+    m.Report,
+)
 
 
 def same(left: object, right: object) -> bool:
@@ -76,33 +69,38 @@ def same(left: object, right: object) -> bool:
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
-def test_messages_survive_the_wire(message: m.Message) -> None:
+def test_messages_survive_encoding(message: Message) -> None:
     import json
 
-    plain, tensors = m.encode(message)
-    back = m.decode(json.loads(json.dumps(plain)), tensors)
+    plain, tensors = encode(message)
+    back = decode(json.loads(json.dumps(plain)), tensors)
     assert type(back) is type(message)
     for field in dataclasses.fields(message):
         assert same(getattr(back, field.name), getattr(message, field.name)), field.name
 
 
 def test_every_message_has_an_example() -> None:
-    bases = {"ClientMessage", "AmongClients"}
-    assert {type(example).__name__ for example in EXAMPLES} | bases == {c.__name__ for c in m._subclasses(m.Message)}
+    known = {cls.__name__ for cls in _subclasses(Message)}
+    assert {type(example).__name__ for example in EXAMPLES} | {"ClientMessage"} == known
+
+
+def test_all_messages_to_the_server_are_listed() -> None:
+    to_server = {cls for cls in _subclasses(m.ClientMessage) if cls.to_server}  # type: ignore[attr-defined]
+    assert set(TO_SERVER) == to_server | {m.ChangeBase, m.Report}
 
 
 def test_no_message_to_the_server_has_a_field_for_what_is_private() -> None:
-    """Fields are numbers, names of phases and banks, floating tensors, a mask of booleans, positions in a batch."""
+    """Fields are numbers, names of phases and parameters, tensors by parameter, hidden states, a mask, positions."""
     allowed = {
-        int, float, bool, str, int | None, Tensor | None, tuple[Packed, ...], tuple[int, ...],
-        typing.get_type_hints(m.Upload)["adapter"],
+        int, float, bool, str, int | None, Tensor | None, tuple[Packed, ...], tuple[str, ...] | None,
+        typing.get_type_hints(m.OpenSlot)["adapter"],
     }  # fmt: skip
     for kind in TO_SERVER:
         hints = typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):
             assert hints[field.name] in allowed, f"{kind.__name__}.{field.name}"
     integers = {f.name for kind in TO_SERVER for f in dataclasses.fields(kind) if "int" in str(f.type)}
-    assert integers == {"client", "round_index", "ticket", "num_samples", "source", "target", "cache", "clients"}
+    assert integers == {"client", "round_index", "number", "source", "target", "cache", "base", "version"}
 
 
 IDS = torch.randint(0, 97, (2, 3, 4))
@@ -113,7 +111,7 @@ IDS = torch.randint(0, 97, (2, 3, 4))
     [
         (lambda: m.HiddenState(1, 2, "train", 3, (Packed(IDS),)), "HiddenState of client 1 in round 2: .*int64"),
         (lambda: m.HiddenState(1, 2, "train", 3, (Packed(IDS[0].float()),)), r"shape \[3, 4\], expected \[B, L, D\]"),
-        (lambda: m.HiddenState(1, 2, "train", 3, (HIDDEN,), IDS[0]), r"no \[B, L\] of bool"),
+        (lambda: m.HiddenState(1, 2, "train", 3, (HIDDEN,), IDS[0]), r"must be \[B, L\] of bool"),
         (lambda: m.HiddenState(1, 2, "train", 3, (HIDDEN,), positions="[1, 5, 2]"), "positions"),
         (lambda: m.HiddenState(1, 2, "read", 3, (HIDDEN,)), "phase 'read'"),
         (lambda: m.HiddenState(-1, 2, "train", 3, (HIDDEN,)), "client -1 is negative"),
@@ -122,11 +120,16 @@ IDS = torch.randint(0, 97, (2, 3, 4))
             lambda: m.HiddenReply(1, 2, "train", 3, (Packed(IDS.to(torch.int8), torch.ones(2, 3, 4)),)),
             "its scale has shape",
         ),
-        (lambda: m.GradientReply(1, 2, "train", 3, (), IDS[0, 0]), "no floating vector"),
-        (lambda: m.Upload(1, 2, "train", {"ids": IDS}), "ids is no floating tensor"),
-        (lambda: m.SelectRows(1, 2, "test", 0, 0, torch.ones(3)), "no vector of int64"),
-        (lambda: m.decode({"type": "Labels", "fields": {}}, []), "unknown message 'Labels'"),
-        (lambda: m.decode({"type": "Stop", "fields": {"labels": [1]}}, []), "malformed message Stop"),
+        (lambda: m.GradientReply(1, 2, "train", 3, (), ("a",), IDS[0, 0]), "must be a floating vector"),
+        (lambda: m.OpenSlot(1, 2, "train", {"ids": IDS}), "OpenSlot of client 1 in round 2: ids must be a floating"),
+        (lambda: m.OpenSlot(1, 2, "train", {}, {"ids|step": IDS}), r"ids\|step must be a floating"),
+        (lambda: m.OpenSlot(1, 2, "train", {}, {}, {"shared|ids": IDS}), r"shared\|ids must be a floating"),
+        (lambda: m.OpenSlot(1, 2, "train", {}, {}, {}, {"own|ids": IDS}), r"own\|ids must be a floating"),
+        (lambda: m.Serve(1, 2, "val", {"ids": IDS}), "Serve of client 1 in round 2: ids must be a floating"),
+        (lambda: m.ChangeBase(0, {"ids|left": IDS}), r"ChangeBase: ids\|left must be a floating"),
+        (lambda: m.SelectRows(1, 2, "test", 0, 0, torch.ones(3)), "must be a vector of int64"),
+        (lambda: decode({"type": "Labels", "fields": {}}, []), "unknown message 'Labels'"),
+        (lambda: decode({"type": "Stop", "fields": {"labels": [1]}}, []), "malformed message Stop"),
     ],
 )
 def test_wrong_contents_are_refused_on_either_side(build: typing.Callable[[], object], problem: str) -> None:
@@ -135,11 +138,11 @@ def test_wrong_contents_are_refused_on_either_side(build: typing.Callable[[], ob
 
 
 def test_sizes_are_those_of_the_tensors() -> None:
-    sizes = {type(example).__name__: example.sizes() for example in EXAMPLES}
+    sizes = {type(example).__name__: example.sizes() for example in EXAMPLES if isinstance(example, m.ClientMessage)}
     assert sizes["HiddenState"] == {"hidden_state": 2 * 3 * 4 * 4 + (1 * 2 * 4 + 1 * 2 * 4) + 2 * 3}
     assert sizes["Gradient"] == {"gradient": 2 * 3 * 4 * 4}
     assert sizes["GradientReply"] == {"scalar": 2 * 4}
-    assert sizes["Upload"] == {"adapter": 4 * (2 * 3 + 1)}
-    assert sizes["Download"] == {"adapter": 2 * 2 * 3}
     assert sizes["Step"] == {"scalar": 8}
-    assert sizes["Finish"] == {"scalar": 16}
+    assert sizes["SelectRows"] == {"scalar": 8 * 3}
+    for name in ("OpenSlot", "SlotClosed", "Serve"):
+        assert sizes[name] == {}, "both parties are on the server's side"

@@ -198,12 +198,12 @@ def test_add_scores_checks_every_batch(retrieval: tuple[Any, Recommender]) -> No
 def test_the_test_stage_is_not_used_for_selection(retrieval: tuple[Any, Recommender]) -> None:
     config, recommender = retrieval
     loop = build_loop(config, recommender, ())
-    evaluation = loop.evaluate("test", 0, "current", loop.row_of_client)
-    before = dataclasses.replace(loop.state.selection)
+    evaluation = loop.evaluate(loop.population.score_jobs(), "test", 0)
+    before = loop.selection.state_dict()
     with pytest.raises(LeakError, match="stage 'test' must not be used for adapter selection or early stopping"):
-        loop.state.select(evaluation, loop.row_of_client)
-    assert loop.state.selection.value == before.value
-    assert loop.state.rounds_without_gain == 0
+        loop.selection.update(evaluation)
+    assert loop.selection.state_dict() == before
+    assert not loop.selection.is_started
 
 
 class OtherPromptAtInference(GenerativeObjective):

@@ -133,7 +133,7 @@ def test_it_learns_the_transitions_of_the_synthetic_data(cache: Path, rule: str)
     """The synthetic users follow transitions between items, which popularity does not model."""
     config, recommender = build(cache, f"aggregation={rule}")
     loop = build_loop(config, recommender, ())  # type: ignore[arg-type]
-    learned = loop.run().summary["ndcg_at_10/pooled"]
+    learned = loop.run().evaluation.summary["ndcg_at_10/pooled"]
     references = {result.rule: result.evaluation.summary["ndcg_at_10/pooled"]
                   for result in reference_results(config, recommender, loop)}  # type: ignore[arg-type]  # fmt: skip
     assert list(references) == ["popularity", "markov", "untrained"], "the backbone is not pre-trained"
@@ -145,7 +145,7 @@ def test_the_executed_cut_gives_the_same_metrics(cache: Path) -> None:
     summaries = []
     for split in ("default", "executed"):
         config, recommender = build(cache, f"split={split}", "split.head_layers=0", "trainer.num_rounds=1")
-        summaries.append(build_loop(config, recommender, ()).run().summary)  # type: ignore[arg-type]
+        summaries.append(build_loop(config, recommender, ()).run().evaluation.summary)  # type: ignore[arg-type]
     assert summaries[0] == summaries[1]
 
 

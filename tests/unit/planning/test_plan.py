@@ -28,8 +28,10 @@ from fellrec.cli.main import main
 from fellrec.cli.plan import plan
 from fellrec.config.compose import compose
 from fellrec.experiment import build_data, build_loop, build_recommender
-from fellrec.federated.checkpoint import save_state
-from fellrec.federated.local import LocalSettings
+from fellrec.experiment.federation import build_federation
+from fellrec.federated.checkpoint import CheckpointFolder
+from fellrec.federated.records import Trained
+from fellrec.federated.settings import TrainerSettings
 from fellrec.functional.cost import PartCost, fraction, total_cost
 from fellrec.models.adapters import FullAdapter, LoraAdapter, adapter_bytes
 from fellrec.models.architectures import ARCHITECTURES
@@ -40,6 +42,7 @@ from fellrec.planning.plan import Planner
 from fellrec.planning.shape import find_config, model_configs, read_config
 from fellrec.planning.table import print_plans
 from fellrec.state.bank import AdapterBank
+from fellrec.types import Evaluation
 
 SHAPE = {
     "vocab_size": 97,
@@ -221,10 +224,9 @@ def test_traffic_equals_the_ledger_of_an_executed_round(overrides: list[str], ti
     config = compose([*tiny_overrides, "backbone.num_layers=3", "split=executed", *overrides])
     found = Planner().plan(config)
     loop = build_loop(config, build_recommender(config, build_data(config)), ())
-    loop.execution.start(loop)
     loop.run_round(0)
     measured_bytes = {
-        (kind, way): loop.execution.ledger.total(round=0, phase="train", direction=way, kind=kind)
+        (kind, way): loop.exchange.ledger.total(round=0, phase="train", direction=way, kind=kind)
         for kind in ("hidden_state", "gradient", "adapter", "scalar")
         for way in ("up", "down")
     }
@@ -239,30 +241,42 @@ def test_traffic_equals_the_ledger_of_an_executed_round(overrides: list[str], ti
     assert measured_bytes["hidden_state", "up"] > 0
 
 
+def validation(values: list[float], round_index: int) -> Evaluation:
+    """A validation with these values of the three clients."""
+    metric, nobody = torch.tensor(values).double(), torch.zeros(0, dtype=torch.int64)
+    summary = {"ndcg_at_10/mean": float(metric.mean())}
+    return Evaluation("val", round_index, {}, nobody, {"ndcg_at_10": metric}, summary, nobody)
+
+
 def test_steps_tokens_and_checkpoint_are_those_of_a_real_run(tiny_overrides: list[str], tmp_path: Path) -> None:
     """Compared with the steps, tokens and checkpoint size of a real run."""
     overrides = [*tiny_overrides, "trainer.local_epochs=2", "trainer.max_local_steps=3"]
     config = compose(overrides)
     recommender = build_recommender(config, build_data(config))
-    loop = build_loop(config, recommender, ())
+    federation = build_federation(config, recommender)
+    loop, population = federation.loop(), federation.population
     tokens = []
     own_inputs = recommender.module.objective.inputs
     recommender.module.objective.inputs = lambda batch: [  # type: ignore[method-assign]
         tokens.append(ids.numel()) or ids for ids in own_inputs(batch)
     ]
-    updates = loop.execution.train(loop, (0, 1, 2), 0).updates
+    outcomes = loop.train([population.job(row, 0) for row in range(3)])
     num_tokens = sum(tokens)
-    loop.state.keep_best(True, (), ())
-    loop.execution.train(loop, (0, 1, 2), 1)
-    loop.state.keep_best(False, (0, 1, 2), (0, 1, 2))
-    loop.execution.train(loop, (0, 1, 2), 2)
+    loop.selection.update(validation([5.0, 0.0, 0.0], 0))
+    for round_index, values in ((1, [3.0, 3.0, 3.0]), (2, [0.0, 4.0, 4.0])):
+        loop.train([population.job(row, round_index) for row in range(3)])
+        loop.selection.update(validation(values, round_index))
+    loop.train([population.job(row, 3) for row in range(3)])
+    assert (loop.selection.round_index, loop.selection.client_rounds) == (1, [0, 2, 2]), "no adapter counts twice"
     found = Planner().plan(config)
-    assert found.load.mean.num_steps * 3 == sum(update.num_steps for update in updates)
+    assert found.load.mean.num_steps * 3 == sum(
+        trained.num_steps for trained in outcomes if isinstance(trained, Trained)
+    )
     assert found.load.mean.num_tokens * 3 == num_tokens
     assert found.load.num_tokens_largest == max(tokens)
     assert not found.load.is_sampled
     assert found.num_parameters == recommender.backbone.num_parameters
-    save_state(tmp_path, loop.state)
+    CheckpointFolder(tmp_path).save(federation.persisted, 4)
     on_disk = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
     assert found.checkpoint_bytes <= on_disk, "the files also contain names and shapes"
     assert math.isclose(found.checkpoint_bytes, on_disk, rel_tol=0.15)
@@ -271,8 +285,8 @@ def test_steps_tokens_and_checkpoint_are_those_of_a_real_run(tiny_overrides: lis
 def test_a_sample_is_scaled_and_marked(tiny_overrides: list[str]) -> None:
     config = compose([*tiny_overrides, "trainer.batch_size=2"])
     recommender = build_recommender(config, build_data(config))
-    exact = count_load(recommender.datamodule, recommender.module.objective, LocalSettings())
-    sample = count_load(recommender.datamodule, recommender.module.objective, LocalSettings(), max_batches=9)
+    exact = count_load(recommender.datamodule, recommender.module.objective, TrainerSettings(), 0)
+    sample = count_load(recommender.datamodule, recommender.module.objective, TrainerSettings(), 0, max_batches=9)
     assert (exact.is_sampled, sample.is_sampled) == (False, True)
     assert sample.mean.num_steps == exact.mean.num_steps
     assert math.isclose(sample.mean.num_tokens, exact.mean.num_tokens, rel_tol=0.2)

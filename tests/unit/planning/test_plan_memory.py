@@ -33,8 +33,8 @@ def test_planned_peak_memory_equals_the_profile(overrides: list[str], tiny_overr
     config = compose([*tiny_overrides, *shape, *how, *overrides])
     plan = Planner().plan(config)
     loop = build_loop(config, build_recommender(config, build_data(config)), ())
-    loop.execution.start(loop)
+    job = loop.population.job(loop.participation.rows(loop.population, 0)[0], 0)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
-        loop.train(loop.cohort(0)[:1], 0)
+        loop.train([job])
     weights = plan.client.weight_bytes + plan.server.weight_bytes
     assert plan.client_peak_bytes + plan.server_peak_bytes == pytest.approx(peak_of(prof) + weights, rel=0.25)

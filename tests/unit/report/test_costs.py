@@ -10,11 +10,11 @@ from mlflow.utils.validation import _validate_metric_name
 from rich.console import Console
 
 from fellrec.federated.ledger import Ledger
+from fellrec.federated.records import Aggregated, RoundRecord
 from fellrec.metrics.summary import summarise
 from fellrec.report.comparison import Comparison, RuleResult
 from fellrec.report.cost_tables import cost_frame, cost_panels, print_run_cost
 from fellrec.report.costs import Rounds, RunCost, Storage
-from fellrec.types import Aggregated, RoundRecord
 
 STORAGE = Storage(client_bytes=3_000_000, server_bytes=1_000_000)
 
@@ -25,22 +25,13 @@ def record(round_index: int, seconds: float, **costs: float) -> RoundRecord:
 
 
 def two_rounds() -> Rounds:
-    first = record(
-        0, 4.0, server__busy_seconds=1.0, client__busy_seconds=3.0, server__peak_bytes=70, head_cache__rows=10,
-        head_cache__taken_rows=0, head_cache__compute_seconds=2.0, head_cache__take_seconds=0.0,
-        head_cache__used_bytes=8,
-    )  # fmt: skip
-    second = record(
-        1, 2.0, server__busy_seconds=2.0, client__busy_seconds=0.0, server__peak_bytes=60, head_cache__rows=30,
-        head_cache__taken_rows=30, head_cache__compute_seconds=0.0, head_cache__take_seconds=0.5,
-        head_cache__used_bytes=8,
-    )  # fmt: skip
+    first = record(0, 4.0, server__busy_seconds=1.0, client__busy_seconds=3.0, server__peak_bytes=70)
+    second = record(1, 2.0, server__busy_seconds=2.0, client__busy_seconds=0.0, server__peak_bytes=60)
     return Rounds().plus(first, 3.5).plus(second, 1.5)
 
 
 def cost() -> RunCost:
     ledger = Ledger()
-    ledger.add(0, -1, "train", "up", "adapter", 7)
     for round_index in (0, 1):
         for client in (0, 1):
             ledger.add(client, round_index, "train", "up", "adapter", 100)
@@ -54,24 +45,12 @@ def test_rounds_add_up_and_peaks_do_not() -> None:
     rounds = two_rounds()
     assert (rounds.num_rounds, rounds.seconds, rounds.cpu_seconds) == (2, 6.0, (3.5, 1.5))
     assert rounds.busy_rate("server") == rounds.busy_rate("client") == 0.5
-    assert rounds.peaks == {"server/peak_bytes": 70, "head_cache/used_bytes": 8}
+    assert rounds.sums == {"server/busy_seconds": 3.0, "client/busy_seconds": 3.0}
+    assert rounds.peaks == {"server/peak_bytes": 70}
     assert Rounds().busy_rate("server") is None
-    assert Rounds().head_cache is None
 
 
-def test_what_the_head_cache_saved() -> None:
-    """40 rows, 30 from the cache; a computed one took 2 s / 10, so 6 s, less the half second that taking them took."""
-    found = two_rounds().head_cache
-    assert found == {
-        "rows": 40,
-        "taken_rows": 30,
-        "saved_rate": 0.75,
-        "saved_seconds": pytest.approx(5.5),
-        "used_bytes": 8,
-    }
-
-
-def test_bytes_of_a_round_leave_the_shared_start_and_evaluations_out() -> None:
+def test_bytes_of_a_round_leave_evaluations_out() -> None:
     """Two clients of 100 up and 1000 down."""
     found = cost()
     assert found.round_bytes() == 2200
@@ -85,7 +64,7 @@ def test_bytes_of_a_round_leave_the_shared_start_and_evaluations_out() -> None:
 def test_mlflow_takes_the_names() -> None:
     names = cost().metrics()
     assert names["cost/client/weight_bytes"] == 3_000_000
-    assert names["cost/run/head_cache/saved_rate"] == 0.75
+    assert names["cost/run/server_busy_rate"] == 0.5
     for name in names:
         _validate_metric_name(name)
 
@@ -96,7 +75,7 @@ def test_the_run_summary_says_what_was_measured() -> None:
     shown = console.export_text()
     for text in (
         "client 3.00 MB (75 %), server 1.00 MB", "evaluation crossed 10 B", "6.0 s of 2 rounds: server 50 %, client 50 %",
-        "75 % of 40 rows", "5.5 s saved", "adapters", "200 B", "2.00 kB",
+        "adapters", "200 B", "2.00 kB",
     ):  # fmt: skip
         assert text in shown, text
 

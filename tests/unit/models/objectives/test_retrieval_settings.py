@@ -167,8 +167,8 @@ def test_only_the_drawn_items_are_encoded(tiny: Backbone, model: SplitModel, ite
 def trained(overrides: list[str]) -> tuple[dict[str, Any], float]:
     config = compose(overrides)
     loop = build_loop(config, build_recommender(config, build_data(config)), ())
-    summary = dict(loop.run().summary)
-    return summary, sum(float(tensor.double().sum()) for tensor in loop.state.bank.tensors.values())
+    summary = dict(loop.run().evaluation.summary)
+    return summary, sum(float(tensor.double().sum()) for tensor in loop.population.bank.tensors.values())
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A client's memory holds its own share of a backbone, and never the rest: measured on a sharded checkpoint."""
+"""A client's memory holds its own part of a backbone, and never the rest: measured on a sharded checkpoint."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def load(folder, side):
 
 load(sys.argv[2], "client")  # whatever the libraries load at their first use
 before = peak()
-share = load(sys.argv[1], sys.argv[3])
-print(json.dumps({"bytes": sum(p.nbytes for p in share.parameters()), "grown": peak() - before}))
+part = load(sys.argv[1], sys.argv[3])
+print(json.dumps({"bytes": sum(p.nbytes for p in part.parameters()), "grown": peak() - before}))
 """
 
 
@@ -49,7 +49,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, int]:
 def test_no_side_ever_holds_the_whole_model(folders: tuple[Path, Path, int], side: str) -> None:
     """12 layers of 28 MB in files of 30 MB: the client's two layers and vocabulary are 18 % of 345 MB.
 
-    The bound is the share, the largest tensor once more (as it is read), and 16 MB for the allocator.
+    The bound is the partial model, the largest tensor once more (as it is read), and 16 MB for the allocator.
     """
     large, tiny, whole = folders
     assert len(list(large.glob("*.safetensors"))) > 10
