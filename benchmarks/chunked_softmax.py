@@ -65,7 +65,7 @@ def main() -> None:
 
 def compare(num_items: int, num_rows: int) -> dict[str, Cost]:
     """Measure every case with a catalogue of this size."""
-    titles = MicroLensShapedReader(num_users=1000, num_items=num_items).read().items["title"].tolist()
+    titles = SyntheticReader("micro_lens_shaped", num_users=1000, num_items=num_items).read().items["title"].tolist()
     catalogue = Catalogue(tuple(map(str, range(num_items))), tuple(titles), pd.DataFrame(index=range(num_items)))
     backbone = build_tiny(titles[:2000], TinySettings(hidden_size=64, num_layers=2, vocab_size=500))
     model = SplitModel(backbone.model, 1, 1)

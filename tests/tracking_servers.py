@@ -85,7 +85,7 @@ class Relay:
     """Forwards connections to a port, and records the ``RANK`` variable of the process that opened each."""
 
     def __init__(self, port: int) -> None:
-        self.ranks: set[str] = set()
+        self.numbers: set[str] = set()
         self._target = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
@@ -101,12 +101,12 @@ class Relay:
         with suppress(OSError):  # closed
             while True:
                 near, (_, port) = self._listener.accept()
-                self.ranks.add(self._rank(port))
+                self.numbers.add(self._number(port))
                 far = socket.create_connection(("127.0.0.1", self._target))
                 for source, drain in ((near, far), (far, near)):
                     threading.Thread(target=self._forward, args=(source, drain), daemon=True).start()
 
-    def _rank(self, port: int) -> str:
+    def _number(self, port: int) -> str:
         (owner,) = {
             connection.pid
             for connection in psutil.net_connections("tcp4")

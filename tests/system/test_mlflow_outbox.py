@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fellrec.cut.processes import LEAD
 from tracking_servers import Content, Relay, Server, content, logged_points, postgresql, wait_for
 
 from fellrec.cli.main import main
+from fellrec.pool.pool import COORDINATOR
 from fellrec.tracking.delivery import OutboxClient
 from fellrec.tracking.outbox import Outbox, Sent, first_operation, num_left, operations, read_sent, write_sent
 from fellrec.tracking.run_log import NewRun, RunLog
@@ -231,12 +231,12 @@ def test_a_comparison_without_a_server_is_sent_later(
 def test_only_the_coordinator_connects_to_the_server(server: Server, tiny_overrides: list[str], tmp_path: Path) -> None:
     """Three processes, and a relay before the server that looks up the process of each connection."""
     settings = [*tiny_overrides, "split=executed", "split.transport=distributed", "trainer.num_rounds=1"]
-    settings.append("backbone.num_layers=3")
+    settings += ["backbone.num_layers=3", "trainer.devices=3"]
     with Relay(server.port) as relay:
         train = ["-m", "fellrec", "train", *settings, "run_dir=run", f"tracking.uri=http://127.0.0.1:{relay.port}"]
         processes = Processes([train] * 3, tmp_path)
-        assert processes.wait() == [0, 0, 0], processes.output(LEAD)
-    assert relay.ranks == {str(LEAD)}
+        assert processes.wait() == [0, 0, 0], processes.output(COORDINATOR)
+    assert relay.numbers == {str(COORDINATOR)}
     arrived = on(server, tmp_path / "run")
     assert arrived.points == logged_points(tmp_path / "run" / "outbox")
     assert arrived.status == "FINISHED"

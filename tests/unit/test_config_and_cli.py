@@ -301,7 +301,7 @@ def test_bad_input_gets_one_message_and_leaves_nothing(
         (["objective=generative", "objective.softmax=catalogue"], "choose ranker=constrained"),
         (
             ["objective=generative", "ranker=constrained", "ranker.num_beams=0"],
-            "ranker.num_beams=0 must be an integer of at least 1",
+            "ranker.num_beams=0 is not allowed: a whole number of at least 1",
         ),
     ],
 )

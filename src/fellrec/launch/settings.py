@@ -1,4 +1,4 @@
-"""What ``fellrec submit`` asks of SLURM, ``launcher``; no part of the experiment."""
+"""Settings of ``fellrec submit``: ``launcher``. They are not part of the experiment."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Annotated, Any
 from fellrec.functional.ranges import Allowed, Count, Natural, check, listed, refuse
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
-_LEAST_SECONDS = 30
-"""Time of a run before its first warning; SLURM looks at time limits twice a minute."""
+_MIN_SECONDS = 30
+"""Minimum time of a run before the signal; SLURM checks time limits twice a minute."""
 
 
 def _mapping(example: str) -> Allowed:
@@ -26,7 +26,7 @@ Words = Annotated[Sequence[str], listed("a list, such as [--bind,/scratch]")]
 
 @dataclass(frozen=True)
 class LauncherSettings:
-    """What is asked of SLURM. Values are SLURM's own (man sbatch); null is the site's default."""
+    """The SLURM settings. Values are as in ``man sbatch``; null is the site's default."""
 
     nodes: Count = 1
     """Nodes."""
@@ -70,7 +70,7 @@ class LauncherSettings:
     """Options of apptainer exec, such as [--bind,/scratch]."""
 
     def __post_init__(self) -> None:
-        """Check all ranges, refuse what cannot be in a script, and a warning that leaves no time to train."""
+        """Check all ranges, that all values can be written into a script, and that there is time to train."""
         check(self, "launcher")
         refuse(*self._problems())
 
@@ -85,15 +85,15 @@ class LauncherSettings:
                 yield f"launcher.{key}={value!r} is not allowed: one line of text"
         for name in self.environment or {}:
             if not re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII):
-                yield f"launcher.environment has {name!r}, which is not the name of a variable"
+                yield f"launcher.environment has {name!r}, which is not a valid variable name"
         for name in self.options or {}:
             if not re.fullmatch(r"[a-z][a-z0-9-]*", str(name)):
-                yield f"launcher.options has {name!r}, which is not the name of an option of sbatch, such as constraint"
+                yield f"launcher.options has {name!r}, which is not the name of an sbatch option, such as constraint"
         limit = None if self.time is None else seconds_of(str(self.time))
-        if limit is not None and limit < self.signal_seconds + _LEAST_SECONDS:
+        if limit is not None and limit < self.signal_seconds + _MIN_SECONDS:
             yield (
-                f"launcher.signal_seconds={self.signal_seconds} leaves too little of launcher.time={self.time}: "
-                f"the limit must be at least {_LEAST_SECONDS} seconds more"
+                f"launcher.time={self.time} is too short for launcher.signal_seconds={self.signal_seconds}: "
+                f"it must be at least {_MIN_SECONDS} seconds longer"
             )
 
     def _texts(self) -> Iterator[tuple[str, Any]]:
@@ -107,7 +107,7 @@ class LauncherSettings:
 
 
 def seconds_of(time: str) -> int | None:
-    """Seconds of a time limit in SLURM's notation; ``None`` for a limit that is none, such as ``UNLIMITED``.
+    """Convert a time limit in SLURM's notation to seconds; ``None`` if there is no limit, as for ``UNLIMITED``.
 
     Example:
         >>> seconds_of("90"), seconds_of("12:00:00"), seconds_of("2-6"), seconds_of("1-00:30")
