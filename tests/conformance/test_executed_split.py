@@ -14,7 +14,7 @@ from cut_models import cut_in_two, open_slot
 from small_models import CONFIGS, masks
 from transformers import AutoModelForCausalLM
 
-from fellrec.cut.messages import ChangeBase, CloseSlot, Gradient, HiddenState, SlotClosed, Step
+from fellrec.cut.messages import ChangeBase, CloseSlot, Gradient, HiddenState, Serve, SlotClosed, Step, StopServing
 from fellrec.distributed.message import Stop
 from fellrec.errors import BackboneError, SplitError
 from fellrec.functional.packing import Packed, pack
@@ -224,3 +224,17 @@ def test_a_client_that_failed_leaves_nothing_on_the_server() -> None:
     assert not server.jobs
     with pytest.raises(SplitError, match="the client is not being trained"):
         link.send(Step(1, 0, "train", 1.0, 1e-3))
+
+
+def test_an_adapter_is_served_until_the_last_evaluation_with_it_is_over() -> None:
+    """Two client processes may evaluate parts of one client's users at the same time."""
+    _, link, server = cut_in_two(whole_model("llama"), 2, 1)
+    link.send(Serve(0, 0, "val", dict(server.trainable)))
+    link.send(StopServing(0, 0, "val"))
+    link.request(HiddenState(0, 0, "val", 1, packed(2, 3, 32)))
+    link.send(StopServing(0, 0, "val"))
+    assert 0 not in server.served
+    with pytest.raises(SplitError, match="HiddenState of client 0 in round 0: no adapter was sent for the client"):
+        link.send(HiddenState(0, 0, "val", 1, packed(2, 3, 32)))
+    with pytest.raises(SplitError, match="StopServing of client 0 in round 0: the client is not being evaluated"):
+        link.send(StopServing(0, 0, "val"))

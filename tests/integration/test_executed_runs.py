@@ -234,6 +234,7 @@ def test_the_server_object_holds_the_body_only(run: Run) -> None:
     assert not clients & set(state)
     assert not hasattr(server, "datamodule")
     assert not server.jobs, "nothing of a client stays when its training is over"
+    assert not server.served, "or its evaluation"
 
 
 def test_the_server_is_sent_the_body_of_adapters_only(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fellrec.cut.link import ServerLink
-from fellrec.cut.messages import ChangeBase, CloseSlot, OpenSlot, Serve, SlotClosed, Step
+from fellrec.cut.messages import ChangeBase, CloseSlot, OpenSlot, Serve, SlotClosed, Step, StopServing
 from fellrec.errors import SplitError
 from fellrec.federated.client_model import WholeClientModel
 from fellrec.federated.records import Job, ScoreJob
@@ -55,6 +55,7 @@ class CutClientModel:
         self.link.send(Serve(*where, body.adapter, base=len(job.base)))
         with self.link.on_behalf_of(*where), self.client.holding(own):
             yield
+        self.link.send(StopServing(*where))
 
     def _divide(self, begin: SlotState) -> tuple[SlotState, SlotState]:
         """The client's and the server's part."""

@@ -130,6 +130,11 @@ class Serve(ClientMessage):
 
 
 @dataclass(frozen=True)
+class StopServing(ClientMessage):
+    """To the server: the evaluation that ``Serve`` began is over; the adapter is freed."""
+
+
+@dataclass(frozen=True)
 class HiddenState(ClientMessage):
     """To the server: the head's output for one micro-batch.
 

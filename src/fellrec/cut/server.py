@@ -28,6 +28,7 @@ from fellrec.cut.messages import (
     ServerReport,
     SlotClosed,
     Step,
+    StopServing,
 )
 from fellrec.distributed.memory import peak_bytes
 from fellrec.distributed.message import Message
@@ -60,6 +61,21 @@ class ServerSettings:
     hidden_dtype: str = "float32"
     gradient_dtype: str = "float32"
     num_rows: int = 1 << 62
+
+
+@dataclass
+class Served:
+    """A client that is being evaluated.
+
+    Attributes:
+        parameters: The body's part of its adapter.
+        base: Changes of the base that it belongs to.
+        num_calls: Evaluations that use it: several client processes may evaluate parts of a client's users at once.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    base: int
+    num_calls: int = 1
 
 
 @dataclass
@@ -109,11 +125,11 @@ class BodyServer:
         self.terms = terms
         self.busy_seconds = 0.0
         self.jobs: dict[int, ServerJob] = {}
+        self.served: dict[int, Served] = {}
         self.caches: dict[tuple[int, int], Cache] = {}
         self._autocast = autocast
         self._swap = ParameterSwap(model.model, trainable)
         self._base, self._changes = base, list[StoredTensors]()
-        self._served: dict[int, tuple[dict[str, nn.Parameter], int]] = {}
         self._is_training: bool | None = None
         first = next(model.parameters())
         self._device, self._dtype = first.device, first.dtype
@@ -125,6 +141,7 @@ class BodyServer:
             Step: self._step,
             CloseSlot: self._close_slot,
             Serve: self._serve,
+            StopServing: self._stop_serving,
             SelectRows: self._select_rows,
             DropCache: self._drop_cache,
             ChangeBase: self._change_base,
@@ -177,7 +194,17 @@ class BodyServer:
 
     def _serve(self, message: Serve) -> None:
         begin = SlotState({name: message.adapter[name] for name in self.trainable}, trains=())
-        self._served[message.client] = (new_parameters(self.trainable, begin), message.base)
+        before = self.served.get(message.client)
+        num_calls = 1 if before is None else before.num_calls + 1
+        self.served[message.client] = Served(new_parameters(self.trainable, begin), message.base, num_calls)
+
+    def _stop_serving(self, message: StopServing) -> None:
+        served = self.served.get(message.client)
+        if served is None:
+            raise SplitError(f"{_name(message)}: the client is not being evaluated")
+        served.num_calls -= 1
+        if not served.num_calls:
+            del self.served[message.client]
 
     def _hidden_state(self, message: HiddenState) -> Message:
         for packed in message.hidden:
@@ -206,8 +233,9 @@ class BodyServer:
         if message.phase == "train":
             job = self._job(message)
             parameters, version = job.slot.parameters, job.base
-        elif message.client in self._served:
-            parameters, version = self._served[message.client]
+        elif message.client in self.served:
+            served = self.served[message.client]
+            parameters, version = served.parameters, served.base
         else:
             raise SplitError(f"{_name(message)}: no adapter was sent for the client")
         self._set_mode(is_training=False)

@@ -23,6 +23,7 @@ EXAMPLES: list[Message] = [
     m.CloseSlot(1, 2, "train", keep=False),
     m.SlotClosed(1, 2, "train", WEIGHTS, STATE, {}),
     m.Serve(1, -1, "val", {"a.b": torch.randn(2, 3).bfloat16()}, 1),
+    m.StopServing(1, -1, "val"),
     m.HiddenState(1, 2, "train", 3, (HIDDEN, pack(torch.randn(1, 2, 4), "int8")), torch.ones(2, 3, dtype=torch.bool)),
     m.HiddenReply(1, 2, "val", 3, (HIDDEN,)),
     m.Gradient(1, 2, "train", 3, (HIDDEN,), wants_norms=True),
@@ -50,8 +51,8 @@ EXAMPLES: list[Message] = [
     ),
 ]
 TO_SERVER = (
-    *(m.OpenSlot, m.CloseSlot, m.Serve, m.HiddenState, m.Gradient, m.Step, m.SelectRows, m.DropCache, m.ChangeBase),
-    m.Report,
+    *(m.OpenSlot, m.CloseSlot, m.Serve, m.StopServing, m.HiddenState, m.Gradient, m.Step, m.SelectRows, m.DropCache),
+    *(m.ChangeBase, m.Report),
 )
 
 
