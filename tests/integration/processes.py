@@ -90,7 +90,9 @@ class Processes:
         tasks = Path(f"/proc/{self._processes[process].pid}/task").glob("*/children")
         found = {}
         for pid in (int(pid) for task in tasks for pid in task.read_text().split()):
-            variables = dict(item.partition(b"=")[::2] for item in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+            variables = dict(
+                item.partition(b"=")[::2] for item in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            )
             if b"fellrec" in Path(f"/proc/{pid}/cmdline").read_bytes() and b"LOCAL_RANK" in variables:
                 found[int(variables[b"LOCAL_RANK"])] = pid
         return found
@@ -195,7 +197,9 @@ def assert_same_run(found: Path, expected: Path, has_same_ledger: bool = True) -
     """
     ours, theirs = checkpoint(found), checkpoint(expected)
     for part in ("progress", "population", "selection", "rule"):
-        left, right = ({key: value for key, value in states[part].items() if key != "number"} for states in (ours, theirs))
+        left, right = (
+            {key: value for key, value in states[part].items() if key != "number"} for states in (ours, theirs)
+        )
         assert_same(left, right, part)  # the number is that of the next file
     assert _files(found, "adapters/**/*") == _files(expected, "adapters/**/*")
     exported = _files(expected, "adapters/**/*.safetensors")

@@ -121,9 +121,7 @@ def test_a_run_through_the_cut_survives_the_loss_of_any_process_and_resumes_with
     assert_same_run(run_dir, tmp_path / "whole", has_same_ledger=False)
 
 
-def test_the_run_continues_without_a_client_process_if_it_may(
-    common: list[str], start: Start, tmp_path: Path
-) -> None:
+def test_the_run_continues_without_a_client_process_if_it_may(common: list[str], start: Start, tmp_path: Path) -> None:
     """Its client misses the round at most; process 0 trains all clients from then on, and none is lost."""
     how = f"{LONG} {CUT} participation.on_failure=skip participation.quorum=0.3 trainer.devices=3"
     processes = start(*[[*FABRIC, *train(common, how, tmp_path / "run")]] * 3)
@@ -149,9 +147,7 @@ def test_a_process_that_is_silent_is_not_waited_for(common: list[str], start: St
     assert len(processes.errors(1)) == 1
 
 
-def test_processes_that_differ_refuse_each_other(
-    common: list[str], start: Start, cache: Path, tmp_path: Path
-) -> None:
+def test_processes_that_differ_refuse_each_other(common: list[str], start: Start, cache: Path, tmp_path: Path) -> None:
     """Settings, and the files of a backbone, which each process may have in a folder of its own."""
     config = compose(common)
     build_backbone(config, build_data(config))
@@ -163,7 +159,10 @@ def test_processes_that_differ_refuse_each_other(
     (tmp_path / "there" / "config.json").write_text(json.dumps({**other, "rms_norm_eps": 0.1}))
     settings = [item for item in common if not item.startswith("backbone.")]
     how = f"backbone=hf {CUT} aggregation=fellrec trainer.devices=2"
-    own = ["backbone.path=here", "backbone.path=there split.head_layers=2 split.hidden_dtype=int8 aggregation.alpha=0.1"]
+    own = [
+        "backbone.path=here",
+        "backbone.path=there split.head_layers=2 split.hidden_dtype=int8 aggregation.alpha=0.1",
+    ]
     processes = start(*[[*FABRIC, *train(settings, f"{how} {mine}", tmp_path / "run")] for mine in own])
     assert processes.wait() == [1, 1], processes.output()
     (message,) = processes.errors()

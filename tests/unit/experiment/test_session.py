@@ -45,7 +45,18 @@ SRUN = {**BATCH, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_
 def started_by_nothing() -> Iterator[None]:
     """No launcher's variables; those that are set in a test, or by a cluster environment, are gone after it."""
     before = dict(os.environ)
-    known = ("SLURM_", "TORCHELASTIC_", "LSB_", "JSM_", "MASTER_", "RANK", "LOCAL_", "WORLD_SIZE", "GROUP_RANK", "NODE_RANK")
+    known = (
+        "SLURM_",
+        "TORCHELASTIC_",
+        "LSB_",
+        "JSM_",
+        "MASTER_",
+        "RANK",
+        "LOCAL_",
+        "WORLD_SIZE",
+        "GROUP_RANK",
+        "NODE_RANK",
+    )
     for name in [name for name in os.environ if name.startswith(known)]:
         del os.environ[name]
     yield
@@ -212,7 +223,15 @@ def test_the_command_refuses_them_before_it_loads_anything(
     overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="1"):
-        main(["train", "trainer.accelerator=cpu", *overrides, f"run_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}"])
+        main(
+            [
+                "train",
+                "trainer.accelerator=cpu",
+                *overrides,
+                f"run_dir={tmp_path / 'run'}",
+                f"cache_dir={tmp_path / 'cache'}",
+            ]
+        )
     assert capsys.readouterr().err.startswith("fellrec train: split.transport=")
     assert not list(tmp_path.iterdir())
 
