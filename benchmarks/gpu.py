@@ -109,7 +109,7 @@ def random_backbone(folder: Path, shape: str, texts: Sequence[str], changes: dic
     if (folder / "tokenizer.json").is_file():
         return folder
     config = read_config(find_config(shape))
-    tokenizer = build_tokenizer(texts)
+    tokenizer = build_tokenizer(texts, vocab_size=4000)
     for name, value in {**changes, **({"num_key_value_heads": 2} if changes else {})}.items():
         setattr(config, name, value)
     config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 0

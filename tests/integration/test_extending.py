@@ -120,7 +120,9 @@ def test_a_transform_changes_what_is_sent_and_its_size(workplace: Path, tiny_ove
     main(["train", *given, "run_dir=plain"])
     main(["train", *given, "exchange.transforms=[{_target_: my_module.Bfloat16}]", "run_dir=half"])
     sent = {
-        run: [int(row["bytes"]) for row in ledger(workplace / run) if (row["kind"], row["direction"]) == ("adapter", "up")]
+        run: [
+            int(row["bytes"]) for row in ledger(workplace / run) if (row["kind"], row["direction"]) == ("adapter", "up")
+        ]
         for run in ("plain", "half")
     }
     assert sent["plain"]

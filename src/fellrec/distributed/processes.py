@@ -36,9 +36,7 @@ def cluster_environment() -> ClusterEnvironment:
     """
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
-    if (
-        int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-    ):  # Lightning does not detect srun in salloc
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # also in an allocation of salloc, unlike Lightning
         _allow_ntasks()
         return SLURMEnvironment()
     for environment in (LSFEnvironment, MPIEnvironment):

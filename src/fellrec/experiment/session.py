@@ -276,7 +276,7 @@ def check_processes(config: DictConfig, num_processes: int) -> None:
     if transport == "distributed" and num_processes < 2:
         raise ConfigError(
             "split.transport=distributed needs one process for the server and at least one for clients: "
-            "set trainer.devices=3, or start them by torchrun --nproc-per-node 3 -m fellrec train …, or srun"
+            "set trainer.devices=3, or trainer.devices=auto if torchrun --nproc-per-node 3 or srun starts them"
         )
     if transport == "inprocess" and num_processes > 1:
         raise ConfigError(

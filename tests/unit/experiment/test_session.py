@@ -204,7 +204,7 @@ def test_auto_is_as_many_as_were_started() -> None:
     [
         (["trainer.devices_per_client=2"], 3, "devices_per_client=2 does not divide the 3 processes"),
         (["split.transport=inprocess"], 2, "split.transport=inprocess needs one process, not 2"),
-        (["split.transport=distributed"], 1, r"trainer.devices=3, or start them by torchrun --nproc-per-node 3"),
+        (["split.transport=distributed"], 1, "set trainer.devices=3, or trainer.devices=auto if torchrun"),
         (["split.transport=distributed", "trainer.devices_per_client=2"], 4, "needs split.transport=none"),
     ],
 )
