@@ -1,11 +1,13 @@
 """Federated LLM-based recommendation: FELLRec on PyTorch Lightning.
 
-Example:
-    >>> import fellrec
-    >>> config = fellrec.compose(["aggregation=fedavg", "trainer.num_rounds=3"])
-    >>> run = fellrec.build(config)  # doctest: +SKIP
-    >>> result = run.execute()  # doctest: +SKIP
-    >>> result.evaluation.summary["ndcg_at_10/mean"], run.run_dir  # doctest: +SKIP
+In a notebook::
+
+    import fellrec
+
+    config = fellrec.compose(["aggregation=fedavg", "trainer.num_rounds=3"])
+    run = fellrec.build(config)
+    result = run.execute()
+    result.evaluation.summary["ndcg_at_10/mean"], run.run_dir
 """
 
 from __future__ import annotations

@@ -88,7 +88,6 @@ def test_a_callback_of_the_user_is_one_class_and_one_override(workplace: Path, t
     assert [len(losses) for losses in whole] == [3, 3]
     main(["train", *tiny_overrides, *mine, "+callbacks.mine.threshold=1e9", "run_dir=short", "references.show=[]"])
     assert json.loads((workplace / "short" / "mine.json").read_text()) == whole[:1]
-    assert json.loads((workplace / "short" / "results.json").read_text())["best_round"] == 0
 
 
 @pytest.mark.parametrize(
@@ -99,10 +98,10 @@ def test_a_callback_of_the_user_is_one_class_and_one_override(workplace: Path, t
     ],
 )
 def test_what_is_not_a_callback_is_refused_before_data_are_read(
-    workplace: Path, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str], override: str, message: str
+    workplace: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
 ) -> None:
     with pytest.raises(SystemExit):
-        main(["train", *tiny_overrides, override, "data=ml_1m", "data.root=absent", "run_dir=run"])
+        main(["train", override, "data=ml_1m", "data.root=absent", "run_dir=run"])
     assert message in capsys.readouterr().err
     assert not (workplace / "run").exists()
 
@@ -159,7 +158,7 @@ def test_a_notebook_needs_ten_lines(workplace: Path, tiny_overrides: list[str]) 
     result = run.execute()
     stored = json.loads((workplace / "run" / "results.json").read_text())
     assert result.evaluation.summary["ndcg_at_10/mean"] == stored["summary"]["ndcg_at_10/mean"]
-    assert (run.run_dir, counts.rounds) == (Path("run"), 2)
+    assert (run.run_dir, counts.rounds) == (workplace / "run", 2)
     assert set(fellrec.__all__) <= set(dir(fellrec))
 
 
