@@ -103,7 +103,7 @@ def _launch(overrides: Sequence[str], processes: int) -> tuple[float, float]:
     """Median seconds of all rounds except the first, and the server's busy rate."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command += ["-m", "fellrec", "train", *overrides, "split.transport=distributed"]
+        command += ["-m", "fellrec", "train", *overrides, "split.transport=distributed", f"trainer.devices={processes}"]
         command += [f"run_dir={folder}/run", f"tracking.uri=sqlite:///{folder}/mlflow.db"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
