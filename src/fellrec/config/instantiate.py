@@ -70,7 +70,8 @@ def instantiate(
     given = as_dict(config)
     target = import_target(given.pop("_target_", None), label, of)
     parameters = inspect.signature(target).parameters
-    live = {**{name: value for name, value in (offered or {}).items() if name in parameters}, **arguments}
+    wanted = parameters.keys() - given.keys()  # what is configured comes before what is offered
+    live = {**{name: value for name, value in (offered or {}).items() if name in wanted}, **arguments}
     if kind := settings_class(target):
         return target(settings=settings(kind, given, label), **live)
     _check_arguments(parameters, given, live, label)

@@ -43,5 +43,5 @@ def test_a_collection_ranks_once(batch, monkeypatch):
 
 
 def test_a_cutoff_beyond_the_catalogue_is_refused(batch):
-    with pytest.raises(ConfigError, match=r"cutoff 31 .* from 1 to 30"):
+    with pytest.raises(ConfigError, match=r"cutoff 31; allowed are integers from 1 to 30"):
         NDCG(31).update(*batch)

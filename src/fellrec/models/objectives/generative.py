@@ -157,7 +157,7 @@ class GenerativeObjective:
 
     def loss(self, model: SplitModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """Sum of the negative log-likelihood of the target tokens, and their number."""
-        return self.loss_of(model, [model(ids) for ids in self.inputs(batch)], batch)
+        return self.loss_of(model, model.encode(self.inputs(batch)), batch)
 
     def inputs(self, batch: dict[str, Tensor]) -> list[Tensor]:
         """Token ids of the forward pass: the prompts with their answers."""
