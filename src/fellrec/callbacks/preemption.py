@@ -21,7 +21,7 @@ class Preemption(FederatedCallback):
 
     def on_client_end(self, trained: Trained) -> None:
         """Stop after a client."""
-        self.signals.stop_at(f"after client {trained.row} of round {trained.job.round_index}")
+        self.signals.stop_at(f"after client {trained.job.client} of round {trained.job.round_index}")
 
     def on_round_end(self, record: RoundRecord) -> None:
         """Stop after a round."""

@@ -50,9 +50,7 @@ class RoundProgress(FederatedCallback):
     def on_client_start(self, job: Job) -> None:
         """Show which client trains."""
         assert self._progress is not None
-        text = (
-            f"{self.title} · round {job.round_index + 1}/{self._num_rounds} · client {job.row} · val {self._value:.4f}"
-        )
+        text = f"{self.title} · round {job.round_index + 1}/{self._num_rounds} · client {job.client} · val {self._value:.4f}"
         self._progress.update(self._task, description=text)
 
     def on_evaluate_end(self, evaluation: Evaluation) -> None:

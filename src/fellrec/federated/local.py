@@ -96,7 +96,7 @@ class LocalTrainer:
             state = slot.state()
         for name, tensor in state.adapter.items():  # the last step can spoil the adapter after its loss was finite
             if not bool(tensor.isfinite().all()):
-                raise TrainingError(not_finite(name, job.row, job.round_index))
+                raise TrainingError(not_finite(name, job.client, job.round_index))
         return Trained(
             job=job,
             adapter=StoredTensors(state.adapter),
@@ -143,13 +143,13 @@ class LocalTrainer:
                 self._prepare_step(job.round_index, step)
                 yield self._step(slot, batches, self.learning_rate(job.first_step + step, self._progress(job, step)))
         except SplitError as error:
-            raise SplitError(f"{error}, in the training of client {job.row} in round {job.round_index}") from error
+            raise SplitError(f"{error}, in the training of client {job.client} in round {job.round_index}") from error
         except FellrecError:
             raise
         except Exception as error:  # out of memory or a mistake in an objective: the client cannot finish
             first_line = (str(error).splitlines() or [""])[0]
             raise TrainingError(
-                f"the training of client {job.row} failed in round {job.round_index} with {type(error).__name__}: "
+                f"the training of client {job.client} failed in round {job.round_index} with {type(error).__name__}: "
                 f"{first_line} (--debug shows where)"
             ) from error
 
@@ -231,6 +231,6 @@ class LocalTrainer:
 
 def _diverged(job: Job, step: int, loss: float) -> str:
     return (
-        f"the training loss of client {job.row} became {loss} in round {job.round_index}, local step {step}; "
+        f"the training loss of client {job.client} became {loss} in round {job.round_index}, local step {step}; "
         "lower trainer.learning_rate or check the data"
     )

@@ -30,7 +30,7 @@ class Participation:
         return tuple(sorted(row for participant in drawn for row in population.rows_of(participant)))
 
     def quorum(self, outcomes: Sequence[Trained | Failed]) -> list[Trained]:
-        """Those of the cohort that finished.
+        """Those of the cohort that finished; a client counts as finished if it has finished all of its models.
 
         Raises:
             TrainingError: If one failed and ``on_failure`` is ``"stop"``, or too few finished.
@@ -41,10 +41,12 @@ class Participation:
             return finished
         if self.settings.on_failure == "stop":
             raise TrainingError(failed[0].reason)
-        least = max(1, math.ceil(self.settings.quorum * len(outcomes) - 1e-9))
-        if len(finished) < least:
+        clients = {outcome.job.client for outcome in outcomes}
+        complete = clients - {outcome.job.client for outcome in failed}
+        least = max(1, math.ceil(self.settings.quorum * len(clients) - 1e-9))
+        if len(complete) < least:
             raise TrainingError(
-                f"only {len(finished)} of {len(outcomes)} clients finished round {failed[0].job.round_index}, "
+                f"only {len(complete)} of {len(clients)} clients finished round {failed[0].job.round_index}, "
                 f"participation.quorum={self.settings.quorum} needs {least}; "
                 + "; ".join(outcome.reason for outcome in failed)
             )

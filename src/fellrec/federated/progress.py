@@ -24,7 +24,7 @@ class Progress:
         """A round is trained and aggregated."""
         self.round_index = round_index + 1
         if failed:
-            self.failed_clients[str(round_index)] = sorted(outcome.row for outcome in failed)
+            self.failed_clients[str(round_index)] = sorted({outcome.job.client for outcome in failed})
 
     def state_dict(self) -> dict[str, Any]:
         """See ``Persisted``."""

@@ -51,6 +51,11 @@ class Job:
     needs_start_loss: bool = False
     base: tuple[StoredTensors, ...] = ()
 
+    @property
+    def client(self) -> int:
+        """The client that trains; 0 for the pooled data."""
+        return self.data_of or 0
+
 
 @dataclass(frozen=True)
 class Trained:

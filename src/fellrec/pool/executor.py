@@ -126,7 +126,7 @@ class PoolExecutor:
             run=run,
             result=result,
             lost=lambda reason: Failed(job, reason),
-            activity=f"training client {job.row} in round {job.round_index}",
+            activity=f"training client {job.client} in round {job.round_index}",
         )
 
     def _train_message(self, job: Job, process: int) -> TrainClient:
@@ -152,7 +152,7 @@ class PoolExecutor:
 
     def _outcome(self, job: Job, answer: Message) -> Trained | Failed:
         if not isinstance(answer, ClientTrained | ClientFailed) or answer.row != job.row:
-            raise SplitError(f"unexpected message {type(answer).__name__} for the training of client {job.row}")
+            raise SplitError(f"unexpected message {type(answer).__name__} for the training of client {job.client}")
         self.ledger.merge(answer.ledger)
         if isinstance(answer, ClientFailed):
             return Failed(job, answer.reason)

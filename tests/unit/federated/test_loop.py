@@ -9,10 +9,11 @@ import pytest
 import torch
 from fakes import FakeExecutor, adapters, fake_loop, resumed
 
-from fellrec.aggregation import Local
+from fellrec.aggregation import FedAvg, Local
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.errors import Preempted, TrainingError
 from fellrec.federated.callback import HOOKS, FederatedCallback
+from fellrec.federated.population import SharedAndPersonal
 from fellrec.federated.records import Job, RoundRecord, Trained
 from fellrec.functional.participation import cohort
 
@@ -83,6 +84,29 @@ def test_a_client_that_fails_ends_the_run_or_is_left_out() -> None:
     assert result.failed_clients == {"1": [1]}
     with pytest.raises(TrainingError, match=r"only 3 of 4 clients finished round 1, participation.quorum=0.9 needs 4"):
         fake_loop(executor=FakeExecutor(fails), participation={"on_failure": "skip", "quorum": 0.9}).run()
+
+
+class TwoModels(FedAvg):
+    """A shared and a personal model a client."""
+
+    population = SharedAndPersonal
+
+
+def test_the_quorum_counts_clients_and_a_client_needs_all_of_its_models() -> None:
+    """Rows 0 and 1 are shared, 2 and 3 personal. One complete client of two is enough for a quorum of a half."""
+
+    def some(rows: set[int]) -> Callable[[Job], bool]:
+        return lambda job: job.row in rows and job.round_index == 0
+
+    skip = {"on_failure": "skip"}
+    for rows in ({0, 1}, {0, 3}):
+        with pytest.raises(TrainingError, match="only 0 of 2 clients finished round 0"):
+            fake_loop(TwoModels(), FakeExecutor(some(rows)), num_clients=2, participation=skip).run()
+    recorder = Recorder()
+    loop = fake_loop(TwoModels(), FakeExecutor(some({1})), 2, [recorder], participation=skip, num_rounds=1)
+    assert loop.run().failed_clients == {"0": [1]}
+    assert [t.row for t in recorder.records[0].trained] == [0, 2, 3]
+    assert adapters(loop)[0] == {"a": [1.0, 1.0], "b": [1.0, 1.0]}, "the mean of client 0 alone"
 
 
 def test_validation_selects_and_the_test_data_are_scored_once() -> None:
