@@ -50,7 +50,8 @@ class RoundProgress(FederatedCallback):
     def on_client_start(self, job: Job) -> None:
         """Show which client trains."""
         assert self._progress is not None
-        text = f"{self.title} · round {job.round_index + 1}/{self._num_rounds} · client {job.client} · val {self._value:.4f}"
+        where = f"round {job.round_index + 1}/{self._num_rounds} · client {job.client}"
+        text = f"{self.title} · {where} · val {self._value:.4f}"
         self._progress.update(self._task, description=text)
 
     def on_evaluate_end(self, evaluation: Evaluation) -> None:
