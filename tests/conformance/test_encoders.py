@@ -86,15 +86,6 @@ def test_dropout_draws_the_same_numbers(name: str) -> None:
     assert torch.equal(split(ids), whole)
     torch.manual_seed(2)
     assert not torch.equal(split(ids), whole), "dropout is on"
-    assert all(split.has_dropout(part) for part in ("head", "body", "tail"))
-
-
-@pytest.mark.parametrize("name", ENCODERS)
-def test_dropout_in_attention_only_is_detected(name: str) -> None:
-    """Longformer has its rate as a number, not as a module."""
-    split = SplitModel(whole_model(name, attention_probs_dropout_prob=0.1), 2, 1)
-    assert [split.has_dropout(part) for part in ("head", "body", "tail")] == [True] * 3
-    assert not SplitModel(whole_model(name), 2, 1).has_dropout("body")
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -318,7 +318,7 @@ def test_a_run_of_another_version_is_refused(finished: tuple[Path, str], capsys:
     for command in (["train", f"resume={older}"], ["evaluate", str(older)]):
         with pytest.raises(SystemExit):
             main(command)
-        assert "has format None, this version of fellrec reads format 1" in capsys.readouterr().err
+        assert "has format 0, this version of fellrec reads format 1" in capsys.readouterr().err
 
 
 def test_mlflow_is_not_sent_the_figures_of_each_of_many_clients(

@@ -201,11 +201,9 @@ def _processes(config: DictConfig, launcher: LauncherSettings) -> list[str]:
         ConfigError: If the run does not support this number, or sets another one.
     """
     asked = f"launcher.nodes={launcher.nodes} with {launcher.tasks} processes each"
-    if config.split.transport == "distributed":  # uses all processes that srun starts
-        if launcher.nodes * launcher.tasks < 2:
-            raise ConfigError(f"split.transport=distributed needs at least 2 processes, not {asked}")
-        return []
-    if config.split.transport != "none" and launcher.nodes * launcher.tasks > 1:
+    if config.split.transport == "distributed" and launcher.nodes * launcher.tasks < 2:
+        raise ConfigError(f"split.transport=distributed needs at least 2 processes, not {asked}")
+    if config.split.transport == "inprocess" and launcher.nodes * launcher.tasks > 1:
         raise ConfigError(f"{asked} is not allowed with split.transport={config.split.transport}: it has one process")
     found = []
     for key, number in (("devices", launcher.tasks), ("num_nodes", launcher.nodes)):

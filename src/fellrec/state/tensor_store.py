@@ -160,7 +160,11 @@ class SafetensorsWriter:
 
     def __enter__(self) -> SafetensorsWriter:
         discard(self._draft)
-        self._write(self._header)
+        try:
+            self._write(self._header)
+        except BaseException:
+            discard(self._draft)
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
