@@ -40,7 +40,7 @@ def test_ranx_finds_the_logged_figures(
     from ranx import Qrels, Run, evaluate
 
     main(["export", str(run_dir), "--format", tool, "--output", str(tmp_path / "out")])
-    assert f"{int(summary['num_users'])} users, 0 of them" in capsys.readouterr().out
+    assert f"{int(summary['num_users'])} users; for 0 of them" in capsys.readouterr().out
     run, qrels = (kind.from_file(str(tmp_path / "out" / f"{name}.{suffix}")) for kind, name in _files(Run, Qrels))
     found = evaluate(qrels, run, list(NAMES.values()))
     for ours, theirs in NAMES.items():
