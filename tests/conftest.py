@@ -33,6 +33,19 @@ TINY = [
 """Overrides of a run that takes about a second."""
 
 
+_SLOW_FOLDERS = {"integration", "conformance", "system", "benchmarks"}
+"""Whole runs, services, processes: their tests are slow, as are those that are marked."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that ``make test-fast`` leaves out, and begin with them: two workers end at the same time."""
+    for item in items:
+        if _SLOW_FOLDERS & set(item.path.parts):
+            item.add_marker(pytest.mark.slow)
+    order = ["system", "integration", "conformance"]
+    items.sort(key=lambda item: next((n for n, name in enumerate(order) if name in item.path.parts), len(order)))
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder of the real data sets, which cannot be shipped."""

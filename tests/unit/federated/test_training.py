@@ -469,6 +469,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [Everything, Ditto])
 @pytest.mark.usefixtures("importable")
 def test_every_seam_gives_the_same_bits_through_the_cut_and_after_a_resume(

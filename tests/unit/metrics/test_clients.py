@@ -56,6 +56,7 @@ def test_batches_do_not_matter(script):
     assert_same(script.filled(ClientRankingMetrics(4, (5, 10)), chosen, 7).compute(), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["interleaved", "padded", "one_idle"])
 def test_two_processes_equal_one_exactly(script, tmp_path, case):
     outputs = [tmp_path / f"{rank}.pt" for rank in range(2)]

@@ -20,6 +20,7 @@ def peak_of(prof: profile) -> int:
     return peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [["adapter=lora"], ["adapter=lora", "split.transport=inprocess"], ["adapter=full"], ["adapter=lora", "adapter.layers=body+tail", "objective.num_negatives=20"],

@@ -86,6 +86,7 @@ def test_random_is_uniform():
     assert ranks.mean().item() == pytest.approx(249.5, abs=5 * 500 / (12 * 200) ** 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not ML_1M.exists(), reason="MovieLens-1M not found: set FELLREC_TEST_DATA to the data folder")
 def test_known_figures_on_movielens_1m():
     """NDCG@10 with leave-one-out, full ranking and all earlier films masked."""

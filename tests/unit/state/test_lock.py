@@ -71,6 +71,7 @@ def test_a_held_directory_is_refused_until_it_is_released(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir()), "nothing is left"
 
 
+@pytest.mark.slow
 def test_of_many_that_find_a_dead_owner_one_takes_over(tmp_path: Path) -> None:
     first = start(tmp_path)
     go(first)

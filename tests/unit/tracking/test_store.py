@@ -81,6 +81,7 @@ def test_the_ui_serves_artefacts_stored_beside_the_database(tmp_path: Path) -> N
     assert (tmp_path / "mlartifacts").as_uri() in command
 
 
+@pytest.mark.slow
 def test_a_new_sqlite_store_is_created_atomically(tmp_path: Path) -> None:
     """Two processes create it at the same time and are killed as soon as the file exists; it has every table."""
     path = tmp_path / "mlflow.db"

@@ -255,6 +255,7 @@ def test_a_frozen_head_changes_nothing(overrides: list[str]) -> None:
     assert whole[2] == cut[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", "longformer"])
 def test_train_works_from_the_command_line(
     overrides: list[str], name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
