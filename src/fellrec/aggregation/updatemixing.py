@@ -12,7 +12,7 @@ from fellrec.functional import mixing
 
 
 class UpdateMixing(AggregationCallback, UpdateMixingSettings):
-    """Each client goes on from its own adapter, by what similar clients and it itself learned in this round.
+    """Each client continues from its own adapter, plus what it and similar clients learned in this round.
 
     With ``update[n] = end[n] - start[n]``, S the similarities of METHOD (1) between the updates, o the own share and η
     the server's learning rate:

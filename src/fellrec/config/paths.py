@@ -1,4 +1,4 @@
-"""Where the configuration lies and which choices it offers; cheap to import, for ``--help``."""
+"""Path of the configuration and its choices, without heavy imports, for ``--help``."""
 
 from __future__ import annotations
 

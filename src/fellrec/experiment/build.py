@@ -229,7 +229,7 @@ def build_fabric(config: DictConfig, alone: bool = False) -> Fabric:
 
 
 def build_backbone(config: DictConfig, data: PreparedData) -> Backbone:
-    """The backbone of the configuration: a folder or hub name, or one that is made here once and cached.
+    """The backbone of the configuration: a folder or hub name, or one that is created once and cached.
 
     With ``split.transport=distributed`` it is the client's share.
     """

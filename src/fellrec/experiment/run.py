@@ -354,7 +354,7 @@ def reference_results(
 
 
 def finish_message(run_dir: Path, config: DictConfig) -> str:
-    """Where the run lies, and how to look at it."""
+    """Paths of the run directory and of the MLflow store, and how to open them."""
     uri = config.tracking.uri
     option = "" if uri == TrackingSettings.uri else f" tracking.uri={uri}"
     where = f"MLflow: {uri}, experiment {config.tracking.experiment}"

@@ -87,7 +87,7 @@ def write_start(run_dir: Path, config: DictConfig, data: PreparedData, prompt: M
         run_dir: Of the run.
         config: Resolved.
         data: The prepared data set.
-        prompt: Versions of the objective's texts, see ``Objective.facts``.
+        prompt: Versions of the objective's texts, see ``Objective.metadata``.
     """
     write_atomically(run_dir / "config.yaml", to_yaml(config).encode())
     write_json(run_dir / _VERSIONS, {**versions(), **prompt})
