@@ -38,12 +38,10 @@ _SLOW_FOLDERS = {"integration", "conformance", "system", "benchmarks"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that ``make test-fast`` leaves out, and begin with them: two workers end at the same time."""
+    """Mark the tests that ``make test-fast`` leaves out."""
     for item in items:
         if _SLOW_FOLDERS & set(item.path.parts):
             item.add_marker(pytest.mark.slow)
-    order = ["system", "integration", "conformance"]
-    items.sort(key=lambda item: next((n for n, name in enumerate(order) if name in item.path.parts), len(order)))
 
 
 @pytest.fixture(scope="session")

@@ -152,16 +152,3 @@ def test_a_process_that_dies_ends_the_run_which_another_number_of_processes_resu
 
     alone([*resume, "trainer.devices=1"])
     assert_same_run(run_dir, long_run)
-
-
-def test_a_run_can_continue_without_a_process(common: str, start: Start, tmp_path: Path) -> None:
-    """The client that died with it misses the round at most; process 0 trains the others, and all from then on."""
-    how = f"{common} {LONG} participation.on_failure=skip participation.quorum=0.2 trainer.devices=2"
-    processes = start(*[[*FABRIC, *arguments("train", how, tmp_path / "run")]] * 2)
-    processes.wait_for("round 2/6")
-    processes.send(1, signal.SIGKILL)
-    assert processes.wait() == [0, -signal.SIGKILL], processes.output()
-    dropped = results(tmp_path / "run").get("dropped_clients", {})
-    assert sum(len(clients) for clients in dropped.values()) <= 1
-    assert results(tmp_path / "run")["round_index"] <= 5
-    assert "round 6/6" in processes.output()
