@@ -136,7 +136,7 @@ def test_a_changed_base_is_exported_and_loads_with_transformers_and_peft(
     main(["train", *given, "aggregation._target_=my_module.ChangesTheBase", "run_dir=run"])
     main(["train", *given, "aggregation=fedavg", "adapter=full", "trainer.learning_rate=1e-30", "run_dir=still"])
     adapters = workplace / "run" / "adapters"
-    changed = load_file(adapters / "base" / "model.safetensors")
+    changed = load_file(adapters / "base_01" / "model.safetensors")
     before = load_file(workplace / "still" / "adapters" / "client_00" / "model.safetensors")
     (moved,) = [name for name in changed if not torch.equal(changed[name], before[name])]
     assert torch.equal(changed[moved], before[moved] + 0.01)

@@ -12,9 +12,10 @@ from fellrec.callbacks.costs import CostMeter
 from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.ledger import Ledger
 from fellrec.federated.records import FitResult
+from fellrec.state.tensor_store import StoredTensors
 
-SaveAdapter = Callable[[Mapping[str, Tensor], Path], None]
-"""Writes one adapter of the whole model into a folder."""
+SaveAdapter = Callable[[Mapping[str, Tensor], tuple[StoredTensors, ...], Path], None]
+"""Writes one adapter of the whole model into a folder, given the changes of the base that it belongs to."""
 
 
 class RunOutputs(FederatedCallback):
@@ -33,7 +34,7 @@ class RunOutputs(FederatedCallback):
         run_dir: Path,
         ledger: Ledger,
         write_results: Callable[[FitResult, Mapping[str, Any]], None],
-        save_adapter: Callable[[FitResult], SaveAdapter],
+        save_adapter: SaveAdapter,
         costs: CostMeter | None = None,
     ) -> None:
         self.run_dir = run_dir
@@ -48,12 +49,7 @@ class RunOutputs(FederatedCallback):
         failed = {"dropped_clients": result.failed_clients} if result.failed_clients else {}
         self._write_results(result, cost | failed)
         self.ledger.frame().to_csv(self.run_dir / "ledger.csv", index=False)
-        save = self._save_adapter(result)
-        adapters = (
-            {"shared": result.served[0]}
-            if result.is_shared
-            else {f"client_{client:02d}": stored for client, stored in enumerate(result.served)}
-        )
-        for name, stored in adapters.items():
+        clients = ["shared"] if result.is_shared else [f"client_{client:02d}" for client in range(len(result.served))]
+        for name, stored, base in zip(clients, result.served, result.bases):
             tensors = stored.tensors()
-            save({key: tensors[key] for key in sorted(tensors)}, self.run_dir / "adapters" / name)
+            self._save_adapter({key: tensors[key] for key in sorted(tensors)}, base, self.run_dir / "adapters" / name)

@@ -99,7 +99,7 @@ def _tracking(uri: str) -> str:
 
 
 def _slurm() -> str:
-    """Version, partitions and nodes; a machine without SLURM is no failure."""
+    """Version, partitions and nodes; a machine without SLURM passes."""
     absent = "not installed: fellrec submit works with --dry-run only"
     if shutil.which("sinfo") is None:
         return absent

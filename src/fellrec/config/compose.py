@@ -97,7 +97,7 @@ def check(config: DictConfig, optional: Collection[str] = ()) -> None:
 
 
 def without_launcher(config: DictConfig) -> DictConfig:
-    """The experiment alone: where it runs is no part of it."""
+    """The configuration without ``launcher``, which does not affect results."""
     return OmegaConf.masked_copy(config, [str(key) for key in config if key != "launcher"])
 
 

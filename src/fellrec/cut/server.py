@@ -251,7 +251,7 @@ class BodyServer:
     def _gradient(self, message: Gradient) -> Message:
         job = self.jobs.get(message.client)
         if job is None or message.number not in job.graphs:
-            raise SplitError(f"{_name(message)}: there is no forward pass {message.number} that it could belong to")
+            raise SplitError(f"{_name(message)}: it belongs to forward pass {message.number}, which is unknown")
         inputs, outputs = job.graphs.pop(message.number)
         shapes = [list(packed.shape) for packed in message.gradient]
         if shapes != [list(output.shape) for output in outputs]:

@@ -118,7 +118,7 @@ def clean(raw: RawData, on_empty_title: str = DataSettings.on_empty_title) -> tu
         items.loc[empty, "title"] = "item " + items.loc[empty, "item_id"]
         empty &= False
     problems = [
-        "there are no interactions" if raw.interactions.empty else "",
+        "the interactions are empty" if raw.interactions.empty else "",
         _first(empty, "items have an empty title (set data.on_empty_title=item_id to allow it)", raw.where_item),
         _first(items["item_id"].duplicated(), "item ids are duplicates", raw.where_item),
         _first(

@@ -13,7 +13,7 @@ MICRO_LENS_ITEMS_PER_USER = 19_738 / 100_000
 MIN_LENGTH = 5
 """Fewest interactions of a user in generated data, with both presets."""
 LEAST_ITEMS, MOST_ITEMS = 20, {"films": 500, "micro_lens_shaped": 81_920}
-"""Numbers of items in generated data; there are no more titles."""
+"""Limits of ``num_items`` for each preset: the number of distinct titles."""
 
 
 @dataclass(frozen=True)

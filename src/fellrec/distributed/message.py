@@ -60,7 +60,7 @@ def decode(plain: Mapping[str, Any], tensors: list[Tensor]) -> Message:
     """Read what ``encode`` made.
 
     Raises:
-        SplitError: If there is no such message, or it refuses its contents.
+        SplitError: If the type of message is unknown, or its contents are not valid.
     """
     known = {cls.__name__: cls for cls in _subclasses(Message)}
     if plain.get("type") not in known:

@@ -32,6 +32,7 @@ from fellrec.federated.base_change import BaseWeights
 from fellrec.functional.candidates import SampledCandidates
 from fellrec.functional.ranking import check_cutoffs
 from fellrec.metrics.clients import ClientRankingMetrics
+from fellrec.models.adapters import FullAdapter, plain_name
 from fellrec.models.architectures import decoder_layers
 from fellrec.models.backbone import Backbone, load_hf
 from fellrec.models.module import FellrecModule, Objective, OptimizerSettings, Ranker, ReportingRanker
@@ -167,7 +168,7 @@ def build_recommender(config: DictConfig, data: PreparedData, fabric: Fabric | N
         initial=copy_adapter(trainable),
         adapter=adapter,
         backbone=backbone,
-        base=BaseWeights(backbone.model),
+        base=BaseWeights(backbone.model, is_whole=link is None),
         link=link,
         server=None if body is None else attach_server(config, body, fabric),
     )
@@ -256,17 +257,22 @@ def attach_server(config: DictConfig, model: SplitModel, fabric: Fabric) -> Serv
 
 
 def frozen_parameters(recommender: Recommender) -> dict[str, Tensor]:
-    """The parameters of the whole backbone that are not trained; those of a server elsewhere come from its files."""
+    """The original weights of the whole backbone that are not trained, by their names without an adapter.
+
+    Those of a server in another process come from the backbone's files.
+    """
     client, server = recommender.backbone.model, recommender.server
-    found = {name: p.detach() for name, p in client.named_parameters() if name not in recommender.module.trainable}
+    found = {name: p for name, p in client.named_parameters() if name not in recommender.module.trainable}
     if server is not None:
         shell = server.model.model
-        found |= {name: p.detach() for name, p in shell.named_parameters() if name not in server.trainable}
-    elif recommender.link is not None and recommender.backbone.folder is not None:
-        cut, trained = recommender.module.model.cut, recommender.adapter.parts
-        if "body" not in trained:
-            found |= read_body(recommender.backbone.folder, cut.head_layers, cut.tail_layers)
-    return found
+        found |= {name: p for name, p in shell.named_parameters() if name not in server.trainable}
+    weights = {plain_name(name): parameter.detach() for name, parameter in found.items()}
+    is_body_trained = isinstance(recommender.adapter, FullAdapter) and "body" in recommender.adapter.parts
+    is_elsewhere = server is None and recommender.link is not None
+    if is_elsewhere and not is_body_trained and (folder := recommender.backbone.folder) is not None:
+        cut = recommender.module.model.cut
+        weights |= read_body(folder, cut.head_layers, cut.tail_layers)
+    return weights
 
 
 def copy_adapter(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

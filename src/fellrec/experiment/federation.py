@@ -102,9 +102,9 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
     rule, ledger, seed = build_rule(config), Ledger(), config.seed
     trainer = settings(TrainerSettings, config.trainer, "trainer")
     num_clients = recommender.data.num_clients
+    num_rows = _population(rule, {}, num_clients, trainer).num_rows
     server = None
     if recommender.server is not None:
-        num_rows = len(_population(rule, {}, num_clients, trainer).local_steps)
         server = build_server(config, recommender.server, num_rows, recommender.fabric)
     transport = InProcess(server) if server is not None else session.transport() if recommender.link else None
     local = build_serial(config, recommender, transport, ledger, session and session.sharing)
@@ -112,7 +112,6 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
     executor: Executor = local
     meters: list[Meter] = []
     if session is not None:
-        num_rows = len(_population(rule, {}, num_clients, trainer).local_steps)
         body = session.begin(config, recommender, num_rows)
         executor = pool = session.executor(local, ledger)
         meters.append(pool.costs)

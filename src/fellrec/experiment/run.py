@@ -14,7 +14,6 @@ from torch import Tensor
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.callbacks.costs import CostMeter
 from fellrec.callbacks.mlflow_logging import DatasetInput
-from fellrec.callbacks.outputs import SaveAdapter
 from fellrec.callbacks.preemption import Preemption
 from fellrec.config.compose import without_launcher
 from fellrec.config.instantiate import as_dict, import_target, instantiate, settings
@@ -37,13 +36,14 @@ from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.records import FitResult
 from fellrec.launch.preemption import StopSignals
-from fellrec.models.adapters import name_base, save_base
+from fellrec.models.adapters import name_base, plain_name, save_base
 from fellrec.rankers.reference import ReferenceRanker, reference_rankers
 from fellrec.rankers.settings import PRETRAINED, ReferenceSettings
 from fellrec.report.comparison import Comparison, RuleResult
 from fellrec.report.export import write_users
 from fellrec.state.files import explaining_full_disks
 from fellrec.state.lock import hold
+from fellrec.state.tensor_store import StoredTensors
 from fellrec.tracking.run_log import NewRun, RunLog
 from fellrec.tracking.settings import TrackingSettings
 from fellrec.tracking.store import check_reachable
@@ -191,27 +191,24 @@ class Run:
         write_evaluation(self.run_dir, evaluation, about)
         write_users(self.run_dir, evaluation, recommender.data, recommender.cold)
 
-    def _save_adapter(self, result: FitResult) -> SaveAdapter:
-        """Writes adapters for other tools; beside them the base, if the rule has changed it."""
+    def _save_adapter(self, tensors: Mapping[str, Tensor], base: tuple[StoredTensors, ...], folder: Path) -> None:
+        """Write an adapter for other tools; beside it the base that it belongs to, if the rule has changed it."""
         recommender = self.recommender
-        adapter, backbone = recommender.adapter, recommender.backbone
+        recommender.adapter.save(tensors, recommender.backbone, lambda: self._frozen(base), folder)
+        if base:
+            changed = folder.with_name(f"base_{len(base):02d}")
+            if not changed.exists():
+                save_base(self._frozen(base), recommender.backbone, changed)
+            name_base(folder, changed)
+
+    def _frozen(self, base: tuple[StoredTensors, ...]) -> dict[str, Tensor]:
+        """The frozen weights with some changes of the base."""
+        recommender = self.recommender
         recommender.base.use(())
         if recommender.server is not None:
             recommender.server.base.use(())
-
-        def frozen() -> dict[str, Tensor]:
-            return with_changes(frozen_parameters(recommender), result.base)
-
-        base = self.run_dir / "adapters" / "base" if result.base else None
-        if base is not None:
-            save_base(frozen(), backbone, base)
-
-        def save(tensors: Mapping[str, Tensor], folder: Path) -> None:
-            adapter.save(tensors, backbone, frozen, folder)
-            if base is not None:
-                name_base(folder, base)
-
-        return save
+        plain = [StoredTensors({plain_name(key): t for key, t in change.tensors().items()}) for change in base]
+        return with_changes(frozen_parameters(recommender), plain)
 
     def _dataset(self) -> DatasetInput:
         data = self.recommender.data

@@ -19,7 +19,8 @@ class BaseWeights:
     an earlier version can be restored exactly.
 
     Args:
-        model: The backbone, or one side's part of it; changes of weights that it does not have are ignored.
+        model: The backbone, or one side's part of it.
+        is_whole: Whether all changed weights must be in the model; one side of a cut ignores those of the other.
 
     Example:
         >>> model = nn.Linear(2, 2, bias=False)
@@ -34,8 +35,9 @@ class BaseWeights:
         True
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, is_whole: bool = False) -> None:
         self._model = model
+        self._is_whole = is_whole
         self._applied: list[StoredTensors] = []
         self._originals: dict[str, Tensor] = {}
 
@@ -66,7 +68,10 @@ class BaseWeights:
         return dict(self._model.named_parameters())
 
     def _add(self, factors: Mapping[str, Tensor]) -> None:
-        for name, weight, change in _changes(self._parameters, factors):
+        parameters = self._parameters
+        if self._is_whole:
+            _check_names(parameters, factors)
+        for name, weight, change in _changes(parameters, factors):
             self._originals.setdefault(name, weight.detach().to("cpu", copy=True))
             weight.add_(change.to(weight.device, weight.dtype))
 
@@ -78,6 +83,16 @@ def with_changes(weights: Mapping[str, Tensor], changes: Sequence[StoredTensors]
         for name, weight, added in _changes(found, change.tensors()):
             found[name] = weight + added.to(weight.device, weight.dtype)
     return found
+
+
+def _check_names(weights: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> None:
+    names = {key.partition("|")[0] for key in factors}
+    expected = {f"{name}|{side}" for name in names & set(weights) for side in ("left", "right")}
+    if wrong := sorted(expected ^ set(factors)):
+        raise TrainingError(
+            "a change of the base has the factors NAME|left and NAME|right of weights of the backbone; "
+            f"unknown or absent: {', '.join(wrong[:3])}"
+        )
 
 
 def _changes(weights: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -113,7 +113,7 @@ class CheckpointFolder:
             The round.
 
         Raises:
-            TrainingError: If there is no such checkpoint.
+            TrainingError: If the checkpoint does not exist.
             CheckpointError: If it is damaged, or for ``None``, if all are.
         """
         numbers = self._numbers()

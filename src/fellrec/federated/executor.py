@@ -86,4 +86,4 @@ class SerialExecutor:
             self.evaluator.score(job, stage, round_index, is_new=is_new)
 
     def close(self) -> None:
-        """There are no other processes."""
+        """Nothing to do: all work is in this process."""

@@ -187,6 +187,6 @@ class FederatedLoop:
             best_value=selection.value,
             served=selection.served,
             is_shared=len({job.row for job in selection.score_jobs()}) == 1,
-            base=selection.base,
+            bases=selection.bases,
             failed_clients=self.progress.failed_clients,
         )

@@ -135,7 +135,7 @@ class Population:
         if tensors.tensors():
             tensors = store.put(row, tensors.tensors(), self._name("tensors", trained.job))
         about = {
-            "update": json.dumps({name: getattr(trained, name) for name in _SCALARS}),
+            "update": json.dumps(trained.scalars),
             "made_from": self._made_from(row),
             "optimizer": optimizer.checksum,
             "tensors": tensors.checksum,
@@ -274,9 +274,6 @@ class Population:
                 f"{num_rows} clients with an adapter of {num_bytes / 1e6:.1f} MB each need about {needed / 1e9:.2f} GB "
                 f"in {existing}, where {free / 1e9:.2f} GB are free; use adapter=lora, fewer clients or another run_dir"
             )
-
-
-_SCALARS = ("loss", "num_samples", "num_steps", "seconds", "start_loss", "peak_bytes")
 
 
 class OneForAll(Population):

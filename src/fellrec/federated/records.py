@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,6 +90,14 @@ class Trained:
     def row(self) -> int:
         """Row of the population."""
         return self.job.row
+
+    @property
+    def scalars(self) -> dict[str, Any]:
+        """Everything that is neither the job nor a tensor, by the names of the constructor."""
+        return {name: getattr(self, name) for name in _SCALARS}
+
+
+_SCALARS = ("loss", "num_samples", "num_steps", "seconds", "start_loss", "peak_bytes")
 
 
 @dataclass(frozen=True)
@@ -307,7 +316,7 @@ class FitResult:
         best_value: Mean over clients of the selection metric in that round.
         served: The selected adapter of each client, and whether all clients have one and the same row.
         is_shared: See ``served``.
-        base: Changes of the base that the selected adapters belong to.
+        bases: For each client, the changes of the base that its selected adapter belongs to.
         failed_clients: Round → clients that did not finish it.
     """
 
@@ -317,7 +326,7 @@ class FitResult:
     best_value: float
     served: Sequence[StoredTensors] = ()
     is_shared: bool = False
-    base: tuple[StoredTensors, ...] = ()
+    bases: Sequence[tuple[StoredTensors, ...]] = ()
     failed_clients: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 

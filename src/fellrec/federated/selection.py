@@ -79,8 +79,8 @@ class Selection:
     def score_jobs(self) -> list[ScoreJob]:
         """Every client's users with the selected adapters."""
         if self.select == "client":
-            bases = [self.population.base[:length] for length in self._client_base]
-            return [ScoreJob(c, self._client_served[c], (c,), bases[c]) for c in range(len(bases))]
+            pairs = zip(self._client_served, self.bases, strict=True)
+            return [ScoreJob(client, adapter, (client,), base) for client, (adapter, base) in enumerate(pairs)]
         return self.population.score_jobs_of(self._served, self._base)
 
     @property
@@ -89,9 +89,11 @@ class Selection:
         return list(self._client_served if self.select == "client" else self._served)
 
     @property
-    def base(self) -> tuple[StoredTensors, ...]:
-        """The changes of the base that the best round of the population belongs to."""
-        return self.population.base if self.select == "client" else self._base
+    def bases(self) -> list[tuple[StoredTensors, ...]]:
+        """The changes of the base that each client's selected adapter was evaluated with."""
+        if self.select == "client":
+            return [self.population.base[:length] for length in self._client_base]
+        return [self._base] * self.population.num_clients
 
     def state_dict(self) -> dict[str, Any]:
         """See ``Persisted``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,9 +13,6 @@ from torch import Tensor, nn
 from fellrec.federated.records import Job
 from fellrec.federated.terms import LocalTerm, TermContext
 from fellrec.types import Adapter
-
-BuildOptimizer = Callable[[], torch.optim.Optimizer]
-"""Makes the optimiser over the parameters that are in the model now."""
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ def out_of_range(kind: type, values: Mapping[str, Any], group: str) -> list[str]
 
 
 def refuse(*problems: str | None) -> None:
-    """Refuse settings for these reasons; ``None`` is no reason.
+    """Raise one error for all reasons that are not ``None``.
 
     Raises:
         ConfigError: With one line for each, if there are any.

@@ -32,7 +32,7 @@ def check_cutoffs(cutoffs: Sequence[int], num_items: int) -> tuple[int, ...]:
         The distinct cutoffs, ascending.
 
     Raises:
-        ConfigError: If there is no cutoff, or one is not an integer from 1 to ``num_items``.
+        ConfigError: If ``cutoffs`` is empty, or one is not an integer from 1 to ``num_items``.
 
     Example:
         >>> check_cutoffs([10, 5], num_items=100)

@@ -107,7 +107,7 @@ class LauncherSettings:
 
 
 def seconds_of(time: str) -> int | None:
-    """Convert a time limit in SLURM's notation to seconds; ``None`` if there is no limit, as for ``UNLIMITED``.
+    """Convert a time limit in SLURM's notation to seconds; ``None`` for ``UNLIMITED``.
 
     Example:
         >>> seconds_of("90"), seconds_of("12:00:00"), seconds_of("2-6"), seconds_of("1-00:30")

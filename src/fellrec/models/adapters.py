@@ -148,18 +148,27 @@ class FullAdapter(FullSettings):
 
 
 def save_base(weights: Mapping[str, torch.Tensor], backbone: Any, folder: Path) -> None:
-    """Write a changed base as a plain transformers folder.
+    """Write a changed base as a Transformers folder.
 
     Args:
-        weights: All frozen parameters by name; PEFT's names of wrapped layers become those of the plain model.
+        weights: All weights of the backbone, by `plain_name`.
         backbone: The ``Backbone``, for its configuration and tokenizer.
         folder: Where.
     """
     folder.mkdir(parents=True, exist_ok=True)
     backbone.model.config.save_pretrained(folder)
     backbone.tokenizer.save_pretrained(folder)
-    plain = {name.replace(".base_layer.", "."): tensor for name, tensor in weights.items() if "lora_" not in name}
-    _write(plain, folder / SAFE_WEIGHTS_NAME)
+    _write(weights, folder / SAFE_WEIGHTS_NAME)
+
+
+def plain_name(name: str) -> str:
+    """The name of a weight in the model without PEFT's wrappers.
+
+    Example:
+        >>> plain_name("model.layers.0.self_attn.q_proj.base_layer.weight")
+        'model.layers.0.self_attn.q_proj.weight'
+    """
+    return name.replace(".base_layer.", ".")
 
 
 def name_base(folder: Path, base: Path) -> None:

@@ -124,7 +124,6 @@ class CutCache(DynamicCache):
         super().__init__(config=config)
         self.link = link
         self.number = number
-        self.copies = 0
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """As in transformers, on both sides."""

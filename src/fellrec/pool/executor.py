@@ -25,8 +25,6 @@ from fellrec.pool.pool import Pool, Task
 from fellrec.state.tensor_store import StoredTensors
 from fellrec.types import Evaluation
 
-SCALARS = ("loss", "num_samples", "num_steps", "seconds", "start_loss", "peak_bytes")
-
 
 class PoolExecutor:
     """Trains and evaluates on all processes of a pool, the longest task first.
@@ -35,16 +33,12 @@ class PoolExecutor:
         pool: The processes.
         local: Carries out this process's own tasks.
         ledger: Of the run; workers' records are added.
-        close: Called when the command is over.
     """
 
-    def __init__(
-        self, pool: Pool, local: SerialExecutor, ledger: Ledger, close: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, pool: Pool, local: SerialExecutor, ledger: Ledger) -> None:
         self.pool = pool
         self.local = local
         self.ledger = ledger
-        self._close = close
         self._seconds: dict[int, float] = {}
         self._sent_changes: dict[int, int] = {}
         self._busy_seconds = 0.0
@@ -74,7 +68,6 @@ class PoolExecutor:
     def close(self) -> None:
         """See ``Executor``."""
         self.pool.close()
-        self._close()
 
     def costs(self, seconds: float) -> Mapping[str, float]:
         """How busy the processes were in a round that took so many seconds, and the largest memory of one."""
@@ -239,7 +232,7 @@ class Worker:
             adapter=outcome.adapter.tensors(),
             optimizer=outcome.optimizer.tensors(),
             tensors=outcome.tensors.tensors(),
-            scalars={name: getattr(outcome, name) for name in SCALARS},
+            scalars=outcome.scalars,
             step_losses=tuple(losses),
             ledger=self._rows(),
         )

@@ -41,11 +41,9 @@ class Begun(Message):
 
     Attributes:
         adapter: The body's initial adapter, from the server of an executed cut.
-        frozen: The body's frozen parameters if all parameters of the model are exported; empty otherwise.
     """
 
     adapter: Mapping[str, Tensor] = field(default_factory=dict)
-    frozen: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fellrec.errors import BackboneError
 from fellrec.functional.stacks import AdapterStack, RowStack, as_lazy
@@ -45,13 +45,6 @@ class AdapterBank:
         kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in adapter.items()}
         return cls([version] * num_clients, kinds)
 
-    @classmethod
-    def from_stack(cls, stack: AdapterStack) -> AdapterBank:
-        """A bank of copies of the adapters ``[C, *shape]``."""
-        lazy = as_lazy(stack)
-        kinds = {name: (stack[name].dtype, shape) for name, shape in lazy.shapes.items()}
-        return cls(TensorStore().put_rows(range(lazy.num_rows), lazy, kinds), kinds)
-
     @property
     def adapter_bytes(self) -> int:
         """Bytes of one client's adapter."""
@@ -69,17 +62,6 @@ class AdapterBank:
         """One client's adapter; not to be changed."""
         tensors = self.versions[client].tensors()
         return {name: tensors[name] for name in self.kinds}
-
-    @torch.no_grad()
-    def copy_to(self, parameters: Mapping[str, nn.Parameter], client: int) -> None:
-        """Write one client's adapter into the backbone's parameters.
-
-        Raises:
-            BackboneError: If names or shapes differ.
-        """
-        self._check({name: parameter.shape for name, parameter in parameters.items()})
-        for name, tensor in self.row(client).items():
-            parameters[name].copy_(tensor)
 
     def store(
         self, client: int, adapter: Mapping[str, Tensor], name: str = "", about: Mapping[str, str] | None = None
@@ -122,11 +104,6 @@ class AdapterBank:
             raise BackboneError(f"{next(iter(lazy))} has rows for {lazy.num_rows} clients, expected {len(clients)}")
         for client, version in zip(clients, self.tensor_store.put_rows(clients, lazy, self.kinds), strict=True):
             self.versions[client] = version
-
-    def share(self, clients: Sequence[int], source: AdapterBank, rows: Sequence[int]) -> None:
-        """Let clients refer to the versions of these rows of another bank; nothing is copied."""
-        for client, row in zip(clients, rows, strict=True):
-            self.versions[client] = source.versions[row]
 
     def _check(self, shapes: Mapping[str, torch.Size]) -> None:
         missing, surplus = sorted(set(self.kinds) - set(shapes)), sorted(set(shapes) - set(self.kinds))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from fellrec.aggregation import AggregationCallback, FedAvg, Local
 from fellrec.errors import TrainingError
+from fellrec.federated.base_change import BaseWeights
 from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.exchange import Transform
 from fellrec.federated.population import SharedAndPersonal
 from fellrec.federated.records import Aggregated, Job, RoundRecord, Updates
+from fellrec.state.tensor_store import StoredTensors
 
 
 class Rounds(FederatedCallback):
@@ -213,6 +216,35 @@ def test_the_loss_at_the_received_adapter_is_measured_on_request() -> None:
     assert asked.updates[0].start_losses is not None
     assert asked.updates[0].start_losses.tolist() == [2.0] * 4
     assert not_asked.updates[0].start_losses is None
+
+
+class ChangesTheBase(Local):
+    """Adds a change in every round."""
+
+    def aggregate(self, updates: Updates, round_index: int) -> Aggregated:
+        factors = {"w|left": torch.ones(2, 1), "w|right": torch.full((1, 2), float(round_index))}
+        return replace(super().aggregate(updates, round_index), base=factors)
+
+
+def test_each_selected_adapter_belongs_to_the_base_that_it_was_evaluated_with(tmp_path: Path) -> None:
+    """The clients' best rounds are 1, 0 and the start, see the test of selection: after 2, 1 and 0 changes."""
+    how = {"num_clients": 3, "select": "client", "num_rounds": 4}
+    loop = fake_loop(ChangesTheBase(), FakeExecutor(best=8.0), **how)
+    result = loop.run()
+    assert [len(base) for base in result.bases] == [2, 1, 0]
+    assert [len(job.base) for job in loop.selection.score_jobs()] == [2, 1, 0]
+    assert result.bases[0][1].tensors()["w|right"].tolist() == [[1.0, 1.0]]
+    other = resumed(loop, tmp_path, rule=ChangesTheBase(), **how)
+    assert [len(base) for base in other.selection.bases] == [2, 1, 0]
+    assert len(other.population.base) == 4
+
+
+@pytest.mark.parametrize("factors", [{"absent|left": 1}, {"weight|left": 1}, {"weight": 1}])
+def test_a_change_of_something_that_is_not_in_the_base_is_refused(factors: dict[str, int]) -> None:
+    """In the whole model; one side of a cut has some of the weights only."""
+    model, change = torch.nn.Linear(2, 2), StoredTensors({name: torch.ones(2, 1) for name in factors})
+    with pytest.raises(TrainingError, match=r"the factors NAME\|left and NAME\|right"):
+        BaseWeights(model, is_whole=True).use([change])
 
 
 class TwoModels(FedAvg):

@@ -268,9 +268,6 @@ def test_the_bank_changes_only_the_given_clients() -> None:
     assert stack["a"][:, 0, 0].tolist() == [6.0, 2.0]
     stack["a"].zero_()
     assert bank.tensors["a"][3, 0, 0] == 6.0, "a stack is a copy"
-    parameters = {name: torch.nn.Parameter(tensor) for name, tensor in adapter(9.0).items()}
-    bank.copy_to(parameters, 2)
-    assert parameters["a"].unique().tolist() == [2.0]
 
 
 @pytest.mark.parametrize(

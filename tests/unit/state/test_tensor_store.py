@@ -141,15 +141,6 @@ def test_a_bank_gives_what_it_was_given_and_a_stack_stays_what_it_was(tmp_path: 
     assert len(list(tmp_path.iterdir())) == (4 if on_disk else 0)
 
 
-def test_sharing_copies_nothing_and_later_versions_are_ones_own() -> None:
-    bank = AdapterBank.replicate({"w": torch.zeros(2)}, 3)
-    best = AdapterBank.replicate({"w": torch.ones(2)}, 3)
-    best.share((0, 2), bank, (1, 2))
-    assert best.versions[0] is bank.versions[1]
-    bank.store(1, {"w": torch.full((2,), 5.0)})
-    assert best.tensors["w"][:, 0].tolist() == [0.0, 1.0, 0.0]
-
-
 def test_what_is_put_in_memory_is_a_copy() -> None:
     tensor = torch.zeros(2)
     version = TensorStore().put(0, {"w": tensor})

@@ -124,10 +124,12 @@ class _Videos:
     user_id, first_number = "{}", 1
 
     def topics(self, generator: np.random.Generator, count: int) -> tuple[IntArray, IntArray]:
+        """Number and topic of each video; a title's number divided by the videos of a topic is the topic."""
         numbers = generator.permutation(len(_SUBJECTS) * _VIDEOS_PER_TOPIC)[:count]
         return numbers, numbers // _VIDEOS_PER_TOPIC
 
     def weights(self, taste: FloatArray, place: IntArray) -> FloatArray:
+        """Popularity falls with the place of a video, and taste multiplies it."""
         return 1.0 / (10.0 + place) * (taste + 0.02)
 
     def lengths(self, generator: np.random.Generator, reader: SyntheticReader, num_items: int) -> IntArray:

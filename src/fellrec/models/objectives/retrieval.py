@@ -188,7 +188,7 @@ class RetrievalObjective:
         inputs = self.inputs(batch)
         if self.table.vectors(model) is not None:
             inputs = inputs[:1]
-        elif self.table.is_always_used:  # outside of federated rounds there is no table
+        elif self.table.is_always_used:  # the table exists in federated rounds only
             inputs.append(self._texts_for(batch)["item_ids"])
         return self.loss_of(model, model.encode(inputs), batch)
 
