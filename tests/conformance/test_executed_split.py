@@ -166,7 +166,10 @@ def packed(*shape: int) -> tuple[Packed]:
         ),
         (HiddenState(1, 4, "train", 1, packed(2, 3, 32), training=True), "round 4: the client is not being trained"),
         (HiddenState(9, 4, "train", 1, packed(2, 3, 32)), "client 9 in round 4: there are 2 clients"),
-        (Gradient(0, 4, "train", 7, packed(2, 3, 32)), "client 0 in round 4: there is no forward pass 7"),
+        (
+            Gradient(0, 4, "train", 7, packed(2, 3, 32)),
+            "client 0 in round 4: it belongs to forward pass 7, which is unknown",
+        ),
         (Step(1, 4, "train", 1.0, 1e-3), "client 1 in round 4: the client is not being trained"),
         (CloseSlot(1, 4, "train"), "client 1 in round 4: the client is not being trained"),
         (ChangeBase(1, {}), "change 1 of the base comes before change 0"),

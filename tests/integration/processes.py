@@ -145,8 +145,8 @@ def checkpoint(run_dir: Path) -> dict[str, Any]:
     folder = run_dir / "checkpoints" / "tensors"
 
     def decoded(value: Any) -> Any:
-        if isinstance(value, dict) and set(value) == {"stored"}:
-            return load_file(folder / value["stored"])
+        if isinstance(value, dict) and set(value) == {"$stored"}:
+            return load_file(folder / value["$stored"])
         if isinstance(value, dict):
             return {key: decoded(item) for key, item in value.items()}
         return [decoded(item) for item in value] if isinstance(value, list) else value

@@ -50,6 +50,7 @@ class AggregationCallback(FederatedCallback):
     serves: str = "personal"
     needs_start_loss: bool = False
     local_terms: Sequence[LocalTerm] = ()
+    """Made with the rule in every process: what changes from round to round goes to clients as tensors, not here."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a rule that defines neither `mixing_matrix` nor `aggregate`, or an unknown ``sees``.
@@ -113,7 +114,8 @@ class AggregationCallback(FederatedCallback):
         for matrix in found.values():
             self._check(matrix, len(updates.clients))
         named = {f"mixing_{group}" if group else "mixing": matrix for group, matrix in found.items()}
-        return Aggregated(MixtureOfGroups(found, self.group_of, updates.end), named)
+        mixed = {} if self.sees == "nothing" else MixtureOfGroups(found, self.group_of, updates.end)
+        return Aggregated(mixed, named)
 
     def sample_shares(self, updates: Updates) -> Tensor:
         """Each client's share of all training targets, ``[N]`` float64: FedAvg's weights.

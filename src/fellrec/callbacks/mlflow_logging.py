@@ -188,11 +188,12 @@ class ClientMetrics(FederatedCallback):
             return
         metrics: dict[str, float] = {}
         for trained in record.trained:
-            prefix = f"train/client_{trained.row:02d}"
+            model = "" if trained.row == trained.job.client else "personal_"
+            prefix = f"train/{model}client_{trained.job.client:02d}"
             metrics |= {f"{prefix}/loss": trained.loss, f"{prefix}/seconds": trained.seconds}
         for name, values in record.aggregated.per_client.items():
-            for trained, value in zip(record.trained, values, strict=True):
-                metrics[f"aggregation/client_{trained.row:02d}/{name}"] = float(value)
+            for client, value in zip(record.clients, values, strict=True):
+                metrics[f"aggregation/client_{client:02d}/{name}"] = float(value)
         self.log.log_metrics(metrics, record.round_index, once="clients round")
 
     def on_fit_end(self, result: FitResult) -> None:

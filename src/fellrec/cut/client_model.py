@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from fellrec.cut.link import ServerLink
 from fellrec.cut.messages import ChangeBase, CloseSlot, OpenSlot, Serve, SlotClosed, Step, StopServing
@@ -57,6 +58,10 @@ class CutClientModel:
             yield
         self.link.send(StopServing(*where))
 
+    def traffic(self, job: Job) -> tuple[tuple[Any, ...], ...]:
+        """See ``ClientModel``."""
+        return self.link.ledger.rows_of(job.row, job.round_index)
+
     def _divide(self, begin: SlotState) -> tuple[SlotState, SlotState]:
         """The client's and the server's part."""
         own = list(self.client.module.trainable)
@@ -65,7 +70,9 @@ class CutClientModel:
     def _change_base(self, changes: tuple[StoredTensors, ...]) -> None:
         self.client.use_base(changes)
         for version in range(self._num_changes, len(changes)):
-            self.link.send(ChangeBase(version, dict(changes[version].tensors())))
+            factors = changes[version].tensors()
+            others = {key: t for key, t in factors.items() if not self.client.has_weight(key.partition("|")[0])}
+            self.link.send(ChangeBase(version, others))
         self._num_changes = max(self._num_changes, len(changes))
 
 
@@ -83,9 +90,11 @@ class CutSlot:
         self.link = link
         self.where = where
 
-    def before_backward(self, wants_norms: bool) -> None:
+    def before_backward(self, wants_norms: bool, learning_rate: float) -> None:
         """The norms of the body's gradients come with the last gradient of a step."""
+        self.own.before_backward(wants_norms, learning_rate)
         self.link.wants_norms = wants_norms
+        self.link.learning_rate = learning_rate if wants_norms and self.own.terms else None
         self.link.norms = {}
 
     def norms(self) -> dict[str, float]:

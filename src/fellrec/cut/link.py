@@ -30,9 +30,18 @@ from fellrec.errors import SplitError
 from fellrec.federated.ledger import Ledger
 from fellrec.functional.packing import pack, unpack
 
+_MAX_PROCESSES = 2**20
+"""More than a job has: a cache's number is that of its process and one of its own."""
+
 
 class Transport(Protocol):
-    """Moves messages to the server and its answers back."""
+    """Moves messages to the server and its answers back.
+
+    Attributes:
+        process: Number of this client process.
+    """
+
+    process: int
 
     def send(self, message: Message) -> None:
         """Send a message; an answer, if it has one, is for `receive`."""
@@ -47,6 +56,8 @@ class InProcess:
     Args:
         server: Answers at once.
     """
+
+    process = 0
 
     def __init__(self, server: BodyServer) -> None:
         self.server = server
@@ -74,6 +85,7 @@ class OverChannel:
     def __init__(self, channel: Channel, server: int) -> None:
         self.channel = channel
         self.server = server
+        self.process = channel.process
 
     def send(self, message: Message) -> None:
         """See ``Transport``."""
@@ -107,6 +119,7 @@ class ServerLink:
         waited_seconds: Time that training spent in the transport: sending, and waiting for the server. In one process
             the server's work is part of it.
         wants_norms: Whether the next gradient is the last of an optimiser step that is going to be clipped.
+        learning_rate: Of that step, if local terms need it; ``None`` otherwise.
         norms: Norms of the body's gradients that came with it, by parameter.
     """
 
@@ -120,10 +133,12 @@ class ServerLink:
         self._transport: Transport | None = None
         self.waited_seconds = 0.0
         self.wants_norms = False
+        self.learning_rate: float | None = None
         self.norms: dict[str, float] = {}
         self._call: _Call | None = None
         self._without_lora = False
         self._number = 0
+        self._num_caches = 0
         self._before = {"busy_seconds": 0.0, "waited_seconds": 0.0}
 
     def connect(self, transport: Transport, ledger: Ledger) -> None:
@@ -199,11 +214,17 @@ class ServerLink:
         """See ``fellrec.models.remote.BodyLink``."""
         call, number = handle
         packed = tuple(pack(gradient, self.gradient_dtype) for gradient in gradients)
-        reply = self.request(Gradient(call.client, call.round_index, call.phase, number, packed, self.wants_norms))
+        where = call.client, call.round_index, call.phase, number
+        reply = self.request(Gradient(*where, packed, self.wants_norms, self.learning_rate))
         if not isinstance(reply, GradientReply) or reply.number != number:
             raise SplitError(f"unexpected message {type(reply).__name__} for a gradient of client {call.client}")
         self.norms = {} if reply.norms is None else dict(zip(reply.names, reply.norms.tolist(), strict=True))
         return tuple(unpack(g, head.dtype, head.device) for g, head in zip(reply.gradient, like))
+
+    def new_cache(self) -> int:
+        """See ``fellrec.models.remote.BodyLink``."""
+        self._num_caches += 1
+        return self._num_caches * _MAX_PROCESSES + self.transport.process
 
     def select_rows(self, source: int, target: int, rows: Tensor | None) -> None:
         """See ``fellrec.models.remote.BodyLink``."""

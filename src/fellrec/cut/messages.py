@@ -197,19 +197,21 @@ class Gradient(ClientMessage):
         number: Of the forward pass.
         gradient: ``[B, L, D]`` for each forward pass of the micro-batch.
         wants_norms: Whether this is the last gradient of an optimiser step that is going to be clipped.
+        learning_rate: Of that step, for local terms, which change the gradient before it is clipped; ``None`` without.
     """
 
     number: int
     gradient: tuple[Packed, ...]
     wants_norms: bool = False
+    learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_packed(self, *self.gradient)
 
     def sizes(self) -> dict[str, int]:
-        """All of it is gradient."""
-        return {"gradient": _num_bytes(self.gradient)}
+        """The learning rate is a float32."""
+        return {"gradient": _num_bytes(self.gradient)} | ({} if self.learning_rate is None else {"scalar": 4})
 
 
 @dataclass(frozen=True)

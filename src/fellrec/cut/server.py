@@ -265,6 +265,8 @@ class BodyServer:
             for h in inputs
             if h.requires_grad
         )
+        if message.learning_rate is not None:
+            job.slot.before_backward(message.wants_norms, message.learning_rate)
         norms = job.slot.norms() if message.wants_norms else {}
         where = message.client, message.round_index, message.phase, message.number
         return GradientReply(*where, found, tuple(norms), torch.tensor(list(norms.values())) if norms else None)

@@ -253,7 +253,7 @@ def attach_server(config: DictConfig, model: SplitModel, fabric: Fabric) -> Serv
     adapter.attach(model.model, model.arch, config.seed, model.part_of)
     fabric.to_device(model.model)
     trainable = adapter.trainable(model.model)
-    return ServerPart(model, adapter, trainable, copy_adapter(trainable), BaseWeights(model.model))
+    return ServerPart(model, adapter, trainable, copy_adapter(trainable), BaseWeights(model.model, is_whole=True))
 
 
 def frozen_parameters(recommender: Recommender) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +102,7 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
     rule, ledger, seed = build_rule(config), Ledger(), config.seed
     trainer = settings(TrainerSettings, config.trainer, "trainer")
     num_clients = recommender.data.num_clients
-    num_rows = _population(rule, {}, num_clients, trainer).num_rows
+    num_rows = max(num_clients, _population(rule, {}, num_clients, trainer).num_rows)  # whom a message can be about
     server = None
     if recommender.server is not None:
         server = build_server(config, recommender.server, num_rows, recommender.fabric)
@@ -125,7 +125,7 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
         population=population,
         participation=Participation(settings(ParticipationSettings, config.participation, "participation"), seed),
         executor=executor,
-        exchange=Exchange(rule, ledger, transforms, at_server=body, meters=meters),
+        exchange=Exchange(rule, ledger, transforms, at_server=_is_at_server(recommender), meters=meters),
         selection=Selection(population, trainer.metric, trainer.select, trainer.patience),
         progress=Progress(),
         ledger=ledger,
@@ -182,6 +182,11 @@ def build_server(config: DictConfig, part: ServerPart, num_rows: int, fabric: Fa
     )
     terms = build_rule(config).local_terms
     return BodyServer(part.model, part.trainable, server, fabric.autocast, part.base, terms)
+
+
+def _is_at_server(recommender: Recommender) -> Callable[[str], bool]:
+    model, is_cut = recommender.module.model, recommender.link is not None
+    return lambda name: is_cut and model.part_of(name) == "body"
 
 
 def _population(

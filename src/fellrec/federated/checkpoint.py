@@ -29,7 +29,7 @@ TENSORS = "tensors"
 
 _PREFIX = "round_"
 _FORMAT = 3
-_STORED, _TENSOR, _PARTS = "stored", "tensor", "parts"
+_STORED, _TENSOR, _PARTS = "$stored", "$tensor", "parts"
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,9 @@ class CheckpointFolder:
             own[where] = value
             return {_TENSOR: where}
         if isinstance(value, Mapping):
-            return {str(k): self._encode(v, label, own, written, f"{where}/{k}") for k, v in value.items()}
+            if not all(isinstance(key, str) for key in value):
+                raise TypeError(f"the state {where} has keys that are not text: {list(value)[:3]}")
+            return {k: self._encode(v, label, own, written, f"{where}/{k}") for k, v in value.items()}
         if isinstance(value, list | tuple):
             return [self._encode(item, label, own, written, f"{where}/{place}") for place, item in enumerate(value)]
         return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -26,6 +26,9 @@ class ClientModel(Protocol):
     def evaluating(self, job: ScoreJob, stage: str, round_index: int) -> AbstractContextManager[None]:
         """While this lasts, the model computes with the job's adapter, without gradients."""
 
+    def traffic(self, job: Job) -> tuple[tuple[Any, ...], ...]:
+        """Rows of the ledger with what has crossed the cut in a job's training."""
+
 
 class WholeClientModel:
     """Everything in this process; the parameters of a client replace those of the backbone, which is not copied.
@@ -41,6 +44,7 @@ class WholeClientModel:
         self.terms = terms
         self._swap = ParameterSwap(module.model.model, module.trainable)
         self._base = base
+        self._weights = {name for name, _ in module.model.model.named_parameters()}
 
     @contextmanager
     def training(self, job: Job) -> Iterator[LocalSlot]:
@@ -56,9 +60,17 @@ class WholeClientModel:
         with self.holding(SlotState(job.adapter.tensors(), trains=())):
             yield
 
+    def traffic(self, job: Job) -> tuple[tuple[Any, ...], ...]:
+        """Nothing."""
+        return ()
+
     def use_base(self, changes: tuple[StoredTensors, ...]) -> None:
         """Bring the frozen weights to the version that these changes make."""
         self._base.use(changes)
+
+    def has_weight(self, name: str) -> bool:
+        """Whether a weight of the backbone is in this process."""
+        return name in self._weights
 
     @contextmanager
     def slot(self, begin: SlotState) -> Iterator[LocalSlot]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fellrec.errors import TrainingError
 from fellrec.federated.ledger import Ledger
 from fellrec.federated.records import Aggregated, Received, SumsOnly, Trained, Updates
 from fellrec.functional.stacks import AdapterStack, RowStack, as_lazy
@@ -70,8 +71,8 @@ class Exchange:
         rule: Says what it reads and which parameters are exchanged.
         ledger: Records what crosses between clients and server.
         transforms: Applied to every client's update, in this order.
-        at_server: Parameters that a server trains for the clients (the body of an executed cut): they need not be
-            sent.
+        at_server: Whether a parameter is on a server that trains it for the clients (the body of an executed cut): it
+            need not be sent.
         meters: Give further figures of a round.
     """
 
@@ -80,13 +81,13 @@ class Exchange:
         rule: Rule,
         ledger: Ledger,
         transforms: Sequence[Transform] = (),
-        at_server: Collection[str] = (),
+        at_server: Callable[[str], bool] = lambda name: False,
         meters: Sequence[Meter] = (),
     ) -> None:
         self.rule = rule
         self.ledger = ledger
         self.transforms = list(transforms)
-        self.at_server = frozenset(at_server)
+        self.at_server = at_server
         self.meters = list(meters)
         self._sizes: dict[str, int] = {}
 
@@ -100,7 +101,8 @@ class Exchange:
         names = [name for name in first if self._leaves(name, trained[0])]
         shapes = {name: first[name].shape for name in names}
         self._sizes = {name: first[name].nbytes for name in names}
-        own = sorted({key.partition("|")[0] for t in trained for key in t.tensors.tensors()})
+        names_of = [{key.partition("|")[0] for key in t.tensors.tensors()} for t in trained]
+        own = sorted(set.intersection(*names_of))
         start_losses = [t.start_loss for t in trained if t.start_loss is not None]
         updates = Updates(
             clients=tuple(t.row for t in trained),
@@ -122,9 +124,7 @@ class Exchange:
         """What the clients receive; the bytes that they receive are recorded."""
         received = Received(updates.clients, aggregated.adapters, aggregated.tensors, aggregated.base)
         if self.rule.sees != "nothing":
-            kept = [
-                stack[name] for stack in aggregated.tensors.values() for name in stack if name not in self.at_server
-            ]
+            kept = [stack[name] for stack in aggregated.tensors.values() for name in stack if not self.at_server(name)]
             num_bytes = sum(tensor.nbytes // len(tensor) for tensor in kept)
             num_bytes += sum(size for name, size in self._sizes.items() if name in self._sent_back(aggregated))
             num_bytes += _num_bytes(aggregated.base, self.at_server)
@@ -150,7 +150,7 @@ class Exchange:
 
     def _sent_back(self, aggregated: Aggregated) -> set[str]:
         """Parameters of which clients receive values."""
-        return set(as_lazy(aggregated.adapters)) - self.at_server
+        return {name for name in as_lazy(aggregated.adapters) if not self.at_server(name)}
 
     def _leaves(self, name: str, trained: Trained) -> bool:
         trains = trained.job.trains
@@ -171,7 +171,7 @@ class Exchange:
             decoded = payload
             for transform in reversed(self.transforms):
                 decoded = transform.decode(decoded)
-            arrived = {name: start[name] + decoded[name].to(start[name].dtype) for name in names}
+            arrived = {name: start[name] + self._decoded(decoded, name, start[name]) for name in names}
             opened = StoredTensors(arrived).tensors
         own = {key.partition("|")[2]: tensor for key, tensor in trained.tensors.tensors().items()}
         num_bytes = _num_bytes(payload, self.at_server) + _num_bytes(own, self.at_server)
@@ -180,10 +180,18 @@ class Exchange:
         self.ledger.add(row, round_index, "train", "up", "scalar", num_scalars * _SCALAR_BYTES)
         return opened
 
+    def _decoded(self, decoded: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
+        """What the transforms made of a parameter's update."""
+        if name not in decoded or decoded[name].shape != like.shape:
+            found = f"shape {list(decoded[name].shape)}" if name in decoded else "nothing"
+            chain = " and ".join(type(transform).__name__ for transform in self.transforms)
+            raise TrainingError(f"{chain} decoded {found} for {name}, expected shape {list(like.shape)}")
+        return decoded[name].to(like.dtype)
 
-def _num_bytes(payload: Mapping[str, Tensor], left_out: Collection[str]) -> int:
+
+def _num_bytes(payload: Mapping[str, Tensor], is_left_out: Callable[[str], bool]) -> int:
     """Bytes of a payload without the entries of some parameters."""
-    return sum(tensor.nbytes for key, tensor in payload.items() if key.partition("|")[0] not in left_out)
+    return sum(tensor.nbytes for key, tensor in payload.items() if not is_left_out(key.partition("|")[0]))
 
 
 def _stack_of(trained: Sequence[Trained], name: str) -> AdapterStack:

@@ -59,6 +59,10 @@ class Ledger:
         whole.merge(self._recent())
         return whole._recent()
 
+    def rows_of(self, client: int, round_index: int) -> tuple[tuple[Any, ...], ...]:
+        """Rows of a client's training in the current round."""
+        return tuple(tuple(row) for row in self._recent() if row[:3] == [client, round_index, "train"])
+
     def take(self) -> list[list[Any]]:
         """``rows``, which are removed here."""
         rows = self.rows()

@@ -84,7 +84,8 @@ class LocalTrainer:
         """
         started = time.perf_counter()
         with self.model.training(job) as slot:
-            start_loss = self._start_loss(job) if job.needs_start_loss else None
+            with _naming_client(job):
+                start_loss = self._start_loss(job) if job.needs_start_loss else None
             total, num_targets, steps = 0.0, 0, 0
             with self._random_numbers(job):
                 for step_total, count in self._steps(job, slot):
@@ -93,7 +94,8 @@ class LocalTrainer:
                         raise TrainingError(_diverged(job, steps, loss))
                     total, num_targets, steps = total + step_total, num_targets + count, steps + 1
                     on_step(loss)
-            state = slot.state()
+            with _naming_client(job):
+                state = slot.state()
         for name, tensor in state.adapter.items():  # the last step can spoil the adapter after its loss was finite
             if not bool(tensor.isfinite().all()):
                 raise TrainingError(not_finite(name, job.client, job.round_index))
@@ -108,6 +110,7 @@ class LocalTrainer:
             start_loss=start_loss,
             tensors=StoredTensors(state.tensors),
             peak_bytes=peak_bytes(),
+            traffic=self.model.traffic(job),
         )
 
     def batches(self, job: Job) -> Iterator[list[Batch]]:
@@ -138,38 +141,30 @@ class LocalTrainer:
     def _steps(self, job: Job, slot: Slot) -> Iterator[tuple[float, int]]:
         """Take one round's optimiser steps; gives each one's loss, summed over its targets, and their number."""
         self.module.train()
-        try:
+        with _naming_client(job):
             for step, batches in enumerate(self.batches(job)):
                 self._prepare_step(job.round_index, step)
                 yield self._step(slot, batches, self.learning_rate(job.first_step + step, self._progress(job, step)))
-        except SplitError as error:
-            raise SplitError(f"{error}, in the training of client {job.client} in round {job.round_index}") from error
-        except FellrecError:
-            raise
-        except Exception as error:  # out of memory or a mistake in an objective: the client cannot finish
-            first_line = (str(error).splitlines() or [""])[0]
-            raise TrainingError(
-                f"the training of client {job.client} failed in round {job.round_index} with {type(error).__name__}: "
-                f"{first_line} (--debug shows where)"
-            ) from error
 
     def _step(self, slot: Slot, batches: list[Batch], learning_rate: float) -> tuple[float, int]:
         count = sum(len(batch["targets"]) for batch in batches)
         if self.sharing is None:
-            total = self._backward(slot, batches, count, len(batches))
+            total = self._backward(slot, batches, count, len(batches), learning_rate)
         else:
-            total = self._backward_together(slot, batches, count, self.sharing)
+            total = self._backward_together(slot, batches, count, self.sharing, learning_rate)
         largest = self.settings.gradient_clip
         factor = 1.0 if largest is None or not math.isfinite(total) else clip_factor(slot.norms(), largest)
         slot.step(factor, learning_rate)
         return total, count
 
-    def _backward(self, slot: Slot, batches: Iterable[Batch], count: int, num_batches: int) -> float:
+    def _backward(
+        self, slot: Slot, batches: Iterable[Batch], count: int, num_batches: int, learning_rate: float
+    ) -> float:
         """Add the gradients of the batches' loss, divided by ``count``; gives the loss's sum over the targets."""
         total = 0.0
         for number, batch in enumerate(batches):
             is_last = number == num_batches - 1
-            slot.before_backward(is_last and self.settings.gradient_clip is not None)
+            slot.before_backward(is_last and self.settings.gradient_clip is not None, learning_rate)
             with self.fabric.autocast():
                 output: dict[str, Any] = self.module.training_step(batch, number)
             loss_sum = output["loss_sum"] if "loss_sum" in output else output["loss"] * len(batch["targets"])
@@ -177,12 +172,14 @@ class LocalTrainer:
             total += float(loss_sum.detach())
         return total
 
-    def _backward_together(self, slot: Slot, batches: list[Batch], count: int, sharing: BatchSharing) -> float:
+    def _backward_together(
+        self, slot: Slot, batches: list[Batch], count: int, sharing: BatchSharing, learning_rate: float
+    ) -> float:
         """The same where several processes train the client: each takes its rows, and gradients are summed."""
         assert isinstance(slot, LocalSlot), "trainer.devices_per_client needs the whole model in every process"
         total, error = float("nan"), None
         try:
-            total = self._backward(slot, self._own_rows(batches, sharing), count, len(batches))
+            total = self._backward(slot, self._own_rows(batches, sharing), count, len(batches), learning_rate)
         except Exception as failure:  # the other processes of the group must be told, whatever it is
             error = failure
         return sharing.combine(list(slot.parameters.values()), total, error)
@@ -227,6 +224,26 @@ class LocalTrainer:
             # A context of its own: what it has cast without gradients must not be found by the training step.
             with self.fabric.autocast():
                 objective.prepare_step(self.module.model, round_index, step)
+
+
+@contextmanager
+def _naming_client(job: Job) -> Iterator[None]:
+    """Errors name client and round while this lasts; those that the package does not know become ``TrainingError``.
+
+    Out of memory, or a mistake in an objective or a local term: the client cannot finish.
+    """
+    try:
+        yield
+    except SplitError as error:
+        raise SplitError(f"{error}, in the training of client {job.client} in round {job.round_index}") from error
+    except FellrecError:
+        raise
+    except Exception as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise TrainingError(
+            f"the training of client {job.client} failed in round {job.round_index} with {type(error).__name__}: "
+            f"{first_line} (--debug shows where)"
+        ) from error
 
 
 def _diverged(job: Job, step: int, loss: float) -> str:

@@ -115,7 +115,8 @@ class FederatedLoop:
         self.progress.finish(round_index, failed)
         evaluation = self.validate(round_index) if self.is_evaluated(round_index) else None
         costs = self.exchange.costs(round_index, seconds)
-        return RoundRecord(round_index, tuple(trained), aggregated, evaluation, seconds, costs, failed, self.is_over)
+        found = tuple(trained), aggregated, evaluation, seconds, costs, failed, self.is_over, updates.clients
+        return RoundRecord(round_index, *found)
 
     @property
     def is_over(self) -> bool:
@@ -137,6 +138,7 @@ class FederatedLoop:
             if recovered is None:
                 left.append(job)
             else:
+                self.exchange.ledger.merge(recovered.traffic)
                 outcomes.append(recovered)
         for outcome in self.executor.train(left, self.events):
             if isinstance(outcome, Failed):

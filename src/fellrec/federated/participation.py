@@ -30,7 +30,7 @@ class Participation:
         return tuple(sorted(row for participant in drawn for row in population.rows_of(participant)))
 
     def quorum(self, outcomes: Sequence[Trained | Failed]) -> list[Trained]:
-        """Those of the cohort that finished; a client counts as finished if it has finished all of its models.
+        """Those of the cohort that finished; a client has finished if all of its models have.
 
         Raises:
             TrainingError: If one failed and ``on_failure`` is ``"stop"``, or too few finished.
@@ -50,4 +50,4 @@ class Participation:
                 f"participation.quorum={self.settings.quorum} needs {least}; "
                 + "; ".join(outcome.reason for outcome in failed)
             )
-        return finished
+        return [outcome for outcome in finished if outcome.job.client in complete]

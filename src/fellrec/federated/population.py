@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fellrec.errors import CheckpointError, StorageError, TrainingError
+from fellrec.errors import CheckpointError, ConfigError, StorageError, TrainingError, unknown
 from fellrec.federated.records import NOTHING, Job, Received, ScoreJob, Trained
 from fellrec.functional.stacks import LazyStack, as_lazy
 from fellrec.state.bank import AdapterBank
-from fellrec.state.tensor_store import StoredTensors, TensorStore, check_file, open_store
+from fellrec.state.tensor_store import StoredTensors, TensorSpecs, TensorStore, check_file, open_store
 from fellrec.types import Adapter
 
 _log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class Population:
             tensors = store.put(row, tensors.tensors(), self._name("tensors", trained.job))
         about = {
             "update": json.dumps(trained.scalars),
-            "made_from": self._made_from(row),
+            "made_from": self._made_from(trained.job),
             "optimizer": optimizer.checksum,
             "tensors": tensors.checksum,
         }
@@ -163,7 +163,7 @@ class Population:
             _log.warning("%s; client %d trains again", error, row)
             return None
         if (about.get("made_from"), about.get("optimizer"), about.get("tensors")) != (
-            self._made_from(row),
+            self._made_from(job),
             other["checksum"],
             third,
         ):
@@ -184,6 +184,7 @@ class Population:
         stack = as_lazy(received.adapters)
         if stack:
             if set(stack) != set(self.bank.kinds):
+                _check_part(stack, self.bank.kinds)
                 stack = _Overlaid(self.bank.stack(received.rows), stack)
             self.bank.replace(received.rows, stack)
         if received.tensors:
@@ -248,7 +249,7 @@ class Population:
         return trained
 
     def _receive_tensors(self, received: Received) -> None:
-        stacks = {name: as_lazy(stack) for name, stack in received.tensors.items()}
+        stacks = {name: dict(as_lazy(stack)) for name, stack in received.tensors.items()}
         for position, row in enumerate(received.rows):
             own = dict(self.tensors_of(row))
             for name, stack in stacks.items():
@@ -258,9 +259,9 @@ class Population:
     def _name(self, what: str, job: Job) -> str:
         return f"{what}-{job.round_index:05d}"
 
-    def _made_from(self, row: int) -> str:
-        """The files that a row's training starts from, by their contents."""
-        found = (self.bank.versions[row], self._optimizers.get(row), self._tensors.get(row))
+    def _made_from(self, job: Job) -> str:
+        """The files that a job's training starts from, by their contents."""
+        found = job.adapter, self._optimizers.get(job.row), self._tensors.get(job.row), *job.anchors.values()
         return " ".join(stored.checksum for stored in (*found, *self.base) if stored)
 
     def _check_space(self, folder: Path, cohort_size: int, num_rounds: int) -> None:
@@ -274,6 +275,14 @@ class Population:
                 f"{num_rows} clients with an adapter of {num_bytes / 1e6:.1f} MB each need about {needed / 1e9:.2f} GB "
                 f"in {existing}, where {free / 1e9:.2f} GB are free; use adapter=lora, fewer clients or another run_dir"
             )
+
+
+def _check_part(stack: LazyStack, kinds: TensorSpecs) -> None:
+    """Refuse parameters of an aggregation that the adapter does not have, or with another shape."""
+    for name, shape in stack.shapes.items():
+        if name not in kinds or shape != kinds[name][1]:
+            expected = "no such parameter" if name not in kinds else f"shape {list(kinds[name][1])}"
+            raise TrainingError(f"the aggregation returned {name} {list(shape)}, but the adapter has {expected}")
 
 
 class OneForAll(Population):
@@ -298,6 +307,10 @@ class OneForAll(Population):
         return 0
 
 
+SERVES = ("personal", "shared")
+"""Models that `SharedAndPersonal` can evaluate."""
+
+
 class SharedAndPersonal(Population):
     """Two models a client: row ``c`` is client ``c``'s copy of the shared model, row ``C + c`` its personal model.
 
@@ -315,6 +328,8 @@ class SharedAndPersonal(Population):
         self, initial: Adapter, num_clients: int, needs: JobNeeds = JobNeeds(), serves: str = "personal"
     ) -> None:
         super().__init__(initial, num_clients, needs)
+        if serves not in SERVES:
+            raise ConfigError(unknown("value of serves", serves, SERVES))
         self.serves = serves
 
     @property

@@ -73,6 +73,7 @@ class Trained:
         start_loss: Mean training loss at the received adapter; ``None`` if it was not asked for.
         tensors: Tensors of the client after training, as in ``Job``.
         peak_bytes: Largest memory so far of the process that trained the client.
+        traffic: Rows of the ledger with what crossed a cut in this training.
     """
 
     job: Job
@@ -85,6 +86,7 @@ class Trained:
     start_loss: float | None = None
     tensors: StoredTensors = NOTHING
     peak_bytes: int = 0
+    traffic: Sequence[Sequence[Any]] = ()
 
     @property
     def row(self) -> int:
@@ -97,7 +99,7 @@ class Trained:
         return {name: getattr(self, name) for name in _SCALARS}
 
 
-_SCALARS = ("loss", "num_samples", "num_steps", "seconds", "start_loss", "peak_bytes")
+_SCALARS = ("loss", "num_samples", "num_steps", "seconds", "start_loss", "peak_bytes", "traffic")
 
 
 @dataclass(frozen=True)
@@ -274,6 +276,7 @@ class RoundRecord:
         seconds: Wall seconds of training and aggregation.
         costs: Bytes that were exchanged and figures of the processes, under MLflow-safe names.
         is_last: Whether the run ends with this round.
+        clients: Rows that were aggregated, as in ``Updates``: those of the matrices and of ``per_client``.
     """
 
     round_index: int
@@ -284,6 +287,7 @@ class RoundRecord:
     costs: Mapping[str, float] = field(default_factory=dict)
     failed: tuple[Failed, ...] = ()
     is_last: bool = False
+    clients: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

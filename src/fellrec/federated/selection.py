@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ class Selection:
         value: Mean over clients in the best round.
         round_index: That round; -1 is the start.
         client_values: Best value of each client.
-        client_rounds: The round of that value.
+        client_rounds: The round of that value; of a client without validation users, the best of the population.
         rounds_without_gain: Evaluations since the best one.
     """
 
@@ -75,6 +76,9 @@ class Selection:
         if is_best:
             self.value, self.round_index = mean, evaluation.round_index
             self._served, self._base = served, self.population.base
+            for client in (client for client, value in enumerate(values) if math.isnan(value)):  # without users
+                self.client_rounds[client], self._client_served[client] = evaluation.round_index, served[client]
+                self._client_base[client] = len(self.population.base)
 
     def score_jobs(self) -> list[ScoreJob]:
         """Every client's users with the selected adapters."""

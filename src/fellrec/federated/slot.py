@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from fellrec.errors import TrainingError
 from fellrec.federated.records import Job
 from fellrec.federated.terms import LocalTerm, TermContext
 from fellrec.types import Adapter
@@ -69,8 +70,13 @@ class SlotState:
 class Slot(Protocol):
     """Where the gradients of a client's local step end up; in this process, or on both sides of a cut."""
 
-    def before_backward(self, wants_norms: bool) -> None:
-        """Called before every backward pass; ``wants_norms`` if `norms` is called after it."""
+    def before_backward(self, wants_norms: bool, learning_rate: float) -> None:
+        """Called before every backward pass.
+
+        Args:
+            wants_norms: Whether `norms` is called after it.
+            learning_rate: Of the optimiser step that follows.
+        """
 
     def norms(self) -> dict[str, float]:
         """Norm of each parameter's gradient in this step, local terms included; without those that have none."""
@@ -109,8 +115,9 @@ class LocalSlot:
             load_optimizer(optimizer, self._trained, begin.optimizer)
         self._context = self._new_context() if terms else TermContext({})
 
-    def before_backward(self, wants_norms: bool) -> None:
-        """Nothing to do: gradients are in the parameters."""
+    def before_backward(self, wants_norms: bool, learning_rate: float) -> None:
+        """See ``Slot``; local terms are told the learning rate before they change the gradients."""
+        self._context.learning_rate = learning_rate
 
     def norms(self) -> dict[str, float]:
         """See ``Slot``."""
@@ -143,6 +150,11 @@ class LocalSlot:
         tensors = dict(self._begin.tensors)
         for term in self.terms:
             for name, values in term.finish(self._trained, self._context).items():
+                if unknown := sorted(values.keys() - self.parameters.keys()):
+                    raise TrainingError(
+                        f"{type(term).__name__}.finish gave {name} for {unknown[0]}, which is not a parameter of the "
+                        "adapter: tensors of a client are by name and parameter"
+                    )
                 tensors |= {f"{name}|{key}": tensor for key, tensor in values.items()}
         kept = {key: t for key, t in self._begin.optimizer.items() if key.partition("|")[0] not in self._trained}
         trained = {} if self._optimizer is None else read_optimizer(self._optimizer, self._trained)

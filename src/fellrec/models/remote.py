@@ -101,6 +101,9 @@ class BodyLink(Protocol):
             like: Tensors with the types and on the devices of the hidden states.
         """
 
+    def new_cache(self) -> int:
+        """A number for a cache on the server, which no other process uses."""
+
     def select_rows(self, source: int, target: int, rows: Tensor | None) -> None:
         """Let the server's cache ``target`` be the rows of its cache ``source``, all of them for ``None``."""
 

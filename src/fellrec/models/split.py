@@ -71,7 +71,6 @@ class SplitModel(nn.Module):
         self.streams = LayerStreams({**entry, **dict(enumerate(decoder_layers(model, self.arch)))})
         # A tuple keeps the parts out of nn.Module's registry: a shared parameter is listed once.
         self._parts = tuple(_part(model, self.arch, self.cut, part) for part in PARTS)
-        self._num_caches = 0
 
     @property
     def is_cut(self) -> bool:
@@ -171,14 +170,12 @@ class SplitModel(nn.Module):
         """An empty key-value cache for ``model``; with a link it has a side on the server too."""
         if self._link is None:
             return DynamicCache(config=self.model.config)
-        self._num_caches += 1
-        return CutCache(self.model.config, self._link, self._num_caches)
+        return CutCache(self.model.config, self._link, self._link.new_cache())
 
     def copy_cache(self, cache: Cache) -> Cache:
         """A copy of a cache that grows on its own."""
         if isinstance(cache, CutCache):
-            self._num_caches += 1
-            return cache.duplicate(self._num_caches)
+            return cache.duplicate(cache.link.new_cache())
         return copy.deepcopy(cache)
 
     def drop_cache(self, cache: Cache) -> None:

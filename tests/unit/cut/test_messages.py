@@ -93,7 +93,7 @@ def test_all_messages_to_the_server_are_listed() -> None:
 def test_no_message_to_the_server_has_a_field_for_what_is_private() -> None:
     """Fields are numbers, names of phases and parameters, tensors by parameter, hidden states, a mask, positions."""
     allowed = {
-        int, float, bool, str, int | None, Tensor | None, tuple[Packed, ...], tuple[str, ...] | None,
+        int, float, bool, str, int | None, float | None, Tensor | None, tuple[Packed, ...], tuple[str, ...] | None,
         typing.get_type_hints(m.OpenSlot)["adapter"],
     }  # fmt: skip
     for kind in TO_SERVER:

@@ -82,7 +82,7 @@ def states(folder: Path, number: int) -> dict[str, Any]:
 
 def only_in_newest(folder: Path) -> Path:
     """A client's file that the newest manifest names and the one before it does not."""
-    named = [{entry["stored"] for entry in states(folder, n)["population"]["adapters"]} for n in (2, 3)]
+    named = [{entry["$stored"] for entry in states(folder, n)["population"]["adapters"]} for n in (2, 3)]
     return folder / "tensors" / min(named[1] - named[0])
 
 

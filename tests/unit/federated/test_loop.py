@@ -13,6 +13,7 @@ from fellrec.aggregation import FedAvg, Local
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.errors import Preempted, TrainingError
 from fellrec.federated.callback import HOOKS, FederatedCallback
+from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.population import SharedAndPersonal
 from fellrec.federated.records import Job, RoundRecord, Trained
 from fellrec.functional.participation import cohort
@@ -105,7 +106,7 @@ def test_the_quorum_counts_clients_and_a_client_needs_all_of_its_models() -> Non
     recorder = Recorder()
     loop = fake_loop(TwoModels(), FakeExecutor(some({1})), 2, [recorder], participation=skip, num_rounds=1)
     assert loop.run().failed_clients == {"0": [1]}
-    assert [t.row for t in recorder.records[0].trained] == [0, 2, 3]
+    assert [t.row for t in recorder.records[0].trained] == [0, 2], "nothing of a client that is reported as left out"
     assert adapters(loop)[0] == {"a": [1.0, 1.0], "b": [1.0, 1.0]}, "the mean of client 0 alone"
 
 
@@ -201,6 +202,38 @@ def _parts(loop: object) -> dict[str, object]:
     from fakes import parts
 
     return parts(loop)  # type: ignore[arg-type]
+
+
+def test_a_client_without_validation_users_is_tested_with_the_round_that_is_best_for_the_others() -> None:
+    class Without(FakeExecutor):
+        def score(self, jobs, stage, round_index):  # type: ignore[no-untyped-def]
+            found = super().score(jobs, stage, round_index)
+            found.per_client["ndcg_at_10"][2] = torch.nan
+            return found
+
+    loop = fake_loop(rule=Local(), executor=Without(), num_clients=3, select="client", num_rounds=2)
+    result = loop.run()
+    assert loop.selection.client_rounds == [1, 1, 1]
+    assert [stored.tensors()["a"].tolist() for stored in result.served] == [[2.0, 2.0], [4.0, 4.0], [6.0, 6.0]]
+
+
+def test_a_client_that_waits_for_another_anchor_trains_again_after_a_resume(tmp_path: Path) -> None:
+    """A personal model's training depends on its anchor: the file of a run with another one is not used."""
+
+    def start(folder: Path) -> FederatedLoop:
+        loop = fake_loop(TwoModels(), num_clients=2)
+        loop.population.persist(folder)
+        loop.population.bank.store(0, {name: torch.zeros(2) for name in ("a", "b")})
+        loop.population.bank.store(2, {name: torch.zeros(2) for name in ("a", "b")})
+        return loop
+
+    loop = start(tmp_path)
+    job = loop.population.job(2, 0)
+    loop.train([job])
+    same, other = start(tmp_path), start(tmp_path)
+    assert same.population.recover(same.population.job(2, 0)) is not None
+    other.population.bank.store(0, {name: torch.ones(2) for name in ("a", "b")})
+    assert other.population.recover(other.population.job(2, 0)) is None
 
 
 def test_a_nan_adapter_is_named() -> None:

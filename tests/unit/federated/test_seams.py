@@ -13,7 +13,8 @@ from fakes import FakeExecutor, adapters, fake_loop, resumed
 from torch import Tensor
 
 from fellrec.aggregation import AggregationCallback, FedAvg, Local
-from fellrec.errors import TrainingError
+from fellrec.callbacks.mlflow_logging import ClientMetrics
+from fellrec.errors import ConfigError, TrainingError
 from fellrec.federated.base_change import BaseWeights
 from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.exchange import Transform
@@ -247,6 +248,84 @@ def test_a_change_of_something_that_is_not_in_the_base_is_refused(factors: dict[
         BaseWeights(model, is_whole=True).use([change])
 
 
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ({"B": (4, 2)}, r"returned B \[2\], but the adapter has no such"),
+        ({"a": (4, 3)}, r"a \[3\], but .* shape \[2\]"),
+    ],
+)
+def test_a_part_of_an_adapter_that_does_not_fit_is_refused(returned: dict[str, Any], message: str) -> None:
+    class Wrong(FedAvg):
+        def aggregate(self, updates: Updates, round_index: int) -> Aggregated:
+            return Aggregated({name: torch.zeros(shape) for name, shape in returned.items()})
+
+    with pytest.raises(TrainingError, match=message):
+        fake_loop(Wrong()).run_round(0)
+
+
+@pytest.mark.parametrize("shape", [(1,), (2, 1)])
+def test_a_transform_that_decodes_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    """Adding it to the received adapter would broadcast."""
+
+    class Flat(Transform):
+        def decode(self, payload: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            return {name: torch.ones(shape) for name in payload}
+
+    with pytest.raises(TrainingError, match=r"Flat decoded shape .* for a, expected shape \[2\]"):
+        fake_loop(transforms=[Flat()]).run_round(0)
+
+
+def test_a_transform_that_loses_a_parameter_is_refused() -> None:
+    class Loses(Transform):
+        def decode(self, payload: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            return {"a": payload["a"]}
+
+    with pytest.raises(TrainingError, match="Loses decoded nothing for b"):
+        fake_loop(transforms=[Loses()]).run_round(0)
+
+
+def test_keys_of_a_state_that_json_would_change_are_refused(tmp_path: Path) -> None:
+    class Counts(FedAvg):
+        def state_dict(self) -> dict[str, Any]:
+            return {"seen": {3: 1}}
+
+    loop = fake_loop(Counts())
+    with pytest.raises(TypeError, match=r"the state rule/seen has keys that are not text: \[3\]"):
+        resumed(loop, tmp_path, rule=Counts())
+
+
+def test_a_state_may_have_any_names(tmp_path: Path) -> None:
+    class Named(FedAvg):
+        loaded: Any = None
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"tensor": {"tensor": torch.ones(1)}, "stored": {"stored": "text"}}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.loaded = state
+
+    other = resumed(fake_loop(Named()), tmp_path, rule=Named())
+    assert other.rule.loaded == {"tensor": {"tensor": torch.ones(1)}, "stored": {"stored": "text"}}  # type: ignore[attr-defined]
+
+
+def test_a_rule_that_sees_nothing_mixes_nothing_whatever_its_matrix() -> None:
+    class Blind(AggregationCallback):
+        sees = "nothing"
+
+        def mixing_matrix(self, updates: Updates, round_index: int) -> dict[str, Tensor]:
+            return {"": torch.full((4, 4), 0.25)}
+
+    loop = fake_loop(Blind())
+    loop.run_round(0)
+    assert [row["a"][0] for row in adapters(loop)] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_the_model_that_is_served_must_exist() -> None:
+    with pytest.raises(ConfigError, match="'share'"):
+        fake_loop(type("Rule", (TwoModels,), {"serves": "share"})())
+
+
 class TwoModels(FedAvg):
     """Ditto's pattern: a shared and a personal model a client."""
 
@@ -270,6 +349,38 @@ def test_a_client_can_have_a_shared_and_a_personal_model(serves: str, tmp_path: 
     assert [other.population.bank.row(row)["a"][0].item() for row in (2, 3)] == personal
     served = [stored.tensors()["a"][0].item() for stored in result.served]
     assert served == (personal if serves == "personal" else pytest.approx([shared] * 2))
+
+
+class Log:
+    """Keeps metrics as MLflow's log does."""
+
+    run_dir = Path()
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+
+    def log_metrics(self, metrics: Mapping[str, float], *_: Any, **__: Any) -> None:
+        self.metrics |= metrics
+
+
+def test_metrics_of_clients_with_two_models_name_clients() -> None:
+    """Row 2 is client 0's personal model; the values of a rule are those of the shared ones."""
+
+    class Speeds(TwoModels):
+        def aggregate(self, updates: Updates, round_index: int) -> Aggregated:
+            return replace(super().aggregate(updates, round_index), per_client={"speed": torch.tensor([0.25, 0.75])})
+
+    log = Log()
+    metrics = ClientMetrics(log)  # type: ignore[arg-type]
+    metrics.on_round_end(fake_loop(Speeds(), num_clients=2).run_round(0))
+    assert {name: value for name, value in log.metrics.items() if not name.endswith("seconds")} == {
+        "train/client_00/loss": 1.0,
+        "train/client_01/loss": 0.5,
+        "train/personal_client_00/loss": 1 / 3,
+        "train/personal_client_01/loss": 0.25,
+        "aggregation/client_00/speed": 0.25,
+        "aggregation/client_01/speed": 0.75,
+    }
 
 
 class Clip(Transform):

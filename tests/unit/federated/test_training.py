@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.checkpoint import CheckpointFolder
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.population import SharedAndPersonal
-from fellrec.federated.records import Aggregated, Job, ScoreJob, Updates
+from fellrec.federated.records import Aggregated, Failed, Job, ScoreJob, Updates
 from fellrec.federated.terms import LocalTerm, TermContext
 from fellrec.functional.rng import derive_seed
 from fellrec.types import Evaluation
@@ -449,6 +449,83 @@ class Ditto(Everything):
     """The same with a shared and a personal model a client."""
 
     population = SharedAndPersonal
+
+
+class Rates(LocalTerm):
+    """Keeps the learning rates that it is told."""
+
+    seen: ClassVar[list[float]] = []
+
+    def correct(self, gradients: Mapping[str, Tensor], context: TermContext) -> None:
+        self.seen.append(context.learning_rate)
+
+
+class WithRates(FedAvg):
+    local_terms = (Rates(),)
+
+
+@pytest.mark.parametrize("transport", ["none", "inprocess"])
+@pytest.mark.parametrize("clip", ["null", "1.0"])
+@pytest.mark.usefixtures("importable")
+def test_a_local_term_knows_the_rate_of_the_step_that_follows(
+    tiny_overrides: list[str], transport: str, clip: str
+) -> None:
+    """A warm-up of 2 steps: half the rate, then all of it; on both sides of a cut."""
+    how = ["trainer.num_rounds=1", "trainer.max_local_steps=2", "trainer.warmup_steps=2", "trainer.learning_rate=0.01"]
+    made = federation_of(
+        tiny_overrides, WithRates, *how, f"trainer.gradient_clip={clip}", f"split.transport={transport}"
+    )
+    Rates.seen.clear()
+    made.loop().train([made.population.job(0, 0)])
+    sides = 1 if transport == "none" else 2
+    assert sorted(Rates.seen) == sorted([0.005, 0.01] * sides)
+
+
+class FailsAtTheEnd(LocalTerm):
+    def finish(self, parameters: Any, context: TermContext) -> Mapping[str, Mapping[str, Tensor]]:
+        raise RuntimeError("no variates")
+
+
+class WithFailure(FedAvg):
+    local_terms = (FailsAtTheEnd(),)
+
+
+@pytest.mark.usefixtures("importable")
+def test_a_local_term_that_fails_fails_its_client(tiny_overrides: list[str]) -> None:
+    made = federation_of(tiny_overrides, WithFailure, "participation.on_failure=skip")
+    (outcome,) = made.loop().train([made.population.job(1, 0)])
+    assert isinstance(outcome, Failed)
+    assert "the training of client 1 failed in round 0 with RuntimeError: no variates" in outcome.reason
+
+
+def test_a_stop_within_a_round_loses_no_traffic_of_the_cut(tiny_overrides: list[str], tmp_path: Path) -> None:
+    given = [*tiny_overrides, *SEAMS, "split.transport=inprocess", "aggregation=fedavg"]
+    config = compose(given)
+    recommender = build_recommender(config, build_data(config))
+
+    def fresh() -> Any:
+        made = build_federation(config, recommender)
+        made.population.persist(tmp_path)
+        return made
+
+    first = fresh()
+    first.loop().train([first.population.job(row, 0) for row in (0, 1)])
+    second = fresh()
+    second.loop().train([second.population.job(row, 0) for row in (0, 1, 2)])
+    for row in (0, 1):
+        assert second.ledger.rows_of(row, 0) == first.ledger.rows_of(row, 0)
+    assert second.ledger.total(client=0, kind="hidden_state") > 0
+
+
+@pytest.mark.parametrize("rule", ["centralized", "fedavg"])
+def test_each_clients_best_round_can_be_tested_through_the_cut(tiny_overrides: list[str], rule: str) -> None:
+    """Also where clients have one model together: what is evaluated is named by the client."""
+    given = [*tiny_overrides, *SEAMS, f"aggregation={rule}", "trainer.select=client", "trainer.num_rounds=1"]
+    found = []
+    for transport in ("none", "inprocess"):
+        config = compose([*given, f"split.transport={transport}"])
+        found.append(build_federation(config, build_recommender(config, build_data(config))).loop().run())
+    assert found[0].evaluation.summary == found[1].evaluation.summary
 
 
 SEAMS = ["adapter=lora", "adapter.dropout=0.2", "backbone.num_layers=3", "trainer.num_rounds=3",
