@@ -12,6 +12,8 @@ from fellrec.cli.arguments import add_format, add_run_dir
 from fellrec.errors import ConfigError
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from fellrec.data.prepared import PreparedData
     from fellrec.report.comparison import Comparison
 
@@ -58,7 +60,8 @@ def evaluate(run_dir: Path, stage: str) -> Comparison:
     from fellrec.report.comparison import RuleResult
 
     config = read_config(run_dir)
-    config.split.transport = "none"  # one model gives the same figures, and needs no other process
+    # In one process, with the same figures: one model, unless what is sent is rounded.
+    config.split.transport = _transport(config)
     data = build_data(config)
     _check_same_data(run_dir, data)
     recommender = build_recommender(config, data)
@@ -69,6 +72,11 @@ def evaluate(run_dir: Path, stage: str) -> Comparison:
     evaluation = loop.evaluate(federation.selection.score_jobs(), stage, best_round)
     result = RuleResult(rule_name(config), config.seed, "learned", evaluation, best_round=best_round)
     return collect(recommender, [result, *reference_results(config, recommender, loop, stage)])
+
+
+def _transport(config: DictConfig) -> str:
+    is_rounded = config.split.transport != "none" and config.split.hidden_dtype != "float32"
+    return "inprocess" if is_rounded else "none"
 
 
 def _check_same_data(run_dir: Path, data: PreparedData) -> None:

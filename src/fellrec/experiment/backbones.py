@@ -23,7 +23,7 @@ from fellrec.models.backbone import Backbone, load_hf
 from fellrec.models.module import Objective
 from fellrec.models.pretrain import catalogue_tokens, pretrain
 from fellrec.models.sasrec import build_sasrec
-from fellrec.models.settings import SasrecSettings, TinySettings
+from fellrec.models.settings import HfSettings, SasrecSettings, TinySettings
 from fellrec.models.split import SplitModel
 from fellrec.models.tiny import build_tiny
 from fellrec.state.files import new_folder
@@ -39,6 +39,7 @@ def tiny_backbone(
     settings: Mapping[str, Any],
     make_objective: Callable[[Backbone], Objective],
     data: PreparedData,
+    dtype: str = HfSettings.dtype,
     client_cut: tuple[int, int] | None = None,
 ) -> Backbone:
     """Load the pre-trained tiny backbone from the cache, or pre-train it.
@@ -49,16 +50,21 @@ def tiny_backbone(
             that the objective is built from.
         make_objective: Builds the run's objective for a backbone.
         data: Catalogue and public users.
+        dtype: Type of the loaded weights; they are trained and cached in float32.
         client_cut: Layers of head and tail, to load the client's part only; ``None`` for the whole model.
     """
     folder = cache / _key(settings, data)
     if not folder.is_dir():
         _make(folder, settings["backbone"], make_objective, data)
-    return replace(load_hf(str(folder), client_cut=client_cut), name="tiny")  # not the folder's name, which is a hash
+    return replace(load_hf(str(folder), dtype, client_cut), name="tiny")  # not the folder's name, which is a hash
 
 
 def sasrec_backbone(
-    cache: Path, settings: Mapping[str, Any], data: PreparedData, client_cut: tuple[int, int] | None = None
+    cache: Path,
+    settings: Mapping[str, Any],
+    data: PreparedData,
+    dtype: str = HfSettings.dtype,
+    client_cut: tuple[int, int] | None = None,
 ) -> Backbone:
     """Load the untrained SASRec backbone from the cache, or build it; other processes read it from there.
 
@@ -66,6 +72,7 @@ def sasrec_backbone(
         cache: As in `tiny_backbone`.
         settings: As in `tiny_backbone`.
         data: The catalogue.
+        dtype: As in `tiny_backbone`.
         client_cut: As in `tiny_backbone`.
 
     Raises:
@@ -77,7 +84,7 @@ def sasrec_backbone(
     folder = cache / hashlib.sha256(text.encode()).hexdigest()[:16]
     if not folder.is_dir():
         _save(build_sasrec(data.catalogue.item_ids, _shape(SasrecSettings, settings["backbone"])), folder)
-    return replace(load_hf(str(folder), client_cut=client_cut), name="sasrec", is_pretrained=False)
+    return replace(load_hf(str(folder), dtype, client_cut), name="sasrec", is_pretrained=False)
 
 
 def check_reads_items(objective: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ from fellrec.data.settings import DataSettings
 from fellrec.distributed.processes import cluster_environment, launched_devices
 from fellrec.errors import ConfigError
 from fellrec.experiment.backbones import sasrec_backbone, tiny_backbone
+from fellrec.experiment.precision import check_precision, weights_dtype
 from fellrec.federated.base_change import BaseWeights
 from fellrec.functional.candidates import SampledCandidates
 from fellrec.functional.ranking import check_cutoffs
@@ -201,7 +202,7 @@ def build_fabric(config: DictConfig, alone: bool = False) -> Fabric:
         alone: Whether this process has no others, whatever ``trainer.devices`` is.
 
     Raises:
-        ConfigError: If Fabric refuses the settings.
+        ConfigError: If Fabric refuses the settings, or number types do not fit together.
     """
     trainer = config.trainer
     plugins = [instantiate(plugin, "trainer.plugins") for plugin in trainer.get("plugins") or ()]
@@ -214,7 +215,7 @@ def build_fabric(config: DictConfig, alone: bool = False) -> Fabric:
         patience = timedelta(seconds=max(trainer.timeout_seconds, _MEETING_SECONDS))
         strategy = DDPStrategy(process_group_backend="gloo", timeout=patience)
     try:
-        return Fabric(
+        fabric = Fabric(
             accelerator=trainer.accelerator,
             devices=devices,
             num_nodes=num_nodes,
@@ -227,6 +228,8 @@ def build_fabric(config: DictConfig, alone: bool = False) -> Fabric:
             f"trainer.accelerator={trainer.accelerator}, devices={trainer.devices}, num_nodes={trainer.num_nodes}, "
             f"strategy={trainer.get('strategy')}: {str(error).splitlines()[0]}"
         ) from error
+    check_precision(config, fabric.device)
+    return fabric
 
 
 def build_backbone(config: DictConfig, data: PreparedData) -> Backbone:
@@ -236,15 +239,15 @@ def build_backbone(config: DictConfig, data: PreparedData) -> Backbone:
     """
     split = config.split
     cut = (split.head_layers, split.tail_layers) if split.transport == "distributed" else None
-    name = config.backbone.name
+    name, dtype = config.backbone.name, weights_dtype(config)
     if name == "hf":
-        return load_hf(config.backbone.path, dtype=config.backbone.dtype, client_cut=cut)
+        return load_hf(config.backbone.path, dtype, cut)
     Cut(split.head_layers, split.tail_layers, config.backbone.num_layers)  # refused before anything is pre-trained
     shaping = {"backbone": as_dict(config.backbone), "objective": as_dict(config.objective)}
     cache = cache_dir(config) / "backbones"
     if name == "sasrec":
-        return sasrec_backbone(cache, shaping, data, cut)
-    return tiny_backbone(cache, shaping, lambda backbone: _checked_objective(config, backbone, data), data, cut)
+        return sasrec_backbone(cache, shaping, data, dtype, cut)
+    return tiny_backbone(cache, shaping, lambda backbone: _checked_objective(config, backbone, data), data, dtype, cut)
 
 
 def attach_server(config: DictConfig, model: SplitModel, fabric: Fabric) -> ServerPart:

@@ -36,6 +36,7 @@ from fellrec.experiment.build import (
     recommender_key,
 )
 from fellrec.experiment.federation import build_serial, build_server
+from fellrec.experiment.precision import weights_dtype
 from fellrec.federated.ledger import Ledger
 from fellrec.functional.nested import flatten
 from fellrec.models.backbone import DTYPES
@@ -178,7 +179,7 @@ class Session:
         own = as_dict(config.backbone).get("path")
         folder = Path(own or begin.folder).expanduser()  # each node may have the backbone in a folder of its own
         self._agree(begin, self._settings() | {"backbone's files": fingerprint_of(folder)})
-        dtype = DTYPES[config.backbone.get("dtype") or "float32"]
+        dtype = DTYPES[weights_dtype(config)]
         body = load_partial(folder, "server", split.head_layers, split.tail_layers, dtype)
         part = attach_server(config, SplitModel(body, split.head_layers, split.tail_layers), self.fabric)
         server = build_server(config, part, begin.num_rows, self.fabric)

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from lightning import Fabric
+from lightning.fabric.plugins import MixedPrecision
 from torch import Tensor
+from torch.amp import GradScaler
 
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.distributed.batch_sharing import BatchSharing
@@ -84,6 +86,7 @@ class LocalTrainer:
         """
         started = time.perf_counter()
         with self.model.training(job) as slot:
+            self._scale_loss(slot)
             with _naming_client(job):
                 start_loss = self._start_loss(job) if job.needs_start_loss else None
             total, num_targets, steps = 0.0, 0, 0
@@ -192,6 +195,13 @@ class LocalTrainer:
                 self.module.model.streams.skip(OF_LOSS)
             else:
                 yield mine
+
+    def _scale_loss(self, slot: Slot) -> None:
+        """With 16-mixed, begin with a new scale of the loss: a result must not depend on who was trained before."""
+        precision = self.fabric.strategy.precision
+        if isinstance(precision, MixedPrecision) and precision.scaler is not None:
+            assert isinstance(slot, LocalSlot), "16-mixed needs the whole model in this process"
+            slot.scaler = precision.scaler = GradScaler(precision.device)
 
     @torch.no_grad()
     def _start_loss(self, job: Job) -> float:

@@ -84,8 +84,9 @@ class TrainerSettings:
     """Processes that train one client together, each on its rows of every batch."""
     timeout_seconds: Positive = 300
     """Longest time without a message from a process that is waited for."""
-    precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
-    """As in ``lightning.Fabric``."""
+    precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"] = "32-true"
+    """As in ``lightning.Fabric``. bf16-true: the backbone's weights are in bfloat16, LoRA's matrices in float32.
+    16-mixed: with a scaled loss, for GPUs without bfloat16."""
     checkpoint_every: Count = 1
     """Rounds between checkpoints; what a client has trained is written to disk as soon as it is done."""
     checkpoints_kept: Count = 2

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from fellrec.errors import TrainingError
 from fellrec.federated.records import Job
@@ -96,6 +97,10 @@ class LocalSlot:
         begin: What the slot begins with.
         optimizer: Over those of the parameters that are trained; ``None`` if there are none.
         terms: Local terms of the rule.
+
+    Attributes:
+        scaler: Of the loss, whose gradients are divided by its scale again; ``None`` if the loss is not scaled. A step
+            with a gradient that is not finite is left out.
     """
 
     def __init__(
@@ -107,6 +112,7 @@ class LocalSlot:
     ) -> None:
         self.parameters = parameters
         self.terms = terms
+        self.scaler: GradScaler | None = None
         self._trained = {name: p for name, p in parameters.items() if p.requires_grad}
         self._begin = begin
         self._optimizer = optimizer
@@ -140,7 +146,11 @@ class LocalSlot:
                     parameter.grad.mul_(torch.tensor(clip_factor, dtype=torch.float32).to(parameter.grad.device))
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        self._optimizer.step()
+        if self.scaler is None:
+            self._optimizer.step()
+        else:
+            self.scaler.step(self._optimizer)
+            self.scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
         self._has_corrected = False
         self._context.num_steps += 1
@@ -161,10 +171,14 @@ class LocalSlot:
         return SlotState(_copies(self.parameters), _copies({**kept, **trained}), {}, _copies(tensors))
 
     def _correct(self) -> None:
-        """Apply the local terms to the gradients, once a step."""
-        if self._has_corrected or not self.terms:
+        """Undo the scale of the loss and apply the local terms to the gradients, once a step."""
+        if self._has_corrected:
             return
         self._has_corrected = True
+        if self.scaler is not None and self._optimizer is not None:
+            self.scaler.unscale_(self._optimizer)
+        if not self.terms:
+            return
         with torch.enable_grad():  # a server in this process answers within the client's backward pass
             losses = [term.loss(self._trained, self._context) for term in self.terms]
         for loss in losses:

@@ -17,6 +17,7 @@ from fellrec.config.paths import conf_dir
 from fellrec.data.schema import Catalogue
 from fellrec.errors import BackboneError, ConfigError, unknown
 from fellrec.experiment.backbones import check_reads_items
+from fellrec.experiment.precision import weights_dtype
 from fellrec.models.architectures import ARCHITECTURES, arch_of, model_of
 from fellrec.models.backbone import Backbone, check_tokenizer, dtype_of, load_shape
 from fellrec.models.sasrec import item_tokenizer, sasrec_config
@@ -62,18 +63,17 @@ def empty_backbone(config: DictConfig, catalogue: Catalogue) -> tuple[Backbone, 
         ConfigError: If the backbone's name or sizes are not allowed.
         BackboneError: If its configuration cannot be read or its architecture is not supported.
     """
-    settings = as_dict(config.backbone)
+    settings, dtype = as_dict(config.backbone), dtype_of(weights_dtype(config))
     sizes = {name: value for name, value in settings.items() if name != "name"}
     if settings["name"] == "tiny":
         tiny = settings_of(TinySettings, sizes, "backbone")
         tokenizer = _catalogue_tokenizer(catalogue, tiny.vocab_size)
-        return _on_meta(tiny_config(tokenizer, tiny), torch.float32, tokenizer, "tiny"), True
+        return _on_meta(tiny_config(tokenizer, tiny), dtype, tokenizer, "tiny"), True
     if settings["name"] == "sasrec":
         check_reads_items(as_dict(config.objective))
         tokenizer = item_tokenizer(catalogue.item_ids)
         sasrec = settings_of(SasrecSettings, sizes, "backbone")
-        return _on_meta(sasrec_config(tokenizer, sasrec), torch.float32, tokenizer, "sasrec"), True
-    dtype = dtype_of(settings["dtype"])
+        return _on_meta(sasrec_config(tokenizer, sasrec), dtype, tokenizer, "sasrec"), True
     if has_weights(config):
         shape, tokenizer = load_shape(settings["path"])
         backbone, is_own = _on_meta(shape, dtype, tokenizer, Path(settings["path"]).name), True

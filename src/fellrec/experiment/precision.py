@@ -1,0 +1,76 @@
+"""Number types of weights and computations, which several settings determine together."""
+
+from __future__ import annotations
+
+import torch
+from omegaconf import DictConfig
+
+from fellrec.errors import ConfigError
+from fellrec.functional.ranges import refuse
+from fellrec.models.settings import HfSettings
+
+
+def weights_dtype(config: DictConfig) -> str:
+    """Name of the type of the backbone's weights: ``bfloat16`` with ``trainer.precision=bf16-true``, else its own.
+
+    Raises:
+        ConfigError: If ``trainer.precision`` and ``backbone.dtype`` exclude each other.
+    """
+    own = str(config.backbone.get("dtype") or HfSettings.dtype)
+    if config.trainer.precision != "bf16-true":
+        return own
+    if own == "float16":
+        raise ConfigError("trainer.precision=bf16-true and backbone.dtype=float16 exclude each other; give one of them")
+    return "bfloat16"
+
+
+def check_precision(config: DictConfig, device: torch.device) -> None:
+    """Refuse types that the device cannot compute with, and those that would have no effect.
+
+    Args:
+        config: The configuration of a run.
+        device: Where it computes.
+
+    Raises:
+        ConfigError: With one line for each problem.
+    """
+    refuse(
+        _half_on_cpu(config, device), _half_through_the_cut(config), _trained_in_half(config), *_sent_nowhere(config)
+    )
+
+
+def _half_on_cpu(config: DictConfig, device: torch.device) -> str | None:
+    if config.trainer.precision != "16-mixed" or device.type == "cuda":
+        return None
+    return f"trainer.precision=16-mixed needs a GPU, and this run is on {device.type}; give bf16-mixed or 32-true"
+
+
+def _half_through_the_cut(config: DictConfig) -> str | None:
+    if config.trainer.precision != "16-mixed" or config.split.transport == "none":
+        return None
+    return (
+        f"trainer.precision=16-mixed needs split.transport=none, it is {config.split.transport}: the server does not "
+        "know the scale of the loss"
+    )
+
+
+def _trained_in_half(config: DictConfig) -> str | None:
+    is_full = str(config.adapter.get("_target_")).endswith("FullAdapter")
+    if config.backbone.get("dtype") != "float16" or not is_full:
+        return None
+    return (
+        "backbone.dtype=float16 needs adapter=lora: AdamW's moments of weights in float16 underflow; with adapter=full "
+        "give float32, or bfloat16"
+    )
+
+
+def _sent_nowhere(config: DictConfig) -> list[str]:
+    if config.split.transport != "none":
+        return []
+    given = {name: config.split[name] for name in ("hidden_dtype", "gradient_dtype")}
+    return [
+        f"split.{name}={value} has no effect with split.transport=none, where nothing is sent; give "
+        "split.transport=inprocess or distributed"
+        for name, value in given.items()
+        if value != "float32"
+    ]
