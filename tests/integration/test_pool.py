@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fellrec.config.compose import read_config
+from fellrec.config.stored import read_config
 from fellrec.experiment import build_data, build_recommender
 
 from .processes import FABRIC, TORCHRUN, Processes, adapters, alone, assert_same_run, results

@@ -33,6 +33,17 @@ def add_run_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", help="directory of a finished run")
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add ``--trust``, for verbs that make objects from the configuration in a run directory."""
+    parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="CLASS",
+        help="a class, not of fellrec, that the run directory may name, such as my_rules.Median; may be repeated",
+    )
+
+
 def add_multirun(parser: argparse.ArgumentParser) -> None:
     """Add ``-m``."""
     parser.add_argument("-m", "--multirun", action="store_true", help="one run per combination of values")

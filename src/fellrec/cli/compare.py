@@ -94,7 +94,8 @@ def compare(configs: Sequence[DictConfig], session: Session | None = None) -> tu
         ConfigError: If a rule's settings are not allowed.
     """
     from fellrec.experiment import build_data, build_loop
-    from fellrec.experiment.run import check_classes, collect, reference_results, table_cutoff
+    from fellrec.experiment.classes import check_classes
+    from fellrec.experiment.run import collect, reference_results, table_cutoff
     from fellrec.experiment.run_dir import check_new, new_run_dir
     from fellrec.experiment.variants import labels
     from fellrec.report.significance import with_significance

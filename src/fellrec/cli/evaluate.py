@@ -8,17 +8,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fellrec.cli.arguments import add_format, add_run_dir
-from fellrec.errors import ConfigError
+from fellrec.cli.arguments import add_format, add_run_dir, add_trust
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from fellrec.data.prepared import PreparedData
     from fellrec.report.comparison import Comparison
 
 PURPOSE = "evaluate a finished run's adapters again on the validation or test split"
-EXAMPLES = ("fellrec evaluate runs/RUN", "fellrec evaluate runs/RUN --stage val --format json")
+EXAMPLES = (
+    "fellrec evaluate runs/RUN",
+    "fellrec evaluate runs/RUN --stage val --format json",
+    "fellrec evaluate runs/RUN data.root=/elsewhere/ml-1m",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,44 +28,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_dir(parser)
     parser.add_argument("--stage", choices=("val", "test"), default="test", help="split to rank (default: test)")
     add_format(parser)
+    places = "data.root=…, backbone.path=… or cache_dir=…: where the files of the run are now"
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=places)
+    add_trust(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Entry point of the verb."""
-    from fellrec.config.compose import read_config
+    from fellrec.config.stored import moved, read_config
     from fellrec.experiment.run import table_cutoff
     from fellrec.report.tables import print_comparison, results_console
 
-    comparison = evaluate(Path(options.run_dir), options.stage)
+    run_dir = Path(options.run_dir)
+    config = moved(read_config(run_dir, options.trust), options.overrides)
+    comparison = evaluate(run_dir, options.stage, config)
     if options.format == "json":
         sys.stdout.write(json.dumps(comparison.to_dict(), indent=1) + "\n")
     else:
-        cutoff = table_cutoff(read_config(Path(options.run_dir)))
-        print_comparison(comparison, results_console(), cutoff)
+        print_comparison(comparison, results_console(), table_cutoff(config))
 
 
-def evaluate(run_dir: Path, stage: str) -> Comparison:
+def evaluate(run_dir: Path, stage: str, config: DictConfig | None = None) -> Comparison:
     """Load the run's best adapters from its last checkpoint and rank all items again.
 
     Args:
         run_dir: Directory of a run.
         stage: ``"val"`` or ``"test"``.
+        config: The run's configuration, with other places of its files; ``None`` for the one in the directory.
 
     Raises:
         ConfigError: If it is not the directory of a run, or the data or the prompt differ from those of training.
     """
-    from fellrec.config.compose import read_config
+    from fellrec.config.stored import read_config
     from fellrec.experiment import build_data, build_federation, build_recommender
+    from fellrec.experiment.classes import check_classes
     from fellrec.experiment.run import collect, reference_results, rule_name
-    from fellrec.experiment.run_dir import check_prompt
+    from fellrec.experiment.run_dir import check_prompt, check_same_data
     from fellrec.federated.checkpoint import CHECKPOINTS, CheckpointFolder
     from fellrec.report.comparison import RuleResult
 
-    config = read_config(run_dir)
+    config = read_config(run_dir) if config is None else config.copy()
+    check_classes(config)
     # In one process, with the same figures: one model, unless what is sent is rounded.
     config.split.transport = _transport(config)
     data = build_data(config)
-    _check_same_data(run_dir, data)
+    check_same_data(run_dir, data)
     recommender = build_recommender(config, data)
     check_prompt(run_dir, recommender.module.objective)
     federation = build_federation(config, recommender)
@@ -77,11 +86,3 @@ def evaluate(run_dir: Path, stage: str) -> Comparison:
 def _transport(config: DictConfig) -> str:
     is_rounded = config.split.transport != "none" and config.split.hidden_dtype != "float32"
     return "inprocess" if is_rounded else "none"
-
-
-def _check_same_data(run_dir: Path, data: PreparedData) -> None:
-    trained_on = json.loads((run_dir / "data.json").read_text())["key"]
-    if trained_on != data.key:
-        raise ConfigError(
-            f"the data changed since {run_dir} was trained: its key was {trained_on} and is now {data.key}"
-        )

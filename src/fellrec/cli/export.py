@@ -21,14 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Entry point of the verb."""
-    import pandas as pd
-
-    from fellrec.report.export import export
+    from fellrec.report.export import export, read_table_of_run
+    from fellrec.state.inside import check_inside
 
     run_dir = Path(options.run_dir)
+    if run_dir.is_dir():
+        check_inside(run_dir)
     folder = Path(options.output) if options.output else run_dir / "export" / options.format
     files = export(run_dir, options.format, folder)
-    users = pd.read_parquet(run_dir / "users.parquet", columns=["is_tied"])
+    users = read_table_of_run(run_dir, "users.parquet", {"is_tied": "b"})
     sys.stdout.write(
         "".join(f"{path}\n" for path in files)
         + f"{len(users)} users; for {int(users['is_tied'].sum())} of them another item ties with the target's score\n"

@@ -6,13 +6,13 @@ import argparse
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fellrec.cli.arguments import add_multirun, add_overrides
+from fellrec.cli.arguments import add_multirun, add_overrides, add_trust
 from fellrec.cli.train import resume_dir, resumed
 from fellrec.errors import ConfigError
 from fellrec.launch.settings import LauncherSettings
@@ -43,7 +43,8 @@ class Submission:
         jobs: The runs.
         folder: Directory of the run or of the sweep.
         label: Job name, unless the launcher has one.
-        processes: Overrides that set the number of processes.
+        processes: Overrides that set the number of processes, and the places of files of a run that is resumed.
+        trusted: Classes that are not of fellrec, of all runs.
     """
 
     config: DictConfig
@@ -52,6 +53,7 @@ class Submission:
     folder: Path
     label: str
     processes: Sequence[str]
+    trusted: Sequence[str]
 
     @property
     def script(self) -> str:
@@ -59,7 +61,7 @@ class Submission:
         python = self.launcher.python or ("python" if self.launcher.container else sys.executable)
         pattern = "%A_%a.out" if len(self.jobs) > 1 else "%j.out"
         log = f"{str(_slurm_dir(self.folder)).replace('%', '%%')}/{pattern}"
-        environment = JobEnvironment(self.label, Path.cwd(), log, python, self.processes)
+        environment = JobEnvironment(self.label, Path.cwd(), log, python, self.processes, self.trusted)
         return batch_script(self.launcher, self.jobs, environment)
 
 
@@ -67,12 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
     add_overrides(parser)
     add_multirun(parser)
+    add_trust(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the batch script and exit")
 
 
 def run(options: argparse.Namespace) -> None:
     """Entry point of the verb: everything is checked before anything is written or submitted."""
-    submission = plan_submission(options.overrides, options.multirun)
+    submission = plan_submission(options.overrides, options.multirun, options.trust)
     script = submission.script
     if options.dry_run:
         sys.stdout.write(script)
@@ -90,17 +93,19 @@ def run(options: argparse.Namespace) -> None:
     sys.stdout.write("\n".join([*lines, f"script and output: {path.parent}"]) + "\n")
 
 
-def plan_submission(overrides: Sequence[str], is_sweep: bool) -> Submission:
+def plan_submission(overrides: Sequence[str], is_sweep: bool, trusted: Collection[str] = ()) -> Submission:
     """Compose and check every run, and choose its directory.
 
     Args:
         overrides: Hydra overrides, those of ``launcher`` included.
         is_sweep: One run per combination of comma-separated values.
+        trusted: Classes that are not of fellrec and may be named by a run that is resumed.
 
     Raises:
         ConfigError: If a setting of any run is not allowed.
     """
     from fellrec.config.compose import compose
+    from fellrec.config.stored import PLACES, own_classes
     from fellrec.config.sweep import expand
     from fellrec.experiment.run import rule_name
     from fellrec.experiment.run_dir import free_run_dir
@@ -109,7 +114,9 @@ def plan_submission(overrides: Sequence[str], is_sweep: bool) -> Submission:
     experiment = [item for item in overrides if not _LAUNCHER.match(item)]
     run_dir = resume_dir(experiment)
     if run_dir is not None:
-        return _continuation(experiment, run_dir, compose(launcher_overrides))
+        config = resumed(experiment, run_dir, trusted)
+        places = [item for item in experiment if item.startswith(tuple(f"{key}=" for key in PLACES))]
+        return _continuation(config, run_dir, compose(launcher_overrides), places)
     combinations = expand(experiment)
     if len(combinations) > 1 and not is_sweep:
         raise ConfigError("several values of a setting make a sweep: fellrec submit -m …")
@@ -129,7 +136,8 @@ def plan_submission(overrides: Sequence[str], is_sweep: bool) -> Submission:
         Job(own, [item for item in combination if not item.startswith("run_dir=")])
         for own, combination in zip(dirs, combinations, strict=True)
     ]
-    return Submission(first, launchers[0], jobs, folder, label, processes[0])
+    own = dict.fromkeys(name for config in configs for name in own_classes(config))
+    return Submission(first, launchers[0], jobs, folder, label, processes[0], list(own))
 
 
 def submit(script: str, folder: Path, is_new: bool = True) -> tuple[str, Path]:
@@ -169,23 +177,25 @@ def _slurm_dir(folder: Path) -> Path:
 
 
 def _check_run(config: DictConfig) -> None:
-    from fellrec.experiment.run import check_classes
+    from fellrec.experiment.classes import check_classes
 
     check_classes(config)
     if config.data.root is not None and not Path(config.data.root).is_dir():
         raise ConfigError(f"data.root={config.data.root} is not a directory")
 
 
-def _continuation(experiment: Sequence[str], run_dir: Path, asked: DictConfig) -> Submission:
-    """A job that resumes a run."""
+def _continuation(config: DictConfig, run_dir: Path, asked: DictConfig, places: Sequence[str]) -> Submission:
+    """A job that resumes a run, whose files may be in other places."""
+    from fellrec.config.stored import own_classes
     from fellrec.experiment.run import rule_name
     from fellrec.state.lock import check_free
 
-    config = resumed(experiment, run_dir)
     check_free(run_dir)
+    _check_run(config)
     launcher, folder = _launcher(asked), run_dir.absolute()
     label = f"{config.data.name}-{rule_name(config)}-s{config.seed}"
-    return Submission(config, launcher, [Job(folder, ())], folder, label, _processes(config, launcher))
+    jobs, own = [Job(folder, ())], own_classes(config)
+    return Submission(config, launcher, jobs, folder, label, [*_processes(config, launcher), *places], own)
 
 
 def _launcher(config: DictConfig) -> LauncherSettings:

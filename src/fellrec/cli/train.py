@@ -6,11 +6,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fellrec.cli.arguments import add_format, add_multirun, add_overrides, add_show_config
+from fellrec.cli.arguments import add_format, add_multirun, add_overrides, add_show_config, add_trust
 from fellrec.errors import ConfigError
 from fellrec.launch.preemption import StopSignals
 
@@ -25,9 +25,10 @@ EXAMPLES = (
     "fellrec train data=ml_100k data.root=ml-100k backbone=hf backbone.path=MODEL_FOLDER",
     "fellrec train -m aggregation=fedavg,fellrec aggregation.alpha=0.3,0.7",
     "fellrec train resume=runs/RUN",
+    "fellrec train resume=runs/RUN data.root=/elsewhere/ml-1m",
 )
 
-_PROCESSES = ("trainer.devices=", "trainer.num_nodes=")
+_PROCESSES = ("trainer.devices", "trainer.num_nodes")
 """Settings that a resumed run may change: they do not change the result."""
 
 
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_format(parser)
     add_multirun(parser)
     add_show_config(parser)
+    add_trust(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -49,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
         _multirun(options.overrides)
         return
     run_dir = resume_dir(options.overrides)
-    config = compose(options.overrides) if run_dir is None else resumed(options.overrides, run_dir)
+    config = compose(options.overrides) if run_dir is None else resumed(options.overrides, run_dir, options.trust)
     if options.show_config:
         sys.stdout.write(OmegaConf.to_yaml(config))
         return
@@ -64,7 +66,7 @@ def train(config: DictConfig, output_format: str = "table") -> None:
         output_format: ``"table"`` or ``"json"``.
     """
     from fellrec.config.compose import without_launcher
-    from fellrec.experiment.run import check_classes
+    from fellrec.experiment.classes import check_classes
     from fellrec.experiment.run_dir import check_new
     from fellrec.experiment.session import run_processes
     from fellrec.state.lock import check_free
@@ -107,26 +109,23 @@ def resume_dir(overrides: Sequence[str]) -> Path | None:
     return Path(given[-1]) if given and given[-1] not in ("", "null") else None
 
 
-def resumed(overrides: Sequence[str], run_dir: Path) -> DictConfig:
+def resumed(overrides: Sequence[str], run_dir: Path, trusted: Collection[str] = ()) -> DictConfig:
     """The configuration of a run that is resumed.
 
     Args:
-        overrides: Hydra overrides; only ``resume`` and the number of processes are allowed.
+        overrides: Hydra overrides; only ``resume``, the number of processes and the places of files are allowed.
         run_dir: The run's directory.
+        trusted: Classes that are not of fellrec and may be used.
 
     Raises:
         ConfigError: If it is not the directory of a run, or there are other overrides.
     """
-    from fellrec.config.compose import check, read_config
+    from fellrec.config.stored import PLACES, moved, read_config
 
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"resume={run_dir}: no config.yaml there; give the directory of a run")
-    others = [item for item in overrides if not item.startswith(("resume=", *_PROCESSES))]
-    if others:
-        raise ConfigError(f"a resumed run keeps its own configuration; leave out {' '.join(others)}")
-    config = read_config(run_dir)
-    config.merge_with_dotlist([item for item in overrides if item.startswith(_PROCESSES)])
-    check(config)
+    others = [item for item in overrides if not item.startswith("resume=")]
+    config = moved(read_config(run_dir, trusted), others, (*_PROCESSES, *PLACES))
     config.run_dir, config.resume = str(run_dir), str(run_dir)
     return config
 

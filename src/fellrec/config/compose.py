@@ -1,4 +1,4 @@
-"""Configuration: how overrides are composed, what is checked before anything starts, and a run's own configuration."""
+"""Configuration: how overrides are composed, what is checked before anything starts."""
 
 from __future__ import annotations
 
@@ -22,9 +22,6 @@ from fellrec.config.registry import CHOICES, GROUPS, Part, defaults_of, known_by
 from fellrec.errors import ConfigError, nearest_first, unknown
 from fellrec.functional.nested import flatten
 from fellrec.functional.ranges import out_of_range
-
-_FORMAT = 1
-"""Format of ``config.yaml`` in a run directory; increased when older files can no longer be read."""
 
 
 def compose(overrides: Sequence[str], optional: Collection[str] = ()) -> DictConfig:
@@ -99,31 +96,6 @@ def check(config: DictConfig, optional: Collection[str] = ()) -> None:
 def without_launcher(config: DictConfig) -> DictConfig:
     """The configuration without ``launcher``, which does not affect results."""
     return OmegaConf.masked_copy(config, [str(key) for key in config if key != "launcher"])
-
-
-def to_yaml(config: DictConfig) -> str:
-    """The text of a run's ``config.yaml``, for `read_config`."""
-    return f"format: {_FORMAT}\n{OmegaConf.to_yaml(config, resolve=True)}"
-
-
-def read_config(run_dir: Path) -> DictConfig:
-    """The configuration that a run was started with.
-
-    Raises:
-        ConfigError: If the directory is not a run's, or was written by a version with other settings.
-    """
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{run_dir} has no config.yaml; give the directory of a run")
-    config = OmegaConf.load(path)
-    assert isinstance(config, DictConfig)
-    found = config.pop("format", None)
-    if found != _FORMAT:
-        raise ConfigError(
-            f"{path} has format {found or 0}, this version of fellrec reads format {_FORMAT}: the run was made by "
-            "another version and cannot be resumed or evaluated by this one; its results and adapters stay readable"
-        )
-    return config
 
 
 def _hydra(overrides: Sequence[str]) -> DictConfig:

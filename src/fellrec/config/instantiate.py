@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+import sys
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from types import FunctionType
 from typing import Any, TypeVar, get_type_hints
 
 from hydra.utils import get_object
@@ -13,6 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from fellrec.errors import ConfigError, unknown
 
 T = TypeVar("T")
+
+_OWN = "fellrec."
+"""How the dotted names of the package's own classes begin."""
 
 
 def as_dict(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -50,7 +55,7 @@ def instantiate(
     config: DictConfig | Mapping[str, Any],
     label: str,
     offered: Mapping[str, Any] | None = None,
-    of: type | None = None,
+    of: type | tuple[type, ...] | None = None,
     **arguments: Any,
 ) -> Any:
     """Make the object that ``config._target_`` names, from the other settings of the node and some live objects.
@@ -61,12 +66,14 @@ def instantiate(
         config: A node with ``_target_``.
         label: The node's key for messages, such as ``objective``.
         offered: Live objects for targets that take them.
-        of: The class that the target must be a subclass of; ``None`` for any.
+        of: What the target must be, see `import_target`.
         **arguments: Objects that do not come from the configuration.
 
     Raises:
         ConfigError: If the target cannot be imported or does not take these settings.
     """
+    if not isinstance(config, (Mapping, DictConfig)):
+        raise ConfigError(f"{label}={config} is not allowed: settings such as {{_target_: module.Class}}")
     given = as_dict(config)
     target = import_target(given.pop("_target_", None), label, of)
     parameters = inspect.signature(target).parameters
@@ -78,19 +85,85 @@ def instantiate(
     return target(**given, **live)
 
 
-def import_target(name: Any, label: str, of: type | None = None) -> Any:
-    """What a dotted name stands for.
+def import_target(name: Any, label: str, of: type | tuple[type, ...] | None = None) -> Any:
+    """The class that a dotted name stands for.
+
+    Names of the standard library and of private modules are refused before anything is imported.
+
+    Args:
+        name: Such as ``my_module.MyRule``.
+        label: The node's key for messages.
+        of: The class that it must be a subclass of, one of several such classes, or the protocol whose methods it must
+            have; ``None`` for any.
 
     Raises:
-        ConfigError: If it cannot be imported, or is not a subclass of ``of``.
+        ConfigError: If it cannot be imported, or is not what it must be.
     """
+    where = f"{label}._target_={name}"
+    if isinstance(name, str) and _is_never_a_choice(name):
+        raise ConfigError(f"{where} is not allowed: a class of fellrec, or one of your own")
     try:
         target = get_object(name)
     except Exception as error:  # Hydra wraps whatever the import raised
-        raise ConfigError(f"{label}._target_={name} cannot be imported: {' '.join(str(error).split())}") from error
-    if of is not None and not (isinstance(target, type) and issubclass(target, of) and target is not of):
-        raise ConfigError(f"{label}._target_={name} is not a subclass of {of.__name__}")
+        raise ConfigError(f"{where} cannot be imported: {' '.join(str(error).split())}") from error
+    if is_own(name) and not str(getattr(target, "__module__", "")).startswith(_OWN):
+        raise ConfigError(f"{where} is not a class of fellrec")
+    if of is not None:
+        _check_kind(target, where, of)
     return target
+
+
+def is_own(name: str) -> bool:
+    """Whether a dotted name is one of the package's own.
+
+    Example:
+        >>> is_own("fellrec.aggregation.FedAvg"), is_own("my_rules.Median"), is_own("fellrec_more.Rule")
+        (True, False, False)
+    """
+    return name.startswith(_OWN)
+
+
+def targets(node: Any) -> Iterator[str]:
+    """All values of ``_target_`` in plain values, at any depth.
+
+    Example:
+        >>> list(targets({"a": {"_target_": "x.Y", "more": [{"_target_": "z.W"}]}}))
+        ['x.Y', 'z.W']
+    """
+    if isinstance(node, Mapping):
+        if node.get("_target_") is not None:
+            yield str(node["_target_"])
+        for value in node.values():
+            yield from targets(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from targets(value)
+
+
+def _is_never_a_choice(name: str) -> bool:
+    first, *others = name.split(".")
+    is_private = is_own(name) and any(part.startswith("_") for part in others)
+    return first in sys.stdlib_module_names or is_private
+
+
+def _check_kind(target: Any, where: str, of: type | tuple[type, ...]) -> None:
+    """Raise unless ``target`` is a subclass of a class, or has the methods of a protocol."""
+    kinds = of if isinstance(of, tuple) else (of,)
+    names = " or ".join(kind.__name__ for kind in kinds)
+    if not isinstance(target, type) or target in kinds:
+        raise ConfigError(f"{where} is not a subclass of {names}")
+    if getattr(kinds[0], "_is_protocol", False):
+        needed = _methods(kinds[0])
+        absent = [name for name in needed if not callable(getattr(target, name, None))]
+        if absent or getattr(target, "_is_protocol", False):
+            raise ConfigError(f"{where} is not a {names}: it has no method {', '.join(absent or needed)}")
+    elif not issubclass(target, kinds):
+        raise ConfigError(f"{where} is not a subclass of {names}")
+
+
+def _methods(protocol: type) -> list[str]:
+    members = {name: member for kind in reversed(protocol.__mro__) for name, member in vars(kind).items()}
+    return [name for name, member in members.items() if isinstance(member, FunctionType) and not name.startswith("_")]
 
 
 def settings_class(target: Any) -> type | None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Fabric
+from lightning.fabric.plugins import CheckpointIO, Precision
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
 from lightning.fabric.strategies import DDPStrategy
 from omegaconf import DictConfig
@@ -22,8 +23,11 @@ from fellrec.cut.link import ServerLink
 from fellrec.data.cold import ColdStart
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.data.guards import check_prompts
+from fellrec.data.holdout import Holdout
+from fellrec.data.partition import Partition
 from fellrec.data.prepare import prepare
 from fellrec.data.prepared import PreparedData
+from fellrec.data.schema import Reader
 from fellrec.data.settings import DataSettings
 from fellrec.distributed.processes import cluster_environment, launched_devices
 from fellrec.errors import ConfigError
@@ -33,7 +37,7 @@ from fellrec.federated.base_change import BaseWeights
 from fellrec.functional.candidates import SampledCandidates
 from fellrec.functional.ranking import check_cutoffs
 from fellrec.metrics.clients import ClientRankingMetrics
-from fellrec.models.adapters import FullAdapter, plain_name
+from fellrec.models.adapters import AdapterKind, FullAdapter, plain_name
 from fellrec.models.architectures import decoder_layers
 from fellrec.models.backbone import Backbone, load_hf
 from fellrec.models.module import FellrecModule, Objective, OptimizerSettings, Ranker, ReportingRanker
@@ -41,6 +45,8 @@ from fellrec.models.partial import read_body
 from fellrec.models.remote import Cut, server_shell
 from fellrec.models.split import SplitModel
 
+PLUGINS = (ClusterEnvironment, Precision, CheckpointIO)
+"""What Fabric takes as plugins."""
 _MEETING_SECONDS = 120.0
 """Processes are waited for at least so long at the start: one may have more to import, or to pre-train."""
 
@@ -109,10 +115,10 @@ def build_data(config: DictConfig) -> PreparedData:
     """
     shaping = {name: value for name, value in as_dict(config.data).items() if name != "reader"}
     data = prepare(
-        reader=instantiate(config.data.reader, "data.reader"),
+        reader=instantiate(config.data.reader, "data.reader", of=Reader),
         settings=settings(DataSettings, shaping, "data"),
-        holdout=instantiate(config.holdout, "holdout"),
-        partition=instantiate(config.partition, "partition"),
+        holdout=instantiate(config.holdout, "holdout", of=Holdout),
+        partition=instantiate(config.partition, "partition", of=Partition),
         cache=cache_dir(config) / "data",
     )
     check_cutoffs(list(config.trainer.cutoffs), len(data.catalogue))
@@ -137,7 +143,7 @@ def build_recommender(config: DictConfig, data: PreparedData, fabric: Fabric | N
     fabric = fabric or build_fabric(config, alone=True)
     backbone, split, transport = build_backbone(config, data), config.split, config.split.transport
     body = _server_model(config, backbone) if transport == "inprocess" else None
-    adapter = instantiate(config.adapter, "adapter")
+    adapter = build_adapter(config)
     link = None
     if transport != "none":
         link = ServerLink(split.hidden_dtype, split.gradient_dtype, trains_body="body" in adapter.parts)
@@ -185,6 +191,15 @@ def build_rule(config: DictConfig) -> AggregationCallback:
     return rule
 
 
+def build_adapter(config: DictConfig) -> Any:
+    """The adapter of the configuration, not yet attached; see `AdapterKind`.
+
+    Raises:
+        ConfigError: If it is not one, or does not take its settings.
+    """
+    return instantiate(config.adapter, "adapter", of=AdapterKind)
+
+
 def recommender_key(config: DictConfig) -> str:
     """The same for configurations that can share a recommender: they differ in nothing but the rule."""
     plain = as_dict(config)
@@ -205,7 +220,7 @@ def build_fabric(config: DictConfig, alone: bool = False) -> Fabric:
         ConfigError: If Fabric refuses the settings, or number types do not fit together.
     """
     trainer = config.trainer
-    plugins = [instantiate(plugin, "trainer.plugins") for plugin in trainer.get("plugins") or ()]
+    plugins = [instantiate(plugin, "trainer.plugins", of=PLUGINS) for plugin in trainer.get("plugins") or ()]
     devices, num_nodes = (1, 1) if alone else launched_devices(trainer.devices, trainer.num_nodes)
     several = devices != 1 or num_nodes != 1
     if not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
@@ -252,7 +267,7 @@ def build_backbone(config: DictConfig, data: PreparedData) -> Backbone:
 
 def attach_server(config: DictConfig, model: SplitModel, fabric: Fabric) -> ServerPart:
     """Attach the adapter to the server's partial model, as a whole model would get it."""
-    adapter = instantiate(config.adapter, "adapter")
+    adapter = build_adapter(config)
     adapter.attach(model.model, model.arch, config.seed, model.part_of)
     fabric.to_device(model.model)
     trainable = adapter.trainable(model.model)
@@ -295,6 +310,7 @@ def _objective(config: DictConfig, backbone: Backbone, data: PreparedData) -> Ob
         config.objective,
         "objective",
         {"item_counts": _item_counts(data), "is_causal": backbone.arch.is_causal},
+        of=Objective,
         tokenizer=backbone.tokenizer,
         catalogue=data.catalogue,
         max_history=data.max_history,
@@ -318,7 +334,7 @@ def _checked_objective(config: DictConfig, backbone: Backbone, data: PreparedDat
 
 def _ranker(config: DictConfig, objective: Objective, data: PreparedData) -> Ranker:
     """A ranker may take the training interactions of all clients, too; `README` says what that stands for."""
-    ranker: Ranker = instantiate(config.ranker, "ranker", {"train": data.train}, objective=objective)
+    ranker: Ranker = instantiate(config.ranker, "ranker", {"train": data.train}, of=Ranker, objective=objective)
     return ranker
 
 

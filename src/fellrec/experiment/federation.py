@@ -21,7 +21,7 @@ from fellrec.federated.callback import Events, FederatedCallback
 from fellrec.federated.checkpoint import Persisted
 from fellrec.federated.client_model import ClientModel, WholeClientModel
 from fellrec.federated.evaluator import Evaluator
-from fellrec.federated.exchange import Exchange, Meter
+from fellrec.federated.exchange import Exchange, Meter, Transform
 from fellrec.federated.executor import Executor, SerialExecutor
 from fellrec.federated.ledger import Ledger
 from fellrec.federated.local import LocalTrainer
@@ -119,7 +119,7 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
         meters.append(recommender.link.costs)
     initial = {**recommender.initial, **body}
     population = _population(rule, {name: initial[name] for name in sorted(initial)}, num_clients, trainer)
-    transforms = [instantiate(node, "exchange.transforms") for node in config.exchange.transforms]
+    transforms = [instantiate(node, "exchange.transforms", of=Transform) for node in config.exchange.transforms]
     return Federation(
         rule=rule,
         population=population,

@@ -16,7 +16,7 @@ from fellrec.callbacks.costs import CostMeter
 from fellrec.callbacks.mlflow_logging import DatasetInput
 from fellrec.callbacks.preemption import Preemption
 from fellrec.config.compose import without_launcher
-from fellrec.config.instantiate import as_dict, import_target, instantiate, settings
+from fellrec.config.instantiate import as_dict, instantiate, settings
 from fellrec.distributed.memory import peak_bytes
 from fellrec.errors import ConfigError
 from fellrec.experiment.build import (
@@ -24,11 +24,19 @@ from fellrec.experiment.build import (
     build_data,
     build_fabric,
     build_recommender,
-    build_rule,
     frozen_parameters,
 )
+from fellrec.experiment.classes import check_classes
 from fellrec.experiment.federation import Federation, build_federation
-from fellrec.experiment.run_dir import check_new, check_prompt, new_run_dir, versions, write_evaluation, write_start
+from fellrec.experiment.run_dir import (
+    check_new,
+    check_prompt,
+    check_same_data,
+    new_run_dir,
+    versions,
+    write_evaluation,
+    write_start,
+)
 from fellrec.experiment.session import Session, check_processes
 from fellrec.experiment.storage import storage_of
 from fellrec.federated.base_change import with_changes
@@ -258,7 +266,10 @@ def build(
         check_new(Path(config.run_dir))
     check_reachable(config.tracking.uri, may_be_away=bool(config.resume) or config.tracking.on_unreachable == "keep")
     check_classes(config)
-    recommender = build_recommender(config, build_data(config), fabric)
+    data = build_data(config)
+    if config.resume and (Path(config.run_dir) / "data.json").is_file():
+        check_same_data(Path(config.run_dir), data)
+    recommender = build_recommender(config, data, fabric)
     return Run(config, recommender, signals=signals, session=session, callbacks=callbacks)
 
 
@@ -268,18 +279,6 @@ def run(config: DictConfig, callbacks: Sequence[FederatedCallback] = ()) -> Rule
     The metrics are in ``result.evaluation.summary``, such as ``"ndcg_at_10/mean"``.
     """
     return build(config, callbacks).execute()
-
-
-def check_classes(config: DictConfig) -> None:
-    """Build the rule and import the classes of the callbacks, so that their errors are reported before models load.
-
-    Raises:
-        ConfigError: If the rule does not take its settings, or a class cannot be imported or is not a callback.
-    """
-    build_rule(config)
-    for name, node in config.callbacks.items():
-        if node is not None:
-            import_target(node.get("_target_"), f"callbacks.{name}", FederatedCallback)
 
 
 class _States:

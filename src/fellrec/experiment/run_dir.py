@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 from omegaconf import DictConfig
 
-from fellrec.config.compose import to_yaml
+from fellrec.config.stored import to_yaml
 from fellrec.data.guards import check_template
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError
@@ -102,8 +102,38 @@ def check_prompt(run_dir: Path, objective: Objective) -> None:
     Raises:
         ConfigError: If the objective's texts have changed.
     """
-    recorded = json.loads((run_dir / _VERSIONS).read_text()) if (run_dir / _VERSIONS).is_file() else {}
+    recorded = _read_json(run_dir / _VERSIONS) if (run_dir / _VERSIONS).is_file() else {}
     check_template({name: recorded.get(name) for name in objective.metadata}, objective.metadata, str(run_dir))
+
+
+def check_same_data(run_dir: Path, data: PreparedData) -> None:
+    """Check that a run to resume or evaluate has the data that it was trained with, wherever they are now.
+
+    Raises:
+        ConfigError: If the data or their preparation have changed, or ``data.json`` is damaged.
+    """
+    path = run_dir / "data.json"
+    trained_on = _read_json(path).get("key")
+    if trained_on != data.key:
+        raise ConfigError(
+            f"the data changed since {run_dir} was trained: their key was {trained_on} and is now {data.key} "
+            "(data.root=… gives another folder)"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A mapping in a file of the run directory.
+
+    Raises:
+        ConfigError: If it cannot be read.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} is damaged: it is not a mapping")
+    return found
 
 
 def write_evaluation(run_dir: Path, evaluation: Evaluation, extra: Mapping[str, Any]) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from fellrec.config.instantiate import instantiate
-from fellrec.experiment.build import Recommender
+from fellrec.experiment.build import Recommender, build_adapter
 from fellrec.models.backbone import DTYPES
 from fellrec.models.partial import empty_body
 from fellrec.models.split import SplitModel, bytes_of_parts
@@ -37,5 +36,5 @@ def _server_elsewhere(config: DictConfig, recommender: Recommender) -> SplitMode
     body = SplitModel(
         empty_body(folder, split.head_layers, split.tail_layers, dtype), split.head_layers, split.tail_layers
     )
-    instantiate(config.adapter, "adapter").attach(body.model, body.arch, config.seed, body.part_of)
+    build_adapter(config).attach(body.model, body.arch, config.seed, body.part_of)
     return body

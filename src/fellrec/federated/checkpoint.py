@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fellrec.errors import CheckpointError, TrainingError
 from fellrec.state.files import make_folder, read_checked, sync_folder, write_checked, writing
+from fellrec.state.inside import file_in
 from fellrec.state.tensor_store import SUFFIX, StoredTensors, check_file, map_tensors, write_tensors
 
 CHECKPOINTS = "checkpoints"
@@ -127,12 +128,20 @@ class CheckpointFolder:
             manifest = next((m for n in reversed(numbers) if (m := self._read_or_warn(n, checked)) is not None), None)
         if manifest is None:
             raise CheckpointError(f"nothing to resume: every checkpoint in {self.folder} is damaged")
-        own = map_tensors(self.tensors / manifest[_PARTS]) if _PARTS in manifest else {}
-        decode = _decoder(own, self._opener(checked))
-        for name, part in parts.items():
-            if name in manifest["states"]:
-                part.load_state_dict(decode(manifest["states"][name]))
+        self._restore(parts, manifest, checked)
         return int(manifest["round_index"])
+
+    def _restore(self, parts: Mapping[str, Persisted], manifest: Mapping[str, Any], checked: Mapping[str, str]) -> None:
+        """Let parts continue from a manifest whose files are whole; what is in them may still fit no run."""
+        try:
+            own = map_tensors(self.tensors / manifest[_PARTS]) if _PARTS in manifest else {}
+            decode = _decoder(own, self._opener(checked))
+            for name, part in parts.items():
+                if name in manifest["states"]:
+                    part.load_state_dict(decode(manifest["states"][name]))
+        except (AttributeError, IndexError, KeyError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+            path = self._path(int(manifest["round_index"]))
+            raise CheckpointError(f"{path} does not fit this run: {type(error).__name__}: {error}") from error
 
     def _encode(self, value: Any, label: str, own: dict[str, Tensor], written: dict[int, str], where: str) -> Any:
         """JSON of a state; its tensors go to ``own``, and stored versions that have no file yet are written."""
@@ -164,12 +173,14 @@ class CheckpointFolder:
         """A manifest, all of whose files are whole; the checksums that were computed are added to ``checked``."""
         path = self._path(number)
         manifest: dict[str, Any] = read_checked(path)
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("round_index"), int):
+            raise CheckpointError(f"{path} is damaged: it is not a checkpoint")
         if manifest.get("format") != _FORMAT:
             raise CheckpointError(
                 f"{path} has checkpoint format {manifest.get('format')}, this version of fellrec reads {_FORMAT}; "
                 "the run cannot be resumed, start it again"
             )
-        for name in _files(manifest):
+        for name in _files(path, manifest):
             if name not in checked:
                 checked[name] = check_file(self.tensors / name)["checksum"]
         return manifest
@@ -201,7 +212,7 @@ class CheckpointFolder:
                 self._path(number).unlink()
             for number in numbers[-self.keep :]:
                 try:
-                    needed |= set(_files(read_checked(self._path(number))))
+                    needed |= set(_files(self._path(number), read_checked(self._path(number))))
                 except CheckpointError:  # it cannot be used, so what it alone needs is not needed either
                     continue
             sync_folder(self.folder)
@@ -210,9 +221,17 @@ class CheckpointFolder:
                     path.unlink()
 
 
-def _files(manifest: Mapping[str, Any]) -> list[str]:
-    """Names of all files that a checkpoint needs."""
-    return [*manifest["files"], *([manifest[_PARTS]] if _PARTS in manifest else [])]
+def _files(path: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Names of all files that a checkpoint needs.
+
+    Raises:
+        CheckpointError: If it has none, or one of them would not be in the folder of the tensors.
+    """
+    listed = manifest.get("files")
+    if not isinstance(listed, list) or not isinstance(manifest.get("states"), dict):
+        raise CheckpointError(f"{path} is damaged: it is not a checkpoint")
+    names = [*listed, *([manifest[_PARTS]] if _PARTS in manifest else [])]
+    return [file_in(path.parent / TENSORS, name, SUFFIX).name for name in names]
 
 
 def _decoder(own: Mapping[str, Tensor], opened: Callable[[str], StoredTensors]) -> Callable[[Any], Any]:

@@ -79,6 +79,11 @@ class LauncherSettings:
         """Processes on a node."""
         return self.tasks_per_node or max(1, self.gpus_per_node)
 
+    @property
+    def asks_for_gpus(self) -> bool:
+        """Whether the job gets GPUs, by ``gpus_per_node`` or by one of sbatch's options."""
+        return self.gpus_per_node > 0 or any(_is_of_gpus(str(k), str(v)) for k, v in (self.options or {}).items())
+
     def _problems(self) -> Iterator[str]:
         for key, value in self._texts():
             if not is_line(value):
@@ -104,6 +109,16 @@ class LauncherSettings:
         yield from (("container_options", word) for word in self.container_options)
         yield from ((f"environment.{name}", value) for name, value in (self.environment or {}).items())
         yield from ((f"options.{name}", value) for name, value in (self.options or {}).items())
+
+
+def _is_of_gpus(name: str, value: str) -> bool:
+    """Whether an option of sbatch asks for GPUs, such as ``gpus: a100:2`` or ``tres-per-task: gres/gpu:1``."""
+    if name.startswith("gpus"):  # all jobs get 0 unless a number is given: N, TYPE:N, or several of them
+        return re.search(r"(^|[:,])0*[1-9]\d*(,|$)", value) is not None
+    if name == "gres" or name.startswith("tres"):
+        parts = re.findall(r"(?:^|[,/:])gpu(?:[:=][^,]*)?(?=,|$)", value)
+        return any(not re.search(r"[:=]0+$", part) for part in parts)
+    return False
 
 
 def seconds_of(time: str) -> int | None:

@@ -42,6 +42,7 @@ class JobEnvironment:
         log: Path of the output, as a pattern of sbatch.
         python: Python interpreter in which fellrec is installed.
         processes: Overrides that set the number of processes, also when a run is resumed.
+        trusted: Classes that are not of fellrec, which the run's own configuration may name when it is resumed.
     """
 
     name: str
@@ -49,6 +50,7 @@ class JobEnvironment:
     log: str
     python: str
     processes: Sequence[str] = ()
+    trusted: Sequence[str] = ()
 
 
 def batch_script(launcher: LauncherSettings, jobs: Sequence[Job], environment: JobEnvironment) -> str:
@@ -60,11 +62,15 @@ def batch_script(launcher: LauncherSettings, jobs: Sequence[Job], environment: J
         environment: Working directory, output and interpreter.
 
     Raises:
-        ConfigError: If a path contains a line break or other control characters.
+        ConfigError: If a path, a name or an override contains a line break or other control characters.
     """
     for path in (environment.folder, *(job.run_dir for job in jobs)):
         if not is_line(str(path)):
             raise ConfigError(f"{str(path)!r} cannot be a run directory: its name must be one line of text")
+    words = [*(word for job in jobs for word in job.overrides), *environment.processes, *environment.trusted]
+    for text in (environment.name, environment.log, environment.python, *words):
+        if not is_line(text):
+            raise ConfigError(f"{text!r} cannot be written into a batch script: it must be one line of text")
     sections = [
         ["#!/bin/bash", "# Written by `fellrec submit`; `sbatch THIS_FILE` submits it again and resumes the run."],
         _directives(launcher, len(jobs), environment),
@@ -162,10 +168,11 @@ def _train(launcher: LauncherSettings, environment: JobEnvironment) -> list[str]
     if launcher.cpus_per_task:
         step.append(f"--cpus-per-task={launcher.cpus_per_task}")  # srun does not inherit it from sbatch
     if launcher.container:
-        step += ["apptainer", "exec", *(["--nv"] if launcher.gpus_per_node else []), *launcher.container_options]
+        step += ["apptainer", "exec", *(["--nv"] if launcher.asks_for_gpus else []), *launcher.container_options]
         step.append(launcher.container)
     words = " ".join(shlex.quote(str(word)) for word in [*step, environment.python, "-m", "fellrec", "train"])
-    end = " ".join(['"${overrides[@]}"', *map(shlex.quote, environment.processes)])
+    trust = [word for name in environment.trusted for word in ("--trust", name)]
+    end = " ".join(['"${overrides[@]}"', *map(shlex.quote, [*environment.processes, *trust])])
     return [
         f"{words} {end} &",
         "step=$!",

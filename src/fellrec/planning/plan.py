@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig
 
-from fellrec.config.instantiate import as_dict, instantiate
+from fellrec.config.instantiate import as_dict
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.errors import ConfigError
 from fellrec.experiment import build_batches, build_data, build_rule
+from fellrec.experiment.build import build_adapter
 from fellrec.federated.population import OneForAll
 from fellrec.federated.settings import TrainerSettings
 from fellrec.functional.cost import PartCost, Traffic, TrafficSettings, checkpoint_bytes, fraction, total_cost, traffic
@@ -184,7 +185,7 @@ class Planner:
         objective, batches = build_batches(config, backbone, data)
         objective.check(model)
         load = self._load(config, objective, batches)
-        parts = measure_parts(model, instantiate(config.adapter, "adapter"), objective, load.largest_batch)
+        parts = measure_parts(model, build_adapter(config), objective, load.largest_batch)
         cohort_size = len(cohort(data.num_clients, config.participation.rate, config.seed, round_index=0))
         seconds = None
         if probe_steps is not None:

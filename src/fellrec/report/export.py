@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -83,10 +83,10 @@ def export(run_dir: Path, tool: str, folder: Path) -> list[Path]:
     """
     if tool not in TOOLS:
         raise ConfigError(unknown("format", tool, TOOLS))
-    for name in (RANKINGS, TARGETS):
-        if not (run_dir / name).is_file():
-            raise ConfigError(f"{run_dir} has no {name}; expected the directory of a finished run")
-    rankings, targets = pd.read_parquet(run_dir / RANKINGS), pd.read_parquet(run_dir / TARGETS)
+    targets = read_table_of_run(run_dir, TARGETS, {"user_id": None, "item_id": None})
+    rankings = read_table_of_run(run_dir, RANKINGS, {"user_id": None, "item_id": None, "rank": "iu", "score": "f"})
+    if len(rankings) and not 0 <= rankings["rank"].min() <= rankings["rank"].max() < len(rankings):
+        raise ConfigError(f"{run_dir / RANKINGS} is damaged: a rank is not one of the list's")
     rankings["user_id"], targets["user_id"] = rankings["user_id"].astype(str), targets["user_id"].astype(str)
     rankings["score"] = strictly_descending(rankings["score"].to_numpy(), rankings["rank"].to_numpy())
     files = TOOLS[tool](rankings, targets)
@@ -94,6 +94,30 @@ def export(run_dir: Path, tool: str, folder: Path) -> list[Path]:
     for name, content in files.items():
         write_atomically(folder / name, content)
     return [folder / name for name in files]
+
+
+def read_table_of_run(run_dir: Path, name: str, columns: Mapping[str, str | None]) -> pd.DataFrame:
+    """Read a table of a finished run.
+
+    Args:
+        run_dir: Of the run.
+        name: The file.
+        columns: The columns, with the kinds of NumPy's types that each may have; ``None`` for any.
+
+    Raises:
+        ConfigError: If it is absent, damaged or without these columns.
+    """
+    path = run_dir / name
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} has no {name}; expected the directory of a finished run")
+    try:
+        table = pd.read_parquet(path, columns=list(columns))
+    except (OSError, ValueError, KeyError, MemoryError) as error:  # pyarrow's errors are among these
+        raise ConfigError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+    for column, kinds in columns.items():
+        if column not in table or (kinds is not None and table[column].dtype.kind not in kinds):
+            raise ConfigError(f"{path} is damaged: it has no column {column} as runs write it")
+    return table
 
 
 def strictly_descending(scores: NDArray[np.float32], ranks: NDArray[np.int64]) -> NDArray[np.float64]:

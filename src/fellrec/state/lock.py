@@ -25,6 +25,8 @@ from fellrec.state.files import write_json
 _OWNER, _GUARD = ".lock-owner", ".lock-guard"
 _GUARD_SECONDS = 60.0
 """Longest wait for processes that read or replace the record; one of them may have to ask ``squeue``."""
+_RECORD: Mapping[str, Any] = {"host": str, "pid": int, "started": str, "job": str | None, "restart": int}
+"""What the record has, and its types."""
 _OVER = set("PENDING BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY TIMEOUT".split())
 """States in which a SLURM job has no process."""
 
@@ -86,10 +88,13 @@ def _owner(run_dir: Path) -> dict[str, Any] | None:
     """
     path = run_dir / _OWNER
     try:
-        return dict(json.loads(path.read_text()))
+        owner = dict(json.loads(path.read_text()))
+        if not all(isinstance(owner[name], kind) for name, kind in _RECORD.items()):
+            raise TypeError(owner)
+        return owner
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         problem = f"{path} does not name the owner of the run directory; if no process uses it, delete it"
         raise ConfigError(problem) from error
 
@@ -122,7 +127,7 @@ def _start_of(pid: int) -> str | None:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except PermissionError:
         return "another user's"
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return None
     except OSError:
         return "no /proc"  # not Linux: only the id is compared

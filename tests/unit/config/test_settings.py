@@ -14,10 +14,11 @@ from typing import Any, get_args, get_type_hints
 import pytest
 from omegaconf import OmegaConf
 
-from fellrec.config.compose import compose, read_config, to_yaml
+from fellrec.config.compose import compose
 from fellrec.config.instantiate import as_dict, import_target, settings, settings_class
 from fellrec.config.paths import conf_dir
 from fellrec.config.registry import CHOICES, GROUPS, defaults_of, known_by
+from fellrec.config.stored import read_config, to_yaml
 from fellrec.cut.settings import Packing
 from fellrec.data.readers.synthetic import _FILM_TITLES, _PRESETS, _SUBJECTS, _VIDEOS_PER_TOPIC
 from fellrec.data.settings import MOST_ITEMS, SyntheticSettings

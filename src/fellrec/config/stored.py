@@ -1,0 +1,166 @@
+"""The configuration in a run directory, which may come from someone else: data to be checked, never a program.
+
+It is read without interpolation, and may name classes of fellrec only; others must be named on the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fellrec.config.compose import check
+from fellrec.config.instantiate import is_own, targets
+from fellrec.config.registry import CHOICES, GROUPS, defaults_of, parts
+from fellrec.errors import ConfigError
+from fellrec.functional.nested import flatten
+from fellrec.state.inside import check_inside
+
+_FORMAT = 1
+"""Format of ``config.yaml`` in a run directory; increased when older files can no longer be read."""
+PLACES = ("data.root", "backbone.path", "cache_dir")
+"""Settings that say where something is; what is there must be what the run was started with."""
+_FILE = "config.yaml"
+_MOST_BYTES, _MOST_DEPTH = 1 << 18, 16
+"""A configuration has some kilobytes, and lists in mappings in mappings."""
+
+
+def to_yaml(config: DictConfig) -> str:
+    """The text of a run's ``config.yaml``, for `read_config`."""
+    return f"format: {_FORMAT}\n{OmegaConf.to_yaml(config, resolve=True)}"
+
+
+def read_config(run_dir: Path, trusted: Collection[str] = ()) -> DictConfig:
+    """The configuration that a run was started with, checked; settings that are newer than the run have their defaults.
+
+    Args:
+        run_dir: The run's directory.
+        trusted: Dotted names of classes that are not of fellrec and may be used.
+
+    Raises:
+        ConfigError: If the directory is not a run's or has links that leave it, if the file was written by a version
+            with other settings or is damaged, or if it names another class.
+    """
+    path = run_dir / _FILE
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} has no {_FILE}; give the directory of a run")
+    check_inside(run_dir)
+    config = _load(path)
+    found = config.pop("format", None)
+    if found != _FORMAT:
+        raise ConfigError(
+            f"{path} has format {found or 0}, this version of fellrec reads format {_FORMAT}: the run was made by "
+            "another version and cannot be resumed or evaluated by this one; its results and adapters stay readable"
+        )
+    plain: Any = OmegaConf.to_container(config)
+    _check_shape(plain, path)
+    _check_trust(plain, trusted, path)
+    for part in parts(plain):
+        for name, default in defaults_of(part.kind).items():
+            if name not in part.values and default != "???":
+                OmegaConf.update(config, part.dotted(name), default)
+    try:
+        check(config)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return config
+
+
+def moved(config: DictConfig, overrides: Sequence[str], allowed: Sequence[str] = PLACES) -> DictConfig:
+    """The configuration of a run with other values of the settings that do not change its result.
+
+    Args:
+        config: Of `read_config`.
+        overrides: ``KEY=VALUE``; the value of a path is everything after the equals sign.
+        allowed: The keys.
+
+    Raises:
+        ConfigError: For another key, or a value that is not allowed.
+    """
+    for item in overrides:
+        key, _, value = item.partition("=")
+        if key not in allowed or not value or OmegaConf.select(config, key, default=None) is None:
+            raise ConfigError(
+                f"{item!r} is not allowed: a run keeps its own configuration, and only {', '.join(allowed)} can be "
+                "changed, where it has them"
+            )
+    new = config.copy()
+    for key, _, value in (item.partition("=") for item in overrides):
+        if key not in PLACES:
+            new.merge_with_dotlist([f"{key}={value}"])
+            continue
+        old, here = OmegaConf.select(config, key), str(Path(value).expanduser().resolve())
+        OmegaConf.update(new, key, here)
+        if key == "data.root":
+            for name in [name for name, own in config.data.reader.items() if own == old]:
+                new.data.reader[name] = here
+    check(new)
+    return new
+
+
+def own_classes(config: DictConfig) -> list[str]:
+    """The classes of a configuration that are not of fellrec: what ``--trust`` has to name when the run is read."""
+    return list(dict.fromkeys(name for name in targets(OmegaConf.to_container(config)) if not is_own(name)))
+
+
+def _load(path: Path) -> DictConfig:
+    """Read the file in bounded time and memory, and refuse everything that is not a plain value."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ConfigError(f"{path} is not the configuration of a run: it has more than {_MOST_BYTES:,} bytes")
+        text = content.decode()
+        _check_events(text, path)
+        config = OmegaConf.create(text)
+        if not isinstance(config, DictConfig):
+            raise ConfigError(f"{path} is not the configuration of a run: it has no settings")
+        names = [key for key, value in _leaves(OmegaConf.to_container(config)) if "${" in str(value)]
+    except (OSError, ValueError, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if names:
+        raise ConfigError(f"{path}: {names[0]} has an interpolation (${{…}}); runs write none into their configuration")
+    return config
+
+
+def _check_events(text: str, path: Path) -> None:
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > _MOST_DEPTH:
+            raise ConfigError(f"{path} is not the configuration of a run: it has aliases, or too many levels")
+
+
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, (dict, list)):
+        for name, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield f"{key}.{name}" if key else str(name), name
+            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, node
+
+
+def _check_shape(plain: Mapping[str, Any], path: Path) -> None:
+    """Raise if a group is missing or is not a mapping; ``launcher`` is not stored, it does not affect results."""
+    for key in ("callbacks", *(group for group in GROUPS if group not in ("", "launcher")), *CHOICES):
+        node: Any = plain
+        for name in key.split("."):
+            node = node.get(name) if isinstance(node, Mapping) else None
+        if not isinstance(node, Mapping):
+            raise ConfigError(f"{path} is not the configuration of a run: it has no settings under {key}")
+    if strange := [key for key in flatten(plain) if not all(key.split("."))]:
+        raise ConfigError(f"{path} is not the configuration of a run: it has the key {strange[0]!r}")
+
+
+def _check_trust(plain: Mapping[str, Any], trusted: Collection[str], path: Path) -> None:
+    strange = dict.fromkeys(name for name in targets(plain) if not is_own(name) and name not in trusted)
+    if strange:
+        options = " ".join(f"--trust {name}" for name in strange)
+        raise ConfigError(
+            f"{path} names {', '.join(strange)}, not of fellrec, whose code would run. If you know and trust it, add "
+            f"{options} to the command"
+        )

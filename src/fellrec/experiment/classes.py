@@ -1,0 +1,57 @@
+"""Which kind of class each place of a configuration takes, checked for all places before anything is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from fellrec.config.instantiate import as_dict, import_target
+from fellrec.data.holdout import Holdout
+from fellrec.data.partition import Partition
+from fellrec.data.schema import Reader
+from fellrec.errors import ConfigError
+from fellrec.experiment.build import PLUGINS, build_rule
+from fellrec.federated.callback import FederatedCallback
+from fellrec.federated.exchange import Transform
+from fellrec.models.adapters import AdapterKind
+from fellrec.models.module import Objective, Ranker
+
+KINDS: Mapping[str, type] = {
+    "data.reader": Reader,
+    "holdout": Holdout,
+    "partition": Partition,
+    "objective": Objective,
+    "adapter": AdapterKind,
+    "ranker": Ranker,
+}
+"""The protocols, by the key of the node that names a class."""
+
+
+def check_classes(config: DictConfig) -> None:
+    """Import every class that the configuration names, and build the rule, before data or models are loaded.
+
+    Raises:
+        ConfigError: If a class cannot be imported or is not what its place takes, or the rule does not take its
+            settings.
+    """
+    for key, node, kind in _places(config):
+        if not isinstance(node, Mapping):
+            raise ConfigError(f"{key}={node} is not allowed: settings such as {{_target_: module.Class}}")
+        import_target(node.get("_target_"), key, kind)
+    for name, node in as_dict(config.callbacks).items():
+        if "run_dir" in (node or {}):
+            raise ConfigError(f"callbacks.{name}.run_dir is not allowed: a callback is given the directory of its run")
+    build_rule(config)
+
+
+def _places(config: DictConfig) -> Iterator[tuple[str, Any, type | tuple[type, ...]]]:
+    plain = as_dict(config)
+    for key, kind in KINDS.items():
+        yield key, OmegaConf.to_container(OmegaConf.select(config, key), resolve=True), kind
+    for name, node in plain["callbacks"].items():
+        if node is not None:
+            yield f"callbacks.{name}", node, FederatedCallback
+    yield from (("exchange.transforms", node, Transform) for node in plain["exchange"]["transforms"])
+    yield from (("trainer.plugins", node, PLUGINS) for node in plain["trainer"]["plugins"] or ())
