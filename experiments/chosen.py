@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fellrec.experiment.variants import TRAINING
+from fellrec.federated.settings import TrainerSettings
+
+TRAINING = {field.name for field in fields(TrainerSettings)}
 
 
 def options(comparison: dict[str, Any]) -> list[str]:

@@ -13,6 +13,9 @@ import torch
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+# MLflow's server starts nine more processes for jobs of its own, each of which imports MLflow anew.
+os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and every process that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 import pytest
 import sqlalchemy
+from preloaded import Preloaded
 
 from fellrec.tracking.outbox import operations
 
@@ -38,7 +39,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(condition: Callable[[], Any], alive: subprocess.Popen[Any], log: Path, seconds: float = 240) -> None:
+def wait_for(
+    condition: Callable[[], Any], alive: subprocess.Popen[Any] | Preloaded, log: Path, seconds: float = 240
+) -> None:
     """Wait for a condition; fail with the process's log if the process ends first."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -82,10 +85,10 @@ class Server:
 
 
 class Relay:
-    """Forwards connections to a port, and records the ``RANK`` variable of the process that opened each."""
+    """Forwards connections to a port, and records the process that opened each."""
 
     def __init__(self, port: int) -> None:
-        self.numbers: set[str] = set()
+        self.processes: set[int] = set()
         self._target = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
@@ -101,18 +104,18 @@ class Relay:
         with suppress(OSError):  # closed
             while True:
                 near, (_, port) = self._listener.accept()
-                self.numbers.add(self._number(port))
+                self.processes.add(self._process(port))
                 far = socket.create_connection(("127.0.0.1", self._target))
                 for source, drain in ((near, far), (far, near)):
                     threading.Thread(target=self._forward, args=(source, drain), daemon=True).start()
 
-    def _number(self, port: int) -> str:
+    def _process(self, port: int) -> int:
         (owner,) = {
             connection.pid
             for connection in psutil.net_connections("tcp4")
             if connection.laddr and connection.laddr.port == port and connection.pid != os.getpid()
         }
-        return psutil.Process(owner).environ().get("RANK", "none")
+        return owner
 
     def _forward(self, source: socket.socket, drain: socket.socket) -> None:
         with suppress(OSError):

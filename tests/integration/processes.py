@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from preloaded import Preloaded
 from safetensors.torch import load_file
 
 from fellrec.cli.main import main
@@ -24,8 +23,8 @@ LONGEST_SECONDS = 300
 """No test waits longer for anything."""
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "fellrec")
 """Arguments of Python that start three processes of ``fellrec``."""
-FABRIC = ("-m", "fellrec")
-"""Arguments of Python that start one process, which starts the others."""
+FELLREC = ("-m", "fellrec")
+"""Arguments of Python for one process, which starts the others by Fabric if they are not numbered already."""
 
 
 def environment() -> dict[str, str]:
@@ -60,18 +59,17 @@ class Processes:
                 "RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": len(commands), "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": 0, "LOCAL_WORLD_SIZE": len(commands),
             } if are_one_run else {}  # fmt: skip
-            process = subprocess.Popen(
-                [sys.executable, *command],
-                cwd=folder,
-                env={**environment(), **{key: str(value) for key, value in numbering.items()}},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
+            own = {key: str(value) for key, value in numbering.items()}
+            process = Preloaded(command, folder, {**environment(), **own})
             reader = threading.Thread(target=self._read, args=(number, process), daemon=True)
             reader.start()
             self._processes.append(process)
             self._readers.append(reader)
+
+    @property
+    def pids(self) -> list[int]:
+        """The operating system's numbers of the processes."""
+        return [process.pid for process in self._processes]
 
     def wait_for(self, text: str, process: int = 0) -> None:
         """Wait until a process has printed a text."""
@@ -123,8 +121,7 @@ class Processes:
         """The messages with which ``fellrec train`` or ``fellrec compare`` ended."""
         return [line for line in self.lines[process] if line.startswith(("fellrec train: ", "fellrec compare: "))]
 
-    def _read(self, number: int, process: subprocess.Popen[str]) -> None:
-        assert process.stdout is not None
+    def _read(self, number: int, process: Preloaded) -> None:
         for line in process.stdout:
             self.lines[number].append(line)
 

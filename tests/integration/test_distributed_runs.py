@@ -16,9 +16,8 @@ from fellrec.config.compose import compose
 from fellrec.experiment.build import build_backbone, build_data
 
 from .processes import (
-    FABRIC,
+    FELLREC,
     ROOT,
-    TORCHRUN,
     Processes,
     adapters,
     alone,
@@ -75,15 +74,15 @@ def train(common: Sequence[str], how: str, run_dir: Path) -> list[str]:
     return ["train", *common, *how.split(), f"run_dir={run_dir}", f"tracking.uri=sqlite:///{run_dir.parent}/mlflow.db"]
 
 
-@pytest.mark.parametrize(("how", "launcher"), [(MIXED, FABRIC), (GENERATIVE, TORCHRUN)], ids=["fabric", "torchrun"])
+@pytest.mark.parametrize(("how", "is_launched"), [(MIXED, True), (GENERATIVE, False)], ids=["by Fabric", "numbered"])
 def test_three_processes_give_the_bits_of_one_model(
-    common: list[str], start: Start, tmp_path: Path, how: str, launcher: Sequence[str]
+    common: list[str], start: Start, tmp_path: Path, how: str, is_launched: bool
 ) -> None:
     """The same adapters, optimiser states, matrices and test results; what crosses the cut is recorded."""
     alone(train(common, how, tmp_path / "whole"))
-    command = train(common, f"{how} {CUT} trainer.devices=3", tmp_path / "cut")
-    processes = start([*launcher, *command], are_one_run=False)
-    assert processes.wait() == [0], processes.output()
+    command = [*FELLREC, *train(common, f"{how} {CUT} trainer.devices=3", tmp_path / "cut")]
+    processes = start(command, are_one_run=False) if is_launched else start(*[command] * 3)
+    assert set(processes.wait()) == {0}, processes.output()
     assert processes.output().count("Run directory:") == 1, "process 0 alone prints"
     assert_same_run(tmp_path / "cut", tmp_path / "whole", has_same_ledger=False)
     trained = adapters(tmp_path / "cut")[0]
@@ -97,7 +96,7 @@ def test_a_run_through_the_cut_survives_the_loss_of_any_process_and_resumes_with
     """First a client process of three dies, then the server of two. Process 0 alone prints why, once."""
     alone(train(common, LONG, tmp_path / "whole"))
     run_dir = tmp_path / "cut"
-    three = start(*[[*FABRIC, *train(common, f"{LONG} {CUT} trainer.devices=3", run_dir)]] * 3)
+    three = start(*[[*FELLREC, *train(common, f"{LONG} {CUT} trainer.devices=3", run_dir)]] * 3)
     three.wait_for("round 2/8")
     three.send(1, signal.SIGKILL)
     assert three.wait() == [1, -signal.SIGKILL, 1], three.output()
@@ -107,7 +106,7 @@ def test_a_run_through_the_cut_survives_the_loss_of_any_process_and_resumes_with
     assert re.search(r"in round \d", message), message
     assert three.output(2) == "", "process 0 has printed it"
 
-    resume = [*FABRIC, "train", f"resume={run_dir}", "trainer.devices=2"]
+    resume = [*FELLREC, "train", f"resume={run_dir}", "trainer.devices=2"]
     two = start(*[resume] * 2)
     two.wait_for("round 5/8")
     assert "round 1/8" not in two.output()
@@ -124,7 +123,7 @@ def test_a_run_through_the_cut_survives_the_loss_of_any_process_and_resumes_with
 def test_the_run_continues_without_a_client_process_if_it_may(common: list[str], start: Start, tmp_path: Path) -> None:
     """Its client misses the round at most; process 0 trains all clients from then on, and none is lost."""
     how = f"{LONG} {CUT} participation.on_failure=skip participation.quorum=0.3 trainer.devices=3"
-    processes = start(*[[*FABRIC, *train(common, how, tmp_path / "run")]] * 3)
+    processes = start(*[[*FELLREC, *train(common, how, tmp_path / "run")]] * 3)
     processes.wait_for("round 2/8")
     processes.send(1, signal.SIGKILL)
     assert processes.wait() == [0, -signal.SIGKILL, 0], processes.output()
@@ -138,7 +137,7 @@ def test_the_run_continues_without_a_client_process_if_it_may(common: list[str],
 def test_a_process_that_is_silent_is_not_waited_for(common: list[str], start: Start, tmp_path: Path) -> None:
     """The coordinator is stopped: the server reports it, because nothing else can."""
     how = f"{LONG} {CUT} split.timeout_seconds=4 trainer.devices=2"
-    processes = start(*[[*FABRIC, *train(common, how, tmp_path / "run")]] * 2)
+    processes = start(*[[*FELLREC, *train(common, how, tmp_path / "run")]] * 2)
     processes.wait_for("round 2/8")
     processes.send(0, signal.SIGSTOP)
     processes.wait_for("process 0 (a client process) did not answer for 4 s (split.timeout_seconds)", process=1)
@@ -163,7 +162,7 @@ def test_processes_that_differ_refuse_each_other(common: list[str], start: Start
         "backbone.path=here",
         "backbone.path=there split.head_layers=2 split.hidden_dtype=int8 aggregation.alpha=0.1",
     ]
-    processes = start(*[[*FABRIC, *train(settings, f"{how} {mine}", tmp_path / "run")] for mine in own])
+    processes = start(*[[*FELLREC, *train(settings, f"{how} {mine}", tmp_path / "run")] for mine in own])
     assert processes.wait() == [1, 1], processes.output()
     (message,) = processes.errors()
     assert "process 0 (a client process) and process 1 (the server) differ in aggregation.alpha: 0.7 and 0.1" in message
@@ -190,8 +189,8 @@ def test_a_users_rule_that_exchanges_nothing_gives_the_same_adapters_however_it_
     alone(train(common, how, tmp_path / "whole"))
     alone(train(common, f"{how} split.transport=inprocess", tmp_path / "cut"))
     for name, more in {"two": "trainer.devices=2", "three": f"{CUT} trainer.devices=3"}.items():
-        processes = start([*FABRIC, *train(common, f"{how} {more}", tmp_path / name)], are_one_run=False)
-        assert processes.wait() == [0], processes.output()
+        processes = start(*[[*FELLREC, *train(common, f"{how} {more}", tmp_path / name)]] * int(more[-1]))
+        assert set(processes.wait()) == {0}, processes.output()
     for name in ("whole", "cut", "two", "three"):
         assert_same(adapters(tmp_path / name), expected, name)
         assert "adapter" not in (tmp_path / name / "ledger.csv").read_text(), "nothing leaves a client"

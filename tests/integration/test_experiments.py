@@ -12,6 +12,7 @@ import matplotlib.image
 import pandas as pd
 import pytest
 from omegaconf import DictConfig
+from preloaded import python
 
 from fellrec.cli.main import main
 from fellrec.experiment.variants import check_comparable, configurations
@@ -130,9 +131,8 @@ def test_the_report_of_a_sweep(tmp_path: Path, tiny_overrides: list[str], monkey
         sweep = ["aggregation=local,fedavg,fellrec", "seed=0,1", f"trainer.max_local_steps={steps}"]
         main(["compare", *tiny_overrides, *sweep, "trainer.num_rounds=1", "references.show=[]", f"run_dir=out/{cell}"])
     script = ROOT / "experiments" / "report.py"
-    command = [sys.executable, str(script), "out", "fellrec-local"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    code, shown = python([str(script), "out", "fellrec-local"], tmp_path)
+    assert code == 0, shown
     table, pairs = pd.read_csv("out/report.csv"), cells(Path("out/pairs.md"))
     assert table["cell"].tolist() == ["few"] * 3 + ["more"] * 3
     assert pairs["cell"].tolist() == ["few", "more"]
@@ -143,17 +143,15 @@ def test_the_report_of_a_sweep(tmp_path: Path, tiny_overrides: list[str], monkey
         pooled = dict(zip(some["rule"], some["pooled"], strict=True))
         assert float(shown) == pytest.approx(pooled["fellrec"] - pooled["local"], abs=6e-5)
     assert matplotlib.image.imread("out/report.png").std() > 0.02
-    nothing = subprocess.run([*command[:2], "few"], capture_output=True, text=True, check=False)
-    assert (nothing.returncode, nothing.stderr) == (1, "few contains no finished comparison\n")
+    assert python([str(script), "few"], tmp_path) == (1, "few contains no finished comparison\n")
 
 
 def test_the_benchmark_of_the_cut(tmp_path: Path, tiny_overrides: list[str]) -> None:
     script = ROOT / "benchmarks" / "split_throughput.py"
     options = ["--rounds", "2", "--repeats", "1", "--parts", "inprocess,packing"]
     small = [*tiny_overrides, "backbone.num_layers=4", "data.max_users=40"]
-    command = [sys.executable, str(script), *options, *small]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    code, shown = python([str(script), *options, *small], tmp_path)
+    assert code == 0, shown
     for text in ("| processes | s/round |", "| float32 |", "| int8 |"):
-        assert text in done.stdout
+        assert text in shown
     assert not list(tmp_path.iterdir()), "it leaves nothing behind"

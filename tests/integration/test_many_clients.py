@@ -45,7 +45,7 @@ def populations(cache: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The same rounds of eight one-user clients, of 20 and of 160."""
     small, large = run(
         BENCHMARKS / "many_clients.py",
-        *("--json", "--clients", "20,160", "--cohort", "8", "--rounds", "25", "--adapter", "full"),
+        *("--json", "--clients", "20,160", "--cohort", "8", "--rounds", "16", "--adapter", "full"),
         *("backbone.hidden_size=64", "backbone.num_layers=2", "backbone.pretrain.steps=1", f"cache_dir={cache}"),
         *("data.reader.num_items=60", "data.reader.mean_length=8", "trainer.max_local_steps=1"),
     )

@@ -14,7 +14,7 @@ import torch
 from fellrec.config.stored import read_config
 from fellrec.experiment import build_data, build_recommender
 
-from .processes import FABRIC, TORCHRUN, Processes, adapters, alone, assert_same_run, results
+from .processes import FELLREC, TORCHRUN, Processes, adapters, alone, assert_same_run, results
 
 pytestmark = pytest.mark.slow
 
@@ -83,7 +83,7 @@ def test_three_processes_that_fabric_starts_give_the_bits_of_one(
     monkeypatch.syspath_prepend(tmp_path)
     alone(arguments("compare", f"{common} {MIXED}", tmp_path / "one"))
     command = arguments("compare", f"{common} {MIXED} trainer.devices=3", tmp_path / "three")
-    processes = start([*FABRIC, *command], are_one_run=False)
+    processes = start([*FELLREC, *command], are_one_run=False)
     assert processes.wait() == [0], processes.output()
     for rule in ("fellrec", "updatemixing", "centralized"):
         assert_same_run(tmp_path / "three" / f"{rule}-s0", tmp_path / "one" / f"{rule}-s0")
@@ -117,8 +117,8 @@ def test_two_processes_that_train_each_client_together_are_as_good_as_one(
     loaders = build_recommender(config, build_data(config)).datamodule
     assert 1 in [len(batch["input_ids"]) for client in range(5) for batch in loaders.train_loader(client, 0)]
     together = f"{how} trainer.devices=2 trainer.devices_per_client=2"
-    processes = start([*FABRIC, *arguments("train", together, tmp_path / "two")], are_one_run=False)
-    assert processes.wait() == [0], processes.output()
+    processes = start(*[[*FELLREC, *arguments("train", together, tmp_path / "two")]] * 2)
+    assert processes.wait() == [0, 0], processes.output()
     one, two = adapters(tmp_path / "one"), adapters(tmp_path / "two")
     pairs = [(left[name], right[name]) for left, right in zip(one, two, strict=True) for name in left]
     assert any(not torch.equal(left, right) for left, right in pairs), "the gradients were summed in another order"
@@ -132,7 +132,7 @@ def test_a_process_that_dies_ends_the_run_which_another_number_of_processes_resu
     """First a worker of three that Fabric started, then process 0 of two; one process finishes the run."""
     run_dir = tmp_path / "run"
     command = arguments("train", f"{common} {LONG} trainer.devices=3", run_dir)
-    three = start([*FABRIC, *command], are_one_run=False)
+    three = start([*FELLREC, *command], are_one_run=False)
     three.wait_for("round 2/6")
     os.kill(three.children()[2], signal.SIGKILL)
     assert three.wait() == [1], three.output()
@@ -141,7 +141,7 @@ def test_a_process_that_dies_ends_the_run_which_another_number_of_processes_resu
     assert re.search(rf"process 2 has ended while it was {doing}", message), message
 
     resume = ["train", f"resume={run_dir}"]
-    two = start(*[[*FABRIC, *resume, "trainer.devices=2"]] * 2)
+    two = start(*[[*FELLREC, *resume, "trainer.devices=2"]] * 2)
     two.wait_for("round 4/6")
     assert "round 1/6" not in two.output()
     two.send(0, signal.SIGKILL)

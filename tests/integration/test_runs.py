@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pandas as pd
 import pytest
 from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
+from preloaded import Preloaded, python
 
 from fellrec.cli.main import main
 from fellrec.models.backbone import load_hf
@@ -41,10 +40,9 @@ def runs_of(folder: Path) -> list[Any]:
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_overrides: list[str]) -> tuple[Path, str]:
     """One FELLRec run and what it printed."""
     folder = tmp_path_factory.mktemp("finished")
-    command = [sys.executable, "-m", "fellrec.cli.main", "train", *tiny_overrides, "run_dir=run"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    code, shown = python(["-m", "fellrec", "train", *tiny_overrides, "run_dir=run"], folder)
+    assert code == 0, shown
+    return folder, shown
 
 
 def test_a_run_ends_with_a_table_and_says_where_it_lies(finished: tuple[Path, str]) -> None:
@@ -253,44 +251,38 @@ def test_compare_checks_every_rule_before_the_first_one_trains(
 def test_a_multirun_covers_every_combination_that_a_rule_has_settings_for(
     workplace: Path, tiny_overrides: list[str]
 ) -> None:
-    command = [sys.executable, "-m", "fellrec.cli.main", "train", "-m", *tiny_overrides, "trainer.num_rounds=1"]
-    command += ["aggregation=fedavg,fellrec", "aggregation.alpha=0.3,0.7"]
-    done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    command = ["-m", "fellrec", "train", "-m", *tiny_overrides, "trainer.num_rounds=1"]
+    code, shown = python([*command, "aggregation=fedavg,fellrec", "aggregation.alpha=0.3,0.7"], workplace)
+    assert code == 0, shown
     found = sorted((run.data.tags["rule"], run.data.params.get("aggregation.alpha")) for run in runs_of(workplace))
     assert found == [("fedavg", None), ("fellrec", "0.3"), ("fellrec", "0.7")], "FedAvg has no alpha, and runs once"
 
 
 def test_a_multirun_checks_every_combination_first(workplace: Path, tiny_overrides: list[str]) -> None:
-    command = [sys.executable, "-m", "fellrec.cli.main", "train", "-m", *tiny_overrides, "trainer.num_rounds=1,0"]
-    done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.strip() == "fellrec train: trainer.num_rounds=0 is not allowed: a whole number of at least 1"
+    code, shown = python(["-m", "fellrec", "train", "-m", *tiny_overrides, "trainer.num_rounds=1,0"], workplace)
+    assert code == 1
+    assert shown.strip() == "fellrec train: trainer.num_rounds=0 is not allowed: a whole number of at least 1"
     assert not list(workplace.iterdir())
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(workplace: Path, tiny_overrides: list[str]) -> None:
-    settings = [*tiny_overrides, "trainer.num_rounds=20", "partition.num_clients=2"]
-    train = [sys.executable, "-m", "fellrec.cli.main", "train"]
-    whole = subprocess.run(
-        [*train, *settings, "run_dir=whole"], cwd=workplace, capture_output=True, text=True, check=False
-    )
-    assert whole.returncode == 0, whole.stderr
-    process = subprocess.Popen(
-        [*train, *settings, "run_dir=cut"], cwd=workplace, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    settings = [*tiny_overrides, "trainer.num_rounds=10", "partition.num_clients=2"]
+    train = ["-m", "fellrec", "train"]
+    code, shown = python([*train, *settings, "run_dir=whole"], workplace)
+    assert code == 0, shown
+    process = Preloaded([*train, *settings, "run_dir=cut"], workplace, os.environ)
     deadline = time.monotonic() + 120
-    while not list((workplace / "cut").glob("checkpoints/round_0000[3-9].json")):
-        assert process.poll() is None, process.communicate()[1]
+    while not list((workplace / "cut").glob("checkpoints/round_0000[3-5].json")):
+        assert process.poll() is None, process.finish()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert f"resume={workplace / 'cut'}" in errors
+    process.send_signal(signal.SIGINT)
+    code, shown = process.finish()
+    assert code == 130
+    assert f"resume={workplace / 'cut'}" in shown
     (killed,) = [run for run in runs_of(workplace) if run.info.status == "KILLED"]
-    resumed = subprocess.run([*train, "resume=cut"], cwd=workplace, capture_output=True, text=True, check=False)
-    assert resumed.returncode == 0, resumed.stderr
+    code, shown = python([*train, "resume=cut"], workplace)
+    assert code == 0, shown
     both = [json.loads((workplace / name / "results.json").read_text()) for name in ("whole", "cut")]
     costs = [results.pop("cost") for results in both]
     assert both[0] == both[1]

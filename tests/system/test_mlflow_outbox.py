@@ -6,13 +6,12 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from preloaded import Preloaded
 from tracking_servers import Content, Relay, Server, content, logged_points, postgresql, wait_for
 
 from fellrec.cli.main import main
@@ -66,10 +65,10 @@ def on(server: Server, run_dir: Path) -> Content:
     return content(server.database, server.folder / "artifacts", uid_of(run_dir))
 
 
-def start(folder: Path, *command: str) -> tuple[subprocess.Popen[bytes], Path]:
+def start(folder: Path, *command: str) -> tuple[Preloaded, Path]:
     log = folder / "run.log"
-    with log.open("a") as output:
-        process = subprocess.Popen([sys.executable, *command], cwd=folder, stdout=output, stderr=output)
+    with log.open("ab") as output:
+        process = Preloaded(command, folder, os.environ, output)
     return process, log
 
 
@@ -236,7 +235,7 @@ def test_only_the_coordinator_connects_to_the_server(server: Server, tiny_overri
         train = ["-m", "fellrec", "train", *settings, "run_dir=run", f"tracking.uri=http://127.0.0.1:{relay.port}"]
         processes = Processes([train] * 3, tmp_path)
         assert processes.wait() == [0, 0, 0], processes.output(COORDINATOR)
-    assert relay.numbers == {str(COORDINATOR)}
+    assert relay.processes == {processes.pids[COORDINATOR]}
     arrived = on(server, tmp_path / "run")
     assert arrived.points == logged_points(tmp_path / "run" / "outbox")
     assert arrived.status == "FINISHED"

@@ -1,10 +1,10 @@
 import importlib.util
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from preloaded import Preloaded
 
 from fellrec.functional.ranking import ranking_metrics
 from fellrec.metrics import NDCG, ClientRankingMetrics
@@ -60,14 +60,10 @@ def test_batches_do_not_matter(script):
 @pytest.mark.parametrize("case", ["interleaved", "padded", "one_idle"])
 def test_two_processes_equal_one_exactly(script, tmp_path, case):
     outputs = [tmp_path / f"{rank}.pt" for rank in range(2)]
-    commands = [
-        [sys.executable, str(SCRIPT), str(rank), "2", str(tmp_path / "store"), str(outputs[rank]), case]
-        for rank in range(2)
-    ]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    commands = [[str(SCRIPT), str(rank), "2", str(tmp_path / "store"), str(outputs[rank]), case] for rank in range(2)]
+    for process in [Preloaded(command, tmp_path, os.environ) for command in commands]:
+        code, shown = process.finish()
+        assert code == 0, shown
     results = [torch.load(output, weights_only=True) for output in outputs]
 
     alone = script.filled(ClientRankingMetrics(4, (5, 10)), torch.arange(200)).compute()
