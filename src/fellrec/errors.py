@@ -61,6 +61,16 @@ class Preempted(KeyboardInterrupt):
         self.exit_code = exit_code
 
 
+def shorten(text: str, most: int = 200) -> str:
+    """Cut a text from a file for an error message.
+
+    Example:
+        >>> shorten("abcdef", most=4)
+        'abc…'
+    """
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def nearest_first(value: str, choices: Iterable[str]) -> list[str]:
     """Sort ``choices`` for an error message: close matches of ``value`` first, the others by name.
 

@@ -19,6 +19,7 @@ from fellrec.functional.nested import flatten
 NEEDS = {
     ("data", "ml_1m"): ["data.root=x"],
     ("data", "ml_100k"): ["data.root=x"],
+    ("data", "ml_csv"): ["data.root=x"],
     ("data", "games"): ["data.root=x"],
     ("data", "atomic"): ["data.root=x"],
     ("data", "micro_lens"): ["data.root=x"],
@@ -62,6 +63,7 @@ def test_the_backbone_decides_the_adapter_and_the_objective_the_ranker() -> None
     [
         ("ml_1m", "movie-1"),
         ("ml_100k", "movie-1"),
+        ("ml_csv", "movie-1"),
         ("synthetic", "movie-1"),
         ("games", "game-1"),
         ("atomic", "product-1"),

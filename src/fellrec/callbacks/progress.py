@@ -29,7 +29,7 @@ class RoundProgress(FederatedCallback):
         """Open the bar; its unit is one optimiser step."""
         self._num_rounds = fit.num_rounds
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("steps"),
@@ -68,6 +68,7 @@ class RoundProgress(FederatedCallback):
                 f"train loss {sum(losses) / len(losses):.4f}, val {self.metric} {self._value:.4f}, "
                 f"{record.seconds:.1f} s",
                 highlight=False,
+                markup=False,
                 soft_wrap=True,
             )
 

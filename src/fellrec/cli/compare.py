@@ -77,7 +77,7 @@ def _report(comparison: Comparison, run_dir: Path, config: DictConfig, output_fo
     print_significance(comparison, console, table_cutoff(config))
     if comparison.variants:
         print_cost(comparison, console, table_cutoff(config))
-    console.print(finish_message(run_dir, config), highlight=False)
+    console.print(finish_message(run_dir, config), highlight=False, markup=False)
 
 
 def compare(configs: Sequence[DictConfig], session: Session | None = None) -> tuple[Comparison, Path]:
@@ -93,7 +93,7 @@ def compare(configs: Sequence[DictConfig], session: Session | None = None) -> tu
     Raises:
         ConfigError: If a rule's settings are not allowed.
     """
-    from fellrec.experiment import build_data, build_loop
+    from fellrec.experiment import build_data, build_loop, log_notes
     from fellrec.experiment.classes import check_classes
     from fellrec.experiment.run import collect, reference_results, table_cutoff
     from fellrec.experiment.run_dir import check_new, new_run_dir
@@ -108,6 +108,7 @@ def compare(configs: Sequence[DictConfig], session: Session | None = None) -> tu
         check_new(Path(first.run_dir))
     check_reachable(first.tracking.uri, may_be_away=first.tracking.on_unreachable == "keep")
     data = build_data(first)
+    log_notes(data)
     recommenders = _Recommenders(data, session)
     recommenders.of(first)
     run_dir = new_run_dir(first.run_dir, f"{first.data.name}-compare")

@@ -30,6 +30,7 @@ def run(options: argparse.Namespace) -> None:
     """Entry point of the verb."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from fellrec.config.compose import compose
     from fellrec.experiment import build_data, cache_dir
@@ -39,16 +40,16 @@ def run(options: argparse.Namespace) -> None:
     checks = verify(config, data.statistics)
     if options.format == "json":
         found = {"name": data.name, "key": data.key, "statistics": dict(data.statistics), "checks": checks}
-        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+        sys.stdout.write(json.dumps({**found, "notes": data.notes}, indent=1) + "\n")
         return
     console = Console()
-    table = Table("statistic", "value", title=f"{data.name}, key {data.key}", title_justify="left")
+    table = Table("statistic", "value", title=Text(f"{data.name}, key {data.key}"), title_justify="left")
     for name, value in data.statistics.items():
         table.add_row(name.replace("_", " "), _shown(value))
     console.print(table)
-    for line in checks:
-        console.print(line, highlight=False)
-    console.print(f"cached in {cache_dir(config) / 'data' / data.key}", highlight=False, soft_wrap=True)
+    for line in (*checks, *(f"note: {note}" for note in data.notes)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"cached in {cache_dir(config) / 'data' / data.key}", highlight=False, markup=False, soft_wrap=True)
 
 
 def verify(config: DictConfig, statistics: Mapping[str, Any]) -> list[str]:
@@ -64,7 +65,7 @@ def verify(config: DictConfig, statistics: Mapping[str, Any]) -> list[str]:
     core = config.data.core
     suffixes = {"as_read": "_as_read", f"core_{core}": "_after_core"}
     if str(config.holdout["_target_"]).endswith("GlobalTime"):
-        suffixes[f"core_{core}_global_time"] = ""
+        suffixes[f"core_{core}_global_time"] = "_of_all_users"
     lines = []
     for case, counts in config.data.expected.items():
         if case not in suffixes or (case == f"core_{core}_global_time" and config.data.max_users is not None):

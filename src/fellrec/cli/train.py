@@ -100,7 +100,7 @@ def _train(config: DictConfig, output_format: str, signals: StopSignals, session
         console.print(missing, style="yellow", highlight=False)
     if result.cost is not None and config.split.transport != "none":
         print_run_cost(result.cost, console)
-    console.print(finish_message(run.run_dir, config), highlight=False)
+    console.print(finish_message(run.run_dir, config), highlight=False, markup=False)
 
 
 def resume_dir(overrides: Sequence[str]) -> Path | None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fellrec.data.prepared import PreparedData
-from fellrec.data.ragged import Ragged
+from fellrec.data.ragged import IntArray, Ragged
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,14 @@ class ColdStart:
             for stage, targets in stages.items()
         }
 
-    def counts(self) -> dict[str, int]:
-        """Number of cold items in the catalogue, of cold users at all clients, and the threshold."""
-        return {"items": int(self.items.sum()), "users": int(self.users.sum()), "users_below": self.users_below}
+    def counts(self, evaluated: IntArray) -> dict[str, int]:
+        """Number of cold items in the catalogue, of cold users among those evaluated, and the threshold.
+
+        Args:
+            evaluated: Indices of the evaluated users.
+        """
+        num_users = int(self.users[evaluated].sum())
+        return {"items": int(self.items.sum()), "users": num_users, "users_below": self.users_below}
 
     def _has_cold_target(self, targets: Ragged) -> NDArray[np.bool_]:
         cold = np.bincount(targets.row_index, weights=self.items[targets.values], minlength=len(targets))

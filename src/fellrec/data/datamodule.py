@@ -50,7 +50,7 @@ class _Users(Dataset[Any]):
         self.clients = data.client_of_user[users]
         self._seen = [data.train] if stage == "val" else [data.train, data.valid]
         self._targets = data.valid if stage == "val" else data.test
-        self._max_history = data.max_history
+        self._max_history, self._ranks_seen = data.max_history, data.ranks_seen
         check_view(data, stage, self._seen, self._targets)
 
     def __len__(self) -> int:
@@ -59,16 +59,20 @@ class _Users(Dataset[Any]):
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         index = np.asarray(indices)
         users = self.users[index]
-        targets = self._targets.take(users)
+        targets = self._targets.take(users).distinct()
         seen = reduce(Ragged.join, [part.take(users) for part in self._seen])
+        masked = Ragged.from_rows([[]] * len(users)) if self._ranks_seen else seen
         arrays = {
             "users": users,
             "clients": self.clients[index],
             "histories": seen.last(self._max_history),
             "target_rows": targets.row_index,
             "target_items": targets.values,
-            "masked_rows": seen.row_index,
-            "masked_items": seen.values,
+            "seen_rows": seen.row_index,
+            "seen_items": seen.values,
+            "masked_rows": masked.row_index,
+            "masked_items": masked.values,
+            "ranks_seen": np.full(1, self._ranks_seen),
         }
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 

@@ -33,3 +33,19 @@ def k_core(interactions: pd.DataFrame, core: int) -> pd.DataFrame:
     if kept.empty:
         raise DataError(f"data.core={core} leaves no interactions of {len(interactions)}")
     return kept
+
+
+def long_histories(interactions: pd.DataFrame, least: int) -> pd.DataFrame:
+    """Drop users with fewer than ``least`` interactions.
+
+    Raises:
+        DataError: If no interaction is left.
+
+    Example:
+        >>> long_histories(pd.DataFrame({"user_id": ["a", "a", "b"]}), 2)["user_id"].tolist()
+        ['a', 'a']
+    """
+    kept = interactions[interactions.groupby("user_id")["user_id"].transform("size") >= least]
+    if kept.empty:
+        raise DataError(f"data.min_user_interactions={least} leaves no interactions of {len(interactions)}")
+    return kept

@@ -125,8 +125,9 @@ class PerUserPartition(PerUserSettings):
 
 def user_item_matrix(train: Ragged, num_items: int) -> sparse.csr_matrix:
     """Binary matrix of the training interactions, ``[U, I]`` float32."""
-    ones = np.ones(len(train.values), dtype=np.float32)
-    return sparse.csr_matrix((ones, train.values, train.offsets), shape=(len(train), num_items))
+    distinct = train.distinct()
+    ones = np.ones(len(distinct.values), dtype=np.float32)
+    return sparse.csr_matrix((ones, distinct.values, distinct.offsets), shape=(len(train), num_items))
 
 
 def by_size(labels: IntArray) -> IntArray:

@@ -6,35 +6,35 @@ import hashlib
 import json
 import logging
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fellrec.data.filters import k_core
+from fellrec.data.clean import clean, sizes
+from fellrec.data.filters import k_core, long_histories
 from fellrec.data.guards import check_holdout
-from fellrec.data.holdout import TEST, TRAIN, VALID, Holdout
+from fellrec.data.holdout import TEST, TRAIN, VALID, GivenSplit, GlobalTime, Holdout, check_times
 from fellrec.data.partition import Partition, PartitionInput, by_size
 from fellrec.data.prepared import PreparedData
 from fellrec.data.ragged import IntArray, Ragged
-from fellrec.data.schema import Catalogue, RawData, Reader, clean
+from fellrec.data.schema import Catalogue, RawData, Reader
 from fellrec.data.settings import DataSettings
+from fellrec.data.statistics import STAGES, notes, statistics, tie_counts
 from fellrec.errors import DataError
-from fellrec.functional.rng import derive_seed
+from fellrec.functional.rng import derive_seed, scramble
 from fellrec.state.files import new_folder
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 """Version of the preparation. Increment it when results change, to invalidate caches and older runs' data keys."""
 
 _DESCRIBING = ("domain", "root", "expected")
 """Settings that do not change the data."""
-_STAGES = ("train", "valid", "test")
-_RAGGED = ("histories", *_STAGES)
+_RAGGED = ("histories", *STAGES)
 
 
 def prepare(
@@ -83,20 +83,21 @@ def _key(reader: Reader, settings: DataSettings, holdout: Holdout, partition: Pa
 
 
 def _prepare(reader: Reader, settings: DataSettings, holdout: Holdout, partition: Partition, key: str) -> PreparedData:
-    raw, num_duplicates = clean(reader.read(), settings.on_empty_title)
-    counts = {f"{name}_as_read": count for name, count in _counts(raw.interactions).items()}
-    kept = k_core(raw.interactions, settings.core)
-    filtered = {f"{name}_after_core": count for name, count in _counts(kept).items()}
-    catalogue, users, histories, times = _index(raw, kept, settings)
-    stages = holdout.assign(histories, times)
+    raw = reader.read()
+    _check_holdout_fits(raw, holdout)
+    cleaned = clean(raw, settings)
+    kept = long_histories(k_core(cleaned.raw.interactions, settings.core), settings.min_user_interactions)
+    found = _index(cleaned.raw, kept, settings)
+    histories = found.histories
+    stages = holdout.assign(histories, found.times) if found.stages is None else found.stages
     train, valid, test = (_take(histories, stages == stage) for stage in (TRAIN, VALID, TEST))
-    is_public = _public(len(users), settings)
+    is_public = _public(len(found.users), settings)
     valid, test = _without(valid, is_public), _without(test, is_public)
-    client_of_user = _divide(partition, train, users, catalogue, is_public)
+    client_of_user = _divide(partition, train, found.users, found.catalogue, is_public)
     data = PreparedData(
         name=settings.name,
-        catalogue=catalogue,
-        users=users,
+        catalogue=found.catalogue,
+        users=found.users,
         histories=histories,
         train=train,
         valid=valid,
@@ -106,24 +107,48 @@ def _prepare(reader: Reader, settings: DataSettings, holdout: Holdout, partition
         num_clients=int(client_of_user.max()) + 1,
         max_history=settings.max_history,
         key=key,
+        ranks_seen=settings.repeats == "keep",
     )
     _check_clients(data)
-    stage_counts = {name: int((stages == stage).sum()) for stage, name in enumerate(_STAGES)}
-    statistics = {**counts, "duplicates_dropped": num_duplicates, **filtered, **stage_counts, **_statistics(data)}
-    return replace(data, statistics=statistics)
-
-
-def _counts(interactions: pd.DataFrame) -> dict[str, int]:
-    return {
-        "users": int(interactions["user_id"].nunique()),
-        "items": int(interactions["item_id"].nunique()),
-        "interactions": len(interactions),
+    counts = {
+        **cleaned.counts,
+        **{f"{name}_after_core": count for name, count in sizes(kept).items()},
+        **{f"{name}_of_all_users": int((stages == stage).sum()) for stage, name in enumerate(STAGES)},
+        **statistics(data),
+        **tie_counts(histories, found.times, stages),
     }
+    asked = getattr(partition, "num_clients", None)
+    return replace(data, statistics=counts, notes=(*cleaned.notes, *notes(counts, settings, asked)))
 
 
-def _index(
-    raw: RawData, kept: pd.DataFrame, settings: DataSettings
-) -> tuple[Catalogue, pd.DataFrame, Ragged, NDArray[np.float64]]:
+def _check_holdout_fits(raw: RawData, holdout: Holdout) -> None:
+    """Check that data that are split are not split again, and that a split over time has times, before any filter.
+
+    Raises:
+        DataError: If not.
+    """
+    times = raw.interactions["timestamp"]
+    if "stage" in raw.interactions and not isinstance(holdout, GivenSplit):
+        raise DataError(
+            "the data set is split already (NAME.train.inter, NAME.valid.inter, NAME.test.inter): take this split "
+            "with holdout=given, or join the files to NAME.inter for another"
+        )
+    if isinstance(holdout, GlobalTime) and np.isfinite(times).all():
+        check_times(pd.factorize(raw.interactions["user_id"])[0], times.to_numpy())
+
+
+@dataclass(frozen=True)
+class _Indexed:
+    """Interactions by index, each user's oldest first; ``stages`` is ``None`` unless the data are split already."""
+
+    catalogue: Catalogue
+    users: pd.DataFrame
+    histories: Ragged
+    times: NDArray[np.float64]
+    stages: IntArray | None
+
+
+def _index(raw: RawData, kept: pd.DataFrame, settings: DataSettings) -> _Indexed:
     """Map ids to indices in the order of the item and user files; sort each user's interactions by time."""
     item_codes, item_ids = pd.factorize(kept["item_id"])  # look up each distinct id once instead of each interaction
     user_codes, user_ids = pd.factorize(kept["user_id"])
@@ -136,15 +161,29 @@ def _index(
     item = pd.Index(rated["item_id"]).get_indexer(pd.Index(item_ids))[item_codes]
     user = pd.Index(users["user_id"]).get_indexer(pd.Index(user_ids))[user_codes]
     time = kept["timestamp"].to_numpy(dtype=np.float64)
+    tie = np.zeros(len(kept), dtype=np.uint64)
+    if settings.tied_times == "random":
+        tie = _random_keys(user_ids, user_codes, item_ids, item_codes, settings.seed)
+    stage = kept["stage"].to_numpy(dtype=np.int64) if "stage" in kept else np.zeros(len(kept), dtype=np.int64)
     inside = user >= 0
-    user, item, time = user[inside], item[inside], time[inside]
-    order = np.lexsort((time, user))
+    user, item, time, tie, stage = user[inside], item[inside], time[inside], tie[inside], stage[inside]
+    order = np.lexsort((tie, time, stage, user))
     catalogue = Catalogue(
         item_ids=tuple(rated["item_id"]),
         titles=tuple(rated["title"]),
         attributes=rated.drop(columns=["item_id", "title"]),
     )
-    return catalogue, users, Ragged.from_pairs(user[order], item[order], len(users)), time[order]
+    histories = Ragged.from_pairs(user[order], item[order], len(users))
+    return _Indexed(catalogue, users, histories, time[order], stage[order] if "stage" in kept else None)
+
+
+def _random_keys(
+    user_ids: pd.Index, user_codes: IntArray, item_ids: pd.Index, item_codes: IntArray, seed: int
+) -> NDArray[np.uint64]:
+    """``[n]``: keys to sort by, which depend on the ids and the seed only."""
+    salt = np.array([derive_seed(seed, "tied_times")], dtype=np.uint64)
+    users, items = (pd.util.hash_array(np.asarray(ids, dtype=object)) for ids in (user_ids, item_ids))
+    return scramble(scramble(users + salt)[user_codes] ^ items[item_codes])
 
 
 def _take(histories: Ragged, chosen: NDArray[np.bool_]) -> Ragged:
@@ -201,36 +240,8 @@ def _check_clients(data: PreparedData) -> None:
             first = int((having == 0).argmax())
             raise DataError(
                 f"client {first} has no {what} target ({int((having == 0).sum())} of {data.num_clients} clients have "
-                "none); use fewer clients, another partition or more data"
+                "none); use fewer clients, another partition, data.min_user_interactions or more data"
             )
-
-
-def _statistics(data: PreparedData) -> dict[str, Any]:
-    owner, catalogue = data.client_of_user, data.catalogue
-    private = owner >= 0
-    seen = np.zeros(len(catalogue), dtype=bool)
-    seen[data.train.values] = True
-    num_targets = np.bincount(data.train.row_index, weights=data.train_targets, minlength=len(owner))
-    num_interactions = int(sum(len(getattr(data, name).values) for name in _STAGES))
-    return {
-        "users": len(owner),
-        "public_users": int((~private).sum()),
-        "items": len(catalogue),
-        "density": num_interactions / (len(owner) * len(catalogue)),
-        "distinct_titles": int(catalogue.title_groups.max()) + 1,
-        "words_per_title": float(np.mean([len(title.split()) for title in catalogue.titles])),
-        "clients": data.num_clients,
-        "users_per_client": np.bincount(owner[private], minlength=data.num_clients).tolist(),
-        "train_targets_per_client": np.bincount(
-            owner[private], weights=num_targets[private], minlength=data.num_clients
-        )
-        .astype(int)
-        .tolist(),
-        "evaluated_users": int(((data.test.lengths > 0) & private).sum()),
-        "users_too_short_to_test": int(((data.test.lengths == 0) & private).sum()),
-        "users_without_training": int((private & (data.train.lengths == 0)).sum()),
-        "test_targets_never_trained_on": int((~seen[data.test.values]).sum()),
-    }
 
 
 def _save(data: PreparedData, folder: Path) -> None:
@@ -238,16 +249,19 @@ def _save(data: PreparedData, folder: Path) -> None:
         f"{name}_{part}": getattr(getattr(data, name), part) for name in _RAGGED for part in ("values", "offsets")
     }
     items = pd.DataFrame({"item_id": data.catalogue.item_ids, "title": data.catalogue.titles})
-    scalars = {name: getattr(data, name) for name in ("name", "num_clients", "max_history", "key")}
+    scalars = {name: getattr(data, name) for name in ("name", "num_clients", "max_history", "key", "ranks_seen")}
     with new_folder(folder) as draft:
         np.savez(draft / "arrays.npz", train_targets=data.train_targets, client_of_user=data.client_of_user, **arrays)
         pd.concat([items, data.catalogue.attributes], axis=1).to_parquet(draft / "items.parquet", index=False)
         data.users.to_parquet(draft / "users.parquet", index=False)
-        (draft / "data.json").write_text(json.dumps({**scalars, "statistics": dict(data.statistics)}))
+        (draft / "data.json").write_text(
+            json.dumps({**scalars, "statistics": dict(data.statistics), "notes": data.notes})
+        )
 
 
 def _load(folder: Path) -> PreparedData:
     scalars = json.loads((folder / "data.json").read_text())
+    scalars["notes"] = tuple(scalars["notes"])
     with np.load(folder / "arrays.npz", allow_pickle=False) as arrays:
         histories, train, valid, test = (
             Ragged(arrays[f"{name}_values"], arrays[f"{name}_offsets"]) for name in _RAGGED

@@ -30,8 +30,10 @@ class PreparedData:
         client_of_user: ``[U]`` int64 client of each user; -1 for public users.
         num_clients: C.
         max_history: Longest history in items that a model receives.
+        ranks_seen: Whether users may repeat items, so that the items of their histories are ranked too.
         key: Hash of all settings and inputs of the preparation.
         statistics: Counts for reports.
+        notes: What a user may not expect of the data, one sentence each.
     """
 
     name: str
@@ -46,4 +48,6 @@ class PreparedData:
     num_clients: int
     max_history: int
     key: str
+    ranks_seen: bool = False
     statistics: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()

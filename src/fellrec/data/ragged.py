@@ -75,6 +75,18 @@ class Ragged:
         rows = np.concatenate([self.row_index, other.row_index])
         return Ragged.from_pairs(rows, np.concatenate([self.values, other.values]), len(self))
 
+    def distinct(self) -> Ragged:
+        """The first occurrence of each value in its row.
+
+        Example:
+            >>> Ragged.from_rows([[7, 8, 7], [7]]).distinct().values.tolist()
+            [7, 8, 7]
+        """
+        rows = self.row_index
+        keys = rows * (int(self.values.max(initial=0)) + 1) + self.values
+        first = np.sort(np.unique(keys, return_index=True)[1])
+        return Ragged.from_pairs(rows[first], self.values[first], len(self))
+
     def last(self, count: int) -> IntArray:
         """The last ``count`` values of each row, oldest first, ``[rows, count]``, padded with -1 on the right."""
         kept = np.minimum(self.lengths, count)

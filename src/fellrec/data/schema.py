@@ -1,4 +1,4 @@
-"""Raw interactions and the item catalogue, and the validation of raw data."""
+"""Raw interactions and the item catalogue."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 
 from fellrec.data.ragged import IntArray
-from fellrec.data.settings import DataSettings
-from fellrec.errors import ConfigError, DataError, unknown
+from fellrec.errors import ConfigError, unknown
 
 Locate = Callable[[int], str]
 """Row of a frame → ``file:line``, for error messages."""
@@ -25,11 +24,17 @@ class RawData:
     """Output of a reader, not yet validated.
 
     Attributes:
-        interactions: Columns ``user_id`` and ``item_id`` (text) and ``timestamp`` (float), in file order.
+        interactions: Columns ``user_id`` and ``item_id`` (text) and ``timestamp`` (float, NaN without one), in file
+            order. Optional columns: ``rating`` (float), and ``stage`` (int, 0, 1 or 2 for training, validation and
+            test) for data that are split already.
         items: Columns ``item_id`` and ``title`` (text) and any attributes (text).
         users: Column ``user_id`` (text) and any attributes.
         where_interaction: Row of ``interactions`` → ``file:line``.
         where_item: Row of ``items`` → ``file:line``.
+        where_user: Row of ``users`` → ``file:line``.
+        rating_name: What the data set calls the column ``rating``.
+        no_items: Why there is no item file, for error messages.
+        no_times: Why there are no timestamps, for error messages.
     """
 
     interactions: pd.DataFrame
@@ -37,6 +42,10 @@ class RawData:
     users: pd.DataFrame
     where_interaction: Locate = field(default=lambda row: f"interaction {row}")
     where_item: Locate = field(default=lambda row: f"item {row}")
+    where_user: Locate = field(default=lambda row: f"user {row}")
+    rating_name: str = "rating"
+    no_items: str = ""
+    no_times: str = ""
 
 
 class Reader(Protocol):
@@ -99,54 +108,7 @@ class Catalogue:
         return pd.factorize(pd.Series(self.titles, dtype=object))[0].astype(np.int64)
 
 
-def clean(raw: RawData, on_empty_title: str = DataSettings.on_empty_title) -> tuple[RawData, int]:
-    """Validate raw data and drop repeated interactions, keeping the last one of each user and item.
-
-    Args:
-        raw: Output of a reader.
-        on_empty_title: ``"error"``, or ``"item_id"`` to use ``item <id>`` as the title of such items.
-
-    Returns:
-        The data with unique interactions, and the number of dropped interactions.
-
-    Raises:
-        DataError: If the data are invalid; lists all problems with counts and the first offending line.
-    """
-    items = raw.items.copy()
-    empty = items["title"].fillna("").str.strip() == ""
-    if on_empty_title == "item_id":
-        items.loc[empty, "title"] = "item " + items.loc[empty, "item_id"]
-        empty &= False
-    problems = [
-        "the interactions are empty" if raw.interactions.empty else "",
-        _first(empty, "items have an empty title (set data.on_empty_title=item_id to allow it)", raw.where_item),
-        _first(items["item_id"].duplicated(), "item ids are duplicates", raw.where_item),
-        _first(
-            ~raw.interactions["item_id"].isin(items["item_id"]),
-            "interactions have an item that is not in the catalogue",
-            raw.where_interaction,
-        ),
-        _first(~np.isfinite(raw.interactions["timestamp"]), "timestamps are not finite numbers", raw.where_interaction),
-        _first(
-            ~raw.interactions["user_id"].isin(raw.users["user_id"]),
-            "interactions have a user that is not in the user file",
-            raw.where_interaction,
-        ),
-    ]
-    found = [problem for problem in problems if problem]
-    if found:
-        raise DataError("invalid data: " + "; ".join(found))
-    ordered = raw.interactions.sort_values("timestamp", kind="stable")
-    kept = ordered.drop_duplicates(["user_id", "item_id"], keep="last").sort_index()
-    return RawData(kept, items, raw.users, raw.where_interaction, raw.where_item), len(ordered) - len(kept)
-
-
 def _with_key(name: str, values: pd.Series) -> pd.Series:
     """Format as ``name: value`` and a space; empty where the value is missing."""
     text = values.fillna("").astype(str).str.strip()
     return (f"{name}: " + text + " ").where(text != "", "")
-
-
-def _first(wrong: pd.Series, what: str, locate: Locate) -> str:
-    count = int(wrong.sum())
-    return f"{count} {what}, first at {locate(int(np.flatnonzero(wrong)[0]))}" if count else ""

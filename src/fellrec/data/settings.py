@@ -16,6 +16,10 @@ LEAST_ITEMS, MOST_ITEMS = 20, {"films": 500, "micro_lens_shaped": 81_920}
 """Limits of ``num_items`` for each preset: the number of distinct titles."""
 
 
+Seed = Annotated[int, whole(0, 2**32 - 1)]
+"""What NumPy and scikit-learn take as a seed."""
+
+
 @dataclass(frozen=True)
 class DataSettings:
     """Settings of the preparation, beside reader, holdout and partition; and what is known of the data."""
@@ -38,8 +42,22 @@ class DataSettings:
     """Fraction of public users, which belong to no client and are not evaluated."""
     seed: int = 0
     """Seed of the samples, the same for every seed of a comparison."""
-    on_empty_title: Literal["error", "item_id"] = "error"
-    """Items without a title: error refuses them, item_id uses "item <id>" as their title."""
+    on_empty_title: Literal["error", "item_id", "drop"] = "error"
+    """Items without a title, or without a line in the item file: error refuses them, item_id uses "item <id>" as their
+    title, drop leaves their interactions out."""
+    on_missing_time: Literal["error", "drop", "file_order"] = "error"
+    """Interactions without a timestamp: error refuses them, drop leaves them out, file_order takes the order of the
+    file instead of the times of all interactions."""
+    tied_times: Literal["file_order", "random"] = "file_order"
+    """Order of a user's interactions with equal times: that of the file, or a random one that depends on ``seed``,
+    user and item only."""
+    min_rating: float | None = None
+    """Keeps interactions with a rating or label of at least this, such as 4 or 1; null keeps all."""
+    min_user_interactions: Natural = 0
+    """Users with fewer interactions are left out, after the k-core filter; 0 keeps everything."""
+    repeats: Literal["last", "keep"] = "last"
+    """Repeated interactions of a user with an item: last keeps the last one; keep keeps all, and seen items are then
+    ranked too."""
     expected: Mapping[str, Any] = field(default_factory=dict)
     """Published counts that ``fellrec prepare`` checks."""
 
@@ -63,9 +81,12 @@ class AtomicSettings:
     root: str
     """Folder of the files."""
     name: str | None = None
-    """Stem of the files; null takes the only .inter file of the folder."""
+    """Stem of the files; null takes the only .inter file of the folder, or the only .train.inter, .valid.inter and
+    .test.inter."""
     title_column: str | None = None
     """Column of the item file that holds the title; null tries title, movie_title, item_name and name."""
+    rating_column: str | None = None
+    """Column of the interactions for ``data.min_rating``; null tries rating and label."""
 
 
 MeanLength = Annotated[float, number(lambda x: x >= MIN_LENGTH + 1, f"a number of at least {MIN_LENGTH + 1}")]
@@ -91,7 +112,7 @@ class SyntheticSettings:
     """Fraction of steps that are random; must be 0 for films."""
     shared_rate: Rate = 0.5
     """Fraction of items whose habit is the same in all groups."""
-    seed: int = 0
+    seed: Seed = 0
     """Of all random choices."""
 
     def __post_init__(self) -> None:
@@ -138,7 +159,7 @@ class KMeansSettings:
     """C."""
     num_factors: Count = 32
     """Factors of the truncated SVD."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of SVD and k-means."""
 
     def __post_init__(self) -> None:
@@ -152,7 +173,7 @@ class RandomSettings:
 
     num_clients: Count = 5
     """C."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the shuffle."""
 
     def __post_init__(self) -> None:
@@ -168,7 +189,7 @@ class DirichletSettings:
     """C."""
     concentration: Positive = 0.3
     """Concentration of the Dirichlet distribution; smaller concentrations give less similar clients."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the draws."""
 
     def __post_init__(self) -> None:
@@ -213,6 +234,11 @@ class LeaveOneOutSettings:
     def __post_init__(self) -> None:
         """Check all ranges."""
         check(self, "holdout")
+
+
+@dataclass(frozen=True)
+class GivenSplitSettings:
+    """The split of the files ``NAME.train.inter``, ``NAME.valid.inter`` and ``NAME.test.inter``."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from fellrec.experiment.build import (
     build_recommender,
     build_rule,
     cache_dir,
+    log_notes,
     recommender_key,
 )
 from fellrec.experiment.federation import Federation, build_federation, build_loop
@@ -27,5 +28,6 @@ __all__ = [
     "build_recommender",
     "build_rule",
     "cache_dir",
+    "log_notes",
     "recommender_key",
 ]

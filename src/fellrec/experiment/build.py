@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -44,6 +45,8 @@ from fellrec.models.module import FellrecModule, Objective, OptimizerSettings, R
 from fellrec.models.partial import read_body
 from fellrec.models.remote import Cut, server_shell
 from fellrec.models.split import SplitModel
+
+log = logging.getLogger(__name__)
 
 PLUGINS = (ClusterEnvironment, Precision, CheckpointIO)
 """What Fabric takes as plugins."""
@@ -123,6 +126,12 @@ def build_data(config: DictConfig) -> PreparedData:
     )
     check_cutoffs(list(config.trainer.cutoffs), len(data.catalogue))
     return data
+
+
+def log_notes(data: PreparedData) -> None:
+    """Warn of what a user may not expect of the data: ties in time, repeated interactions, absent clients."""
+    for note in data.notes:
+        log.warning("data: %s", note)
 
 
 def build_recommender(config: DictConfig, data: PreparedData, fabric: Fabric | None = None) -> Recommender:
@@ -319,7 +328,10 @@ def _objective(config: DictConfig, backbone: Backbone, data: PreparedData) -> Ob
 
 
 def _item_counts(data: PreparedData) -> Tensor:
-    """How often each item was used by the public users; without any, in everybody's training interactions."""
+    """How often each item was used by the public users; without any, by all clients' users, centrally.
+
+    Training interactions only.
+    """
     public = np.flatnonzero(data.client_of_user < 0)
     rows = data.train.take(public) if len(public) else data.train
     return torch.from_numpy(np.bincount(rows.values, minlength=len(data.catalogue)))

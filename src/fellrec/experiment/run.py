@@ -25,6 +25,7 @@ from fellrec.experiment.build import (
     build_fabric,
     build_recommender,
     frozen_parameters,
+    log_notes,
 )
 from fellrec.experiment.classes import check_classes
 from fellrec.experiment.federation import Federation, build_federation
@@ -192,7 +193,8 @@ class Run:
         about = {
             "rule": self.rule,
             "seed": self.config.seed,
-            "cold": recommender.cold.counts(),
+            "num_users": len(evaluation.users),
+            "cold": recommender.cold.counts(evaluation.users.numpy()),
             "num_tied_users": int(evaluation.first_items.is_tied.sum()),
             **more,
         }
@@ -269,6 +271,7 @@ def build(
     data = build_data(config)
     if config.resume and (Path(config.run_dir) / "data.json").is_file():
         check_same_data(Path(config.run_dir), data)
+    log_notes(data)
     recommender = build_recommender(config, data, fabric)
     return Run(config, recommender, signals=signals, session=session, callbacks=callbacks)
 
@@ -327,10 +330,11 @@ def table_cutoff(config: DictConfig) -> int:
 
 
 def collect(recommender: Recommender, results: Sequence[RuleResult]) -> Comparison:
-    """Results with the sizes of the partition they were made on."""
-    data = recommender.data
-    users_per_client = data.statistics["users_per_client"]
-    return Comparison(data.name, users_per_client, len(data.catalogue), results, cold=recommender.cold.counts())
+    """Results with the number of users that they were evaluated on."""
+    data, evaluation = recommender.data, results[0].evaluation
+    users_per_client = torch.bincount(evaluation.client_of_user, minlength=data.num_clients).tolist()
+    cold = recommender.cold.counts(evaluation.users.numpy())
+    return Comparison(data.name, users_per_client, len(data.catalogue), results, cold=cold)
 
 
 def reference_results(

@@ -72,7 +72,8 @@ def target_ranks(
         masked_rows: ``[M]`` int64 row of each pair to leave out, such as the user's earlier items.
         masked_items: ``[M]`` int64 item of each pair to leave out.
         title_groups: ``[I]`` int64, equal for items with the same title; ``None`` if all titles differ.
-        candidates: ``[B, I]`` bool, items that are ranked beside the targets; ``None`` for all unmasked items.
+        candidates: ``[B, I]`` bool, items that are ranked beside the targets and the unmasked items with their titles,
+            so that no rank is above that without candidates; ``None`` for all unmasked items.
 
     Returns:
         ``[T]`` int64 ranks from 0.
@@ -90,14 +91,17 @@ def target_ranks(
         tensor([1])
     """
     _check_scores_and_targets(scores, target_rows, target_items)
-    allowed = torch.ones_like(scores, dtype=torch.bool) if candidates is None else candidates.clone()
-    allowed[masked_rows, masked_items] = False
+    unmasked = torch.ones_like(scores, dtype=torch.bool)
+    unmasked[masked_rows, masked_items] = False
+    unmasked[target_rows, target_items] = True
+    allowed = unmasked if candidates is None else candidates & unmasked
     allowed[target_rows, target_items] = True
     if title_groups is None:
         representatives, shares_title = target_items, torch.zeros_like(allowed)
         shares_title[target_rows, target_items] = True
     else:
-        members = title_members(scores, allowed, target_rows, target_items, title_groups)
+        members = title_members(scores, unmasked, target_rows, target_items, title_groups)
+        allowed[members.rows, members.items] = True
         representatives, shares_title = _title_representatives(members), members.shares_title
     return _ranks_in_order(scores, allowed, shares_title, target_rows, representatives)
 

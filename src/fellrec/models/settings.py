@@ -221,8 +221,8 @@ class RetrievalSettings:
     num_negatives: Count | None = None
     """Number of sampled items per step, with the logQ correction; null: the full softmax."""
     negatives: Literal["uniform", "popularity"] = "uniform"
-    """Proposal distribution of the sample: uniform, or popularity, by the public users' interactions, if there are any,
-    plus 1."""
+    """Proposal distribution of the sample: uniform, or popularity, by the training interactions plus 1 of the public
+    users, or without any of all clients, which a federation would have to sum."""
     refresh_items: Literal["every_step", "round"] | Count = "every_step"
     """With ``item_encoder=encoded``, how often item vectors are computed: in every step, with gradients; or after a
     number of steps, or once per round, without gradients."""

@@ -35,14 +35,14 @@ _Column = tuple[str, Callable[[Plan], str]]
 
 def print_plans(rows: Sequence[Row], console: Console) -> None:
     """Print one line per combination; a table that is wider than the console becomes several tables."""
-    console.print(_heading(rows), highlight=False)
+    console.print(_heading(rows), highlight=False, markup=False)
     console.print()
     has_probe = rows[0].plan.seconds_per_round is not None
     for title, columns in (("storage and memory", _STORAGE), ("traffic of a round", _traffic_columns(has_probe))):
         for table in _fitting(rows, title, columns, console):
             console.print(table)
             console.print()
-    console.print(_notes(rows), highlight=False)
+    console.print(_notes(rows), highlight=False, markup=False)
 
 
 def _heading(rows: Sequence[Row]) -> str:

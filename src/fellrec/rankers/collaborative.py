@@ -96,13 +96,13 @@ def known_items(histories: Tensor, batch: Mapping[str, Tensor] | None, num_items
 
     Args:
         histories: ``[B, H]`` int64, padded with -1.
-        batch: Evaluation batch with the users' seen items, ``masked_rows`` and ``masked_items`` ``[M]``; ``None`` to
+        batch: Evaluation batch with the users' seen items, ``seen_rows`` and ``seen_items`` ``[M]``; ``None`` to
             use the items of the histories.
         num_items: I.
     """
     shape = (len(histories), num_items)
     if batch is not None:
-        return _binary(batch["masked_rows"].cpu().numpy(), batch["masked_items"].cpu().numpy(), shape)
+        return _binary(batch["seen_rows"].cpu().numpy(), batch["seen_items"].cpu().numpy(), shape)
     items = histories.cpu().numpy()
     rows, columns = np.nonzero(items >= 0)
     return _binary(rows, items[rows, columns], shape)

@@ -29,7 +29,7 @@ class ReferenceRanker(Protocol):
         Args:
             histories: ``[B, H]`` int64, padded with -1 on the right.
             batch: The evaluation batch of the histories, for rankers that need the users' ``clients`` or all their seen
-                items (``masked_rows`` and ``masked_items``).
+                items (``seen_rows`` and ``seen_items``).
 
         Returns:
             ``[B, I]`` float32.

@@ -119,7 +119,7 @@ class Comparison:
 
     Attributes:
         data: Name of the data set.
-        users_per_client: Of the partition.
+        users_per_client: Number of evaluated users of each client.
         num_items: Items that are ranked.
         results: In the order in which they ran.
         cold: Counts of cold items and users, see ``ColdStart.counts``; empty if they are not known.

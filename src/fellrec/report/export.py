@@ -36,7 +36,7 @@ def write_users(run_dir: Path, evaluation: Evaluation, data: PreparedData, cold:
     users, first = evaluation.users.numpy(), evaluation.first_items
     assert first is not None, "rankings are kept at test time"
     user_ids, item_ids = data.users["user_id"].to_numpy(), np.array(data.catalogue.item_ids, dtype=object)
-    clients, targets = evaluation.client_of_user.numpy(), data.test.take(users)
+    clients, targets = evaluation.client_of_user.numpy(), data.test.take(users).distinct()
     has_cold_target = np.bincount(targets.row_index, weights=cold.items[targets.values], minlength=len(users)) > 0
     of_users = {
         "user_id": user_ids[users],

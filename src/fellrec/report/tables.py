@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.padding import PaddingDimensions
 from rich.table import Table
 
@@ -155,13 +156,14 @@ def _table(comparison: Comparison, frame: pd.DataFrame, cutoff: int, is_stacked:
     for _, of_kind in frame.groupby("kind", sort=False):
         rows += [None] if rows else []
         for row in of_kind.to_dict("records"):
-            cells = {name: row[name].replace(" ±0.", "\n±.") if is_stacked else row[name] for name in columns}
+            shown = {name: escape(row[name]) for name in columns}
+            cells = {name: cell.replace(" ±0.", "\n±.") if is_stacked else cell for name, cell in shown.items()}
             bold = {name: f"[bold]{cell}[/bold]" for name, cell in cells.items() if (row["rule"], name) in best}
             rows.append(list({**cells, **bold}.values()))
     headings = [_NARROW.get(name.partition("@")[0], name) if is_narrow else name for name in columns]
     return text_table(
-        f"{comparison.data}: {sum(comparison.users_per_client)} users of {len(comparison.users_per_client)} clients, "
-        f"{comparison.num_items} items ranked, {comparison.stage} holdout",
+        f"{escape(comparison.data)}: {sum(comparison.users_per_client)} users of "
+        f"{len(comparison.users_per_client)} clients, {comparison.num_items} items ranked, {comparison.stage} holdout",
         [heading.strip() for heading in headings],
         rows,
         f"NDCG@{cutoff} and Recall@{cutoff}: mean over clients | pooled over users. std, variance, worst: "
@@ -188,7 +190,7 @@ def _cold_text(comparison: Comparison) -> str:
         return ""
     return (
         f" Cold: {cold['items']} items without a training interaction, targets of "
-        f"{summary['cold_items/num_users']:.0f} users; {summary['cold_users/num_users']:.0f} users with fewer than "
+        f"{summary['cold_items/num_users']:.0f} users; {cold['users']} users with fewer than "
         f"{cold['users_below']} training interactions."
     )
 

@@ -40,7 +40,8 @@ def test_cold_items_and_users(data: PreparedData) -> None:
     cold = ColdStart.of(data, 2)
     assert cold.items.tolist() == [False, False, False, True, True, True]
     assert cold.users.tolist() == [False, False, True, True, False]
-    assert cold.counts() == {"items": 3, "users": 2, "users_below": 2}
+    assert cold.counts(np.array([0, 1, 2, 3])) == {"items": 3, "users": 2, "users_below": 2}
+    assert cold.counts(np.array([0, 1, 3]))["users"] == 1, "user 2 is not evaluated"
     assert ColdStart.of(data, 4).users.tolist() == [True, True, True, True, False], "public users do not count"
 
 

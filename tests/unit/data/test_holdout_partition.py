@@ -55,6 +55,39 @@ def test_global_time_refuses_positions_instead_of_timestamps() -> None:
         GlobalTime().assign(histories, np.array([0, 1, 2, 0, 1], dtype=float))
 
 
+def assign(rows: list[list[float]]) -> np.ndarray:
+    times = np.array([time for row in rows for time in row], dtype=float)
+    return GlobalTime().assign(Ragged.from_rows([[0] * len(row) for row in rows]), times)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[1, 2, 3], [1, 2], [1]], "only the position of each interaction"),
+        ([[2, 3, 5], [1, 2, 4, 5], [2, 4]], "only the position of each interaction"),  # after a filter
+        ([[0, 0, 1, 2], [0, 1, 1]], "only the position of each interaction"),  # numbers of orders of several items
+        ([[0, 7.5, 90.25], [0, 12.5], [0, 4.75, 5.5]], "count from each user's first interaction"),
+        ([[9, 9], [9, 9, 9]], "all timestamps are equal"),
+        ([[9, 9], [8, 8, 8], [5]], "all timestamps of each user are equal"),
+    ],
+)
+def test_global_time_refuses_timestamps_that_cannot_be_compared(rows: list[list[float]], message: str) -> None:
+    with pytest.raises(DataError, match=f"holdout=global_time needs timestamps, but .*{message}.*leave_one_out"):
+        assign(rows)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[100, 130, 180], [110, 111], [150, 190]],
+        [[2001, 2001, 2002], [2002, 2004, 2004], [2001, 2003]],  # years, with ties
+        [[5], [5], [7]],
+    ],
+)
+def test_global_time_accepts_times(rows: list[list[float]]) -> None:
+    assign(rows)
+
+
 @pytest.mark.parametrize("rates", [(0.0, 0.1), (0.6, 0.5)])
 def test_global_time_refuses_invalid_rates(rates: tuple[float, float]) -> None:
     with pytest.raises(ConfigError, match="holdout.valid_rate"):

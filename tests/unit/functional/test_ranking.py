@@ -75,6 +75,21 @@ def test_ranks_of_a_row_are_distinct_and_metrics_are_rates(problem):
         assert ((known >= 0) & (known <= 1 + 1e-12)).all()
 
 
+@given(ranking_problems(), st.integers(0, 2**21 - 1))
+def test_no_rank_among_candidates_is_above_that_among_all_items(problem, bits):
+    scores, targets, masked, groups = problem
+    drawn = [
+        [bool(bits >> (row * len(groups) + item) & 1) for item in range(len(groups))] for row in range(len(scores))
+    ]
+    pairs = (
+        torch.tensor(targets, dtype=torch.long).reshape(-1, 2),
+        torch.tensor(masked, dtype=torch.long).reshape(-1, 2),
+    )
+    sampled = target_ranks(torch.tensor(scores), *pairs[0].T, *pairs[1].T, torch.tensor(groups), torch.tensor(drawn))
+    full = ranks_of(scores, targets, masked, groups)
+    assert all(few <= every for few, every in zip(sampled.tolist(), full, strict=True))
+
+
 def test_blocks_do_not_change_ranks(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     scores = torch.randint(0, 9, (5, 30), generator=generator).float()

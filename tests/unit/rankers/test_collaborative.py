@@ -30,7 +30,7 @@ def train(dense: np.ndarray) -> Ragged:
 
 def batch_of(train: Ragged, users: list[int]) -> dict[str, torch.Tensor]:
     seen = train.take(np.array(users))
-    return {"masked_rows": torch.from_numpy(seen.row_index), "masked_items": torch.from_numpy(seen.values)}
+    return {"seen_rows": torch.from_numpy(seen.row_index), "seen_items": torch.from_numpy(seen.values)}
 
 
 def similarity_by_hand(dense: np.ndarray, neighbours: int, shrink: float) -> np.ndarray:
@@ -96,7 +96,7 @@ def test_scores_use_all_seen_items_of_the_batch_else_those_of_the_histories(
     """A user who is not in the training data is scored from the set of their items."""
     ranker = fit(train)
     rows, items = torch.tensor([0, 0, 0]), torch.tensor([4, 2, 9])
-    known = {"masked_rows": rows, "masked_items": items}
+    known = {"seen_rows": rows, "seen_items": items}
     whole = ranker.scores(torch.tensor([[9]]), known)
     torch.testing.assert_close(ranker.scores(torch.tensor([[2, 9, 4, 9, -1]])), whole, rtol=0, atol=0)
     assert not torch.equal(ranker.scores(torch.tensor([[9]])), whole)

@@ -2,7 +2,7 @@
 
 from fellrec.data.readers.atomic import AtomicReader
 from fellrec.data.readers.micro_lens import MicroLensReader
-from fellrec.data.readers.movielens import MovieLens1MReader, MovieLens100KReader
+from fellrec.data.readers.movielens import MovieLens1MReader, MovieLens100KReader, MovieLensCsvReader
 from fellrec.data.readers.synthetic import SyntheticReader
 
 __all__ = [
@@ -10,5 +10,6 @@ __all__ = [
     "MicroLensReader",
     "MovieLens1MReader",
     "MovieLens100KReader",
+    "MovieLensCsvReader",
     "SyntheticReader",
 ]

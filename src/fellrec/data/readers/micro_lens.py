@@ -27,12 +27,12 @@ class MicroLensReader(FilesSettings):
             DataError: If a file or column is missing or a line is malformed.
         """
         pairs, titles = self._paths()
-        interactions = read_table(pairs, ",", encoding="utf-8-sig")
+        interactions = read_table(pairs, ",")
         interactions.columns = interactions.columns.str.strip()
         require_columns(interactions, tuple(_PUBLISHED), pairs)
         interactions = interactions[list(_PUBLISHED)].rename(columns=_PUBLISHED)
-        interactions["timestamp"] = to_numbers(interactions["timestamp"], pairs, first_line=2)
-        items = read_table(titles, ",", ("item_id", "title"), encoding="utf-8-sig", last_is_free=True)
+        interactions["timestamp"] = to_numbers(interactions["timestamp"], lines_of(pairs, 2))
+        items = read_table(titles, ",", ("item_id", "title"), last_is_free=True)
         has_header = items.loc[0, "item_id"].strip().lower() == "item"
         items = items.iloc[int(has_header) :].reset_index(drop=True)
         items["title"] = items["title"].str.strip()

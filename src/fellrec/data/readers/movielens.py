@@ -1,4 +1,4 @@
-"""MovieLens-100K and -1M as published (latin-1), and -1M as atomic files."""
+"""MovieLens as published: 100K and 1M (latin-1, or copies in UTF-8), 1M as atomic files, and the later csv form."""
 
 from __future__ import annotations
 
@@ -7,11 +7,23 @@ from pathlib import Path
 import pandas as pd
 
 from fellrec.data.readers.atomic import AtomicReader
-from fellrec.data.readers.table import existing_files, hash_files, lines_of, read_table, to_numbers
-from fellrec.data.schema import RawData
+from fellrec.data.readers.table import (
+    UTF8_OR_LATIN1,
+    existing_files,
+    hash_files,
+    lines_of,
+    read_csv,
+    read_table,
+    require_columns,
+    to_numbers,
+)
+from fellrec.data.schema import Locate, RawData
 from fellrec.data.settings import FilesSettings
 
 _INTERACTIONS = ("user_id", "item_id", "rating", "timestamp")
+CSV_FILES = ("ratings.csv", "movies.csv")
+_CSV_NAMES = ("userId", "movieId", "rating", "timestamp")
+_NO_GENRE = "(no genres listed)"
 _GENRES = (
     "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical "
     "Mystery Romance Sci-Fi Thriller War Western"
@@ -30,13 +42,13 @@ class MovieLens100KReader(FilesSettings):
         data, item, user = self._paths()
         interactions = _interactions(data, "\t")
         items = read_table(
-            item, "|", ("item_id", "title", "release_date", "video_date", "url", *_GENRES), encoding="latin-1"
+            item, "|", ("item_id", "title", "release_date", "video_date", "url", *_GENRES), encodings=UTF8_OR_LATIN1
         )
         flags = items[_GENRES].to_numpy(dtype=object) == "1"
         genre = [" ".join(name for name, flag in zip(_GENRES, row, strict=True) if flag) for row in flags]
         items = pd.DataFrame({"item_id": items["item_id"], "title": items["title"], "genre": genre})
-        users = read_table(user, "|", ("user_id", "age", "gender", "occupation", "zip_code"), encoding="latin-1")
-        return RawData(interactions, items, users, lines_of(data, 1), lines_of(item, 1))
+        users = read_table(user, "|", ("user_id", "age", "gender", "occupation", "zip_code"), encodings=UTF8_OR_LATIN1)
+        return RawData(interactions, items, users, lines_of(data, 1), lines_of(item, 1), lines_of(user, 1))
 
     def fingerprint(self) -> str:
         """Hash of the files' contents."""
@@ -58,10 +70,13 @@ class MovieLens1MReader(FilesSettings):
         if self._is_atomic():
             return AtomicReader(self.root).read()
         ratings, movies, people = self._paths()
-        items = read_table(movies, "::", ("item_id", "title", "genre"), encoding="latin-1")
+        items = read_table(movies, "::", ("item_id", "title", "genre"), encodings=UTF8_OR_LATIN1)
         items["genre"] = items["genre"].str.replace("|", " ", regex=False)
-        users = read_table(people, "::", ("user_id", "gender", "age", "occupation", "zip_code"), encoding="latin-1")
-        return RawData(_interactions(ratings, "::"), items, users, lines_of(ratings, 1), lines_of(movies, 1))
+        users = read_table(
+            people, "::", ("user_id", "gender", "age", "occupation", "zip_code"), encodings=UTF8_OR_LATIN1
+        )
+        interactions = _interactions(ratings, "::")
+        return RawData(interactions, items, users, lines_of(ratings, 1), lines_of(movies, 1), lines_of(people, 1))
 
     def fingerprint(self) -> str:
         """Hash of the files' contents."""
@@ -73,11 +88,45 @@ class MovieLens1MReader(FilesSettings):
 
     def _paths(self) -> list[Path]:
         return existing_files(
-            self.root, ("ratings.dat", "movies.dat", "users.dat"), "RecBole's *.inter, *.item, *.user"
+            self.root,
+            ("ratings.dat", "movies.dat", "users.dat"),
+            f"RecBole's *.inter, *.item, *.user; {' and '.join(CSV_FILES)} are read by data=ml_csv",
         )
 
 
+class MovieLensCsvReader(FilesSettings):
+    """``ratings.csv`` and ``movies.csv``, as ml-latest-small, 20M, 25M and 32M; every rating is an interaction."""
+
+    def read(self) -> RawData:
+        """Read the files.
+
+        Raises:
+            DataError: If a file or column is missing or a line is malformed.
+        """
+        ratings, movies = self._paths()
+        interactions, where_interaction = read_csv(ratings)
+        require_columns(interactions, tuple(_CSV_NAMES), ratings)
+        interactions = interactions[list(_CSV_NAMES)].set_axis(list(_INTERACTIONS), axis=1)
+        items, where_item = read_csv(movies)
+        require_columns(items, ("movieId", "title", "genres"), movies)
+        items = items[["movieId", "title", "genres"]].set_axis(["item_id", "title", "genre"], axis=1)
+        genre = items["genre"].str.replace(_NO_GENRE, "", regex=False).str.replace("|", " ", regex=False)
+        users = interactions[["user_id"]].drop_duplicates().reset_index(drop=True)
+        return RawData(
+            _numbers(interactions, where_interaction), items.assign(genre=genre), users, where_interaction, where_item
+        )
+
+    def fingerprint(self) -> str:
+        """Hash of the files' contents."""
+        return hash_files(self._paths())
+
+    def _paths(self) -> list[Path]:
+        return existing_files(self.root, CSV_FILES)
+
+
 def _interactions(path: Path, separator: str) -> pd.DataFrame:
-    table = read_table(path, separator, _INTERACTIONS, encoding="latin-1")
-    table["timestamp"] = to_numbers(table["timestamp"], path, first_line=1)
-    return table[["user_id", "item_id", "timestamp"]]
+    return _numbers(read_table(path, separator, _INTERACTIONS, encodings=UTF8_OR_LATIN1), lines_of(path, 1))
+
+
+def _numbers(table: pd.DataFrame, locate: Locate) -> pd.DataFrame:
+    return table.assign(**{name: to_numbers(table[name], locate) for name in ("rating", "timestamp")})

@@ -10,9 +10,11 @@ import pytest
 from fellrec.cli.prepare import verify
 from fellrec.config.compose import compose
 from fellrec.config.instantiate import instantiate
+from fellrec.data.clean import clean
 from fellrec.data.readers import MicroLensReader, SyntheticReader
 from fellrec.data.readers.micro_lens import PAIRS, TITLES
-from fellrec.data.schema import RawData, clean
+from fellrec.data.schema import RawData
+from fellrec.data.settings import DataSettings
 from fellrec.errors import ConfigError, DataError
 from fellrec.experiment import build_data
 
@@ -80,7 +82,7 @@ def test_bad_lines_are_named(published: Path, file: str, text: str, message: str
         (published / TITLES).write_text("1, a\n2, b\n")
     (published / file).write_text(text)
     with pytest.raises(DataError, match=message):
-        clean(MicroLensReader(str(published)).read())
+        clean(MicroLensReader(str(published)).read(), DataSettings("micro_lens", None))
 
 
 def test_missing_files_are_named_at_once(tmp_path: Path) -> None:

@@ -1,0 +1,231 @@
+"""Validation of raw data, and the settings that say what to do about gaps, ratings and repeated interactions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from fellrec.data.schema import Locate, RawData
+from fellrec.data.settings import DataSettings
+from fellrec.errors import DataError, shorten
+
+MAX_TEXT = 20_000
+"""Longest text of an item in characters; some tokenizers need minutes for a text of a million."""
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """Valid data.
+
+    Attributes:
+        raw: The data after all settings were applied.
+        counts: What was read and what was left out, by name.
+        notes: What a user should know of it, one sentence each.
+    """
+
+    raw: RawData
+    counts: Mapping[str, int]
+    notes: tuple[str, ...]
+
+
+def clean(raw: RawData, settings: DataSettings) -> Cleaned:
+    """Validate raw data and apply ``on_empty_title``, ``on_missing_time``, ``min_rating`` and ``repeats``.
+
+    Equal lines of the item or user file count once.
+
+    Raises:
+        DataError: If the data are invalid; lists all problems with counts and the first offending line.
+    """
+    raw = replace(
+        raw,
+        interactions=raw.interactions.reset_index(drop=True),
+        items=_distinct_rows(raw.items),
+        users=_distinct_rows(raw.users),
+    )
+    raw.items["title"] = raw.items["title"].fillna("").str.replace(r"[\r\n]+", " ", regex=True)
+    if found := [problem for problem in _problems(raw, settings) if problem]:
+        raise DataError("invalid data: " + "; ".join(found))
+    raw, about_titles = _with_titles(raw, settings)
+    raw, about_times = _with_times(raw, settings)
+    everything = raw.interactions if settings.repeats == "keep" else last_of_each(raw.interactions)
+    counts = {f"{name}_as_read": count for name, count in sizes(everything).items()}
+    chosen = _rated(raw.interactions, settings.min_rating)
+    kept = chosen if settings.repeats == "keep" else last_of_each(chosen)
+    if settings.min_rating is not None:
+        counts["below_min_rating"] = len(raw.interactions) - len(chosen)
+    counts["duplicates_dropped"] = len(chosen) - len(kept)
+    notes = (about_titles, about_times, _about_ratings(raw, settings), _about_repeats(counts["duplicates_dropped"]))
+    return Cleaned(replace(raw, interactions=kept), counts, tuple(filter(None, notes)))
+
+
+def sizes(interactions: pd.DataFrame) -> dict[str, int]:
+    """Number of users, items and interactions."""
+    return {
+        "users": int(interactions["user_id"].nunique()),
+        "items": int(interactions["item_id"].nunique()),
+        "interactions": len(interactions),
+    }
+
+
+def last_of_each(interactions: pd.DataFrame) -> pd.DataFrame:
+    """The last interaction of each user and item, in the given order."""
+    by = ["stage", "timestamp"] if "stage" in interactions else ["timestamp"]
+    ordered = interactions.sort_values(by, kind="stable")
+    return ordered.drop_duplicates(["user_id", "item_id"], keep="last").sort_index()
+
+
+def _problems(raw: RawData, settings: DataSettings) -> Iterator[str]:
+    yield "the interactions are empty" if raw.interactions.empty else ""
+    yield from _item_problems(raw, settings)
+    yield from _time_problems(raw, settings)
+    yield from _rating_problems(raw, settings)
+    yield from _user_problems(raw)
+
+
+def _item_problems(raw: RawData, settings: DataSettings) -> Iterator[str]:
+    items = raw.items
+    texts = items.select_dtypes(["object", "str"])
+    yield _first(
+        pd.concat([texts[name].str.len() > MAX_TEXT for name in texts], axis=1).any(axis=1),
+        f"items have a text of more than {MAX_TEXT:,} characters",
+        raw.where_item,
+    )
+    yield _first(items["item_id"].str.strip() == "", "item ids are empty", raw.where_item)
+    yield _first(items["item_id"].duplicated(), "item ids are duplicates", raw.where_item)
+    if settings.on_empty_title != "error":
+        return
+    hint = "(set data.on_empty_title=item_id to allow it)"
+    yield _first(_is_blank(items["title"]), f"items have an empty title {hint}", raw.where_item)
+    unknown = ~raw.interactions["item_id"].isin(items["item_id"])
+    if unknown.any() and raw.no_items:
+        yield f"{raw.no_items}, so items have no titles {hint}"
+    else:
+        yield _first(unknown, f"interactions have an item that is not in the catalogue {hint}", raw.where_interaction)
+
+
+def _time_problems(raw: RawData, settings: DataSettings) -> Iterator[str]:
+    times = raw.interactions["timestamp"]
+    yield _first(np.isinf(times), "timestamps are not finite numbers", raw.where_interaction)
+    if settings.on_missing_time != "error" or not times.isna().any():
+        return
+    hint = "(set data.on_missing_time=file_order or drop to allow it)"
+    if raw.no_times:
+        yield f"{raw.no_times} {hint}"
+    else:
+        yield _first(times.isna(), f"interactions have no timestamp {hint}", raw.where_interaction)
+
+
+def _rating_problems(raw: RawData, settings: DataSettings) -> Iterator[str]:
+    if settings.min_rating is None:
+        return
+    if "rating" not in raw.interactions:
+        yield f"data.min_rating={settings.min_rating:g} needs a column with ratings or labels"
+    else:
+        is_missing = raw.interactions["rating"].isna()
+        yield _first(is_missing, f"interactions have no number as {raw.rating_name}", raw.where_interaction)
+
+
+def _user_problems(raw: RawData) -> Iterator[str]:
+    names = raw.users["user_id"]
+    again = names.duplicated()
+    first = shorten(repr(names[again].iloc[0])) if again.any() else ""
+    yield _first(again, f"users are listed again with other values (user {first})", raw.where_user)
+    empty = names[_is_blank(names)]
+    yield _first(raw.interactions["user_id"].isin(empty), "interactions have an empty user id", raw.where_interaction)
+    yield _first(
+        ~raw.interactions["user_id"].isin(names),
+        "interactions have a user that is not in the user file",
+        raw.where_interaction,
+    )
+
+
+def _with_titles(raw: RawData, settings: DataSettings) -> tuple[RawData, str]:
+    """Titles for items without one, or the data without these items; and a note."""
+    items, item_id = raw.items, raw.interactions["item_id"]
+    if settings.on_empty_title == "item_id":
+        absent = pd.DataFrame({"item_id": sorted(set(item_id) - set(items["item_id"]))}, dtype=str)
+        items = pd.concat([items, absent], ignore_index=True).fillna("")
+        empty = _is_blank(items["title"])
+        items.loc[empty, "title"] = "item " + items.loc[empty, "item_id"]
+        note = f'{len(absent):,} items have no line in the item file and are called "item <id>"' if len(absent) else ""
+        return replace(raw, items=items), note
+    if settings.on_empty_title == "drop":
+        items = items[~_is_blank(items["title"])].reset_index(drop=True)
+        is_kept = item_id.isin(items["item_id"])
+        note = (
+            f"{_of(~is_kept)} interactions have an item without a title and are left out" if not is_kept.all() else ""
+        )
+        kept = _some(raw.interactions[is_kept], "data.on_empty_title=drop")
+        return replace(raw, items=items, interactions=kept), note
+    return raw, ""
+
+
+def _with_times(raw: RawData, settings: DataSettings) -> tuple[RawData, str]:
+    """A time for every interaction; and a note."""
+    interactions = raw.interactions
+    is_missing = interactions["timestamp"].isna()
+    if not is_missing.any():
+        return raw, ""
+    if settings.on_missing_time == "drop":
+        kept = _some(interactions[~is_missing], "data.on_missing_time=drop")
+        return replace(raw, interactions=kept), f"{_of(is_missing)} interactions have no timestamp and are left out"
+    positions = interactions.groupby("user_id", sort=False).cumcount().astype(float)
+    note = f"{_of(is_missing)} interactions have no timestamp: all are in the order of the file"
+    return replace(raw, interactions=interactions.assign(timestamp=positions)), note
+
+
+def _rated(interactions: pd.DataFrame, least: float | None) -> pd.DataFrame:
+    if least is None:
+        return interactions
+    return _some(interactions[interactions["rating"] >= least], f"data.min_rating={least:g}")
+
+
+def _about_ratings(raw: RawData, settings: DataSettings) -> str:
+    if settings.min_rating is not None or "rating" not in raw.interactions:
+        return ""
+    is_negative = raw.interactions["rating"] <= 0
+    name = raw.rating_name
+    return (
+        f"the column {name} is not used: {_of(is_negative)} interactions have a {name} of 0 or less and count like the "
+        "others; data.min_rating=1 leaves them out"
+        if is_negative.any()
+        else ""
+    )
+
+
+def _about_repeats(num_dropped: int) -> str:
+    return (
+        f"{num_dropped:,} repeated interactions were dropped: the last of each user and item is kept; "
+        "data.repeats=keep keeps all"
+        if num_dropped
+        else ""
+    )
+
+
+def _some(kept: pd.DataFrame, setting: str) -> pd.DataFrame:
+    if kept.empty:
+        raise DataError(f"{setting} leaves no interactions")
+    return kept
+
+
+def _distinct_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """The first of equal rows; the index is the row of the file."""
+    return table.reset_index(drop=True).drop_duplicates()
+
+
+def _is_blank(column: pd.Series) -> pd.Series:
+    return column.str.strip() == ""
+
+
+def _of(chosen: pd.Series) -> str:
+    return f"{int(chosen.sum()):,} of {len(chosen):,}"
+
+
+def _first(wrong: pd.Series, what: str, locate: Locate) -> str:
+    """How many rows are wrong, and the place of the first; the index is the row of the file."""
+    if not wrong.any():
+        return ""
+    return f"{int(wrong.sum())} {what}, first at {locate(int(wrong.index[wrong.to_numpy().argmax()]))}"

@@ -1,0 +1,87 @@
+"""Counts of prepared data for reports, and sentences about what a user may not expect of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fellrec.data.prepared import PreparedData
+from fellrec.data.ragged import IntArray, Ragged
+from fellrec.data.settings import DataSettings
+
+STAGES = ("train", "valid", "test")
+
+
+def statistics(data: PreparedData) -> dict[str, Any]:
+    """Counts of users, items and interactions; those of stages are of the clients' users."""
+    owner, catalogue = data.client_of_user, data.catalogue
+    private = owner >= 0
+    seen = np.zeros(len(catalogue), dtype=bool)
+    seen[data.train.values] = True
+    num_targets = np.bincount(data.train.row_index, weights=data.train_targets, minlength=len(owner))
+    interactions = {name: getattr(data, name).lengths for name in STAGES}
+    num_interactions = int(sum(lengths.sum() for lengths in interactions.values()))
+    return {
+        **{name: int(lengths[private].sum()) for name, lengths in interactions.items()},
+        "public_train": int(data.train.lengths[~private].sum()),
+        "users": len(owner),
+        "public_users": int((~private).sum()),
+        "items": len(catalogue),
+        "density": num_interactions / (len(owner) * len(catalogue)),
+        "distinct_titles": int(catalogue.title_groups.max()) + 1,
+        "words_per_title": float(np.mean([len(title.split()) for title in catalogue.titles])),
+        "clients": data.num_clients,
+        "users_per_client": np.bincount(owner[private], minlength=data.num_clients).tolist(),
+        "train_targets_per_client": np.bincount(
+            owner[private], weights=num_targets[private], minlength=data.num_clients
+        )
+        .astype(int)
+        .tolist(),
+        "evaluated_users": int(((data.test.lengths > 0) & private).sum()),
+        "users_too_short_to_test": int(((data.test.lengths == 0) & private).sum()),
+        "users_without_training": int((private & (data.train.lengths == 0)).sum()),
+        "test_targets_never_trained_on": int((~seen[data.test.values]).sum()),
+    }
+
+
+def tie_counts(histories: Ragged, times: NDArray[np.float64], stages: IntArray) -> dict[str, int]:
+    """Ties in time.
+
+    Args:
+        histories: All interactions.
+        times: ``[total]`` their timestamps.
+        stages: ``[total]`` their stages.
+
+    Returns:
+        ``neighbours``, pairs of successive interactions of a user, and how many of them are ``tied_neighbours``, with
+        equal times; ``tied_holdouts``, those of different stages among them, whose stages the tie decides.
+    """
+    same_user = np.diff(histories.row_index) == 0
+    tied = same_user & (np.diff(times) == 0)
+    return {
+        "neighbours": int(same_user.sum()),
+        "tied_neighbours": int(tied.sum()),
+        "tied_holdouts": int((tied & (np.diff(stages) != 0)).sum()),
+    }
+
+
+def notes(counts: dict[str, Any], settings: DataSettings, num_clients: int | None) -> Iterator[str]:
+    """What the user should know of the preparation, one sentence each.
+
+    Args:
+        counts: From `statistics` and `tie_counts`.
+        settings: Of the preparation.
+        num_clients: The number of clients that was asked for, if any.
+    """
+    tied, neighbours = counts["tied_neighbours"], counts["neighbours"]
+    if tied and settings.tied_times == "file_order":
+        yield (
+            f"{tied:,} of {neighbours:,} successive interactions of a user ({tied / neighbours:.1%}) have equal times, "
+            f"{counts['tied_holdouts']:,} of them in different stages: the order of the file decides; "
+            "data.tied_times=random does not depend on it"
+        )
+    if num_clients is not None and num_clients != counts["clients"]:
+        yield f"partition.num_clients={num_clients} was asked for, but only {counts['clients']} clients have users"
