@@ -11,12 +11,14 @@ import numpy as np
 import pandas as pd
 
 from fellrec.data.ragged import IntArray
-from fellrec.errors import ConfigError, unknown
+from fellrec.errors import ConfigError, DataError, unknown
 
 Locate = Callable[[int], str]
 """Row of a frame → ``file:line``, for error messages."""
 
 TEXT_STYLES = ("plain", "key_value")
+MAX_TEXT = 100_000
+"""Longest text of an item in characters, all of its fields together."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Catalogue:
 
         Raises:
             ConfigError: If the data set has none of the fields, or the style is unknown.
+            DataError: If a text is longer than `MAX_TEXT`.
         """
         if style not in TEXT_STYLES:
             raise ConfigError(unknown("objective.text", style, TEXT_STYLES))
@@ -95,12 +98,21 @@ class Catalogue:
             raise ConfigError(unknown("item field", ", ".join(fields), columns))
         if style == "key_value":
             written = [_with_key(name, column) for name, column in present.items()]
-            return written[0].str.cat(written[1:]).str.strip().tolist()
+            return self._checked(written[0].str.cat(written[1:]).str.strip().tolist(), fields)
         first, *others = present.values()
         joined = first.astype(str)
         for column in others:
             joined = joined.str.cat(column.fillna("").astype(str), sep=" ")
-        return joined.str.strip().tolist()
+        return self._checked(joined.str.strip().tolist(), fields)
+
+    def _checked(self, texts: list[str], fields: Sequence[str]) -> list[str]:
+        longest = max(range(len(texts)), key=lambda item: len(texts[item]), default=0)
+        if texts and len(texts[longest]) > MAX_TEXT:
+            raise DataError(
+                f"item {self.item_ids[longest]!r} has a text of {len(texts[longest]):,} characters in "
+                f"{', '.join(fields)}; at most {MAX_TEXT:,} are allowed"
+            )
+        return texts
 
     @cached_property
     def title_groups(self) -> IntArray:

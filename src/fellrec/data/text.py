@@ -11,6 +11,18 @@ from torch import Tensor
 from fellrec.errors import BackboneError
 
 
+def plain_tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, in which nothing is a special token: a title may contain ``</s>`` or ``[SEP]``.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        texts: Any texts.
+    """
+    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    return [[token for token in ids if token not in special] for ids in encoded]  # unigram models may give them still
+
+
 class TokenizedTexts:
     """Token ids of one text per item.
 
@@ -42,7 +54,7 @@ class TokenizedTexts:
         suffix: Sequence[int] = (),
         allow_empty: bool = False,
     ) -> None:
-        encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        encoded = plain_tokens(tokenizer, texts)
         kept = max_tokens - len(ending)
         rows = [ids if len(ids) <= max_tokens else [*ids[:kept], *ending] for ids in encoded]
         if not allow_empty and [] in rows:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fellrec.data.text import plain_tokens
 from fellrec.functional.rng import derive_seed
 from fellrec.models.module import Objective
 from fellrec.models.settings import PretrainSettings
@@ -62,8 +63,7 @@ def catalogue_tokens(tokenizer: Any, texts: list[str], max_tokens: int = 64) -> 
     """Token ids ``[I, L]`` int64 of each text, with BOS and EOS if the tokenizer has them, padded with -100."""
     before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    rows = [torch.tensor(before + ids[:max_tokens] + after) for ids in encoded]
+    rows = [torch.tensor(before + ids[:max_tokens] + after) for ids in plain_tokens(tokenizer, texts)]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
 
 

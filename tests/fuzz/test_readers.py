@@ -1,0 +1,176 @@
+"""Damaged and hostile data files: every outcome is prepared data or one clear message, in bounded time and memory."""
+
+from __future__ import annotations
+
+import random
+import resource
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fellrec.data import readers
+from fellrec.data.holdout import GlobalTime, LeaveOneOut
+from fellrec.data.partition import KMeansPartition, RandomPartition
+from fellrec.data.prepare import prepare
+from fellrec.data.settings import DataSettings
+from fellrec.errors import FellrecError
+
+INPUTS, SEED, SECONDS, MEGABYTES = 400, 0, 5.0, 500
+"""Inputs for each format; limits for one input, and for the memory of all."""
+
+_PAIRS = [
+    (user, item, 1_600_000_000 + 1000 * user + item) for user in range(8) for item in range(user % 3, 8, 1 + user % 2)
+]
+_NAMES = ["Heat", "Café du Nord", "Alien", "Amélie", "Up", "It", "Big", "Her"]
+_FLAGS = "|".join(["0"] * 19)
+
+
+def _table(separator: str, header: list[str] | None, rows: list[tuple[object, ...]]) -> str:
+    return "".join(f"{separator.join(map(str, row))}\n" for row in ([header] if header else []) + rows)  # type: ignore[operator]
+
+
+def _atomic(prefix: str = "") -> dict[str, str]:
+    header = ["user_id:token", "item_id:token", "rating:float", "timestamp:float"]
+    rows: list[tuple[object, ...]] = [(f"u{u}", f"i{i}", 1 + (u + i) % 5, t) for u, i, t in _PAIRS]
+    films: list[tuple[object, ...]] = [(f"i{k}", name, "Drama") for k, name in enumerate(_NAMES)]
+    return {
+        f"shop{prefix}.inter": _table("\t", header, rows),
+        "shop.item": _table("\t", ["item_id:token", "title:token_seq", "genre:token_seq"], films),
+        "shop.user": _table("\t", ["user_id:token", "gender:token"], [(f"u{u}", "fm"[u % 2]) for u in range(8)]),
+    }
+
+
+def _movielens(separator: str, bar: str) -> tuple[str, str, str]:
+    ratings = _table(separator, None, [(u, i, 1 + (u + i) % 5, t) for u, i, t in _PAIRS])
+    films = _table(bar, None, [(k, name, "Drama|Comedy") for k, name in enumerate(_NAMES)])
+    return ratings, films, _table(bar, None, [(u, "F", 25, 3, "00000") for u in range(8)])
+
+
+def _formats() -> dict[str, tuple[type, dict[str, str]]]:
+    ratings_1m, films_1m, users_1m = _movielens("::", "::")
+    ratings_100k, _, users_100k = _movielens("\t", "|")
+    films_100k = _table("|", None, [(k, name, "1990", "", "", _FLAGS) for k, name in enumerate(_NAMES)])
+    csv_rows: list[tuple[object, ...]] = [(u, i, 3.5, t) for u, i, t in _PAIRS]
+    quoted: list[tuple[object, ...]] = [(k, f'"{name}, The"', "Drama|Comedy") for k, name in enumerate(_NAMES)]
+    pairs: list[tuple[object, ...]] = [(u, i, t) for u, i, t in _PAIRS]
+    titles = _table(",", None, [(k, f" {name}, wait, what?") for k, name in enumerate(_NAMES)])
+    return {
+        "atomic": (readers.AtomicReader, _atomic()),
+        "ml_1m": (
+            readers.MovieLens1MReader,
+            {"ratings.dat": ratings_1m, "movies.dat": films_1m, "users.dat": users_1m},
+        ),
+        "ml_100k": (readers.MovieLens100KReader, {"u.data": ratings_100k, "u.item": films_100k, "u.user": users_100k}),
+        "ml_csv": (
+            readers.MovieLensCsvReader,
+            {
+                "ratings.csv": _table(",", ["userId", "movieId", "rating", "timestamp"], csv_rows),
+                "movies.csv": _table(",", ["movieId", "title", "genres"], quoted),
+            },
+        ),
+        "micro_lens": (
+            readers.MicroLensReader,
+            {
+                "MicroLens-100k_pairs.csv": _table(",", ["user", "item", "timestamp"], pairs),
+                "MicroLens-100k_title_en.csv": titles,
+            },
+        ),
+    }
+
+
+PIECES = [
+    b"\r", b"\r\n", b"\n", b"\n\n", b"\0", b"\t", b",", b"::", b"|", b'"', b'""', b"'", b"\\", b"\xef\xbb\xbf", b"\xff\xfe", b"\xe9",
+    b"\xc3\xa9", b"\x85", b"\xe2\x80\xa8", b"nan", b"inf", b"-1e999", b"1e400", b"-1", b"0x10", b"2020-01-01", b"9" * 400, b"</s>", b"[/x]",
+    b" ", b"", b"user_id", b"item_id:token", b"title", b"timestamp:float", b"rating", b"{title}", b"${oc.env:HOME}", b"\xed\xa0\x80", b"a" * 30_000,
+    b"\xf0\x9f\xa5\xb9" * 9, b"=1+1", b"None", b"1_0", b"True",
+]  # fmt: skip
+
+
+def damaged(content: bytes, generator: random.Random) -> bytes:
+    """One to three changes of bytes, fields, lines or columns."""
+    for _ in range(generator.randint(1, 3)):
+        lines = content.split(b"\n")
+        line, at = generator.randrange(len(lines)), generator.randint(0, len(content))
+        match generator.randrange(9):
+            case 0:
+                content = content[:at] + generator.choice(PIECES) + content[at:]
+            case 1:
+                content = content[:at] + content[at + generator.randint(1, 9) :]
+            case 2:
+                content = content[:at] + bytes([generator.randrange(256)]) + content[at + 1 :]
+            case 3:
+                content = content[:at]
+            case 4:
+                lines.insert(generator.randint(0, len(lines)), lines[line])
+                content = b"\n".join(lines)
+            case 5:
+                del lines[line]
+                content = b"\n".join(lines)
+            case 6:
+                content = content.replace(generator.choice([b"\t", b",", b"::", b"|"]), generator.choice(PIECES))
+            case 7:
+                separator = next((s for s in (b"\t", b"::", b"|", b",") if s in lines[line]), b"\t")
+                fields = lines[line].split(separator)
+                fields[generator.randrange(len(fields))] = generator.choice(PIECES)
+                lines[line] = separator.join(fields)
+                content = b"\n".join(lines)
+            case _:
+                lines[0] = generator.choice([lines[line], b"", generator.choice(PIECES), lines[0].replace(b":", b"")])
+                content = b"\n".join(lines)
+    return content
+
+
+def settings_of(generator: random.Random) -> dict[str, Any]:
+    """Settings that say what to do about gaps, ratings and repeats."""
+    choices: dict[str, list[Any]] = {
+        "on_empty_title": ["error", "item_id", "drop"],
+        "on_missing_time": ["error", "drop", "file_order"],
+        "repeats": ["last", "keep"],
+        "tied_times": ["file_order", "random"],
+        "min_rating": [None, None, 2.0],
+        "core": [0, 0, 2],
+    }
+    return {name: generator.choice(values) for name, values in choices.items()}
+
+
+def outcome(prepared: Callable[[], object]) -> str:
+    """``ok``, ``refused``, or the last line of a traceback."""
+    begin = time.perf_counter()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            prepared()
+        found = "ok"
+    except FellrecError as error:
+        found = "refused" if 0 < len(str(error)) < 3000 else f"a message of {len(str(error))} characters"
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = next((f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames) if "fellrec" in f.filename), "?")
+        found = f"{type(error).__name__} at {own}: {str(error)[:100]}"
+    return found if time.perf_counter() - begin < SECONDS else f"too slow, {found}"
+
+
+@pytest.mark.parametrize("name", _formats())
+def test_every_damaged_input_is_read_or_refused(tmp_path: Path, name: str) -> None:
+    reader, files = _formats()[name]
+    generator, found = random.Random(f"{SEED} {name}"), Counter[str]()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(INPUTS):
+        changed = generator.choice(sorted(files))
+        encoding = generator.choice(["utf-8", "latin-1" if name in ("ml_1m", "ml_100k") else "utf-8"])
+        for file, text in files.items():
+            content = text.encode(encoding)
+            (tmp_path / file).write_bytes(damaged(content, generator) if file == changed else content)
+        settings = DataSettings("x", str(tmp_path), **settings_of(generator))
+        holdout = generator.choice([LeaveOneOut(), GlobalTime()])
+        partition = KMeansPartition(num_clients=2) if generator.random() < 0.05 else RandomPartition(num_clients=2)
+        found[outcome(lambda: prepare(reader(str(tmp_path)), settings, holdout, partition, None))] += 1  # noqa: B023
+    assert found["ok"] > INPUTS / 20, found
+    assert found["ok"] + found["refused"] == INPUTS, found
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1024 * MEGABYTES
