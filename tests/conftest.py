@@ -36,7 +36,7 @@ TINY = [
 """Overrides of a run that takes about a second."""
 
 
-_SLOW_FOLDERS = {"integration", "conformance", "system", "benchmarks"}
+_SLOW_FOLDERS = {"integration", "conformance", "system", "benchmarks", "trouble", "fuzz"}
 """Whole runs, services, processes: their tests are slow, as are those that are marked."""
 
 
