@@ -25,7 +25,7 @@ from fellrec.data.settings import (
     PerUserSettings,
     RandomSettings,
 )
-from fellrec.errors import ConfigError, unknown
+from fellrec.errors import ConfigError, DataError, unknown
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,18 @@ class KMeansPartition(KMeansSettings):
     """
 
     def assign(self, given: PartitionInput) -> IntArray:
-        """See `Partition.assign`."""
+        """See `Partition.assign`.
+
+        Raises:
+            DataError: If there are fewer than two users or items.
+        """
         _check_count(self.num_clients, given)
         matrix = user_item_matrix(given.train, len(given.catalogue))
+        if min(matrix.shape) < 2:
+            raise DataError(
+                f"partition=kmeans needs at least two users and two items; there are {matrix.shape[0]} users of clients "
+                f"and {matrix.shape[1]} items"
+            )
         num_factors = min(self.num_factors, min(matrix.shape) - 1)
         factors = TruncatedSVD(num_factors, random_state=self.seed).fit_transform(matrix)
         labels = KMeans(self.num_clients, n_init=10, random_state=self.seed).fit_predict(normalize(factors))

@@ -16,6 +16,7 @@ from sklearn.decomposition import TruncatedSVD
 from torch import Tensor
 
 from fellrec.data.ragged import IntArray, Ragged
+from fellrec.errors import DataError
 
 _CELLS = 1 << 24
 """Maximum number of similarities in memory at the same time."""
@@ -79,8 +80,13 @@ class PureSVDRanker:
             train: Training sequences, one row per user.
             num_items: I.
             factors: F; reduced for small data sets.
+
+        Raises:
+            DataError: If there are fewer than two users or items.
         """
         matrix = _binary(train.row_index, train.values, (len(train), num_items))
+        if min(matrix.shape) < 2:
+            raise DataError("the baseline mf needs at least two users and two items; leave it out of references.show")
         # Exact; the randomised algorithm is an approximation that depends on its seed.
         svd = TruncatedSVD(min(factors, min(matrix.shape) - 1), algorithm="arpack", random_state=0).fit(matrix)
         return cls(svd.components_)

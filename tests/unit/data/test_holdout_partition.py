@@ -179,6 +179,13 @@ def test_more_clients_than_users_are_refused(partition: type) -> None:
         partition(num_clients=91).assign(given_data)
 
 
+def test_kmeans_of_one_item_is_refused() -> None:
+    catalogue = Catalogue(("x",), ("Heat",), pd.DataFrame(index=[0]))
+    one_item = PartitionInput(Ragged.from_rows([[0], [0]]), pd.DataFrame({"user_id": ["a", "b"]}), catalogue)
+    with pytest.raises(DataError, match="needs at least two users and two items; there are 2 users of clients and 1"):
+        KMeansPartition(num_clients=2).assign(one_item)
+
+
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=40))
 def test_clients_are_numbered_by_size(labels: list[int]) -> None:
     numbered = by_size(np.array(labels))
