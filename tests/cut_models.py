@@ -27,7 +27,7 @@ def cut_in_two(model: Any, head: int, tail: int) -> tuple[SplitModel, ServerLink
     """
     model = copy.deepcopy(model)
     body = SplitModel(server_shell(model, Cut(head, tail, LAYERS)), head, tail)
-    trainable = dict(sorted(body.model.named_parameters()))
+    trainable = {name: p for name, p in sorted(body.model.named_parameters()) if p.requires_grad}
     settings = ServerSettings(0, OptimizerSettings(), num_rows=NUM_CLIENTS)
     server = BodyServer(body, trainable, settings, nullcontext, BaseWeights(body.model))
     link = ServerLink()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from cut_models import cut_in_two, open_slot
 from peft import PeftModel
-from small_models import ENCODERS, LAYERS
+from small_models import ENCODERS, LAYERS, WITHOUT_POOLER
 from torch import Tensor
 from transformers import AutoModel, AutoModelForMaskedLM
 
@@ -32,7 +32,21 @@ LENGTHS = {"full": [9, 9, 9], "padded": [9, 3, 6]}
 def whole_model(name: str, **changed: Any) -> Any:
     torch.manual_seed(0)
     config = ENCODERS[name].__class__(**{**ENCODERS[name].to_dict(), **changed})
-    return AutoModel.from_config(config, add_pooling_layer=False).eval()
+    model = AutoModel.from_config(config, **WITHOUT_POOLER[name]).eval()
+    for shared in ARCHITECTURES[name].shared:  # frozen, see FullAdapter
+        model.get_submodule(shared).requires_grad_(False)
+    return model
+
+
+def dropouts(name: str) -> dict[str, float]:
+    """All dropout probabilities of a configuration."""
+    return {
+        key: 0.2
+        for key in ENCODERS[name].to_dict()
+        if "dropout" in key
+        and not key.endswith("layerdrop")
+        and key not in ("seq_classif_dropout", "classifier_dropout")
+    }
 
 
 def texts(lengths: str) -> tuple[Tensor, Tensor]:
@@ -76,7 +90,7 @@ def test_forward_and_every_gradient_are_exact(name: str, lengths: str) -> None:
 @pytest.mark.parametrize("name", ENCODERS)
 def test_dropout_draws_the_same_numbers(name: str) -> None:
     """As many as the forward pass of Transformers draws: padding to a window must not be embedded twice."""
-    model = whole_model(name, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2).train()
+    model = whole_model(name, **dropouts(name)).train()
     split, (ids, inside) = SplitModel(model, 2, 1).train(), texts("full")
     if name == "longformer":
         ids, inside = ids[:, :8], inside[:, :8]  # a whole window, without padding that would also draw numbers
@@ -96,7 +110,8 @@ def test_parts_own_all_parameters_under_their_own_names(name: str) -> None:
     assert list(parts) == [key for key, _ in model.named_parameters()]
     assert not any("pooler" in key for key in parts), "unused parameters are neither trained nor sent"
     for layer, part in enumerate(["head", "head", "body", "body", "tail"]):
-        assert {parts[key] for key in parts if key.startswith(f"encoder.layer.{layer}.")} == {part}
+        prefix = f"{ARCHITECTURES[name].layers}.{layer}."
+        assert {parts[key] for key in parts if key.startswith(prefix)} == {part}
     assert {parts[key] for key in parts if key.startswith("embeddings.")} == {"head"}
     assert len(list(split.parameters())) == len(list(model.parameters())), "nothing is listed twice"
 
@@ -110,7 +125,11 @@ def test_lora_is_exact_through_the_cuts_and_through_peft(name: str, tmp_path: Pa
     assert torch.equal(own_forward(model, ids, inside), base), "B starts at zero"
     adapted = {key.split(".lora_")[0].rpartition(".")[2] for key in adapter.trainable(model)}
     globally = {"query_global", "value_global"} if name == "longformer" else set()
-    assert adapted == {"query", "value"} | globally
+    assert adapted == {
+        "distilbert": {"q_lin", "v_lin"},
+        "mpnet": {"q", "v"},
+        "modernbert": {"Wqkv"},
+    }.get(name, {"query", "value"} | globally)
     with torch.no_grad():
         for parameter in adapter.trainable(model).values():
             parameter.normal_(std=0.1)
@@ -138,7 +157,7 @@ def test_every_encoder_loads_from_its_folder(name: str, kind: Any, tmp_path: Pat
     assert torch.equal(own_forward(backbone.model.requires_grad_(False), ids, inside), expected)
     client_lm, server_lm = (load_partial(tmp_path, side, 2, 1, torch.float32) for side in ("client", "server"))
     owned = [{key for key, _ in part.named_parameters()} for part in (client_lm, server_lm)]
-    assert not owned[0] & owned[1]
+    assert owned[0] & owned[1] == {f"{module}.weight" for module in backbone.arch.shared}
     assert owned[0] | owned[1] == {key for key, _ in backbone.model.named_parameters()}
     server = SplitModel(server_lm, 2, 1)
 
@@ -151,7 +170,7 @@ def test_every_encoder_loads_from_its_folder(name: str, kind: Any, tmp_path: Pat
     assert torch.equal(client(ids)[inside], expected[inside])
     trained = dict(backbone.model.named_parameters())
     FullAdapter().save(trained, backbone, dict, tmp_path / "full")
-    again = AutoModel.from_pretrained(tmp_path / "full", add_pooling_layer=False).eval().requires_grad_(False)
+    again = AutoModel.from_pretrained(tmp_path / "full", **WITHOUT_POOLER[name]).eval().requires_grad_(False)
     assert torch.equal(own_forward(again, ids, inside), expected)
 
 
@@ -177,10 +196,15 @@ def test_the_executed_cut_is_exact(name: str, lengths: str) -> None:
 @pytest.mark.parametrize("name", ENCODERS)
 def test_the_longest_text_fits_and_a_longer_one_does_not(name: str) -> None:
     split = SplitModel(whole_model(name), 2, 1)
-    assert split.context == context_of(ENCODERS[name]) == {"bert": 66, "roberta": 64, "longformer": 64}[name]
+    assert (
+        split.context
+        == context_of(ENCODERS[name])
+        == (64 if name in ("roberta", "xlm-roberta", "longformer", "mpnet") else 66)
+    )
     split(torch.full((1, split.context), 5))
-    with pytest.raises((IndexError, RuntimeError)):
-        split(torch.full((1, split.context + 1), 5))
+    if name != "modernbert":  # its positions are rotations, which exist for any length
+        with pytest.raises((IndexError, RuntimeError)):
+            split(torch.full((1, split.context + 1), 5))
 
 
 def test_an_encoder_configured_as_a_decoder_is_refused() -> None:

@@ -62,7 +62,8 @@ def test_dropout_draws_the_same_numbers(name: str) -> None:
 def _dropout(name: str) -> dict[str, float]:
     if name == "gpt2":
         return {"embd_pdrop": 0.2, "attn_pdrop": 0.2, "resid_pdrop": 0.2}
-    return {"attention_dropout": 0.2, "hidden_dropout": 0.2} if name == "gpt_neox" else {"attention_dropout": 0.2}
+    more = {"gpt_neox": ["hidden_dropout"], "opt": ["dropout"], "phi3": ["resid_pdrop"]}.get(name, [])
+    return dict.fromkeys(["attention_dropout", *more], 0.2)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -149,10 +149,10 @@ def _make_paths_absolute(config: DictConfig) -> None:
     """A run directory's configuration must mean the same from any folder."""
     if config.data.root is not None:
         config.data.root = str(Path(config.data.root).expanduser().resolve())
-    for key in ("path", "config"):
-        value = config.backbone.get(key)
+    for group, key in (("backbone", "path"), ("backbone", "config"), ("adapter", "path")):
+        value = config[group].get(key)
         if value and Path(str(value)).expanduser().exists():
-            config.backbone[key] = str(Path(str(value)).expanduser().resolve())
+            config[group][key] = str(Path(str(value)).expanduser().resolve())
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:

@@ -47,7 +47,7 @@ from fellrec.pool.executor import PoolExecutor, Worker
 from fellrec.pool.messages import Begin, Begun, ScoreClients, TrainClient
 from fellrec.pool.pool import COORDINATOR, Pool, process_groups
 
-_LOCAL = ("backbone.path", "data.root", "cache_dir")
+_LOCAL = ("backbone.path", "adapter.path", "data.root", "cache_dir")
 """Settings that each process has its own value of."""
 _AGREED = ("seed", "split", "backbone", "adapter", "aggregation", "objective", "trainer", "participation")
 """Settings that all processes must share."""
@@ -208,7 +208,7 @@ class Session:
     def _settings(self) -> dict[str, str]:
         """The settings and versions that all processes must share, as text."""
         plain = flatten({name: as_dict(self.config)[name] for name in _AGREED})
-        for key in ("backbone.path", "split.timeout_seconds"):
+        for key in ("backbone.path", "adapter.path", "split.timeout_seconds"):
             plain.pop(key, None)
         return {key: repr(value) for key, value in plain.items()} | {"protocol version": str(PROTOCOL_VERSION)}
 

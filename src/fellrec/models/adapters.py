@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, PeftType, inject_adapter_in_model
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from fellrec.errors import BackboneError, nearest_first
 from fellrec.functional.rng import derive_seed
 from fellrec.models.architectures import ArchSpec
+from fellrec.models.modules import adaptable, check_no_overlap, check_targets, matches, saved_parameters
+from fellrec.models.peft_folder import ADAPTER_NAME, copy_into, name_in_file, read_adapter
 from fellrec.models.settings import PARTS, FullSettings, LoraSettings, parts_of
 from fellrec.state.files import write_atomically
 
-_NAME = "default"
+ALL_LINEAR = "all-linear"
+"""``adapter.target_modules`` for all linear modules of the layers, as in PEFT."""
 
 Frozen = Callable[[], Mapping[str, torch.Tensor]]
 """Returns the frozen parameters of the whole model."""
@@ -61,12 +62,13 @@ class AdapterKind(Protocol):
 
 
 class LoraAdapter(LoraSettings):
-    """Low-rank adapters of PEFT; the backbone is frozen."""
+    """Low-rank adapters of PEFT; the backbone is frozen, except modules that are trained as a whole."""
 
     def __post_init__(self) -> None:
-        """Start without PEFT's configuration, which depends on the model."""
+        """Start without what depends on the model."""
         super().__post_init__()
         self._config: LoraConfig | None = None
+        self._saved: dict[str, list[str]] = {}
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -77,17 +79,59 @@ class LoraAdapter(LoraSettings):
         """Inject the adapter in float32, with an initialisation that depends on seed and name only.
 
         Raises:
-            BackboneError: If a target matches no module; lists existing modules, closest names first.
+            BackboneError: If a target matches no module; lists existing modules, closest names first. If ``path`` is
+                not an adapter with the same rank and modules.
         """
-        given = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
-        targets = list(given or arch.lora_targets)
-        _check_targets(model, targets)
+        saved = saved_parameters(model, arch, self.modules_to_save)
+        self._saved = {name: places for name, places in saved.items() if part_of(name) in self.parts}
+        targets = self._targets(model, arch, part_of)
+        check_no_overlap(self._saved, targets)
         model.requires_grad_(False)
-        if self.parts != PARTS:
-            adaptable = _adaptable(model)
-            targets = [name for name in adaptable if _matches(name, targets) and part_of(name) in self.parts]
-            if not targets:  # a partial model without any of these parts
-                return
+        self._inject(model, arch, seed, targets)
+        for name in self._saved:
+            model.get_parameter(name).requires_grad_(True)
+        if self.path is not None:
+            self._start_from(self.path, model, part_of)
+
+    def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The A and B matrices and the parameters of ``modules_to_save``, sorted by name."""
+        found = model.named_parameters()
+        return dict(sorted((name, parameter) for name, parameter in found if "lora_" in name or name in self._saved))
+
+    def save(self, adapter: Mapping[str, torch.Tensor], backbone: Any, frozen: Frozen, folder: Path) -> None:
+        """Write in PEFT's format, for ``PeftModel.from_pretrained``."""
+        assert self._config is not None, "attach comes before save"
+        folder.mkdir(parents=True, exist_ok=True)
+        whole = self._config
+        if self._needs_names:
+            modules = sorted({name.rpartition(".lora_")[0] for name in adapter if "lora_" in name})
+            whole = replace(whole, target_modules=modules)
+        tensors = {place: tensor for name, tensor in adapter.items() for place in self._saved.get(name, [name])}
+        saved = sorted({name.rpartition(".")[0] for name in tensors if "lora_" not in name})
+        whole = replace(whole, modules_to_save=saved or None)  # PEFT keeps a copy for each place of a tied parameter
+        whole.save_pretrained(str(folder))
+        _write({name_in_file(name): tensor for name, tensor in tensors.items()}, folder / SAFETENSORS_WEIGHTS_NAME)
+
+    @property
+    def _needs_names(self) -> bool:
+        """Whether modules are listed by their whole names, since no suffixes stand for them."""
+        return self.parts != PARTS or self.target_modules == ALL_LINEAR
+
+    def _targets(self, model: nn.Module, arch: ArchSpec, part_of: PartOf) -> list[str]:
+        """What PEFT is to adapt: suffixes, or whole names, of which a partial model may have none."""
+        if self.target_modules == ALL_LINEAR:
+            layers = f"{arch.names_prefix}{arch.layers}."
+            wanted = [name for name in adaptable(model) if name.startswith(layers)]
+        else:
+            given = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
+            targets = list(given or arch.lora_targets)
+            check_targets(model, targets)
+            if not self._needs_names:
+                return targets
+            wanted = [name for name in adaptable(model) if matches(name, targets)]
+        return [name for name in wanted if part_of(name) in self.parts]
+
+    def _inject(self, model: nn.Module, arch: ArchSpec, seed: int, targets: list[str]) -> None:
         self._config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
@@ -96,28 +140,30 @@ class LoraAdapter(LoraSettings):
             task_type="CAUSAL_LM" if arch.is_causal else "FEATURE_EXTRACTION",
             base_model_name_or_path=getattr(model.config, "_name_or_path", None),
         )
+        if not any(matches(name, targets) for name in adaptable(model)):
+            return  # a partial model without any of these modules
         with torch.random.fork_rng(devices=[]):
-            inject_adapter_in_model(self._config, model, adapter_name=_NAME)
-        cast_adapter_dtype(model, _NAME)  # as PeftModel does: small optimiser steps would be lost in half precision
+            inject_adapter_in_model(self._config, model, adapter_name=ADAPTER_NAME)
+        cast_adapter_dtype(model, ADAPTER_NAME)  # as PeftModel does: small steps would be lost in half precision
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
             if "lora_A" in name:
                 _draw(parameter, derive_seed(seed, "lora", name))
 
-    def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The A and B matrices, sorted by name."""
-        return dict(sorted((name, parameter) for name, parameter in model.named_parameters() if "lora_" in name))
-
-    def save(self, adapter: Mapping[str, torch.Tensor], backbone: Any, frozen: Frozen, folder: Path) -> None:
-        """Write in PEFT's format, for ``PeftModel.from_pretrained``."""
-        assert self._config is not None, "attach comes before save"
-        folder.mkdir(parents=True, exist_ok=True)
-        modules = sorted({name.rpartition(".lora_")[0] for name in adapter})
-        whole = replace(self._config, target_modules=modules) if self.parts != PARTS else self._config
-        whole.save_pretrained(str(folder))
-        # PEFT saves the names of the wrapped model, without the adapter name.
-        named = {f"base_model.model.{name.replace(f'.{_NAME}.', '.')}": tensor for name, tensor in adapter.items()}
-        _write(named, folder / SAFETENSORS_WEIGHTS_NAME)
+    def _start_from(self, path: str, model: nn.Module, part_of: PartOf) -> None:
+        """Give the adapter the values of another one; in a partial model, those of its parts."""
+        expected = {
+            "peft_type": PeftType.LORA,
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "bias": "none",
+            **dict.fromkeys(("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"), None),
+        }
+        tensors, parameters = read_adapter(path, expected), self.trainable(model)
+        tied = {place for places in self._saved.values() for place in places}
+        here = {part_of(name) for name, _ in model.named_parameters()}
+        surplus = [name for name in tensors if name not in parameters and name not in tied and part_of(name) in here]
+        copy_into(path, tensors, parameters, sorted(surplus))
 
 
 class FullAdapter(FullSettings):
@@ -129,9 +175,9 @@ class FullAdapter(FullSettings):
         return parts_of(self.layers)
 
     def attach(self, model: nn.Module, arch: ArchSpec, seed: int, part_of: PartOf) -> None:
-        """Make every parameter of the parts trainable."""
+        """Make every parameter of the parts trainable, except those that the layers of all parts share."""
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(part_of(name) in self.parts)
+            parameter.requires_grad_(part_of(name) in self.parts and not name.startswith(arch.shared))
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """All parameters of the parts, sorted by name; tied parameters once."""
@@ -198,22 +244,3 @@ def _draw(parameter: nn.Parameter, seed: int) -> None:
     values = torch.empty(parameter.shape, dtype=parameter.dtype)
     nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
     parameter.copy_(values)
-
-
-def _adaptable(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-
-
-def _matches(name: str, targets: Sequence[str]) -> bool:
-    return any(f".{name}".endswith(f".{target}") for target in targets)
-
-
-def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
-    adaptable = _adaptable(model)
-    for target in targets:
-        if not any(_matches(name, [target]) for name in adaptable):
-            last_parts = {name.rpartition(".")[2] for name in adaptable}
-            raise BackboneError(
-                f"adapter.target_modules: {target!r} matches no module of the backbone; "
-                f"it has {', '.join(nearest_first(target.rpartition('.')[2], last_parts)[:8])}"
-            )

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from fellrec.errors import BackboneError, unknown
+from fellrec.models.settings import MAX_LAYERS
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class ArchSpec:
     """Modules and properties of one architecture; attribute names are relative to the inner model.
 
     Attributes:
-        inner: Attribute of the causal LM that contains the decoder; empty for an encoder, which is the inner model.
+        inner: Dotted name of the decoder in the causal LM; empty for an encoder, which is the inner model.
         embedding: Token embedding, or the module that contains it.
         layers: List of decoder or encoder layers, as a dotted name.
         norm: Final norm; ``None`` if each layer ends with a norm.
@@ -29,6 +30,8 @@ class ArchSpec:
         is_causal: Whether attention is causal; else the model is a bidirectional encoder.
         counts_from_padding: Whether position ids start at ``pad_token_id + 1``.
         has_global_token: Whether attention is local and the first token needs global attention.
+        has_pooler: Whether the class has a pooler, which is not built.
+        shared: Dotted names of modules with parameters that the layers of all parts use; both sides of a cut have them.
     """
 
     inner: str = "model"
@@ -43,6 +46,8 @@ class ArchSpec:
     is_causal: bool = True
     counts_from_padding: bool = False
     has_global_token: bool = False
+    has_pooler: bool = False
+    shared: tuple[str, ...] = ()
 
     @property
     def names_prefix(self) -> str:
@@ -51,7 +56,7 @@ class ArchSpec:
 
     def inner_of(self, model: Any) -> Any:
         """The inner model of a whole model."""
-        return getattr(model, self.inner) if self.inner else model
+        return model.get_submodule(self.inner)
 
 
 _LLAMA = ArchSpec()
@@ -64,6 +69,7 @@ _BERT = ArchSpec(
     lora_targets=("query", "value"),
     prefix_in_files="bert.",
     is_causal=False,
+    has_pooler=True,
 )
 _ROBERTA = replace(_BERT, prefix_in_files="roberta.", counts_from_padding=True)
 ARCHITECTURES: dict[str, ArchSpec] = {
@@ -91,8 +97,34 @@ ARCHITECTURES: dict[str, ArchSpec] = {
         lora_targets=("query_key_value",),
         names_in_files=(("lm_head.weight", "embed_out.weight"),),
     ),
+    "opt": ArchSpec(inner="model.decoder", norm="final_layer_norm", position_embedding="embed_positions"),
+    "phi3": ArchSpec(lora_targets=("qkv_proj",)),
     "bert": _BERT,
     "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "distilbert": replace(
+        _BERT,
+        layers="transformer.layer",
+        lora_targets=("q_lin", "v_lin"),
+        prefix_in_files="distilbert.",
+        has_pooler=False,
+    ),
+    "mpnet": replace(
+        _BERT,
+        lora_targets=("q", "v"),
+        prefix_in_files="mpnet.",
+        counts_from_padding=True,
+        shared=("encoder.relative_attention_bias",),
+    ),
+    "modernbert": ArchSpec(
+        inner="",
+        embedding="embeddings",
+        norm="final_norm",
+        entry=("embeddings",),
+        lora_targets=("Wqkv",),
+        prefix_in_files="model.",
+        is_causal=False,
+    ),
     "longformer": replace(
         _ROBERTA,
         prefix_in_files="longformer.",
@@ -117,6 +149,37 @@ def arch_of(config: Any) -> ArchSpec:
     return found
 
 
+def check_config(given: str, config: Any) -> None:
+    """Refuse a configuration that is not supported, before a model of it is built.
+
+    Args:
+        given: The setting that names it, such as ``backbone.path=…``.
+        config: The Hugging Face configuration.
+
+    Raises:
+        BackboneError: Naming the field of ``config.json``, its value and what is allowed.
+    """
+    arch_of(config)
+    layers = config.num_hidden_layers
+    if not isinstance(layers, int) or not 1 <= layers <= MAX_LAYERS:
+        raise BackboneError(
+            f"{given}: num_hidden_layers={layers} in config.json is not allowed: a whole number from 1 to {MAX_LAYERS}"
+        )
+    for field, needed in _needed(config).items():
+        if getattr(config, field) != needed:
+            raise BackboneError(
+                f"{given}: {field}={getattr(config, field)} in config.json is not supported with model_type "
+                f"{config.model_type}: {needed}"
+            )
+
+
+def _needed(config: Any) -> dict[str, Any]:
+    """Values of fields without which a model cannot be cut, or draws random numbers beside its layers."""
+    if config.model_type != "opt":
+        return {}
+    return {"word_embed_proj_dim": config.hidden_size, "layerdrop": 0.0}
+
+
 def decoder_layers(model: nn.Module, arch: ArchSpec) -> nn.ModuleList:
     """The layers of a whole causal LM or encoder."""
     layers = arch.inner_of(model).get_submodule(arch.layers)
@@ -126,7 +189,8 @@ def decoder_layers(model: nn.Module, arch: ArchSpec) -> nn.ModuleList:
 
 def auto_class(arch: ArchSpec) -> tuple[Any, dict[str, Any]]:
     """The Transformers auto class of an architecture, and its keyword arguments; encoders have no pooler."""
-    return (AutoModelForCausalLM, {}) if arch.is_causal else (AutoModel, {"add_pooling_layer": False})
+    arguments = {"add_pooling_layer": False} if arch.has_pooler else {}
+    return AutoModelForCausalLM if arch.is_causal else AutoModel, arguments
 
 
 def model_of(config: Any, dtype: torch.dtype | None = None) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,20 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from fellrec.errors import BackboneError, unknown
 from fellrec.models.architectures import ArchSpec, arch_of, auto_class
+from fellrec.models.hf_folder import (
+    check_no_adapter,
+    check_not_quantised,
+    check_shapes,
+    do_not_match,
+    read_config,
+    read_tokenizer,
+)
 from fellrec.models.partial import load_partial
+from fellrec.models.remote import without_missing_head
 from fellrec.models.settings import HfSettings
 
 transformers_logging.disable_progress_bar()  # one progress bar per saved adapter would hide that of the run
@@ -67,9 +76,11 @@ def load_hf(path: str, dtype: str = HfSettings.dtype, client_cut: tuple[int, int
         BackboneError: If the folder is missing or incomplete, the architecture is unknown, the weights are damaged or
             incomplete, or the tokenizer does not fit the model.
     """
-    torch_dtype = dtype_of(dtype)
+    torch_dtype, given = dtype_of(dtype), f"backbone.path={path}"
     config, tokenizer = load_shape(path)
     arch, (folder, is_local) = arch_of(config), _find(path)
+    if is_local:
+        check_shapes(given, config, folder)
     try:
         if client_cut is not None:
             if not is_local:
@@ -78,19 +89,23 @@ def load_hf(path: str, dtype: str = HfSettings.dtype, client_cut: tuple[int, int
             model = load_partial(folder, "client", *client_cut, torch_dtype)
         else:
             kind, arguments = auto_class(arch)
-            model, report = kind.from_pretrained(
-                str(folder) if is_local else path,
-                dtype=torch_dtype,
-                trust_remote_code=False,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # reported by _check_weights
-                output_loading_info=True,
-                **arguments,
-            )
-            _check_weights(path, report)
+            with _quiet():
+                model, report = kind.from_pretrained(
+                    str(folder) if is_local else path,
+                    dtype=torch_dtype,
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                    ignore_mismatched_sizes=True,  # reported below
+                    output_loading_info=True,
+                    **arguments,
+                )
+            missing = without_missing_head(model, report["missing_keys"])
+            mismatched = [name for name, *_ in report["mismatched_keys"]]
+            if missing or mismatched:  # transformers has initialised them at random, without an error
+                raise do_not_match(given, list(missing), mismatched)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _not_loadable(path, error) from error
-    check_tokenizer(f"backbone.path={path}", tokenizer, model)
+    check_tokenizer(given, tokenizer, model)
     return Backbone(model, tokenizer, arch, os.path.basename(os.path.abspath(folder)), folder if is_local else None)
 
 
@@ -107,13 +122,10 @@ def load_shape(path: str) -> tuple[Any, Any]:
         BackboneError: If the folder is missing or incomplete, or the architecture is unknown.
     """
     folder, is_local = _find(path)
-    source = str(folder) if is_local else path
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        arch_of(config)
-        return config, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_loadable(path, error) from error
+    given, source = f"backbone.path={path}", str(folder) if is_local else path
+    config = read_config(given, source)
+    check_not_quantised(given, config)
+    return config, read_tokenizer(given, source)
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -157,15 +169,15 @@ def _not_loadable(path: str, error: Exception) -> BackboneError:
     return BackboneError(f"backbone.path={path} cannot be loaded: {(str(error).splitlines() or [''])[0]}")
 
 
-def _check_weights(path: str, report: Mapping[str, Any]) -> None:
-    # Transformers initialises such tensors at random without an error.
-    missing, mismatched = sorted(report["missing_keys"]), sorted(name for name, *_ in report["mismatched_keys"])
-    if missing or mismatched:
-        raise BackboneError(
-            f"backbone.path={path}: the weights do not match config.json; "
-            f"missing {len(missing)} ({', '.join(missing[:3])}), of another shape {len(mismatched)} "
-            f"({', '.join(mismatched[:3])})"
-        )
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """While this lasts, transformers does not print a table of what is absent or surplus in the files."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def _find(path: str) -> tuple[Path, bool]:
@@ -175,6 +187,7 @@ def _find(path: str) -> tuple[Path, bool]:
         return folder, False
     if not folder.is_dir():
         raise BackboneError(f"backbone.path={path} is not a directory")
+    check_no_adapter(f"backbone.path={path}", folder)
     if not (folder / "config.json").is_file():
         raise BackboneError(f"backbone.path={path} has no config.json; expected a Hugging Face model folder")
     if not any(folder.glob("*.safetensors")):

@@ -20,7 +20,7 @@ from fellrec.models.architectures import ArchSpec, attention_window
 class AlreadyEmbedded(nn.Module):
     """Identity that replaces the ``entry`` modules in body and tail."""
 
-    def forward(self, hidden: Tensor | None = None, *, inputs_embeds: Tensor | None = None, **_: Any) -> Tensor:
+    def forward(self, hidden: Tensor | None = None, inputs_embeds: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
         """Return the given ``[B, L, D]`` unchanged."""
         passed = hidden if inputs_embeds is None else inputs_embeds
         assert passed is not None

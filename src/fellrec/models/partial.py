@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from fellrec.errors import BackboneError
 from fellrec.models.architectures import ArchSpec, arch_of, decoder_layers, model_of
-from fellrec.models.remote import Cut, RemoteLayer, server_shell
+from fellrec.models.remote import Cut, RemoteLayer, server_shell, without_missing_head
 
 _INDEX = "model.safetensors.index.json"
 
@@ -68,6 +68,32 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def names_in_files(name: str, arch: ArchSpec) -> tuple[str, ...]:
+    """Names that a parameter can have in checkpoint files, the first that is there counts.
+
+    Files of the base model alone have no prefix of it; files of an encoder with a head have another.
+    """
+    base = f"{arch.inner.partition('.')[0]}."
+    older = dict(arch.names_in_files)
+    return name, older.get(name, name), name.removeprefix(base), f"{arch.prefix_in_files}{name}"
+
+
+def shapes_in_files(folder: Path) -> dict[str, list[int]]:
+    """Shapes of all tensors in a folder's safetensors files, by name; the tensors are not read.
+
+    Raises:
+        BackboneError: If a file is damaged.
+    """
+    files, found = _files(folder), dict[str, list[int]]()
+    for path in sorted(set(files.values())):
+        try:
+            with safe_open(path, "pt") as file:
+                found |= {name: file.get_slice(name).get_shape() for name, place in files.items() if place == path}
+        except (OSError, SafetensorError) as error:
+            raise BackboneError(f"backbone.path={folder} cannot be loaded: {path.name}: {error}") from error
+    return found
+
+
 def _empty_model(folder: Path, head_layers: int, tail_layers: int, dtype: torch.dtype | None) -> tuple[Any, Cut]:
     """The whole model with its parameters on the ``meta`` device, and its cut."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -87,7 +113,7 @@ def _files(folder: Path) -> dict[str, Path]:
             with safe_open(path, "pt") as file:
                 found |= dict.fromkeys(file.keys(), path)
     except (OSError, KeyError, ValueError, SafetensorError) as error:
-        raise BackboneError(f"backbone.path={folder} cannot be read: {error}") from error
+        raise BackboneError(f"backbone.path={folder} cannot be loaded: {error}") from error
     return found
 
 
@@ -97,13 +123,9 @@ def _read_tensors(folder: Path, names: Iterable[str], arch: ArchSpec) -> Iterato
     Raises:
         BackboneError: If a file is damaged.
     """
-    files, older = _files(folder), dict(arch.names_in_files)
+    files = _files(folder)
     for name in names:
-        # Files of the inner model alone have no prefix of the inner model; files of a model with a head have another.
-        candidates = (
-            name, older.get(name, name), name.removeprefix(arch.names_prefix), f"{arch.prefix_in_files}{name}"
-        )  # fmt: skip
-        key = next((candidate for candidate in candidates if candidate in files), None)
+        key = next((candidate for candidate in names_in_files(name, arch) if candidate in files), None)
         if key is not None:
             try:
                 # Reopened for every tensor: an open file keeps all pages that were read in memory.
@@ -124,6 +146,8 @@ def _fill(model: Any, folder: Path, dtype: torch.dtype) -> None:
         if tensor.shape == module._parameters[key].shape:  # type: ignore[union-attr]
             module._parameters[key] = nn.Parameter(tensor.to(dtype), requires_grad=False)
             del missing[name]
+    for name in missing.keys() - without_missing_head(model, missing):
+        del missing[name]
     if missing:
         raise BackboneError(
             f"backbone.path={folder}: {len(missing)} tensors of the partial model are missing or have another shape "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -228,9 +228,48 @@ def remote_body(link: BodyLink, heads: Sequence[Tensor]) -> list[Tensor]:
 class NoPositions(nn.Module):
     """Stands for a learned position embedding where it was added already: adds zero."""
 
-    def forward(self, position_ids: Tensor) -> Tensor:
-        """A zero that broadcasts to any hidden state."""
-        return torch.zeros((), device=position_ids.device)
+    def forward(self, *args: Any, position_ids: Tensor | None = None) -> Tensor:
+        """A zero that broadcasts to any hidden state; OPT gives a mask before the position ids."""
+        given = args[0] if position_ids is None else position_ids
+        return torch.zeros((), device=given.device)
+
+
+class MissingHead(nn.Module):
+    """Stands for an LM head that is not in the files, as of embedding models: nothing but an error.
+
+    Args:
+        names: Its parameters.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__()
+        self.names = sorted(names)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Never used: an objective that needs the head refuses such a model.
+
+        Raises:
+            BackboneError: Always.
+        """
+        raise BackboneError("the backbone's files have no LM head, which this objective or ranker needs")
+
+
+def without_missing_head(model: Any, missing: Iterable[str]) -> set[str]:
+    """Replace a causal LM's head by `MissingHead` if the files do not have it.
+
+    Args:
+        model: The causal LM or encoder; changed in place.
+        missing: Names of its parameters that are not in the files.
+
+    Returns:
+        The other missing names.
+    """
+    found, head = set(missing), model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), "")
+    own = {f"{name}.{key}" for key, _ in head.named_parameters()} if name else set()
+    if own & found:
+        model._modules[name] = MissingHead(own)
+    return found - own
 
 
 def positions_of(position_ids: Tensor | None, mask: Tensor | None, seen: int, length: int) -> str:
@@ -275,15 +314,20 @@ def remember_length(cache: Cache, layer: int, hidden: Tensor) -> None:
 
 def with_layers(inner: nn.Module, arch: ArchSpec, layers: nn.Module) -> nn.Module:
     """An inner model with other layers, whose modules are shared, not copied."""
-    twin = level = copy.copy(inner)
-    twin._modules = dict(inner._modules)
-    *holders, last = arch.layers.split(".")
-    for name in holders:
-        found = copy.copy(level._modules[name])
+    return _with_module(inner, arch.layers, layers)
+
+
+def _with_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """A model with another module in one place, given by its dotted name; all others are shared, not copied."""
+    twin = level = copy.copy(model)
+    twin._modules = dict(model._modules)
+    *holders, last = name.split(".")
+    for holder in holders:
+        found = copy.copy(level._modules[holder])
         assert found is not None
         found._modules = dict(found._modules)
-        level._modules[name] = level = found
-    level._modules[last] = layers
+        level._modules[holder] = level = found
+    level._modules[last] = module
     return twin
 
 
@@ -309,9 +353,11 @@ def server_shell(model: Any, cut: Cut) -> Any:
         inner._modules[arch.position_embedding] = NoPositions()
     if not arch.inner:
         return inner
-    shell = copy.copy(model)
-    shell._modules = dict.fromkeys(model._modules, nn.Identity())
-    shell._modules[arch.inner] = inner
+    shell: Any = _with_module(model, arch.inner, inner)
+    first = arch.inner.partition(".")[0]
+    for name in shell._modules:
+        if name != first:
+            shell._modules[name] = nn.Identity()
     return shell
 
 

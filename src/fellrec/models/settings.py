@@ -22,6 +22,8 @@ from fellrec.functional.ranges import (
 
 PARTS = ("head", "body", "tail")
 """Parts of a model that is cut twice."""
+MAX_LAYERS = 1000
+"""Of any backbone; a larger number is a mistake, and such a model would fill the memory before it is noticed."""
 EVERY_STEP, ROUND = "every_step", "round"
 """``objective.refresh_items`` beside a number of steps."""
 
@@ -69,7 +71,7 @@ class TinySettings:
 
     hidden_size: Count = 64
     """D, a multiple of ``2 · num_heads``."""
-    num_layers: Count = 4
+    num_layers: Annotated[int, whole(1, MAX_LAYERS)] = 4
     """Decoder layers."""
     num_heads: Count = 2
     """Attention heads."""
@@ -94,7 +96,7 @@ class SasrecSettings:
 
     hidden_size: Count = 64
     """D, a multiple of ``num_heads``; also the size of the feed-forward layers."""
-    num_layers: Count = 2
+    num_layers: Annotated[int, whole(1, MAX_LAYERS)] = 2
     """Number of blocks."""
     num_heads: Count = 1
     """Attention heads."""
@@ -144,9 +146,14 @@ class LoraSettings:
     dropout: RateBelow1 = 0.05
     """Dropout on the input of the adapter."""
     target_modules: str | Sequence[str] | None = None
-    """Suffixes of the names of the modules to adapt; null: those of the architecture, such as [q_proj, v_proj]."""
+    """Suffixes of the names of the modules to adapt; all-linear: all linear modules of the layers; null: those of the
+    architecture, such as [q_proj, v_proj]."""
+    modules_to_save: Annotated[Sequence[str], listed("a list, such as [lm_head]")] = ()
+    """Suffixes of the names of modules that are trained and exchanged as a whole, such as [norm, lm_head]."""
     layers: Layers = "head+body+tail"
     """Parts with an adapter; body+tail leaves the head frozen."""
+    path: str | None = None
+    """A folder with a PEFT adapter, of the same rank and modules, that every client starts from; null: B is 0."""
 
     def __post_init__(self) -> None:
         """Check all ranges."""

@@ -25,6 +25,7 @@ from fellrec.models.remote import (
     BodyLink,
     Cut,
     CutCache,
+    MissingHead,
     NoPositions,
     absolute_positions,
     keep_client_share,
@@ -81,6 +82,17 @@ class SplitModel(nn.Module):
     def context(self) -> int | None:
         """The longest text that the model reads, in tokens; ``None`` without end."""
         return context_of(self.model.config)
+
+    @property
+    def num_embeddings(self) -> int:
+        """Tokens that have an embedding."""
+        return int(self.model.get_input_embeddings().num_embeddings)
+
+    @property
+    def missing_head(self) -> list[str]:
+        """Parameters of the LM head if the files have none, as those of embedding models; empty if they have one."""
+        head = self.model.get_output_embeddings()
+        return head.names if isinstance(head, MissingHead) else []
 
     def train(self, mode: bool = True) -> SplitModel:
         """As in PyTorch; the parts follow."""

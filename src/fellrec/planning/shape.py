@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from omegaconf import DictConfig, OmegaConf
-from transformers import AutoConfig, AutoTokenizer
 
 from fellrec.config.instantiate import as_dict
 from fellrec.config.instantiate import settings as settings_of
@@ -18,13 +16,14 @@ from fellrec.data.schema import Catalogue
 from fellrec.errors import BackboneError, ConfigError, unknown
 from fellrec.experiment.backbones import check_reads_items
 from fellrec.experiment.precision import weights_dtype
-from fellrec.models.architectures import ARCHITECTURES, arch_of, model_of
+from fellrec.models.architectures import arch_of
 from fellrec.models.backbone import Backbone, check_tokenizer, dtype_of, load_shape
+from fellrec.models.hf_folder import config_of, empty_model, read_tokenizer
 from fellrec.models.sasrec import item_tokenizer, sasrec_config
 from fellrec.models.settings import SasrecSettings, TinySettings
 from fellrec.models.tiny import build_tokenizer, tiny_config
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 
 
 def has_weights(config: DictConfig) -> bool:
@@ -79,10 +78,11 @@ def empty_backbone(config: DictConfig, catalogue: Catalogue) -> tuple[Backbone, 
         backbone, is_own = _on_meta(shape, dtype, tokenizer, Path(settings["path"]).name), True
     else:
         file = find_config(str(settings["config"]))
+        shape = read_config(file)
         own = _tokenizer_beside(file)
         is_own, tokenizer = own is not None, own or _catalogue_tokenizer(catalogue)
         name = file.parent.name if file.name == "config.json" else file.stem
-        backbone = _on_meta(read_config(file), dtype, tokenizer, name)
+        backbone = _on_meta(shape, dtype, tokenizer, name)
     if is_own:
         check_tokenizer(f"backbone={backbone.name}", backbone.tokenizer, backbone.model)
     return backbone, is_own
@@ -116,13 +116,7 @@ def read_config(file: Path) -> Any:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise BackboneError(f"backbone.config={file} is not valid JSON: {error}") from error
-    model_type = values.pop("model_type", None) if isinstance(values, dict) else None
-    if model_type not in ARCHITECTURES:
-        raise BackboneError(f"backbone.config={file}: {unknown('model_type', model_type, ARCHITECTURES)}")
-    try:
-        return AutoConfig.for_model(model_type, **values)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise BackboneError(f"backbone.config={file}: {' '.join(str(error).split())}") from error
+    return config_of(f"backbone.config={file}", values)
 
 
 def _configs_dir() -> Path:
@@ -130,9 +124,7 @@ def _configs_dir() -> Path:
 
 
 def _on_meta(shape: Any, dtype: torch.dtype, tokenizer: Any, name: str) -> Backbone:
-    with torch.device("meta"):
-        model = model_of(shape, dtype)
-    return Backbone(model, tokenizer, arch_of(shape), name)
+    return Backbone(empty_model(f"backbone={name}", shape, dtype), tokenizer, arch_of(shape), name)
 
 
 def _catalogue_tokenizer(catalogue: Catalogue, vocab_size: int = 4000) -> Any:
@@ -143,9 +135,4 @@ def _catalogue_tokenizer(catalogue: Catalogue, vocab_size: int = 4000) -> Any:
 def _tokenizer_beside(file: Path) -> Any | None:
     if not any((file.parent / name).is_file() for name in _TOKENIZER_FILES):
         return None
-    try:
-        return AutoTokenizer.from_pretrained(str(file.parent), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise BackboneError(
-            f"the tokenizer in {file.parent} cannot be loaded: {(str(error).splitlines() or [''])[0]}"
-        ) from error
+    return read_tokenizer(f"backbone.config={file}", str(file.parent))

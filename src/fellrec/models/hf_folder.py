@@ -1,0 +1,213 @@
+"""Checks of a Hugging Face model folder before weights are loaded: configuration, tokenizer, shapes in the files."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer
+
+from fellrec.errors import BackboneError, unknown
+from fellrec.models.architectures import ARCHITECTURES, ArchSpec, arch_of, check_config, model_of
+from fellrec.models.partial import names_in_files, shapes_in_files
+
+_PROBE = "Heat of the Day, The (1995)"
+_SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+
+
+def read_config(given: str, source: str) -> Any:
+    """Read the configuration of a model from its folder, or from the Hugging Face hub.
+
+    Args:
+        given: The setting, such as ``backbone.path=…``, for messages.
+        source: A folder with a ``config.json``, or a name on the hub.
+
+    Raises:
+        BackboneError: If it is not a valid configuration, or the model is not supported.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # whatever the checks of transformers raise
+        raise _invalid(given, error) from error
+    check_config(given, config)
+    return config
+
+
+def config_of(given: str, values: Any) -> Any:
+    """The configuration of the values of a ``config.json``.
+
+    Args:
+        given: The setting, such as ``backbone.config=…``, for messages.
+        values: The contents of the file.
+
+    Raises:
+        BackboneError: As for `read_config`.
+    """
+    model_type = values.get("model_type") if isinstance(values, dict) else None
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        raise BackboneError(f"{given}: {unknown('model_type', model_type, ARCHITECTURES)}")
+    try:
+        config = AutoConfig.for_model(model_type, **{key: v for key, v in values.items() if key != "model_type"})
+    except Exception as error:  # whatever the checks of transformers raise
+        raise _invalid(given, error) from error
+    check_config(given, config)
+    return config
+
+
+def empty_model(given: str, config: Any, dtype: torch.dtype | None = None) -> Any:
+    """The model of a configuration on the ``meta`` device: names, shapes and types without memory.
+
+    Raises:
+        BackboneError: If there is no model with these sizes.
+    """
+    try:
+        with torch.device("meta"):
+            return model_of(config, dtype)
+    except Exception as error:  # a size of 0, a negative one, an unknown activation
+        raise BackboneError(
+            f"{given} cannot be loaded: no model has the sizes in config.json ({type(error).__name__}: "
+            f"{_one_line(error)})"
+        ) from error
+
+
+def read_tokenizer(given: str, source: str) -> Any:
+    """Read a tokenizer from its folder, or from the hub.
+
+    Args:
+        given: The setting, for messages.
+        source: As for `read_config`.
+
+    Raises:
+        BackboneError: If it cannot be read, such as without a package that it needs.
+    """
+    pieces = [name for name in _SENTENCEPIECE_FILES if (Path(source) / name).is_file()]
+    needs_pieces = bool(pieces) and not (Path(source) / "tokenizer.json").is_file()
+    if needs_pieces and importlib.util.find_spec("sentencepiece") is None:
+        raise BackboneError(
+            f"{given}: the tokenizer in {pieces[0]} needs the package sentencepiece, which is not installed: "
+            "pip install sentencepiece"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        if needs_pieces and not _names_class(Path(source)) and not _agrees(tokenizer, Path(source) / pieces[0]):
+            tokenizer = LlamaTokenizer.from_pretrained(source)
+    except Exception as error:  # whatever transformers and tokenizers raise for such a file
+        raise BackboneError(f"{given}: the tokenizer cannot be loaded: {_one_line(error)}") from error
+    if needs_pieces and not _names_class(Path(source)) and not _agrees(tokenizer, Path(source) / pieces[0]):
+        raise BackboneError(
+            f"{given}: transformers gives other tokens than {pieces[0]} itself; name the tokenizer_class in "
+            "tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def check_shapes(given: str, config: Any, folder: Path) -> None:
+    """Compare names and shapes of the configuration with the files, before any memory is allocated.
+
+    Whole layers are compared by name; transformers knows more names of other parameters in old files.
+
+    Raises:
+        BackboneError: If a tensor has another shape, or a layer is missing.
+    """
+    arch, in_files = arch_of(config), shapes_in_files(folder)
+    layers = {None, *(_layer(key, arch) for key in in_files)}
+    missing, other = [], []
+    for name, parameter in empty_model(given, config).named_parameters():
+        key = next((key for key in names_in_files(name, arch) if key in in_files), None)
+        if key is not None and in_files[key] != list(parameter.shape):
+            other.append(name)
+        elif key is None and _layer(name, arch) not in layers:
+            missing.append(name)
+    if missing or other:
+        raise do_not_match(given, missing, other)
+
+
+def do_not_match(given: str, missing: Sequence[str], mismatched: Sequence[str]) -> BackboneError:
+    """The error for tensors that the files do not have, or have in another shape."""
+    return BackboneError(
+        f"{given}: the weights do not match config.json; missing {len(missing)} ({', '.join(sorted(missing)[:3])}), "
+        f"of another shape {len(mismatched)} ({', '.join(sorted(mismatched)[:3])})"
+    )
+
+
+def _layer(name: str, arch: ArchSpec) -> int | None:
+    """The number of the layer that a parameter belongs to, by its name in the model or in a file."""
+    list_of_layers = re.escape(arch.layers.rpartition(".")[2])
+    found = re.search(rf"(?:^|\.){list_of_layers}\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def check_not_quantised(given: str, config: Any) -> None:
+    """Refuse a checkpoint with quantised weights.
+
+    Raises:
+        BackboneError: Naming the method.
+    """
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return
+    method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
+    raise BackboneError(
+        f"{given}: a quantised checkpoint (quantization_config in config.json, {method or 'unknown method'}) is not "
+        "supported; give the checkpoint in float32, bfloat16 or float16, which backbone.quantize can quantise as it is "
+        "loaded"
+    )
+
+
+def check_no_adapter(given: str, folder: Path) -> None:
+    """Refuse a PEFT adapter in a model's folder, which transformers would load with its own base model.
+
+    Raises:
+        BackboneError: If there is one; names its base model.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        base = found.get("base_model_name_or_path") if isinstance(found, Mapping) else None
+    except (OSError, ValueError):
+        base = None
+    if (folder / "config.json").is_file():
+        raise BackboneError(
+            f"{given} has an adapter beside the model (adapter_config.json); move the adapter to a folder of its own, "
+            "which adapter.path can name"
+        )
+    raise BackboneError(
+        f"{given} is a PEFT adapter (adapter_config.json), not a model; give its base model"
+        f"{f' ({base})' if base else ''} as backbone.path, and the adapter as adapter.path"
+    )
+
+
+def _agrees(tokenizer: Any, file: Path) -> bool:
+    """Whether a tokenizer splits a text as sentencepiece does; without its class, the first space can be lost."""
+    processor: Any = importlib.import_module("sentencepiece").SentencePieceProcessor(str(file))
+    unknown_piece = processor.id_to_piece(processor.unk_id())
+    expected = [processor.id_to_piece(number) for number in processor.encode(_PROBE)]
+    known = [[piece for piece in found if piece != unknown_piece] for found in (tokenizer.tokenize(_PROBE), expected)]
+    return known[0] == known[1]
+
+
+def _names_class(folder: Path) -> bool:
+    """Whether the files name a tokenizer class; ``TokenizersBackend`` is any."""
+    try:
+        found = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
+    except (OSError, ValueError, AttributeError):
+        return False
+    return found not in (None, "TokenizersBackend", "PreTrainedTokenizerFast")
+
+
+def _invalid(given: str, error: Exception) -> BackboneError:
+    return BackboneError(f"{given} cannot be loaded: config.json is not valid: {_one_line(error)}")
+
+
+def _one_line(error: Exception) -> str:
+    """The message of an error as one line, not longer than a screen is wide a few times."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:300]} …"

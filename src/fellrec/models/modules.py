@@ -1,0 +1,100 @@
+"""Which modules of a backbone an adapter trains, by their names."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fellrec.errors import BackboneError, nearest_first
+from fellrec.models.architectures import ArchSpec
+from fellrec.models.remote import RemoteLayer
+
+
+def adaptable(model: nn.Module) -> list[str]:
+    """Names of the modules that LoRA can adapt."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+
+
+def matches(name: str, targets: Sequence[str]) -> bool:
+    """Whether a dotted name ends with one of ``targets``.
+
+    Example:
+        >>> [matches(name, ["proj"]) for name in ("layers.0.proj", "layers.0.q_proj")]
+        [True, False]
+    """
+    return any(f".{name}".endswith(f".{target}") for target in targets)
+
+
+def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
+    """Check that each target of LoRA is a module of the model; a partial model may not have it.
+
+    Raises:
+        BackboneError: If one matches no module; lists existing modules, closest names first.
+    """
+    names = adaptable(model)
+    for target in targets:
+        if not any(matches(name, [target]) for name in names) and not _is_partial(model):
+            last_parts = {name.rpartition(".")[2] for name in names}
+            raise BackboneError(
+                f"adapter.target_modules: {target!r} matches no module of the backbone; "
+                f"it has {', '.join(nearest_first(target.rpartition('.')[2], last_parts)[:8])}"
+            )
+
+
+def saved_parameters(model: nn.Module, arch: ArchSpec, modules: Sequence[str]) -> dict[str, list[str]]:
+    """Parameters of the modules that are trained as a whole, each with the names of all its places if it is tied.
+
+    Args:
+        model: A whole or partial model.
+        arch: Its architecture.
+        modules: Suffixes of names of modules.
+
+    Raises:
+        BackboneError: If a suffix matches no module with parameters, or one that the layers of all parts share.
+    """
+    places: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places[id(parameter)].append(name)
+    every = [name for names in places.values() for name in names]
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        own = [name for name in every if f".{module}." in f".{name}"]
+        if any(name.startswith(arch.shared) for name in own):
+            raise BackboneError(f"adapter.modules_to_save: {module!r} is used by the layers of all parts, it is frozen")
+        if not own and not _is_partial(model):
+            last_parts = {name.split(".")[-2] for name in every if "." in name}
+            raise BackboneError(
+                f"adapter.modules_to_save: {module!r} matches no module with parameters; the backbone has "
+                f"{', '.join(nearest_first(module, last_parts)[:8])}"
+            )
+        for name in own:
+            names = places[id(model.get_parameter(name))]
+            found[names[0]] = names
+    return found
+
+
+def check_no_overlap(saved: Iterable[str], targets: Sequence[str]) -> None:
+    """Refuse modules that are trained as a whole and adapted by LoRA.
+
+    Args:
+        saved: Parameters that are trained as a whole.
+        targets: Suffixes or names of the modules that LoRA adapts.
+
+    Raises:
+        BackboneError: Naming the first one.
+    """
+    for name in saved:
+        if matches(name.rpartition(".")[0], targets):
+            raise BackboneError(
+                f"{name.rpartition('.')[0]} is in adapter.target_modules and in adapter.modules_to_save"
+            )
+
+
+def _is_partial(model: Any) -> bool:
+    """Whether some of the model is in another process, or behind a link."""
+    has_remote = any(isinstance(module, RemoteLayer) for module in model.modules())
+    return has_remote or isinstance(model.get_input_embeddings(), nn.Identity)

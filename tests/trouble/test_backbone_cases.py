@@ -1,0 +1,269 @@
+"""Trouble with backbones and adapters that users reported: each is solved, or refused by one message before a run starts.
+
+The models are small Llamas with random weights, and the data are 12 users and 10 items of our own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaModel
+
+from fellrec.cli.main import main
+from fellrec.config.compose import compose
+from fellrec.errors import BackboneError
+from fellrec.experiment import build_data, build_recommender
+from fellrec.models.backbone import load_hf
+from fellrec.models.tiny import build_tokenizer
+
+TITLES = [f"{colour} {thing}" for colour in ("Amber", "Blue") for thing in ("kettle", "lamp", "chair", "spoon", "vase")]
+Edit = Callable[[Path], None]
+
+
+def write_data(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    rows = [f"u{user}\ti{(user + step) % 10}\t{1000 + 100 * step + user}" for user in range(12) for step in range(6)]
+    (folder / "data.inter").write_text("\n".join(["user_id:token\titem_id:token\ttimestamp:float", *rows, ""]))
+    lines = [f"i{item}\t{title}" for item, title in enumerate(TITLES)]
+    (folder / "data.item").write_text("\n".join(["item_id:token\titem_name:token_seq", *lines, ""]))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``data`` and ``model``."""
+    folder = tmp_path_factory.mktemp("source")
+    write_data(folder / "data")
+    tokenizer = build_tokenizer([f"{title}\n" for title in TITLES], vocab_size=300)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture
+def case(source: Path, tmp_path: Path, cache: Path) -> list[str]:
+    """Overrides of a short run in ``tmp_path`` on a copy of the model that a test may change."""
+    shutil.copytree(source / "model", tmp_path / "model")
+    return [
+        "data=atomic",
+        f"data.root={source / 'data'}",
+        "data.public_user_rate=0",
+        "partition=random",
+        "partition.num_clients=2",
+        "trainer.cutoffs=[3]",
+        "trainer.metric=ndcg_at_3",
+        "trainer.num_rounds=1",
+        "trainer.max_local_steps=2",
+        "references.show=[popularity]",
+        "backbone=hf",
+        f"backbone.path={tmp_path / 'model'}",
+        f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}",
+        f"run_dir={tmp_path / 'run'}",
+        f"cache_dir={cache}",
+    ]
+
+
+def in_config(**changes: Any) -> Edit:
+    def edit(model: Path) -> None:
+        path = model / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return edit
+
+
+def add_tokens(model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["kettle", "[ITEM]"])
+    tokenizer.save_pretrained(model)
+
+
+def add_adapter(model: Path) -> None:
+    (model / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+
+
+def make_adapter(model: Path) -> None:
+    add_adapter(model)
+    (model / "config.json").unlink()
+
+
+def drop_tokenizer_json(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer.model").write_bytes(b"pieces")
+
+
+def refused(overrides: list[str], capsys: pytest.CaptureFixture[str], verb: str = "train") -> str:
+    """The only line that a command prints which is refused before its run directory exists."""
+    with pytest.raises(SystemExit) as done:
+        main([verb, *overrides])
+    assert done.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    run_dir = Path(next(item for item in overrides if item.startswith("run_dir=")).removeprefix("run_dir="))
+    assert not run_dir.exists()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (add_tokens, r"use token \d+ \('kettle'\), but the model has embeddings for 0 to \d+ only"),
+        (
+            in_config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+            "quantised.*bitsandbytes",
+        ),
+        (in_config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised checkpoint.*gptq"),
+        (in_config(rms_norm_eps=1), "config.json is not valid: .*rms_norm_eps.*expected float, got int"),
+        (in_config(num_attention_heads=0), "config.json is not valid"),
+        (in_config(num_attention_heads=7), "config.json is not valid: .*multiple of the number of attention heads"),
+        (in_config(vocab_size=-1), "no model has the sizes in config.json"),
+        (in_config(hidden_act="nope"), "no model has the sizes in config.json .KeyError: 'nope'"),
+        (in_config(num_hidden_layers=1_000_000), "num_hidden_layers=1000000 in config.json is not allowed: .* to 1000"),
+        (in_config(num_hidden_layers=0), "num_hidden_layers=0 in config.json is not allowed"),
+        (in_config(num_hidden_layers=20), r"missing \d+ \(model.layers.10"),
+        (in_config(vocab_size=10**12), r"of another shape 1 \(model.embed_tokens.weight\)"),
+        (in_config(model_type="t5"), "unknown architecture .model_type. 't5'; choose from: "),
+        (in_config(model_type="bloom"), "unknown architecture .model_type. 'bloom'; choose from: "),
+        (add_adapter, "has an adapter beside the model .adapter_config.json.; move the adapter"),
+        (make_adapter, r"is a PEFT adapter .* give its base model \(some/base\) as backbone.path, .* as adapter.path"),
+    ],
+)
+def test_folders_that_cannot_be_trained_are_refused_by_one_line(
+    edit: Edit, message: str, case: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(tmp_path / "model")
+    line = refused(case, capsys)
+    assert line.startswith("fellrec train: ")
+    assert re.search(message, line), line
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (in_config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), "quantised checkpoint"),
+        (in_config(rms_norm_eps=1), "rms_norm_eps"),
+        (in_config(num_hidden_layers=1_000_000), "num_hidden_layers=1000000"),
+        (add_tokens, "('kettle'), but the model has embeddings"),
+    ],
+)
+def test_plan_says_it_too(
+    edit: Edit, message: str, case: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(tmp_path / "model")
+    assert message in refused(case, capsys, "plan")
+
+
+def test_a_missing_package_of_the_tokenizer_is_named(
+    case: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop_tokenizer_json(tmp_path / "model")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sentencepiece" else find_spec(name))
+    assert "tokenizer in tokenizer.model needs the package sentencepiece, which is not" in refused(case, capsys)
+
+
+def test_a_sentencepiece_model_alone_gives_the_tokens_of_sentencepiece(tmp_path: Path) -> None:
+    """Also where the files name no tokenizer class: transformers would leave out the space before the first word."""
+    pieces = pytest.importorskip("sentencepiece")
+    (tmp_path / "titles.txt").write_text("\n".join(TITLES))
+    pieces.SentencePieceTrainer.train(
+        input=str(tmp_path / "titles.txt"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=60,
+        model_type="bpe",
+        minloglevel=2,
+    )
+    from fellrec.models.hf_folder import read_tokenizer
+
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
+    expected = pieces.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
+    tokenizer = read_tokenizer("backbone.path=x", str(tmp_path))
+    for title in TITLES:
+        assert tokenizer(title, add_special_tokens=False)["input_ids"] == expected.encode(title)
+
+
+@pytest.fixture
+def without_head(source: Path, tmp_path: Path, case: list[str]) -> list[str]:
+    """An embedding model: its files have no LM head, and it is not tied."""
+    in_config(tie_word_embeddings=False)(tmp_path / "model")
+    config = LlamaConfig.from_pretrained(tmp_path / "model")
+    LlamaModel(config).save_pretrained(tmp_path / "model")
+    return case
+
+
+@pytest.mark.parametrize("more", [[], ["adapter=full"], ["split.transport=inprocess"]])
+def test_a_model_without_an_lm_head_trains_for_retrieval(
+    without_head: list[str], more: list[str], tmp_path: Path
+) -> None:
+    recommender = build_recommender(config := compose([*without_head, *more]), build_data(config))
+    model = recommender.backbone.model
+    assert not any("lm_head" in name for name, _ in model.named_parameters()), "no memory for what is not used"
+    expected = LlamaModel.from_pretrained(tmp_path / "model")
+    ids = torch.tensor([[3, 4, 5]])
+    if not more:
+        hidden = recommender.module.model.eval()(ids)
+        torch.testing.assert_close(hidden, expected(ids).last_hidden_state)
+
+
+def test_the_client_of_a_cut_model_without_an_lm_head_loads(without_head: list[str], tmp_path: Path) -> None:
+    client = load_hf(str(tmp_path / "model"), client_cut=(1, 1))
+    assert not any("lm_head" in name for name, _ in client.model.named_parameters())
+
+
+def test_a_model_without_an_lm_head_generates_nothing(
+    without_head: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused([*without_head, "objective=generative"], capsys)
+    assert "missing 1 (lm_head.weight): objective=generative needs an LM head" in line
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_an_adapter_of_another_run(case: list[str], tmp_path: Path) -> None:
+    """Its first adapter is the other's last one, to the last bit; through the cut as well."""
+    main(["train", *case, "aggregation=fedavg"])
+    folder = tmp_path / "run" / "adapters" / "client_00"
+    saved = load_file(folder / "adapter_model.safetensors")
+    for more in ([], ["split.transport=inprocess"]):
+        config = compose([*case, f"adapter.path={folder}", *more])
+        recommender = build_recommender(config, build_data(config))
+        initial = recommender.initial | (recommender.server.initial if recommender.server else {})
+        assert {f"base_model.model.{name.replace('.default.', '.')}" for name in initial} == saved.keys()
+        for name, tensor in initial.items():
+            assert torch.equal(tensor, saved[f"base_model.model.{name.replace('.default.', '.')}"])
+    for more, message in [
+        ("adapter.rank=4", "its r is 8, and this run's is 4"),
+        ("adapter.alpha=8", "its lora_alpha is 16, and this run's is 8"),
+        ("adapter.target_modules=[k_proj,v_proj]", "3 of this run's tensors|adapts other modules"),
+        ("adapter.layers=body+tail", "adapts other modules .* 4 are in the adapter only"),
+        ("adapter.modules_to_save=[norm]", "1 of this run's tensors are missing .model.norm.weight"),
+    ]:
+        config = compose([*case, f"adapter.path={folder}", more])
+        with pytest.raises(BackboneError, match=message):
+            build_recommender(config, build_data(config))
+    name = next(iter(saved))
+    save_file({**saved, name: saved[name] * float("nan")}, folder / "adapter_model.safetensors")
+    config = compose([*case, f"adapter.path={folder}"])
+    with pytest.raises(BackboneError, match=f"{name} has values that are not finite"):
+        build_recommender(config, build_data(config))
+
+
+def test_an_adapter_that_is_not_there_is_named(case: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused([*case, "adapter.path=nowhere"], capsys)
+    assert "adapter.path=nowhere has no adapter_config.json; expected the folder of a PEFT adapter" in line
