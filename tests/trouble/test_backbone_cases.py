@@ -24,6 +24,7 @@ from fellrec.errors import BackboneError
 from fellrec.experiment import build_data, build_recommender
 from fellrec.models.backbone import load_hf
 from fellrec.models.tiny import build_tokenizer
+from fellrec.state.tensor_store import map_tensors, write_tensors
 
 TITLES = [f"{colour} {thing}" for colour in ("Amber", "Blue") for thing in ("kettle", "lamp", "chair", "spoon", "vase")]
 Edit = Callable[[Path], None]
@@ -267,3 +268,50 @@ def test_a_run_starts_from_an_adapter_of_another_run(case: list[str], tmp_path: 
 def test_an_adapter_that_is_not_there_is_named(case: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     line = refused([*case, "adapter.path=nowhere"], capsys)
     assert "adapter.path=nowhere has no adapter_config.json; expected the folder of a PEFT adapter" in line
+
+
+@pytest.fixture
+def finished(case: list[str], tmp_path: Path) -> Path:
+    """A finished run, and its overrides' model, which a test may change."""
+    main(["train", *case, "aggregation=fedavg"])
+    return tmp_path / "run"
+
+
+def scale_weights(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, model / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.slow
+def test_another_backbone_or_adapter_than_that_of_the_training_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, copy = tmp_path / "model", tmp_path / "copy"
+    shutil.copytree(model, copy)
+    for edit, message in (
+        (scale_weights, r"another backbone than this model; they differ in 29 of 29 weights \("),
+        (in_config(rms_norm_eps=0.5), "they differ in config.json$"),
+        (in_config(rope_parameters={"rope_theta": 5.0, "rope_type": "default"}), "they differ in config.json$"),
+    ):
+        edit(model)
+        for command in (["evaluate", str(finished)], ["train", f"resume={finished}"]):
+            with pytest.raises(SystemExit):
+                main(command)
+            assert re.search(message, capsys.readouterr().err.splitlines()[0]), command
+        shutil.rmtree(model)
+        shutil.copytree(copy, model)
+    main(["evaluate", str(finished)])
+    capsys.readouterr()
+    poison(finished / "checkpoints" / "tensors")
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(finished)])
+    assert re.search("lora_A.default.weight has values that are not finite", capsys.readouterr().err)
+
+
+def poison(folder: Path) -> None:
+    """Write NaN into every adapter, with the checksum that belongs to it."""
+    for path in folder.glob("*.safetensors"):
+        tensors = {name: tensor.clone() for name, tensor in map_tensors(path).items()}
+        if any(name.endswith("lora_A.default.weight") for name in tensors):
+            path.unlink()
+            write_tensors(path, {name: torch.full_like(tensor, float("nan")) for name, tensor in tensors.items()})

@@ -63,7 +63,7 @@ def evaluate(run_dir: Path, stage: str, config: DictConfig | None = None) -> Com
     from fellrec.experiment import build_data, build_federation, build_recommender
     from fellrec.experiment.classes import check_classes
     from fellrec.experiment.run import collect, reference_results, rule_name
-    from fellrec.experiment.run_dir import check_prompt, check_same_data
+    from fellrec.experiment.run_dir import check_backbone, check_prompt, check_same_data
     from fellrec.federated.checkpoint import CHECKPOINTS, CheckpointFolder
     from fellrec.report.comparison import RuleResult
 
@@ -75,6 +75,7 @@ def evaluate(run_dir: Path, stage: str, config: DictConfig | None = None) -> Com
     check_same_data(run_dir, data)
     recommender = build_recommender(config, data)
     check_prompt(run_dir, recommender.module.objective)
+    check_backbone(run_dir, recommender.fingerprint, recommender.backbone.name)
     federation = build_federation(config, recommender)
     CheckpointFolder(run_dir / CHECKPOINTS).load(federation.persisted)
     loop, best_round = federation.loop(), federation.selection.round_index

@@ -41,6 +41,7 @@ from fellrec.metrics.clients import ClientRankingMetrics
 from fellrec.models.adapters import AdapterKind, FullAdapter, plain_name
 from fellrec.models.architectures import decoder_layers
 from fellrec.models.backbone import Backbone, load_hf
+from fellrec.models.fingerprint import fingerprint
 from fellrec.models.module import FellrecModule, Objective, OptimizerSettings, Ranker, ReportingRanker
 from fellrec.models.partial import read_body
 from fellrec.models.remote import Cut, server_shell
@@ -87,6 +88,7 @@ class Recommender:
         adapter: What is trained and exchanged; saves adapters to disk.
         backbone: The backbone with its tokenizer; with an executed cut, the client's partial model.
         base: Its frozen weights.
+        fingerprint: Of the backbone, see ``fellrec.models.fingerprint``.
         link: To the server; ``None`` if the cut is not executed.
         server: The server's part, if it is in this process.
     """
@@ -100,6 +102,7 @@ class Recommender:
     adapter: Any
     backbone: Backbone
     base: BaseWeights
+    fingerprint: dict[str, Any]
     link: ServerLink | None = None
     server: ServerPart | None = None
 
@@ -151,6 +154,7 @@ def build_recommender(config: DictConfig, data: PreparedData, fabric: Fabric | N
     """
     fabric = fabric or build_fabric(config, alone=True)
     backbone, split, transport = build_backbone(config, data), config.split, config.split.transport
+    loaded = fingerprint(backbone)
     body = _server_model(config, backbone) if transport == "inprocess" else None
     adapter = build_adapter(config)
     link = None
@@ -185,6 +189,7 @@ def build_recommender(config: DictConfig, data: PreparedData, fabric: Fabric | N
         adapter=adapter,
         backbone=backbone,
         base=BaseWeights(backbone.model, is_whole=link is None),
+        fingerprint=loaded,
         link=link,
         server=None if body is None else attach_server(config, body, fabric),
     )

@@ -30,11 +30,13 @@ from fellrec.experiment.build import (
 from fellrec.experiment.classes import check_classes
 from fellrec.experiment.federation import Federation, build_federation
 from fellrec.experiment.run_dir import (
+    check_backbone,
     check_new,
     check_prompt,
     check_same_data,
     new_run_dir,
     versions,
+    write_backbone,
     write_evaluation,
     write_start,
 )
@@ -110,9 +112,11 @@ class Run:
     def _execute(self) -> RuleResult:
         config, recommender = self.config, self.recommender
         check_prompt(self.run_dir, recommender.module.objective)
+        check_backbone(self.run_dir, recommender.fingerprint, recommender.backbone.name)
         federation = build_federation(config, recommender, self.session)
         if not self._has_checkpoint:
             write_start(self.run_dir, config, recommender.data, recommender.module.objective.metadata)
+            write_backbone(self.run_dir, recommender.fingerprint)
         log = self._run_log()
         callbacks = self._callbacks(federation, log)
         if self._has_checkpoint:

@@ -19,6 +19,7 @@ from fellrec.config.stored import to_yaml
 from fellrec.data.guards import check_template
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError
+from fellrec.models.fingerprint import differences
 from fellrec.models.module import Objective
 from fellrec.state.files import write_atomically, write_json, write_parquet
 from fellrec.state.lock import is_lock
@@ -27,6 +28,7 @@ from fellrec.types import Evaluation
 SLURM_FOLDER = "slurm"
 """Subdirectory for the scripts and output of a run's SLURM jobs, see ``fellrec submit``."""
 _VERSIONS = "versions.json"
+_BACKBONE = "backbone.json"
 _PACKAGES = ("fellrec", "torch", "lightning", "transformers", "peft", "torchmetrics", "hydra-core", "mlflow")
 
 
@@ -134,6 +136,33 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"{path} is damaged: it is not a mapping")
     return found
+
+
+def write_backbone(run_dir: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Write the fingerprint of the backbone that a run begins with, for `check_backbone`."""
+    write_json(run_dir / _BACKBONE, dict(fingerprint))
+
+
+def check_backbone(run_dir: Path, fingerprint: Mapping[str, Any], name: str) -> None:
+    """Check that a run to resume or evaluate has the backbone that it was trained with.
+
+    Args:
+        run_dir: Of the run.
+        fingerprint: Of the backbone now.
+        name: What the backbone is called, for the message.
+
+    Raises:
+        ConfigError: If its configuration, its tokenizer or a weight differs.
+    """
+    path = run_dir / _BACKBONE
+    if not path.is_file():
+        return
+    try:
+        differing = differences(_read_json(path), fingerprint)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
+    if differing:
+        raise ConfigError(f"{run_dir} was trained with another backbone than this {name}; they differ in {differing}")
 
 
 def write_evaluation(run_dir: Path, evaluation: Evaluation, extra: Mapping[str, Any]) -> None:

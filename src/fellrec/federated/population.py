@@ -223,9 +223,12 @@ class Population:
 
         Raises:
             TrainingError: If the checkpoint has another number of rows.
+            BackboneError: If an adapter has other names or shapes.
+            CheckpointError: If one has values that are not finite.
         """
         if len(state["adapters"]) != self.num_rows:
             raise TrainingError(f"the checkpoint has {len(state['adapters'])} clients, this run has {self.num_rows}")
+        self.bank.check(state["adapters"])
         self.bank.versions = list(state["adapters"])
         self._optimizers = {int(row): stored for row, stored in state["optimizers"].items()}
         self._tensors = {int(row): stored for row, stored in state["tensors"].items()}

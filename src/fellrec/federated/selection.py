@@ -111,7 +111,8 @@ class Selection:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See ``Persisted``; the population is loaded before."""
+        """See ``Persisted``; the population is loaded before, which names what its adapters must be."""
+        self.population.bank.check([*state["served"], *state["client_served"]])
         for name in _SCALARS:
             setattr(self, name, state[name])
         self._served, self._client_served = list(state["served"]), list(state["client_served"])

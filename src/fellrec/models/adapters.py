@@ -106,9 +106,13 @@ class LoraAdapter(LoraSettings):
         if self._needs_names:
             modules = sorted({name.rpartition(".lora_")[0] for name in adapter if "lora_" in name})
             whole = replace(whole, target_modules=modules)
-        tensors = {place: tensor for name, tensor in adapter.items() for place in self._saved.get(name, [name])}
+        tensors = {  # PEFT keeps a copy for each place of a tied parameter
+            place: tensor if place == name else tensor.clone()
+            for name, tensor in adapter.items()
+            for place in self._saved.get(name, [name])
+        }
         saved = sorted({name.rpartition(".")[0] for name in tensors if "lora_" not in name})
-        whole = replace(whole, modules_to_save=saved or None)  # PEFT keeps a copy for each place of a tied parameter
+        whole = replace(whole, modules_to_save=saved or None)
         whole.save_pretrained(str(folder))
         _write({name_in_file(name): tensor for name, tensor in tensors.items()}, folder / SAFETENSORS_WEIGHTS_NAME)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fellrec.errors import BackboneError
+from fellrec.errors import BackboneError, CheckpointError
 from fellrec.functional.stacks import AdapterStack, RowStack, as_lazy
 from fellrec.state.tensor_store import StoredTensors, TensorSpecs, TensorStore
 from fellrec.types import Adapter
@@ -104,6 +104,20 @@ class AdapterBank:
             raise BackboneError(f"{next(iter(lazy))} has rows for {lazy.num_rows} clients, expected {len(clients)}")
         for client, version in zip(clients, self.tensor_store.put_rows(clients, lazy, self.kinds), strict=True):
             self.versions[client] = version
+
+    def check(self, versions: Iterable[StoredTensors]) -> None:
+        """Check stored versions that are to be clients' adapters again, each once.
+
+        Raises:
+            BackboneError: If a name or shape differs.
+            CheckpointError: If a value is not finite: training never stores one.
+        """
+        for version in {id(version): version for version in versions}.values():
+            tensors = version.tensors()
+            self._check({name: tensors[name].shape for name in self.kinds if name in tensors})
+            for name in self.kinds:
+                if not bool(tensors[name].isfinite().all()):
+                    raise CheckpointError(f"{version.path or 'an adapter'}: {name} has values that are not finite")
 
     def _check(self, shapes: Mapping[str, torch.Size]) -> None:
         missing, surplus = sorted(set(self.kinds) - set(shapes)), sorted(set(shapes) - set(self.kinds))
