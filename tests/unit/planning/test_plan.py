@@ -376,7 +376,7 @@ def test_items_with_cached_vectors_are_not_part_of_a_step(
 
 
 def test_a_model_directory_needs_only_its_configuration(tiny_overrides: list[str], tmp_path: Path) -> None:
-    LlamaConfig(**{**SHAPE, "vocab_size": 300}).save_pretrained(tmp_path)
+    LlamaConfig(**{**SHAPE, "vocab_size": 4000}).save_pretrained(tmp_path)
     hf = [item for item in tiny_overrides if not item.startswith("backbone.")] + ["backbone=hf", "adapter=full"]
     rows = plan([*hf, f"backbone.config={tmp_path}"])
     assert rows[0].plan.backbone == tmp_path.name
