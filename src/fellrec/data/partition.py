@@ -66,8 +66,8 @@ class KMeansPartition(KMeansSettings):
         matrix = user_item_matrix(given.train, len(given.catalogue))
         if min(matrix.shape) < 2:
             raise DataError(
-                f"partition=kmeans needs at least two users and two items; there are {matrix.shape[0]} users of clients "
-                f"and {matrix.shape[1]} items"
+                f"partition=kmeans needs at least two users and two items; there are {matrix.shape[0]} users of "
+                f"clients and {matrix.shape[1]} items"
             )
         num_factors = min(self.num_factors, min(matrix.shape) - 1)
         factors = TruncatedSVD(num_factors, random_state=self.seed).fit_transform(matrix)

@@ -147,6 +147,21 @@ def test_a_client_without_validation_targets_is_refused() -> None:
         prepare(Short(), SETTINGS, LeaveOneOut(), RandomPartition(num_clients=4), None)
 
 
+def test_users_with_few_interactions_are_left_out() -> None:
+    lengths = READER.read().interactions["user_id"].value_counts()
+    data = make(dataclasses.replace(SETTINGS, min_user_interactions=14))
+    assert sorted(data.users["user_id"]) == sorted(lengths.index[lengths >= 14])
+    with pytest.raises(DataError, match="data.min_user_interactions=99 leaves no interactions"):
+        make(dataclasses.replace(SETTINGS, min_user_interactions=99))
+
+
+def test_counts_of_stages_are_those_of_the_clients_users() -> None:
+    statistics = make().statistics
+    assert (statistics["valid"], statistics["test"], statistics["public_users"]) == (160, 160, 40)
+    assert (statistics["valid_of_all_users"], statistics["test_of_all_users"]) == (200, 200)
+    assert statistics["train"] + statistics["public_train"] == statistics["train_of_all_users"]
+
+
 def test_one_client_per_user() -> None:
     data = prepare(READER, SETTINGS, LeaveOneOut(), PerUserPartition(), None)
     assert data.num_clients == 160

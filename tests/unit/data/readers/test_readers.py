@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
@@ -151,3 +153,81 @@ def test_synthetic_is_seeded() -> None:
     pd.testing.assert_frame_equal(SyntheticReader(num_users=20).read().interactions, same.interactions)
     assert not same.interactions.equals(other.interactions)
     assert not same.interactions.duplicated(["user_id", "item_id"]).any()
+
+
+@pytest.mark.parametrize("character", ["\r", "\x85", "\u2028", "\0", "\x1c"])
+def test_only_a_line_feed_begins_a_line(atomic: Path, character: str) -> None:
+    """A carriage return in a title is no new item; line breaks within a title become a space."""
+    title = f"The{character}Heat"
+    (atomic / "films.item").write_text(ITEM.replace("Heat", title), encoding="utf-8", newline="")
+    titles = read(atomic).raw.items["title"].tolist()
+    assert titles == ['Amélie "2001"', title.replace("\r", " ")]
+
+
+def test_iso_times_are_seconds(atomic: Path) -> None:
+    """Against Python's datetime; without an offset a time is in UTC."""
+    times = ["2020-03-01T12:30:00+02:00", "2020-03-01 10:30:01.5", "2020-02-29"]
+    lines = INTER.splitlines()
+    text = "\n".join([lines[0], *(f"{line.rpartition(chr(9))[0]}\t{time}" for line, time in zip(lines[1:], times))])
+    (atomic / "films.inter").write_text(text)
+    expected = [datetime.fromisoformat(time) for time in times]
+    expected = [time if time.tzinfo else time.replace(tzinfo=UTC) for time in expected]
+    assert AtomicReader(str(atomic)).read().interactions["timestamp"].tolist() == [t.timestamp() for t in expected]
+    (atomic / "films.inter").write_text(text.replace("2020-02-29", "2020-02-30"))
+    with pytest.raises(DataError, match=r"films.inter:4: '2020-02-30' is not a number or an ISO 8601 time"):
+        read(atomic)
+    (atomic / "films.inter").write_text(text.replace("2020-02-29", "1583000000"))
+    with pytest.raises(DataError, match=r"films.inter:2: '2020-03-01T12:30:00\+02:00' is not a number for timestamp"):
+        read(atomic)
+
+
+def test_missing_times_are_refused_dropped_or_replaced_by_the_order_of_the_file(atomic: Path) -> None:
+    (atomic / "films.inter").write_text(INTER.replace("\t6\n", "\t\n"))
+    with pytest.raises(DataError, match=r"1 interactions have no timestamp .*on_missing_time.* first at .*inter:3"):
+        read(atomic)
+    dropped = read(atomic, on_missing_time="drop")
+    assert dropped.raw.interactions["timestamp"].tolist() == [5.0, 1.0]
+    assert dropped.notes == ("1 of 3 interactions have no timestamp and are left out",)
+    assert read(atomic, on_missing_time="file_order").raw.interactions["timestamp"].tolist() == [0.0, 1.0, 0.0]
+    (atomic / "films.inter").write_text("user_id\titem_id\nu1\ti2\nu1\ti1\n")
+    with pytest.raises(
+        DataError, match=r"inter:1 lacks the column timestamp; it has user_id, item_id \(set data.on_mi"
+    ):
+        read(atomic)
+    assert read(atomic, on_missing_time="file_order").raw.interactions["timestamp"].tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        ("inter", INTER + "\ti1\t3\n", r"1 interactions have an empty user id, first at .*films.inter:5"),
+        ("item", ITEM + " \tNobody\tDrama\n", r"1 item ids are empty, first at .*films.item:4"),
+        ("item", ITEM.replace("Heat", "a" * 10_001), r"1 items have a title of more than 10,000 .* first .*item:3"),
+        ("inter", INTER + "u1\ti1\tinf\n", r"1 timestamps are not finite numbers, first at .*films.inter:5"),
+    ],
+)
+def test_empty_ids_and_endless_titles_are_refused(atomic: Path, kind: str, text: str, message: str) -> None:
+    (atomic / "films.user").unlink()
+    (atomic / f"films.{kind}").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        read(atomic)
+
+
+def test_a_rating_that_is_no_number_is_refused_if_it_is_used(atomic: Path) -> None:
+    (atomic / "films.inter").write_text("user_id\titem_id\tstars\ttimestamp\nu1\ti1\tgood\t3\nu1\ti2\t4\t4\n")
+    reader = AtomicReader(str(atomic), rating_column="stars")
+    settings = DataSettings("films", str(atomic))
+    assert len(clean(reader.read(), settings).raw.interactions) == 2
+    with pytest.raises(DataError, match=r"1 interactions have no number as stars, first at .*films.inter:2"):
+        clean(reader.read(), replace(settings, min_rating=3))
+    with pytest.raises(DataError, match="data.min_rating=3 needs a column with ratings or labels"):
+        read(atomic, min_rating=3)
+
+
+def test_several_data_sets_in_a_folder_are_selected_by_name(atomic: Path) -> None:
+    (atomic / "books.inter").write_text(INTER)
+    with pytest.raises(DataError, match="has the .inter files of books, films; select one with data.reader.name"):
+        read(atomic)
+    assert len(AtomicReader(str(atomic), name="films").read().items) == 2
+    with pytest.raises(DataError, match="unknown data.reader.name 'film'; choose from: films, books"):
+        AtomicReader(str(atomic), name="film").read()
