@@ -182,6 +182,14 @@ class GenerativeSettings:
     """Maximum length of a title in tokens."""
     template: str = f"{DataSettings.domain}-1"
     """Version of the prompt template: movie-1, game-1, product-1, video-1."""
+    before: str | None = None
+    """Own text before the history, \\n for a line break; null: the template's."""
+    line: str | None = None
+    """Own line of the history, such as "- {title}\\n"; null: the template's."""
+    after: str | None = None
+    """Own text after the history; the answer follows. null: the template's."""
+    chat_template: bool = False
+    """Whether the prompt is a user's message in the chat template of the tokenizer."""
     group_by_length: bool = True
     """Whether training rows of similar length are batched together, which reduces padding; every row is still used once
     per epoch."""

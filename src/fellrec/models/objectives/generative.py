@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fellrec.data.prompts import prompt_template
+from fellrec.data.prompts import PromptTemplate, as_chat, prompt_template, with_wording
 from fellrec.data.schema import Catalogue
 from fellrec.data.text import TokenizedTexts, compact, repeat_row
 from fellrec.errors import BackboneError, ConfigError
@@ -54,19 +54,21 @@ class GenerativeObjective:
             raise BackboneError("objective=generative needs a tokenizer with an end-of-sequence token")
         self.tokenizer = tokenizer
         self.catalogue = catalogue
-        self.template = prompt_template(settings.template)
+        self.template = _template_of(settings, tokenizer)
         self.group_by_length = settings.group_by_length
         self.one_target_per_row = settings.one_target_per_row
         self.softmax = settings.softmax
         self.max_history = max_history
         self.max_tokens = max_tokens = settings.max_tokens
-        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        has_own_begin = settings.chat_template or tokenizer.bos_token_id is None
+        bos = [] if has_own_begin else [tokenizer.bos_token_id]
         self.before = bos + tokenizer(self.template.before, add_special_tokens=False)["input_ids"]
         self.after = tokenizer(self.template.after, add_special_tokens=False)["input_ids"]
         line_end = tokenizer(self.template.line_end, add_special_tokens=False)["input_ids"]
         lines = self.template.history_lines(catalogue.titles)
         max_title_tokens = settings.max_title_tokens
-        self.lines = TokenizedTexts(tokenizer, lines, max_title_tokens + 8, line_end)
+        around = len(tokenizer(self.template.line.replace("{title}", ""), add_special_tokens=False)["input_ids"])
+        self.lines = TokenizedTexts(tokenizer, lines, max_title_tokens + max(8, around), line_end)
         self.titles = TokenizedTexts(tokenizer, catalogue.titles, max_title_tokens, suffix=[tokenizer.eos_token_id])
         self._room = max_tokens - len(self.before) - len(self.after) - int(self.titles.lengths.max())
         if self._room < int(self.lines.lengths.max()):
@@ -256,6 +258,12 @@ class _Choices:
         if self._trie.token.device != logits.device:
             self._trie = self._trie.to(logits.device)
         return self._trie.of_children(logits, nodes)[0]
+
+
+def _template_of(settings: GenerativeSettings, tokenizer: Any) -> PromptTemplate:
+    """The prompt template of the settings, with the user's own wording, in the tokenizer's chat template if wanted."""
+    own = with_wording(prompt_template(settings.template), settings.before, settings.line, settings.after)
+    return as_chat(own, tokenizer) if settings.chat_template else own
 
 
 def _last_target(items: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
