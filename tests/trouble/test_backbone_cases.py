@@ -20,8 +20,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaMode
 
 from fellrec.cli.main import main
 from fellrec.config.compose import compose
-from fellrec.errors import BackboneError
-from fellrec.experiment import build_data, build_recommender
+from fellrec.errors import BackboneError, ConfigError
+from fellrec.experiment import build_data, build_loop, build_recommender
+from fellrec.experiment.precision import check_precision
 from fellrec.models.backbone import load_hf
 from fellrec.models.tiny import build_tokenizer
 from fellrec.state.tensor_store import map_tensors, write_tensors
@@ -268,6 +269,37 @@ def test_a_run_starts_from_an_adapter_of_another_run(case: list[str], tmp_path: 
 def test_an_adapter_that_is_not_there_is_named(case: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     line = refused([*case, "adapter.path=nowhere"], capsys)
     assert "adapter.path=nowhere has no adapter_config.json; expected the folder of a PEFT adapter" in line
+
+
+@pytest.mark.parametrize(
+    ("more", "device", "message"),
+    [
+        (["quantize=8bit"], "cpu", "backbone.quantize=8bit needs the package bitsandbytes, which is not installed"),
+        (["quantize=4bit"], "cpu", "needs a GPU: on the CPU bitsandbytes gives no gradients"),
+        (["quantize=8bit", "adapter=full"], "cuda", "needs adapter=lora: quantised weights cannot be trained"),
+        (["quantize=4bit", "split.transport=inprocess"], "cuda", "needs split.transport=none, it is inprocess"),
+        (["quantize=2bit"], "cuda", "backbone.quantize=2bit is not allowed: 8bit or 4bit, or null"),
+    ],
+)
+def test_a_base_that_cannot_be_quantised_is_refused(
+    more: list[str], device: str, message: str, case: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_package = "is not installed" not in message
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if has_package else None)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_precision(compose([*case, f"backbone.{more[0]}", *more[1:]]), torch.device(device))
+
+
+def test_a_client_trains_on_a_base_in_eight_bits(case: list[str]) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = compose([*case, "backbone.quantize=8bit", "aggregation=local"])
+    recommender = build_recommender(config, build_data(config))
+    parameters = dict(recommender.backbone.model.named_parameters())
+    assert parameters["model.layers.0.self_attn.q_proj.base_layer.weight"].dtype == torch.int8
+    loop = build_loop(config, recommender)
+    loop.run()
+    changed = loop.population.bank.row(0)
+    assert all(bool(tensor.any()) for name, tensor in changed.items() if "lora_B" in name), "B has left zero"
 
 
 @pytest.fixture

@@ -270,7 +270,7 @@ def build_backbone(config: DictConfig, data: PreparedData) -> Backbone:
     cut = (split.head_layers, split.tail_layers) if split.transport == "distributed" else None
     name, dtype = config.backbone.name, weights_dtype(config)
     if name == "hf":
-        return load_hf(config.backbone.path, dtype, cut)
+        return load_hf(config.backbone.path, dtype, cut, config.backbone.get("quantize"))
     Cut(split.head_layers, split.tail_layers, config.backbone.num_layers)  # refused before anything is pre-trained
     shaping = {"backbone": as_dict(config.backbone), "objective": as_dict(config.objective)}
     cache = cache_dir(config) / "backbones"

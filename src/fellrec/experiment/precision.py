@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from omegaconf import DictConfig
 
@@ -35,7 +37,11 @@ def check_precision(config: DictConfig, device: torch.device) -> None:
         ConfigError: With one line for each problem.
     """
     refuse(
-        _half_on_cpu(config, device), _half_through_the_cut(config), _trained_in_half(config), *_sent_nowhere(config)
+        _half_on_cpu(config, device),
+        _half_through_the_cut(config),
+        _trained_in_half(config),
+        _quantised(config, device),
+        *_sent_nowhere(config),
     )
 
 
@@ -55,13 +61,31 @@ def _half_through_the_cut(config: DictConfig) -> str | None:
 
 
 def _trained_in_half(config: DictConfig) -> str | None:
-    is_full = str(config.adapter.get("_target_")).endswith("FullAdapter")
-    if config.backbone.get("dtype") != "float16" or not is_full:
+    if config.backbone.get("dtype") != "float16" or not _trains_all(config):
         return None
     return (
         "backbone.dtype=float16 needs adapter=lora: AdamW's moments of weights in float16 underflow; with adapter=full "
         "give float32, or bfloat16"
     )
+
+
+def _quantised(config: DictConfig, device: torch.device) -> str | None:
+    bits, given = config.backbone.get("quantize"), f"backbone.quantize={config.backbone.get('quantize')}"
+    if bits is None:
+        return None
+    if _trains_all(config):
+        return f"{given} needs adapter=lora: quantised weights cannot be trained"
+    if config.split.transport != "none":
+        return f"{given} needs split.transport=none, it is {config.split.transport}"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return f"{given} needs the package bitsandbytes, which is not installed: pip install bitsandbytes"
+    if bits == "4bit" and device.type == "cpu":
+        return f"{given} needs a GPU: on the CPU bitsandbytes gives no gradients through 4-bit weights; give 8bit"
+    return None
+
+
+def _trains_all(config: DictConfig) -> bool:
+    return str(config.adapter.get("_target_")).endswith("FullAdapter")
 
 
 def _sent_nowhere(config: DictConfig) -> list[str]:

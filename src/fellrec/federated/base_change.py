@@ -101,6 +101,10 @@ def _changes(weights: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> It
         name, _, side = key.partition("|")
         if side == "left" and name in weights:
             weight, change = weights[name], left.double() @ factors[f"{name}|right"].double()
+            if not weight.is_floating_point():
+                raise TrainingError(
+                    f"the base weight {name} is quantised, this rule cannot change it; leave out backbone.quantize"
+                )
             if change.shape != weight.shape:
                 raise TrainingError(
                     f"the change of the base weight {name} has shape {list(change.shape)}, not {list(weight.shape)}"

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
+from transformers import BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from fellrec.errors import BackboneError, unknown
@@ -61,13 +62,19 @@ class Backbone:
         return sum(parameter.numel() for parameter in model.parameters())
 
 
-def load_hf(path: str, dtype: str = HfSettings.dtype, client_cut: tuple[int, int] | None = None) -> Backbone:
+def load_hf(
+    path: str,
+    dtype: str = HfSettings.dtype,
+    client_cut: tuple[int, int] | None = None,
+    quantize: str | None = HfSettings.quantize,
+) -> Backbone:
     """Load a causal LM or an encoder, depending on its configuration, and its tokenizer.
 
     Args:
         path: A local folder (``~`` is expanded), or a name on the Hugging Face hub.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         client_cut: Layers of head and tail, to load the client's partial model; ``None`` for the whole model.
+        quantize: ``8bit`` or ``4bit`` to quantise a whole model by bitsandbytes as it is loaded.
 
     Returns:
         The backbone. A tokenizer without a padding token pads with its end (or unknown) token.
@@ -89,6 +96,8 @@ def load_hf(path: str, dtype: str = HfSettings.dtype, client_cut: tuple[int, int
             model = load_partial(folder, "client", *client_cut, torch_dtype)
         else:
             kind, arguments = auto_class(arch)
+            if quantize is not None:
+                arguments = {**arguments, "quantization_config": _quantisation(quantize, torch_dtype)}
             with _quiet():
                 model, report = kind.from_pretrained(
                     str(folder) if is_local else path,
@@ -167,6 +176,12 @@ def check_tokenizer(given: str, tokenizer: Any, model: Any) -> None:
 
 def _not_loadable(path: str, error: Exception) -> BackboneError:
     return BackboneError(f"backbone.path={path} cannot be loaded: {(str(error).splitlines() or [''])[0]}")
+
+
+def _quantisation(bits: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 @contextmanager

@@ -129,6 +129,8 @@ class HfSettings:
     """For ``fellrec plan``, instead of ``path``: a config.json, a folder with one, or a name in conf/model_configs."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights."""
+    quantize: Literal["8bit", "4bit"] | None = None
+    """Store the frozen weights of linear modules by bitsandbytes in 8 bits, or in 4 (NF4, needs a GPU); null: no."""
 
     def __post_init__(self) -> None:
         """Check all ranges."""

@@ -176,6 +176,8 @@ class Planner:
             DataError: If the data cannot be used.
             BackboneError: If the backbone cannot be read, split, or adapted.
         """
+        if config.backbone.get("quantize") is not None:
+            raise ConfigError("plan counts weights in backbone.dtype; leave out backbone.quantize")
         if probe_steps is not None:
             _check_probe(config, probe_steps)
         data = self._once(config, ("data", "holdout", "partition"), lambda: build_data(config))
