@@ -72,7 +72,7 @@ def main() -> None:
     process = int(os.environ["RANK"])
     dist.init_process_group("gloo")
     for case in CASES:
-        channel = channels.Channel(process, 2, 20)
+        channel = channels.Channel(process, 2, 20, b"the secret of this test")
         channel.listen([1 - process])
         sys.stdout.write(f"{case}> {report(case, channel)}\n")
         channel.close()

@@ -58,6 +58,7 @@ class Processes:
             numbering = {
                 "RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": len(commands), "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": 0, "LOCAL_WORLD_SIZE": len(commands),
+                "FELLREC_SECRET": "the secret of these tests",
             } if are_one_run else {}  # fmt: skip
             own = {key: str(value) for key, value in numbering.items()}
             process = Preloaded(command, folder, {**environment(), **own})

@@ -204,7 +204,7 @@ def test_what_cannot_be_read_is_named_on_both_sides(start: Start) -> None:
     heard = [dict(line.rstrip("\n").split("> ", 1) for line in lines if "> " in line) for lines in processes.lines]
     hidden = "HiddenState of client 3 in round 2: its tensor"
     problems = {
-        "dtype": "process 1 sent a tensor of the unknown type complex64",
+        "dtype": "process 1 sent a malformed message: a tensor of the unknown type 'complex64'",
         "integers": f"{hidden} is torch.int64, expected a floating type",
         "shape": f"{hidden} has shape [4, 4], expected [B, L, D]",
         "labels": "malformed message HiddenState",
@@ -214,5 +214,5 @@ def test_what_cannot_be_read_is_named_on_both_sides(start: Start) -> None:
         assert problem in heard[0][case], heard[0]
         if case != "abort":
             assert problem in heard[1][case], heard[1]
-    assert "process 1 has protocol version 99, process 0 has 2" in heard[0]["version"]
-    assert "process 0 has protocol version 2, process 1 has 99" in heard[1]["version"]
+    assert "process 1 has protocol version 99, process 0 has 3" in heard[0]["version"]
+    assert "process 0 has protocol version 3, process 1 has 99" in heard[1]["version"]

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
         return
 
     check_comparable(configs)
-    run_processes(configs[0], lambda session: _report(*compare(configs, session), configs[0], options.format))
+    run_processes(configs, lambda session: _report(*compare(configs, session), configs[0], options.format))
 
 
 def _report(comparison: Comparison, run_dir: Path, config: DictConfig, output_format: str) -> None:

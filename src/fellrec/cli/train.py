@@ -78,7 +78,7 @@ def train(config: DictConfig, output_format: str = "table") -> None:
         elif config.run_dir:
             check_new(Path(config.run_dir))
         check_classes(config)  # before other processes are started
-        run_processes(config, lambda session: _train(config, output_format, signals, session))
+        run_processes([config], lambda session: _train(config, output_format, signals, session))
 
 
 def _train(config: DictConfig, output_format: str, signals: StopSignals, session: Session | None) -> None:

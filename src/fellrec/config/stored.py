@@ -130,6 +130,8 @@ def _load(path: Path) -> DictConfig:
 def _check_events(text: str, path: Path) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if depth == 0 and isinstance(event, (yaml.ScalarEvent, yaml.SequenceStartEvent)):
+            raise ConfigError(f"{path} is not the configuration of a run: it has no settings")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent) or depth > _MOST_DEPTH:
             raise ConfigError(f"{path} is not the configuration of a run: it has aliases, or too many levels")

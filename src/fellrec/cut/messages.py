@@ -11,6 +11,7 @@ transfers are not traffic between client and server, and have no sizes in the le
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -18,8 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fellrec.distributed.message import Done, Message
-from fellrec.errors import SplitError
+from fellrec.distributed.message import Done, Message, require
 from fellrec.federated.slot import SlotState
 from fellrec.functional.packing import Packed
 
@@ -44,8 +44,12 @@ class ClientMessage(Message):
     to_server: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _require(self, self.phase in PHASES, f"phase {self.phase!r} must be one of {', '.join(PHASES)}")
-        _require(self, self.client >= 0, f"client {self.client} is negative")
+        require(self, self.phase in PHASES, f"phase {self.phase!r} must be one of {', '.join(PHASES)}")
+        require(self, self.client >= 0, f"client {self.client} is negative")
+        require(self, self.round_index >= -1, f"round {self.round_index} is before the first")
+        for name in ("number", "base", "cache", "source", "target"):
+            value = getattr(self, name, None)
+            require(self, value is None or value >= 0, f"{name} {value} is negative")
 
     def sizes(self) -> dict[str, int]:
         """Payload bytes by kind: ``hidden_state``, ``gradient``, ``scalar``."""
@@ -164,8 +168,8 @@ class HiddenState(ClientMessage):
         super().__post_init__()
         _check_packed(self, *self.hidden)
         if self.mask is not None:
-            _require(self, self.mask.dtype == torch.bool and self.mask.dim() == 2, "its mask must be [B, L] of bool")
-        _require(self, self.positions in POSITIONS, f"positions {self.positions!r} must be one of {POSITIONS}")
+            require(self, self.mask.dtype == torch.bool and self.mask.dim() == 2, "its mask must be [B, L] of bool")
+        require(self, self.positions in POSITIONS, f"positions {self.positions!r} must be one of {POSITIONS}")
 
     def sizes(self) -> dict[str, int]:
         """The mask counts as part of the hidden state."""
@@ -236,7 +240,7 @@ class GradientReply(ClientMessage):
         _check_packed(self, *self.gradient)
         if self.norms is not None:
             is_vector = self.norms.is_floating_point() and self.norms.dim() == 1
-            _require(self, is_vector, "its norms must be a floating vector")
+            require(self, is_vector, "its norms must be a floating vector")
 
     def sizes(self) -> dict[str, int]:
         """Norms are scalars; names are the same in every step."""
@@ -255,6 +259,11 @@ class Step(ClientMessage):
 
     clip_factor: float
     learning_rate: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        numbers = (self.clip_factor, self.learning_rate)
+        require(self, all(map(math.isfinite, numbers)), f"its numbers {numbers} are not finite")
 
     def sizes(self) -> dict[str, int]:
         """Two float32."""
@@ -279,7 +288,7 @@ class SelectRows(ClientMessage):
         super().__post_init__()
         if self.rows is not None:
             is_vector = self.rows.dtype == torch.int64 and self.rows.dim() == 1
-            _require(self, is_vector, "its rows must be a vector of int64")
+            require(self, is_vector, "its rows must be a vector of int64")
 
     def sizes(self) -> dict[str, int]:
         """Positions count as scalars."""
@@ -306,6 +315,7 @@ class ChangeBase(Message):
     factors: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
+        require(self, self.version >= 0, f"version {self.version} is negative")
         _check_floating(self, self.factors)
 
 
@@ -333,24 +343,17 @@ def _num_bytes(tensors: tuple[Packed, ...]) -> int:
 
 def _check_floating(message: Message, *mappings: Mapping[str, Tensor]) -> None:
     for name, tensor in (item for mapping in mappings for item in mapping.items()):
-        _require(message, tensor.is_floating_point(), f"{name} must be a floating tensor")
+        require(message, tensor.is_floating_point(), f"{name} must be a floating tensor")
 
 
 def _check_packed(message: Message, *tensors: Packed) -> None:
     for packed in tensors:
         codes, scale = packed.codes, packed.scale
-        _require(message, codes.dim() == 3, f"its tensor has shape {list(codes.shape)}, expected [B, L, D]")
+        require(message, codes.dim() == 3, f"its tensor has shape {list(codes.shape)}, expected [B, L, D]")
         if scale is None:
-            _require(message, codes.is_floating_point(), f"its tensor is {codes.dtype}, expected a floating type")
+            require(message, codes.is_floating_point(), f"its tensor is {codes.dtype}, expected a floating type")
             continue
         expected, found = [*codes.shape[:2], 1], list(scale.shape)
-        _require(message, codes.dtype == torch.int8, f"its codes are {codes.dtype}, expected int8")
-        _require(message, found == expected, f"its scale has shape {found}, expected {expected}")
-        _require(message, scale.dtype == torch.float32, f"its scale is {scale.dtype}, expected float32")
-
-
-def _require(message: Message, holds: bool, problem: str) -> None:
-    if not holds:
-        client = getattr(message, "client", None)
-        where = "" if client is None else f" of client {client} in round {getattr(message, 'round_index', None)}"
-        raise SplitError(f"{type(message).__name__}{where}: {problem}")
+        require(message, codes.dtype == torch.int8, f"its codes are {codes.dtype}, expected int8")
+        require(message, found == expected, f"its scale has shape {found}, expected {expected}")
+        require(message, scale.dtype == torch.float32, f"its scale is {scale.dtype}, expected float32")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from fellrec.cut.messages import ClientMessage, CloseSlot, OpenSlot
 from fellrec.cut.server import BodyServer
 from fellrec.distributed.channel import Channel, PeerGoneError
-from fellrec.distributed.message import Done, Message, Stop
+from fellrec.distributed.message import Done, Message, Stop, reading
 from fellrec.errors import SplitError
 from fellrec.pool.messages import Begin
 from fellrec.pool.pool import COORDINATOR
@@ -42,7 +42,8 @@ def serve(channel: Channel, begin: Callable[[Begin], tuple[BodyServer, Message]]
                 channel.activity = f", in round {message.round_index}, client {message.client}"
             if isinstance(message, OpenSlot):
                 clients_of.setdefault(process, set()).add(message.client)
-            answer = server.handle(message)
+            with reading(message):
+                answer = server.handle(message)
             if isinstance(message, CloseSlot):
                 clients_of.get(process, set()).discard(message.client)
             if answer is not None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,9 +23,7 @@ from fellrec.data.settings import DataSettings
 from fellrec.data.statistics import STAGES, notes, statistics, tie_counts
 from fellrec.errors import DataError
 from fellrec.functional.rng import derive_seed, scramble
-from fellrec.state.files import new_folder
-
-log = logging.getLogger(__name__)
+from fellrec.state.cache import is_intact, new_entry, writing_entry
 
 _FORMAT = 2
 """Version of the preparation. Increment it when results change, to invalidate caches and older runs' data keys."""
@@ -53,20 +49,20 @@ def prepare(
         DataError: If the data are invalid.
         LeakError: If held-out interactions are in the training data.
         ConfigError: If a setting does not fit the data.
+        StorageError: If the cache cannot be written to.
     """
     key = _key(reader, settings, holdout, partition)
-    if cache is not None and (cache / key).is_dir():
-        try:
-            data = _load(cache / key)
-            check_holdout(data)
-            return data
-        except (OSError, ValueError, KeyError) as error:
-            log.warning("cached data in %s are damaged or incomplete (%s); preparing them again", cache / key, error)
-            shutil.rmtree(cache / key)
-    data = _prepare(reader, settings, holdout, partition, key)
+    if cache is None:
+        data = _prepare(reader, settings, holdout, partition, key)
+    elif is_intact(cache / key):
+        data = _load(cache / key)
+    else:
+        with new_entry(cache / key) as draft:
+            data = _prepare(reader, settings, holdout, partition, key)
+            check_holdout(data)  # nothing that leaks is kept
+            with writing_entry(cache / key):
+                _save(data, draft)
     check_holdout(data)
-    if cache is not None:
-        _save(data, cache / key)
     return data
 
 
@@ -250,13 +246,10 @@ def _save(data: PreparedData, folder: Path) -> None:
     }
     items = pd.DataFrame({"item_id": data.catalogue.item_ids, "title": data.catalogue.titles})
     scalars = {name: getattr(data, name) for name in ("name", "num_clients", "max_history", "key", "ranks_seen")}
-    with new_folder(folder) as draft:
-        np.savez(draft / "arrays.npz", train_targets=data.train_targets, client_of_user=data.client_of_user, **arrays)
-        pd.concat([items, data.catalogue.attributes], axis=1).to_parquet(draft / "items.parquet", index=False)
-        data.users.to_parquet(draft / "users.parquet", index=False)
-        (draft / "data.json").write_text(
-            json.dumps({**scalars, "statistics": dict(data.statistics), "notes": data.notes})
-        )
+    np.savez(folder / "arrays.npz", train_targets=data.train_targets, client_of_user=data.client_of_user, **arrays)
+    pd.concat([items, data.catalogue.attributes], axis=1).to_parquet(folder / "items.parquet", index=False)
+    data.users.to_parquet(folder / "users.parquet", index=False)
+    (folder / "data.json").write_text(json.dumps({**scalars, "statistics": dict(data.statistics), "notes": data.notes}))
 
 
 def _load(folder: Path) -> PreparedData:

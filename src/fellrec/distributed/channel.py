@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import itertools
-import json
-import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fellrec.distributed.message import PROTOCOL_VERSION, Abort, Message, decode, encode
+from fellrec.distributed.message import (
+    LARGEST_HEADER,
+    PROTOCOL_VERSION,
+    Abort,
+    Message,
+    TensorSpec,
+    decode,
+    encode,
+    header_of,
+    read_header,
+    spec_bytes,
+)
+from fellrec.distributed.secret import Identity, Impostor
 from fellrec.errors import SplitError
 
 CPU = torch.device("cpu")
 
 _FRAME = 512
 """Bytes of the frame that announces a message; a longer header follows in a second one."""
-_LARGEST_HEADER = 1 << 24
 _LINGER_SECONDS = 1.0
 """A process that ends with unread messages breaks its connections at once, and what it just sent is lost."""
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8, torch.int64, torch.bool)
-}
 
 
 class PeerGoneError(SplitError):
@@ -66,12 +71,14 @@ class Channel:
 
     A thread for each other process receives, so sending never deadlocks. Every quarter of the timeout each side sends
     an empty message; a process that closes its connection or sends nothing for the timeout is reported to whoever waits
-    for it. The default process group must exist, see ``fabric.launch``.
+    for it, and so is one that sends what cannot be read. Before the first message both sides prove that they know the
+    run's secret. The default process group must exist, see ``fabric.launch``.
 
     Args:
         process: Number of this process.
         num_processes: Processes of the run.
         timeout_seconds: Longest time without a message.
+        secret: Of the run, see `shared_secret`.
         device: Where tensors are put when they arrive; on CUDA, tensors are sent by NCCL and headers by gloo.
         naming: Of processes and settings in error messages.
     """
@@ -81,10 +88,12 @@ class Channel:
         process: int,
         num_processes: int,
         timeout_seconds: float,
+        secret: bytes,
         device: torch.device = CPU,
         naming: Naming = Naming(),
     ) -> None:
         self.naming = naming
+        self._identity = Identity(process, secret)
         self.process, self.num_processes = process, num_processes
         self.timeout_seconds, self.device = timeout_seconds, device
         timeout = timedelta(seconds=timeout_seconds)
@@ -92,6 +101,7 @@ class Channel:
         self._payload_group = dist.new_group(backend="nccl", timeout=timeout) if device.type == "cuda" else None
         self._others: tuple[int, ...] = ()
         self._arrived: list[tuple[int, Message | BaseException]] = []
+        self._ended: dict[int, BaseException] = {}
         self._pending = threading.Condition()
         self._locks = {other: threading.Lock() for other in range(num_processes)}
         self.gone: set[int] = set()
@@ -101,7 +111,14 @@ class Channel:
         """What this process is doing, for error messages."""
 
     def listen(self, others: Iterable[int]) -> None:
-        """Begin to receive from these processes."""
+        """Begin to receive from these processes, each of which must know the run's secret.
+
+        Raises:
+            PeerGoneError: If one has ended or does not answer.
+            SplitError: If one has another protocol version, or does not know the secret.
+        """
+        for other in sorted(others):  # in an order in which no two pairs wait for each other
+            self._meet(other)
         self._others = tuple(others)
         for other in self._others:
             threading.Thread(target=self._receive_all, args=(other,), daemon=True, name=f"from-{other}").start()
@@ -114,12 +131,14 @@ class Channel:
             PeerGoneError: If the other process has ended, or does not take it within the timeout.
             SplitError: If another process aborted meanwhile.
         """
-        header, tensors = encode(message)
-        header["tensors"] = [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in tensors]
+        plain, tensors = encode(message)
+        header = header_of(plain, tensors)
+        if len(header) > LARGEST_HEADER:
+            raise SplitError(f"{type(message).__name__} is too large: its header has {len(header)} bytes")
         payload = _join(tensors, self.device)
         try:
             with self._locks[other]:
-                self._send_frames(other, json.dumps(header).encode())
+                self._send_frames(other, header)
                 if payload.numel():
                     dist.send(payload, dst=other, group=self._payload_group or self._group)
         except RuntimeError as error:
@@ -172,6 +191,8 @@ class Channel:
         """The first arrival from a wanted process."""
         with self._pending:
             while (place := next((i for i, (other, _) in enumerate(self._arrived) if is_wanted(other)), None)) is None:
+                if all(other in self._ended for other in self._others if is_wanted(other)):  # nothing more can come
+                    raise next(error for other, error in self._ended.items() if is_wanted(other))
                 self._pending.wait()
             other, content = self._arrived.pop(place)
         if isinstance(content, BaseException):
@@ -190,19 +211,44 @@ class Channel:
                     return content
         return None
 
+    def _meet(self, other: int) -> None:
+        """Exchange proofs with another process; the one with the lower number speaks first."""
+        name = self.naming.process(other)
+        try:
+            version, challenge = self._exchange(other, PROTOCOL_VERSION, self._identity.challenge())
+            if version != PROTOCOL_VERSION:
+                raise self._version_error(other, version)
+            _, proof = self._exchange(other, PROTOCOL_VERSION, self._identity.proof(other, challenge))
+            self._identity.check(other, proof)
+        except Impostor as error:
+            raise SplitError(f"{name} {error}") from error
+        except RuntimeError as error:
+            raise self._gone_error(other, error) from error
+
+    def _exchange(self, other: int, version: int, content: bytes) -> tuple[int, bytes]:
+        """Send a few bytes and receive as many."""
+        own, theirs = torch.zeros(_FRAME, dtype=torch.uint8), torch.zeros(_FRAME, dtype=torch.uint8)
+        own[:8] = torch.tensor([version], dtype=torch.int64).view(torch.uint8)
+        own[8 : 8 + len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        for is_turn_to_send in (self.process < other, self.process > other):
+            if is_turn_to_send:
+                dist.send(own, dst=other, group=self._group)
+            else:
+                dist.recv(theirs, src=other, group=self._group)
+        return int(theirs[:8].view(torch.int64)), bytes(theirs[8 : 8 + len(content)].tolist())
+
     def _receive_all(self, other: int) -> None:
         while True:
             try:
                 message = self._receive(other)
             except SplitError as error:
-                self._put(other, error)
+                self._end(other, error)
                 return
             except RuntimeError as error:
-                if self._is_open:
-                    self._put(other, self._gone_error(other, error))
+                self._end(other, self._gone_error(other, error) if self._is_open else error)
                 return
-            except Exception as error:  # whatever a malformed message raises: its receiver must not wait for ever
-                self._put(other, SplitError(f"{self.naming.process(other)} sent a malformed message: {error}"))
+            except BaseException as error:  # whoever waits for this process must not wait for ever
+                self._end(other, SplitError(f"{self.naming.process(other)} sent a malformed message: {error}"))
                 return
             if message is not None:
                 self._put(other, message)
@@ -212,15 +258,22 @@ class Channel:
             self._arrived.append((other, content))
             self._pending.notify_all()
 
+    def _end(self, other: int, error: BaseException) -> None:
+        """Nothing more is received from a process."""
+        with self._pending:
+            self._ended[other] = error
+        if self._is_open:
+            self._put(other, error)
+
     def _receive(self, other: int) -> Message | None:
         frame = torch.zeros(_FRAME, dtype=torch.uint8)
         dist.recv(frame, src=other, group=self._group)
         version, length = (int(value) for value in frame[:16].view(torch.int64))
-        if version != PROTOCOL_VERSION or not 0 <= length <= _LARGEST_HEADER:
-            raise SplitError(
-                f"{self.naming.process(other)} has protocol version {version}, {self.naming.process(self.process)} has "
-                f"{PROTOCOL_VERSION}"
-            )
+        name = self.naming.process(other)
+        if version != PROTOCOL_VERSION:
+            raise self._version_error(other, version)
+        if not 0 <= length <= LARGEST_HEADER:
+            raise SplitError(f"{name} sent a malformed message: its header has {length} bytes")
         if length == 0:
             return None
         content = frame[16:]
@@ -228,8 +281,17 @@ class Channel:
             rest = torch.zeros(length - len(content), dtype=torch.uint8)
             dist.recv(rest, src=other, group=self._group)
             content = torch.cat([content, rest])
-        header = json.loads(bytes(content[:length].tolist()))
-        return decode(header, self._receive_tensors(other, header["tensors"]))
+        try:
+            plain, specs = read_header(content[:length].numpy().tobytes(), _largest_payload())
+            return decode(plain, self._receive_tensors(other, specs))
+        except SplitError as error:
+            raise SplitError(f"{name} sent a {error}" if str(error).startswith("malformed") else str(error)) from error
+
+    def _version_error(self, other: int, version: int) -> SplitError:
+        return SplitError(
+            f"{self.naming.process(other)} has protocol version {version}, {self.naming.process(self.process)} has "
+            f"{PROTOCOL_VERSION}"
+        )
 
     def _send_frames(self, other: int, header: bytes) -> None:
         frame = torch.zeros(_FRAME, dtype=torch.uint8)
@@ -241,18 +303,14 @@ class Channel:
         if rest:
             dist.send(torch.frombuffer(bytearray(rest), dtype=torch.uint8), dst=other, group=self._group)
 
-    def _receive_tensors(self, other: int, specs: list[Any]) -> list[Tensor]:
-        sizes = []
-        for dtype, shape in specs:
-            if dtype not in _DTYPES:
-                raise SplitError(f"{self.naming.process(other)} sent a tensor of the unknown type {dtype}")
-            sizes.append(_DTYPES[dtype].itemsize * math.prod(shape))
+    def _receive_tensors(self, other: int, specs: list[TensorSpec]) -> list[Tensor]:
+        sizes = [spec_bytes(spec) for spec in specs]
         ends = list(itertools.accumulate(size + -size % 8 for size in sizes))
         payload = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8, device=self.device)
         if payload.numel():
             dist.recv(payload, src=other, group=self._payload_group or self._group)
         return [
-            payload[end - size - -size % 8 : end - -size % 8].view(_DTYPES[dtype]).reshape(shape)
+            payload[end - size - -size % 8 : end - -size % 8].view(dtype).reshape(shape)
             for end, size, (dtype, shape) in zip(ends, sizes, specs, strict=True)
         ]
 
@@ -280,3 +338,8 @@ def _join(tensors: list[Tensor], device: torch.device) -> Tensor:
     parts = [t.detach().contiguous().view(-1).view(torch.uint8).to(device) for t in tensors if t.numel()]
     aligned = [torch.nn.functional.pad(part, (0, -len(part) % 8)) for part in parts]
     return torch.cat(aligned) if aligned else torch.empty(0, dtype=torch.uint8)
+
+
+def _largest_payload() -> int:
+    """Bytes of tensors that one message may announce: this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

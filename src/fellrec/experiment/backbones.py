@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from fellrec.config.instantiate import settings as settings_of
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.data.prepared import PreparedData
 from fellrec.data.prompts import TEMPLATES
-from fellrec.errors import ConfigError
+from fellrec.errors import BackboneError, ConfigError, SplitError
 from fellrec.models.backbone import Backbone, load_hf
 from fellrec.models.module import Objective
 from fellrec.models.pretrain import catalogue_tokens, pretrain
@@ -26,7 +27,7 @@ from fellrec.models.sasrec import build_sasrec
 from fellrec.models.settings import HfSettings, SasrecSettings, TinySettings
 from fellrec.models.split import SplitModel
 from fellrec.models.tiny import build_tiny
-from fellrec.state.files import new_folder
+from fellrec.state.cache import is_intact, new_entry, writing_entry
 
 T = TypeVar("T")
 
@@ -54,8 +55,9 @@ def tiny_backbone(
         client_cut: Layers of head and tail, to load the client's part only; ``None`` for the whole model.
     """
     folder = cache / _key(settings, data)
-    if not folder.is_dir():
-        _make(folder, settings["backbone"], make_objective, data)
+    if not is_intact(folder):
+        with new_entry(folder) as draft:
+            _make(draft, settings["backbone"], make_objective, data)
     return replace(load_hf(str(folder), dtype, client_cut), name="tiny")  # not the folder's name, which is a hash
 
 
@@ -82,9 +84,29 @@ def sasrec_backbone(
     check_reads_items(settings["objective"])
     text = json.dumps([settings["backbone"], data.catalogue.item_ids, _FORMAT])
     folder = cache / hashlib.sha256(text.encode()).hexdigest()[:16]
-    if not folder.is_dir():
-        _save(build_sasrec(data.catalogue.item_ids, _shape(SasrecSettings, settings["backbone"])), folder)
+    if not is_intact(folder):
+        with new_entry(folder) as draft:
+            _save(build_sasrec(data.catalogue.item_ids, _shape(SasrecSettings, settings["backbone"])), draft)
     return replace(load_hf(str(folder), dtype, client_cut), name="sasrec", is_pretrained=False)
+
+
+def cached_backbone(cache: Path, key: str) -> Path:
+    """The folder of a cached backbone that another process has made or loaded.
+
+    Args:
+        cache: As in `tiny_backbone`.
+        key: Its name there: 16 hexadecimal digits.
+
+    Raises:
+        SplitError: If the key is not such a name.
+        BackboneError: If this process's cache does not have it.
+    """
+    if not re.fullmatch("[0-9a-f]{16}", key):
+        raise SplitError(f"Begin: {key[:100]!r} is not the name of a cached backbone")
+    folder = cache / key
+    if not is_intact(folder):
+        raise BackboneError(f"{folder} is missing or damaged: the server needs the cache_dir of the client processes")
+    return folder
 
 
 def check_reads_items(objective: Mapping[str, Any]) -> None:
@@ -160,7 +182,7 @@ def _make(
 def _save(backbone: Backbone, folder: Path) -> None:
     # Not the model's save_pretrained: that writes nothing in a process that is not the first, which may be a client's.
     weights = {name: parameter.detach() for name, parameter in backbone.model.named_parameters()}  # tied ones once
-    with new_folder(folder) as draft:
-        backbone.model.config.save_pretrained(draft)
-        save_file(weights, draft / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
-        backbone.tokenizer.save_pretrained(draft)
+    with writing_entry(folder):
+        backbone.model.config.save_pretrained(folder)
+        save_file(weights, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        backbone.tokenizer.save_pretrained(folder)

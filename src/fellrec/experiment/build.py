@@ -14,7 +14,6 @@ import torch
 from lightning import Fabric
 from lightning.fabric.plugins import CheckpointIO, Precision
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
-from lightning.fabric.strategies import DDPStrategy
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
@@ -30,6 +29,7 @@ from fellrec.data.prepare import prepare
 from fellrec.data.prepared import PreparedData
 from fellrec.data.schema import Reader
 from fellrec.data.settings import DataSettings
+from fellrec.distributed.meeting import MeetingStrategy
 from fellrec.distributed.processes import cluster_environment, launched_devices
 from fellrec.errors import ConfigError
 from fellrec.experiment.backbones import sasrec_backbone, tiny_backbone
@@ -242,7 +242,7 @@ def build_fabric(config: DictConfig, alone: bool = False) -> Fabric:
     strategy: Any = trainer.get("strategy") or "auto"
     if strategy == "auto" and several:
         patience = timedelta(seconds=max(trainer.timeout_seconds, _MEETING_SECONDS))
-        strategy = DDPStrategy(process_group_backend="gloo", timeout=patience)
+        strategy = MeetingStrategy(process_group_backend="gloo", timeout=patience)
     try:
         fabric = Fabric(
             accelerator=trainer.accelerator,

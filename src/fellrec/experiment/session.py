@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from lightning import Fabric
-from omegaconf import DictConfig, OmegaConf
+from lightning.fabric.plugins.environments import LightningEnvironment
+from omegaconf import DictConfig
 from torch import Tensor
 
 from fellrec.config.instantiate import as_dict
@@ -20,26 +22,29 @@ from fellrec.data.prepared import PreparedData
 from fellrec.distributed.agreement import differences, fingerprint
 from fellrec.distributed.batch_sharing import BatchSharing
 from fellrec.distributed.channel import CPU, AbortedError, Channel, Naming
-from fellrec.distributed.message import PROTOCOL_VERSION, Done, Message, Stop
+from fellrec.distributed.message import PROTOCOL_VERSION, Done, Message, Stop, reading
 from fellrec.distributed.processes import (
     children_of,
     leave_signals_to_the_coordinator,
     reporting_lost_processes,
 )
+from fellrec.distributed.secret import new_secret, shared_secret
 from fellrec.errors import ConfigError, FellrecError, SplitError
+from fellrec.experiment.backbones import cached_backbone
 from fellrec.experiment.build import (
     Recommender,
     attach_server,
     build_data,
     build_fabric,
     build_recommender,
+    cache_dir,
     recommender_key,
 )
 from fellrec.experiment.federation import build_serial, build_server
 from fellrec.experiment.precision import weights_dtype
 from fellrec.federated.ledger import Ledger
 from fellrec.functional.nested import flatten
-from fellrec.models.backbone import DTYPES
+from fellrec.models.backbone import DTYPES, local_folder
 from fellrec.models.partial import fingerprint as fingerprint_of
 from fellrec.models.partial import load_partial
 from fellrec.models.split import SplitModel
@@ -47,22 +52,25 @@ from fellrec.pool.executor import PoolExecutor, Worker
 from fellrec.pool.messages import Begin, Begun, ScoreClients, TrainClient
 from fellrec.pool.pool import COORDINATOR, Pool, process_groups
 
-_LOCAL = ("backbone.path", "adapter.path", "data.root", "cache_dir")
-"""Settings that each process has its own value of."""
-_AGREED = ("seed", "split", "backbone", "adapter", "aggregation", "objective", "trainer", "participation")
-"""Settings that all processes must share."""
+_AGREED = ("seed", "split", "backbone", "adapter", "aggregation", "objective", "ranker", "trainer", "participation")
+"""Settings that all processes must share. The data that they prepare are compared by their key."""
+_OWN = ("backbone.path", "adapter.path", "split.timeout_seconds")
+"""Those of which each process may have its own value."""
 
 
 class Session:
     """One process of a command, as soon as all of them are connected.
 
     Args:
-        config: The composed configuration, the same in every process.
+        configs: The composed configurations of the command's runs, the same in every process. What a process builds
+            comes from its own: a message says which, and nothing else.
         fabric: Launched.
+        secret: See `shared_secret`.
     """
 
-    def __init__(self, config: DictConfig, fabric: Fabric) -> None:
-        self.config = config
+    def __init__(self, configs: Sequence[DictConfig], fabric: Fabric, secret: bytes) -> None:
+        self.configs = configs
+        self.config = config = configs[0]
         self.fabric = fabric
         self.process, size = fabric.global_rank, fabric.world_size
         has_server = config.split.transport == "distributed"
@@ -72,7 +80,7 @@ class Session:
         timeout = config.split.timeout_seconds if has_server else config.trainer.timeout_seconds
         # Without a server, what processes send each other is small and on the CPU.
         device = fabric.device if has_server else CPU
-        self.channel = Channel(self.process, size, timeout, device, naming)
+        self.channel = Channel(self.process, size, timeout, secret, device, naming)
         others = {process for process in range(size) if process != self.process}
         central = {COORDINATOR, self.server}
         self.channel.listen(sorted(others if self.process in central else others & central))
@@ -96,13 +104,11 @@ class Session:
         Raises:
             SplitError: If a process differs in what all must agree on.
         """
-        folder = recommender.backbone.folder
-        message = Begin(
-            OmegaConf.to_yaml(config, resolve=True),
-            self._fingerprint(recommender, folder),
-            "" if folder is None else str(folder.resolve()),
-            num_rows,
-        )
+        folder, settings = recommender.backbone.folder, self._settings(config)
+        number = [self._settings(own) for own in self.configs].index(settings)
+        is_cached = folder is not None and config.backbone.name != "hf"
+        key = folder.name if folder is not None and is_cached else ""
+        message = Begin(number, settings | self._fingerprint(recommender, folder), key, num_rows)
         body: dict[str, Tensor] = {}
         if self.server is not None:
             self.channel.send(self.server, message)
@@ -141,14 +147,15 @@ class Session:
             match message:
                 case Begin():
                     self.channel.send(COORDINATOR, self._begin_worker(message))
-                case TrainClient():
-                    assert self._worker is not None
-                    answer = self._worker.train(message)
+                case TrainClient() if self._worker is not None:
+                    with reading(message):
+                        answer = self._worker.train(message)
                     if self.sharing is None or self.sharing.position == 0:  # one answers for those that train together
                         self.channel.send(COORDINATOR, answer)
-                case ScoreClients():
-                    assert self._worker is not None
-                    self.channel.send(COORDINATOR, self._worker.score(message))
+                case ScoreClients() if self._worker is not None:
+                    with reading(message):
+                        answer = self._worker.score(message)
+                    self.channel.send(COORDINATOR, answer)
                 case _:
                     raise SplitError(f"unexpected message {type(message).__name__}")
         self.channel.send(COORDINATOR, Done())
@@ -162,7 +169,7 @@ class Session:
             self._recommender = None  # the old backbone is freed before the new one is loaded
             self._recommender = (key, build_recommender(config, self._data, self.fabric))
         recommender = self._recommender[1]
-        self._agree(begin, self._fingerprint(recommender, recommender.backbone.folder))
+        self._agree(begin, self._settings(config) | self._fingerprint(recommender, recommender.backbone.folder))
         ledger = Ledger()
         transport = None if self.server is None else self.transport()
         local = build_serial(config, recommender, transport, ledger, self.sharing)
@@ -176,9 +183,11 @@ class Session:
     def _begin_server(self, begin: Begin) -> tuple[BodyServer, Message]:
         config = self._own(begin)
         split = config.split
-        own = as_dict(config.backbone).get("path")
-        folder = Path(own or begin.folder).expanduser()  # each node may have the backbone in a folder of its own
-        self._agree(begin, self._settings() | {"backbone's files": fingerprint_of(folder)})
+        if config.backbone.name == "hf":
+            folder = local_folder(config.backbone.path)  # each node may have the backbone in a folder of its own
+        else:
+            folder = cached_backbone(cache_dir(config) / "backbones", begin.backbone)
+        self._agree(begin, self._settings(config) | {"backbone's files": fingerprint_of(folder)})
         dtype = DTYPES[weights_dtype(config)]
         body = load_partial(folder, "server", split.head_layers, split.tail_layers, dtype)
         part = attach_server(config, SplitModel(body, split.head_layers, split.tail_layers), self.fabric)
@@ -186,13 +195,10 @@ class Session:
         return server, Begun(part.initial)
 
     def _own(self, begin: Begin) -> DictConfig:
-        """The coordinator's configuration with this process's own paths."""
-        config = OmegaConf.create(begin.config)
-        assert isinstance(config, DictConfig)
-        for key in _LOCAL:
-            if OmegaConf.select(config, key) is not None:
-                OmegaConf.update(config, key, OmegaConf.select(self.config, key))
-        return config
+        """This process's configuration of the run that begins."""
+        if begin.number >= len(self.configs):
+            raise SplitError(f"Begin: this command has {len(self.configs)} runs, run {begin.number} is none of them")
+        return self.configs[begin.number]
 
     def _sharing(self) -> BatchSharing | None:
         together = self.config.trainer.devices_per_client
@@ -205,17 +211,17 @@ class Session:
         group = process_groups(self.clients, together)[self.process // together]
         return BatchSharing(group, self.process, self.fabric.device, self.config.trainer.timeout_seconds)
 
-    def _settings(self) -> dict[str, str]:
+    def _settings(self, config: DictConfig) -> dict[str, str]:
         """The settings and versions that all processes must share, as text."""
-        plain = flatten({name: as_dict(self.config)[name] for name in _AGREED})
-        for key in ("backbone.path", "adapter.path", "split.timeout_seconds"):
+        plain = flatten({name: as_dict(config)[name] for name in _AGREED})
+        for key in _OWN:
             plain.pop(key, None)
         return {key: repr(value) for key, value in plain.items()} | {"protocol version": str(PROTOCOL_VERSION)}
 
     def _fingerprint(self, recommender: Recommender, folder: Path | None) -> dict[str, str]:
         own = fingerprint(recommender.data, recommender.backbone.model, recommender.fabric.device)
         files = {} if folder is None else {"backbone's files": fingerprint_of(folder)}
-        return self._settings() | own | files
+        return own | files
 
     def _agree(self, begin: Begin, own: dict[str, str]) -> None:
         theirs = {name: value for name, value in begin.fingerprint.items() if name in own}
@@ -223,11 +229,11 @@ class Session:
             raise SplitError(f"{self.name_of(COORDINATOR)} and {self.name_of(self.process)} differ in {differing}")
 
 
-def run_processes(config: DictConfig, coordinate: Callable[[Session | None], None]) -> None:
+def run_processes(configs: Sequence[DictConfig], coordinate: Callable[[Session | None], None]) -> None:
     """Start the processes that the settings ask for, and be what this one is.
 
     Args:
-        config: The composed configuration.
+        configs: The composed configurations of the command's runs; the first one says which processes are needed.
         coordinate: Called in the coordinator with the session, or with ``None`` if there is one process; trains and
             reports.
 
@@ -235,14 +241,15 @@ def run_processes(config: DictConfig, coordinate: Callable[[Session | None], Non
         FellrecError: After the other processes were sent the reason why this one ends.
     """
     _quieten_lightning()
+    config = configs[0]
     fabric = build_fabric(config)
     check_processes(config, fabric.world_size)
     if fabric.world_size == 1:
         coordinate(None)
         return
-    _launch(fabric, config)
+    secret = _launch(fabric, config)
     with children_of(fabric.strategy.launcher):
-        session = Session(config, fabric)
+        session = Session(configs, fabric, secret)
         is_coordinator = session.process == COORDINATOR
         try:
             if is_coordinator:
@@ -297,14 +304,19 @@ def _quieten_lightning() -> None:
             logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _launch(fabric: Fabric, config: DictConfig) -> None:
-    """Start or join the processes.
+def _launch(fabric: Fabric, config: DictConfig) -> bytes:
+    """Start or join the processes; gives the secret of the run.
 
     Raises:
         SplitError: If not all of them are there in time.
     """
+    environment = getattr(fabric.strategy, "cluster_environment", None)
+    are_started_here = isinstance(environment, LightningEnvironment) and config.trainer.num_nodes == 1
     try:
-        fabric.launch()
+        with new_secret() if are_started_here else nullcontext():
+            secret = shared_secret()
+            fabric.launch()
+            return secret
     except FellrecError:
         raise
     except Exception as error:  # the store of torch.distributed raises several types

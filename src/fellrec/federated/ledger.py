@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -113,6 +113,15 @@ class Ledger:
     def _sum(self, column: int, where: Mapping[str, Any]) -> int:
         wanted = [(_COLUMNS.index(name), value) for name, value in where.items()]
         return sum(row[column] for row in self.rows() if all(row[at] == value for at, value in wanted))
+
+
+def check_rows(rows: Iterable[Sequence[Any]]) -> bool:
+    """Whether rows are such as `Ledger.rows` gives."""
+    return all(len(row) == len(_COLUMNS) + 2 and all(map(_fits, [*_COLUMNS, "messages", "bytes"], row)) for row in rows)
+
+
+def _fits(column: str, value: Any) -> bool:
+    return value in _CODES[column] if column in _CODES else isinstance(value, int) and value >= -1
 
 
 def _encode(rows: list[list[Any]]) -> torch.Tensor:

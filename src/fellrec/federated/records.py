@@ -96,10 +96,11 @@ class Trained:
     @property
     def scalars(self) -> dict[str, Any]:
         """Everything that is neither the job nor a tensor, by the names of the constructor."""
-        return {name: getattr(self, name) for name in _SCALARS}
+        return {name: getattr(self, name) for name in SCALARS}
 
 
-_SCALARS = ("loss", "num_samples", "num_steps", "seconds", "start_loss", "peak_bytes", "traffic")
+SCALARS = ("loss", "num_samples", "num_steps", "seconds", "start_loss", "peak_bytes", "traffic")
+"""Fields of `Trained` that are neither the job nor a tensor."""
 
 
 @dataclass(frozen=True)

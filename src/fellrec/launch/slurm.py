@@ -15,6 +15,8 @@ from fellrec.launch.settings import LauncherSettings, is_line
 
 _FIRST_PORT, _NUM_PORTS = 20000, 12000
 """Range of ports below those that Linux uses for outgoing connections."""
+_SECRET = "FELLREC_SECRET"
+"""See ``fellrec.distributed.secret``."""
 _MIN_SECONDS = 30
 """Minimum time of a run before the signal; SLURM checks time limits twice a minute."""
 
@@ -142,11 +144,12 @@ def _assignments(job: Job) -> list[str]:
 def _environment(launcher: LauncherSettings) -> list[str]:
     grace = max(1, launcher.signal_seconds * 3 // 4)
     return [
-        "# Rendezvous of the processes: the first node, with a port derived from the job id.",
+        "# Rendezvous of the processes: the first node, a random port, and a secret that only they know.",
         'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-        f"MASTER_PORT=$(({_FIRST_PORT} + SLURM_JOB_ID % {_NUM_PORTS}))",
+        f"MASTER_PORT=$(({_FIRST_PORT} + $(od -An -N2 -tu2 /dev/urandom) % {_NUM_PORTS}))",
+        f"{_SECRET}=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')",
         f"{GRACE_VARIABLE}={grace}  # seconds between the signal and the end of the run",
-        f"export MASTER_ADDR MASTER_PORT {GRACE_VARIABLE} OMP_NUM_THREADS=${{SLURM_CPUS_PER_TASK:-1}}",
+        f"export MASTER_ADDR MASTER_PORT {_SECRET} {GRACE_VARIABLE} OMP_NUM_THREADS=${{SLURM_CPUS_PER_TASK:-1}}",
         *(f"export {name}={shlex.quote(str(value))}" for name, value in (launcher.environment or {}).items()),
         *launcher.setup,
     ]

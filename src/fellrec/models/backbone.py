@@ -90,9 +90,7 @@ def load_hf(
         check_shapes(given, config, folder)
     try:
         if client_cut is not None:
-            if not is_local:
-                files = ["*.json", "*.model", "*.safetensors"]
-                folder, is_local = Path(snapshot_download(path, allow_patterns=files)), True
+            folder, is_local = local_folder(path), True
             model = load_partial(folder, "client", *client_cut, torch_dtype)
         else:
             kind, arguments = auto_class(arch)
@@ -116,6 +114,21 @@ def load_hf(
         raise _not_loadable(path, error) from error
     check_tokenizer(given, tokenizer, model)
     return Backbone(model, tokenizer, arch, os.path.basename(os.path.abspath(folder)), folder if is_local else None)
+
+
+def local_folder(path: str) -> Path:
+    """The folder of a backbone's files; those of a name on the hub are downloaded.
+
+    Raises:
+        BackboneError: If there is none.
+    """
+    folder, is_local = _find(path)
+    if is_local:
+        return folder
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.model", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise _not_loadable(path, error) from error
 
 
 def load_shape(path: str) -> tuple[Any, Any]:

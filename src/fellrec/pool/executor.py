@@ -13,12 +13,12 @@ from torch import Tensor
 
 from fellrec.data.datamodule import evaluated_users
 from fellrec.distributed.memory import peak_bytes
-from fellrec.distributed.message import Message
+from fellrec.distributed.message import Message, reading
 from fellrec.errors import SplitError
 from fellrec.federated.callback import Events
 from fellrec.federated.executor import SerialExecutor
 from fellrec.federated.ledger import Ledger
-from fellrec.federated.records import Failed, Job, ScoreJob, Trained
+from fellrec.federated.records import SCALARS, Failed, Job, ScoreJob, Trained
 from fellrec.functional.placement import estimate_seconds
 from fellrec.pool.messages import ClientFailed, ClientTrained, ScoreClients, Scored, TrainClient
 from fellrec.pool.pool import Pool, Task
@@ -153,7 +153,8 @@ class PoolExecutor:
             StoredTensors({name: tensor.cpu() for name, tensor in found.items()})
             for found in (answer.adapter, answer.optimizer, answer.tensors)
         )
-        return Trained(job=job, adapter=adapter, optimizer=optimizer, tensors=tensors, **answer.scalars)
+        scalars = {name: getattr(answer, name) for name in SCALARS}
+        return Trained(job=job, adapter=adapter, optimizer=optimizer, tensors=tensors, **scalars)
 
     def _scoring(self, job: ScoreJob, stage: str, round_index: int, part: int, num_parts: int) -> Task:
         evaluator = self.local.evaluator
@@ -162,7 +163,8 @@ class PoolExecutor:
             if not isinstance(answer, Scored):
                 raise SplitError(f"unexpected message {type(answer).__name__} for the scoring of client {job.row}")
             self.ledger.merge(answer.ledger)
-            evaluator.module.add_users(answer.users)
+            with reading(answer):
+                evaluator.module.add_users(answer.users)
 
         def message(process: int) -> ScoreClients:
             changes = self._new_changes(job.base, process)
@@ -232,7 +234,7 @@ class Worker:
             adapter=outcome.adapter.tensors(),
             optimizer=outcome.optimizer.tensors(),
             tensors=outcome.tensors.tensors(),
-            scalars=outcome.scalars,
+            **outcome.scalars,
             step_losses=tuple(losses),
             ledger=self._rows(),
         )

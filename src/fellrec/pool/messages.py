@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
-from fellrec.distributed.message import Message
+from fellrec.distributed.message import Message, require
+from fellrec.federated.ledger import check_rows
 
-Rows = tuple[tuple[Any, ...], ...]
+Rows = tuple[tuple[int | str, ...], ...]
 """Rows of a ledger."""
 
 
@@ -22,17 +22,22 @@ Rows = tuple[tuple[Any, ...], ...]
 class Begin(Message):
     """From the coordinator at the beginning of a run; ``Begun`` answers.
 
+    Every process has composed the command's configurations itself; no setting, path or class comes with a message.
+
     Attributes:
-        config: The run's configuration, as YAML.
-        fingerprint: What all processes must agree on beside it, as text.
-        folder: Folder of the backbone, for processes that load it from there.
+        number: Of the run among the command's, from 0.
+        fingerprint: What all processes must agree on, as text.
+        backbone: Key of the backbone in the cache, for a server that loads it from there; empty without one.
         num_rows: Rows of the population.
     """
 
-    config: str
+    number: int
     fingerprint: Mapping[str, str]
-    folder: str = ""
+    backbone: str = ""
     num_rows: int = 0
+
+    def __post_init__(self) -> None:
+        require(self, self.number >= 0 and self.num_rows >= 0, "its numbers are negative")
 
 
 @dataclass(frozen=True)
@@ -78,17 +83,20 @@ class TrainClient(Message):
     base: int
     changes: tuple[Mapping[str, Tensor], ...]
 
+    def __post_init__(self) -> None:
+        require(self, self.data_of >= -1, f"data of client {self.data_of}")
+        require(self, min(self.row, self.round_index, self.first_step, self.base) >= 0, "its numbers are negative")
+
 
 @dataclass(frozen=True)
 class ClientTrained(Message):
-    """A worker's result, see ``Trained``.
+    """A worker's result, see ``Trained``, whose names it has.
 
     Attributes:
         row: Row of the population.
         adapter: By parameter.
         optimizer: By ``parameter|key``.
         tensors: By ``name|parameter``.
-        scalars: Loss, samples, steps, seconds, loss at the start, largest memory.
         step_losses: Of each optimiser step.
         ledger: Rows of the worker's ledger since it was last sent.
     """
@@ -97,9 +105,20 @@ class ClientTrained(Message):
     adapter: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     tensors: Mapping[str, Tensor]
-    scalars: Mapping[str, Any]
+    loss: float
+    num_samples: int
+    num_steps: int
+    seconds: float
+    start_loss: float | None
+    peak_bytes: int
+    traffic: Rows
     step_losses: tuple[float, ...]
     ledger: Rows = ()
+
+    def __post_init__(self) -> None:
+        numbers = (self.row, self.num_samples, self.num_steps, self.seconds, self.peak_bytes)
+        require(self, min(numbers) >= 0, "its numbers are negative")
+        require(self, check_rows((*self.traffic, *self.ledger)), "its rows are none of a ledger")
 
 
 @dataclass(frozen=True)
@@ -115,6 +134,9 @@ class ClientFailed(Message):
     row: int
     reason: str
     ledger: Rows = ()
+
+    def __post_init__(self) -> None:
+        require(self, check_rows(self.ledger), "its rows are none of a ledger")
 
 
 @dataclass(frozen=True)
@@ -143,6 +165,11 @@ class ScoreClients(Message):
     base: int
     changes: tuple[Mapping[str, Tensor], ...]
 
+    def __post_init__(self) -> None:
+        require(self, self.stage in ("val", "test"), f"stage {self.stage!r} must be val or test")
+        require(self, 0 <= self.part < self.num_parts, f"part {self.part} of {self.num_parts}")
+        require(self, min(self.row, self.base, *self.clients, 0) >= 0, "its numbers are negative")
+
 
 @dataclass(frozen=True)
 class Scored(Message):
@@ -155,3 +182,6 @@ class Scored(Message):
 
     users: tuple[tuple[Tensor, ...], ...]
     ledger: Rows = ()
+
+    def __post_init__(self) -> None:
+        require(self, check_rows(self.ledger), "its rows are none of a ledger")

@@ -151,6 +151,8 @@ class Pool:
             self._lose(error)
         else:
             if process in self._under_way:  # else it has ended since, and other processes do its tasks
+                if not self._under_way[process]:
+                    raise SplitError(f"unexpected message {type(answer).__name__} of process {process}")
                 self._results.append(self._under_way[process].popleft().result(answer))
         self._feed()
 

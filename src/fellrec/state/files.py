@@ -59,27 +59,6 @@ def sync_folder(folder: Path) -> None:
     _flush(folder)
 
 
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Write a directory beside its place and rename it; if another process was faster, its directory stays.
-
-    Yields:
-        The directory to fill.
-    """
-    draft = draft_of(folder)
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        yield draft
-        try:
-            draft.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
 def make_folder(folder: Path) -> None:
     """Make a directory that may exist.
 
