@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from fellrec.functional.secrets import redact
+
 
 class FellrecError(Exception):
-    """Base class of all user errors.
+    """Base class of all user errors; passwords are removed from the message.
+
+    Args:
+        message: What was wrong, the value, and what is allowed.
 
     Attributes:
         already_reported: Whether another process of the run prints the message.
     """
 
     already_reported = False
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redact(str(message)))
 
 
 class ConfigError(FellrecError):

@@ -291,7 +291,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(workplace: Path, tiny_overr
     assert after.info.status == "FINISHED"
     assert len(runs_of(workplace)) == 2
     steps = [p.step for p in client_of(workplace).get_metric_history(killed.info.run_id, "train/loss/mean")]
-    assert steps == list(range(20)), "no round is logged twice"
+    assert steps == list(range(10)), "no round is logged twice"
 
 
 def test_resume_needs_a_run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

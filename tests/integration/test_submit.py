@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from fellrec.cli.main import main
-from fellrec.config.compose import compose, to_yaml
+from fellrec.config.compose import compose
+from fellrec.config.stored import to_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 READY = ROOT / "experiments" / "slurm"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fellrec.cli.arguments import add_format, add_overrides, add_show_config
-from fellrec.tracking.store import check_reachable
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -95,10 +94,11 @@ def compare(configs: Sequence[DictConfig], session: Session | None = None) -> tu
     """
     from fellrec.experiment import build_data, build_loop, log_notes
     from fellrec.experiment.classes import check_classes
-    from fellrec.experiment.run import collect, reference_results, table_cutoff
+    from fellrec.experiment.run import check_store, collect, reference_results, store_of, table_cutoff
     from fellrec.experiment.run_dir import check_new, new_run_dir
     from fellrec.experiment.variants import labels
     from fellrec.report.significance import with_significance
+    from fellrec.state.files import private_files
     from fellrec.tracking.run_log import NewRun, parent_run
 
     for config in configs:
@@ -106,24 +106,25 @@ def compare(configs: Sequence[DictConfig], session: Session | None = None) -> tu
     first = configs[0]
     if first.run_dir:
         check_new(Path(first.run_dir))
-    check_reachable(first.tracking.uri, may_be_away=first.tracking.on_unreachable == "keep")
+    check_store(first)
     data = build_data(first)
     log_notes(data)
     recommenders = _Recommenders(data, session)
     recommenders.of(first)
     run_dir = new_run_dir(first.run_dir, f"{first.data.name}-compare")
     tags = {"data": data.name, "kind": "comparison"}
-    new = NewRun(first.tracking.uri, first.tracking.experiment, run_dir.name, tags)
+    new = NewRun(store_of(first), first.tracking.experiment, run_dir.name, tags)
     with parent_run(run_dir, new) as log:
         learned = [
-            _one(config, label, recommenders, run_dir, log.uid)
+            _one(config, label, recommenders, run_dir, log.uid or None)
             for config, label in zip(configs, labels(configs), strict=True)
         ]
         recommender = recommenders.of(first)
         references = reference_results(first, recommender, build_loop(first, recommender, session=session))
         collected = collect(recommenders.of(first), [*learned, *references])
         comparison = with_significance(collected, table_cutoff(first))
-        write_outputs(comparison, run_dir, table_cutoff(first))
+        with private_files():
+            write_outputs(comparison, run_dir, table_cutoff(first))
         log.log_artifact(run_dir / "comparison")
         log_figures(log, comparison, table_cutoff(first))
     return comparison, run_dir
@@ -202,7 +203,9 @@ class _Recommenders:
         return self._current[1]
 
 
-def _one(config: DictConfig, label: Label, recommenders: _Recommenders, run_dir: Path, parent_uid: str) -> RuleResult:
+def _one(
+    config: DictConfig, label: Label, recommenders: _Recommenders, run_dir: Path, parent_uid: str | None
+) -> RuleResult:
     from omegaconf import DictConfig, OmegaConf
 
     from fellrec.experiment.run import Run

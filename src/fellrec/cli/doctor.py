@@ -91,11 +91,13 @@ def _writable(folder: Path) -> str:
     return f"{folder}, {free / 1e9:.0f} GB free"
 
 
-def _tracking(uri: str) -> str:
+def _tracking(uri: str | None) -> str:
     from fellrec.tracking.store import make_client
 
+    if uri is None:
+        return "none: runs are not tracked"
     make_client(uri)
-    return str(uri)
+    return uri
 
 
 def _slurm() -> str:

@@ -12,8 +12,10 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from types import TracebackType
 
 from fellrec.errors import ConfigError, FellrecError, Preempted
+from fellrec.functional.secrets import redact
 
 _PLACES = (
     "LOCAL_RANK",
@@ -43,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("fellrec").setLevel(logging.DEBUG if options.debug else logging.NOTSET)
     _set_log_levels(options.verbose)
+    _keep_secrets()
     try:
         command = importlib.import_module(f"fellrec.cli.{options.verb}")
         command.run(options)
@@ -66,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _report(error: Exception, options: argparse.Namespace) -> int:
     """Print the error, unless another process of the run prints it; returns the exit status."""
     if options.debug or not isinstance(error, FellrecError):
-        traceback.print_exception(error)
+        _print_traceback(type(error), error, error.__traceback__)
     elif _is_reported_by_another(error):
         return 0  # the launcher must not terminate the process that prints the error
     elif not error.already_reported:
@@ -126,6 +129,24 @@ def _is_reported_by_another(error: FellrecError) -> bool:
 def _is_distributed() -> bool:
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def _keep_secrets() -> None:
+    """Remove passwords from log messages and tracebacks, those of other libraries included."""
+    for handler in logging.getLogger().handlers:
+        if not any(isinstance(known, _Redacting) for known in handler.filters):
+            handler.addFilter(_Redacting())
+    sys.excepthook = _print_traceback
+
+
+class _Redacting(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = redact(record.getMessage()), ()
+        return True
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
 def _set_log_levels(verbose: bool) -> None:

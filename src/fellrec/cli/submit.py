@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import TYPE_CHECKING
 from fellrec.cli.arguments import add_multirun, add_overrides, add_trust
 from fellrec.cli.train import resume_dir, resumed
 from fellrec.errors import ConfigError
+from fellrec.functional.secrets import VARIABLE, reveal
 from fellrec.launch.settings import LauncherSettings
 from fellrec.launch.slurm import Job, JobEnvironment, batch_script
-from fellrec.tracking.store import check_reachable, ensure_experiment, make_client
+from fellrec.tracking.store import ensure_experiment, make_client
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -75,17 +77,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Entry point of the verb: everything is checked before anything is written or submitted."""
+    from fellrec.experiment.run import check_store, store_of
+
     submission = plan_submission(options.overrides, options.multirun, options.trust)
     script = submission.script
     if options.dry_run:
         sys.stdout.write(script)
         return
     config, jobs = submission.config, submission.jobs
-    uri = config.tracking.uri
-    check_reachable(uri, may_be_away=config.resume is not None or config.tracking.on_unreachable == "keep")
-    if len(jobs) > 1 and uri.startswith("sqlite:"):  # otherwise all jobs would create the database at the same time
+    uri = store_of(config)
+    check_store(config)
+    if len(jobs) > 1 and uri is not None and uri.startswith("sqlite:"):  # otherwise all jobs would create it at once
         ensure_experiment(make_client(uri), uri, config.tracking.experiment)
-    job_id, path = submit(script, submission.folder, is_new=config.resume is None)
+    job_id, path = submit(script, submission.folder, is_new=config.resume is None, uri=uri)
     lines = [f"job {job_id}", f"run directory: {jobs[0].run_dir}"]
     if len(jobs) > 1:
         tasks = [f"task {number}: {job.run_dir}" for number, job in enumerate(jobs)]
@@ -106,7 +110,7 @@ def plan_submission(overrides: Sequence[str], is_sweep: bool, trusted: Collectio
     """
     from fellrec.config.compose import compose
     from fellrec.config.stored import PLACES, own_classes
-    from fellrec.config.sweep import expand
+    from fellrec.config.sweep import expand, without_passwords
     from fellrec.experiment.run import rule_name
     from fellrec.experiment.run_dir import free_run_dir
 
@@ -115,7 +119,8 @@ def plan_submission(overrides: Sequence[str], is_sweep: bool, trusted: Collectio
     run_dir = resume_dir(experiment)
     if run_dir is not None:
         config = resumed(experiment, run_dir, trusted)
-        places = [item for item in experiment if item.startswith(tuple(f"{key}=" for key in PLACES))]
+        kept = without_passwords([item for item in experiment if item.startswith("tracking.uri=")])
+        places = [*kept, *(item for item in experiment if item.startswith(tuple(f"{key}=" for key in PLACES)))]
         return _continuation(config, run_dir, compose(launcher_overrides), places)
     combinations = expand(experiment)
     if len(combinations) > 1 and not is_sweep:
@@ -133,20 +138,21 @@ def plan_submission(overrides: Sequence[str], is_sweep: bool, trusted: Collectio
     folder = free_run_dir(first.run_dir, label).absolute()
     dirs = [folder / f"{n:03d}-{own}" for n, own in enumerate(labels)] if is_sweep else [folder]
     jobs = [
-        Job(own, [item for item in combination if not item.startswith("run_dir=")])
+        Job(own, [item for item in without_passwords(combination) if not item.startswith("run_dir=")])
         for own, combination in zip(dirs, combinations, strict=True)
     ]
     own = dict.fromkeys(name for config in configs for name in own_classes(config))
     return Submission(first, launchers[0], jobs, folder, label, processes[0], list(own))
 
 
-def submit(script: str, folder: Path, is_new: bool = True) -> tuple[str, Path]:
+def submit(script: str, folder: Path, is_new: bool = True, uri: str | None = None) -> tuple[str, Path]:
     """Reserve the run directory, write the script into it, and call sbatch.
 
     Args:
         script: The batch script.
         folder: Directory of the run or of the sweep.
         is_new: Whether a directory that another job has reserved is refused.
+        uri: The tracking store, which the job gets with its password by the environment.
 
     Returns:
         The job's id, and the path of the script.
@@ -154,14 +160,17 @@ def submit(script: str, folder: Path, is_new: bool = True) -> tuple[str, Path]:
     Raises:
         ConfigError: If the script cannot be written, or SLURM rejects the job; new files are removed then.
     """
+    from fellrec.state.files import private_files
+
     own = _slurm_dir(folder)
     try:
-        own.mkdir(parents=True, exist_ok=not is_new)
-        path = _write_new(own, script)
+        with private_files():
+            own.mkdir(parents=True, exist_ok=not is_new)
+            path = _write_new(own, script)
     except OSError as error:
         raise ConfigError(f"run_dir={folder} cannot be used: {error}") from error
     try:
-        return _sbatch(path), path
+        return _sbatch(path, {} if uri is None else {VARIABLE: reveal(uri)}), path
     except ConfigError:
         path.unlink()
         with suppress(OSError):  # directories with other files stay
@@ -236,9 +245,10 @@ def _write_new(folder: Path, script: str) -> Path:
         number += 1
 
 
-def _sbatch(script: Path) -> str:
+def _sbatch(script: Path, environment: Mapping[str, str]) -> str:
+    command, variables = ["sbatch", "--parsable", str(script)], {**os.environ, **environment}
     try:
-        done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise ConfigError("sbatch not found: run this on a SLURM login node, or use --dry-run") from None
     if done.returncode != 0:

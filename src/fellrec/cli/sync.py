@@ -18,25 +18,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Entry point of the verb: one line per run, exit status 1 if operations remain."""
+    from fellrec.functional.secrets import hide
+    from fellrec.tracking.known import remember
     from fellrec.tracking.run_log import outboxes
+    from fellrec.tracking.store import absolute
 
     folders = dict.fromkeys(folder for run_dir in options.run_dirs for folder in outboxes(Path(run_dir).resolve()))
-    num_left = sum(_sync(folder, options.uri) for folder in folders)
-    sys.exit(1 if num_left else 0)
+    uri = None if options.uri is None else hide(absolute(options.uri))
+    if uri is not None:
+        remember(uri)
+    are_sent = [_sync(folder, uri) for folder in folders]
+    sys.exit(0 if all(are_sent) else 1)
 
 
-def _sync(folder: Path, uri: str | None) -> int:
-    """Send one outbox and print what was sent; returns the number of operations that remain."""
+def _sync(folder: Path, uri: str | None) -> bool:
+    """Send one outbox and print what was sent; returns whether nothing failed and nothing remains."""
     from fellrec.errors import FellrecError
     from fellrec.tracking.delivery import OutboxClient
+    from fellrec.tracking.known import confirm
     from fellrec.tracking.outbox import num_left
 
-    before, reason = num_left(folder), ""
+    client, reason = None, ""
     try:
-        OutboxClient(folder, uri).send()
+        client = OutboxClient(folder, uri)
+        if uri is None:
+            confirm(client.uri, folder.parent, f"--uri {client.uri}")
+        client.send()
     except (FellrecError, OSError) as error:
         reason = f" ({error})"
+    num_sent = client.num_sent if client else 0
     left = num_left(folder)
-    sys.stdout.write(f"{folder.parent}: {before - left} sent, {left} left{reason}\n")
+    sys.stdout.write(f"{folder.parent}: {num_sent} sent, {left} left{reason}\n")
     sys.stdout.flush()
-    return left
+    return not reason and not left

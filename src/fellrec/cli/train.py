@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fellrec.cli.arguments import add_format, add_multirun, add_overrides, add_show_config, add_trust
 from fellrec.errors import ConfigError
+from fellrec.functional.secrets import VARIABLE, reveal
 from fellrec.launch.preemption import StopSignals
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ def resumed(overrides: Sequence[str], run_dir: Path, trusted: Collection[str] = 
     """The configuration of a run that is resumed.
 
     Args:
-        overrides: Hydra overrides; only ``resume``, the number of processes and the places of files are allowed.
+        overrides: Hydra overrides; only ``resume``, ``tracking.uri``, the number of processes and the places of files
+            are allowed.
         run_dir: The run's directory.
         trusted: Classes that are not of fellrec and may be used.
 
@@ -124,10 +126,32 @@ def resumed(overrides: Sequence[str], run_dir: Path, trusted: Collection[str] = 
 
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"resume={run_dir}: no config.yaml there; give the directory of a run")
-    others = [item for item in overrides if not item.startswith("resume=")]
-    config = moved(read_config(run_dir, trusted), others, (*_PROCESSES, *PLACES))
+    others = [item for item in overrides if not item.startswith(("resume=", "tracking.uri="))]
+    config = moved(read_config(run_dir, trusted), others, (*_PROCESSES, *PLACES, "tracking.uri"))
+    config.tracking.uri = _store(overrides, run_dir, config)
     config.run_dir, config.resume = str(run_dir), str(run_dir)
     return config
+
+
+def _store(overrides: Sequence[str], run_dir: Path, config: DictConfig) -> str | None:
+    """Where a resumed run is tracked: in the store of ``tracking.uri=``, or in its own if the user has named that.
+
+    Raises:
+        ConfigError: If the user has not.
+    """
+    from fellrec.config.compose import compose
+    from fellrec.experiment.run import store_of
+    from fellrec.tracking.known import confirm
+    from fellrec.tracking.run_log import store_of_run
+
+    if given := [item for item in overrides if item.startswith("tracking.uri=")]:
+        uri: str | None = compose(given).tracking.uri
+    else:
+        named = store_of(config)
+        uri = None if named is None else store_of_run(run_dir, named)
+        if uri is not None:
+            confirm(uri, run_dir, f"tracking.uri={uri}")
+    return uri
 
 
 def _multirun(overrides: Sequence[str]) -> None:
@@ -136,10 +160,13 @@ def _multirun(overrides: Sequence[str]) -> None:
 
     from fellrec.config.compose import compose
     from fellrec.config.paths import conf_dir
-    from fellrec.config.sweep import expand, sweeps
+    from fellrec.config.sweep import expand, sweeps, without_passwords
 
-    for combination in expand(overrides):
-        trainer = compose(combination).trainer
+    for combination in expand(overrides := without_passwords(overrides)):
+        config = compose(combination)
+        trainer, uri = config.trainer, config.tracking.uri
+        if uri is not None and reveal(uri) != uri:
+            os.environ[VARIABLE] = reveal(uri)  # for launchers that start processes
         if trainer.devices != 1 or trainer.num_nodes != 1:
             raise ConfigError("-m needs trainer.devices=1; start runs with several processes one by one")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors, and the CLI reports them

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fellrec.config.instantiate import as_dict, settings
 from fellrec.config.paths import conf_dir, group_choices
 from fellrec.config.registry import CHOICES, GROUPS, Part, defaults_of, known_by, parts, register
+from fellrec.config.secrets import secret_settings, settle_tracking
 from fellrec.errors import ConfigError, nearest_first, unknown
 from fellrec.functional.nested import flatten
 from fellrec.functional.ranges import out_of_range
@@ -36,6 +37,7 @@ def compose(overrides: Sequence[str], optional: Collection[str] = ()) -> DictCon
             that is out of range.
     """
     config = composed(overrides)
+    settle_tracking(config, {item.key_or_group for item in parse(overrides)})
     check(config, optional)
     _make_paths_absolute(config)
     return config
@@ -88,7 +90,7 @@ def check(config: DictConfig, optional: Collection[str] = ()) -> None:
         raise ConfigError(_explain(error, ())) from error
     for part in parts(plain):
         problems += _problems(part, missing)
-    problems += _check_backbone(config)
+    problems += [*_check_backbone(config), *secret_settings(plain)]
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
 

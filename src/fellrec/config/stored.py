@@ -85,8 +85,8 @@ def moved(config: DictConfig, overrides: Sequence[str], allowed: Sequence[str] =
         key, _, value = item.partition("=")
         if key not in allowed or not value or OmegaConf.select(config, key, default=None) is None:
             raise ConfigError(
-                f"{item!r} is not allowed: a run keeps its own configuration, and only {', '.join(allowed)} can be "
-                "changed, where it has them"
+                f"{item!r} is not allowed: a run keeps its own configuration; leave out {item}. Only "
+                f"{', '.join(allowed)} can be changed, where it has them"
             )
     new = config.copy()
     for key, _, value in (item.partition("=") for item in overrides):

@@ -8,17 +8,23 @@ Each aggregation rule has its own settings. Where several rules are named togeth
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 
 from hydra.core.override_parser.types import Override
 
 from fellrec.config.compose import composed, parse
 from fellrec.config.instantiate import import_target, setting_names
+from fellrec.config.secrets import URI
 from fellrec.errors import ConfigError, unknown
+from fellrec.functional.secrets import VARIABLE, has_secret, hide
+from fellrec.launch.slurm import hydra_value
 
 _GROUP = "aggregation"
 _RULE = (_GROUP, f"{_GROUP}._target_")
 """Overrides that name the rule."""
+_INTERPOLATION = re.compile(r"\$\{[^}]*\}")
+"""A variable of the environment, say, that is read when the settings are used."""
 
 
 def expand(overrides: Sequence[str], runs: Sequence[Sequence[str]] = ()) -> list[list[str]]:
@@ -86,3 +92,20 @@ def _product(overrides: Sequence[str], only: Sequence[str] = ()) -> list[list[st
         for item in parse(overrides)
     ]
     return [list(combination) for combination in itertools.product(*axes)]
+
+
+def without_passwords(overrides: Sequence[str]) -> list[str]:
+    """The overrides as they may be written: a password of ``tracking.uri`` stays in memory.
+
+    Raises:
+        ConfigError: If another one has a password.
+    """
+    shown = []
+    for item in parse(overrides):
+        text, value = str(item.input_line), item.value()
+        if item.key_or_group == URI and isinstance(value, str) and "${" not in value and hide(value) != value:
+            text = f"{item.get_key_element()}={hydra_value(hide(value))}"
+        if has_secret(_INTERPOLATION.sub("", text)):
+            raise ConfigError(f"{item.key_or_group} has a password, and overrides are written: set {VARIABLE} instead")
+        shown.append(text)
+    return shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,17 +48,19 @@ from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.records import FitResult
 from fellrec.launch.preemption import StopSignals
+from fellrec.launch.slurm import hydra_value
 from fellrec.models.adapters import name_base, plain_name, save_base
 from fellrec.rankers.reference import ReferenceRanker, reference_rankers
 from fellrec.rankers.settings import PRETRAINED, ReferenceSettings
 from fellrec.report.comparison import Comparison, RuleResult
 from fellrec.report.export import write_users
-from fellrec.state.files import explaining_full_disks
+from fellrec.state.files import explaining_full_disks, private_files
 from fellrec.state.lock import hold
 from fellrec.state.tensor_store import StoredTensors
-from fellrec.tracking.run_log import NewRun, RunLog
-from fellrec.tracking.settings import TrackingSettings
-from fellrec.tracking.store import check_reachable
+from fellrec.tracking.known import remember
+from fellrec.tracking.run_log import NewRun, RunLog, open_log
+from fellrec.tracking.settings import DEFAULT_URI
+from fellrec.tracking.store import absolute, check_reachable
 from fellrec.types import Evaluation
 
 
@@ -106,7 +109,7 @@ class Run:
             TrainingError: If a client's training diverges; the last checkpoint stays.
             StorageError: If the disk is full or read-only; so it does then.
         """
-        with explaining_full_disks(self.run_dir), hold(self.run_dir):
+        with explaining_full_disks(self.run_dir), private_files(), hold(self.run_dir):
             return self._execute()
 
     def _execute(self) -> RuleResult:
@@ -238,8 +241,8 @@ class Run:
             **self.recommender.module.objective.metadata,
             **{name: value for name, value in versions().items() if name in ("fellrec", "git_commit")},
         }
-        new = NewRun(config.tracking.uri, config.tracking.experiment, self.label, tags, self.parent_uid)
-        return RunLog(self.run_dir, new)
+        new = NewRun(store_of(config), config.tracking.experiment, self.label, tags, self.parent_uid)
+        return open_log(self.run_dir, new)
 
 
 def build(
@@ -270,7 +273,7 @@ def build(
         fabric = session.fabric
     if config.run_dir and not config.resume:
         check_new(Path(config.run_dir))
-    check_reachable(config.tracking.uri, may_be_away=bool(config.resume) or config.tracking.on_unreachable == "keep")
+    check_store(config)
     check_classes(config)
     data = build_data(config)
     if config.resume and (Path(config.run_dir) / "data.json").is_file():
@@ -317,6 +320,25 @@ def failure_message(result: FitResult) -> str:
     )
 
 
+def store_of(config: DictConfig) -> str | None:
+    """Where a run is tracked; ``None`` without a store or without the callback that tracks."""
+    is_tracked = config.callbacks.get("mlflow") is not None
+    return str(config.tracking.uri) if is_tracked and config.tracking.uri is not None else None
+
+
+def check_store(config: DictConfig) -> None:
+    """Check that a run can be tracked, and record that the user has named the store.
+
+    Raises:
+        ConfigError: If the store cannot be used, or the experiment was deleted.
+    """
+    uri, tracking = store_of(config), config.tracking
+    may_be_away = config.resume is not None or tracking.on_unreachable == "keep"
+    check_reachable(uri, may_be_away=may_be_away, experiment=tracking.experiment)
+    if uri is not None:
+        remember(uri)
+
+
 def rule_name(config: DictConfig) -> str:
     """The rule's name in tables: its class's name in lower case."""
     return str(config.aggregation["_target_"]).rpartition(".")[2].lower()
@@ -359,10 +381,12 @@ def reference_results(
 
 def finish_message(run_dir: Path, config: DictConfig) -> str:
     """Paths of the run directory and of the MLflow store, and how to open them."""
-    uri = config.tracking.uri
-    option = "" if uri == TrackingSettings.uri else f" tracking.uri={uri}"
-    where = f"MLflow: {uri}, experiment {config.tracking.experiment}"
-    return f"Run directory: {run_dir}\n{where}; open it by: fellrec ui{option}"
+    uri = store_of(config)
+    if uri is None:
+        return f"Run directory: {run_dir}"
+    option = "" if uri == absolute(DEFAULT_URI) else f" {shlex.quote(f'tracking.uri={hydra_value(uri)}')}"
+    how = uri if uri.startswith("http") else f"fellrec ui{option}"
+    return f"Run directory: {run_dir}\nMLflow: {uri}, experiment {config.tracking.experiment}; open it by: {how}"
 
 
 def _evaluate(recommender: Recommender, ranker: ReferenceRanker, stage: str) -> Evaluation:

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -53,7 +54,7 @@ def free_run_dir(requested: str | None, label: str) -> Path:
 
 
 def new_run_dir(requested: str | None, label: str) -> Path:
-    """Create the run directory, see `free_run_dir`.
+    """Create the run directory, which only the user can read; see `free_run_dir`.
 
     Raises:
         ConfigError: If it is not empty or cannot be created.
@@ -61,6 +62,8 @@ def new_run_dir(requested: str | None, label: str) -> Path:
     folder = free_run_dir(requested, label)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with suppress(PermissionError):  # of another user, who decides
+            folder.chmod(0o700)
     except OSError as error:
         raise ConfigError(f"run_dir={folder} cannot be created: {error}") from error
     return folder.resolve()

@@ -94,10 +94,17 @@ class Ledger:
         return dict(figures)
 
     def state_dict(self) -> dict[str, Any]:
-        """See ``Persisted``; what was recorded since the last call becomes a part of its own, out of memory."""
+        """See ``Persisted``; what was recorded since the last call becomes a part of its own, out of memory.
+
+        A part joins those before it until the last has twice its rows. So there are few: N rounds have log2(N) files.
+        """
         self._parts = [StoredTensors(path=p.path, checksum=p.checksum) if p.path else p for p in self._parts]
         if self._bytes:
-            self._parts.append(StoredTensors({"rows": _encode(self._recent())}))
+            rows = _encode(self._recent())
+            while self._parts and len(last := self._parts[-1].tensors()["rows"]) < 2 * len(rows):
+                rows = torch.cat([last, rows])
+                self._parts.pop()
+            self._parts.append(StoredTensors({"rows": rows}))
             self._bytes.clear()
             self._messages.clear()
         return {"parts": self._parts}

@@ -59,6 +59,16 @@ def sync_folder(folder: Path) -> None:
     _flush(folder)
 
 
+@contextmanager
+def private_files() -> Iterator[None]:
+    """Let only the user read what this process creates: a run directory has users' interactions."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def make_folder(folder: Path) -> None:
     """Make a directory that may exist.
 

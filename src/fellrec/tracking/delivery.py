@@ -8,11 +8,15 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from fellrec.errors import FellrecError
+from fellrec.functional.secrets import hide
+from fellrec.state.inside import check_inside
 from fellrec.tracking.outbox import Operation, Sent, first_operation, operations, read_sent, sending, write_sent
 from fellrec.tracking.store import connect, ensure_experiment
 
@@ -41,15 +45,21 @@ class OutboxClient:
     Args:
         folder: The outbox.
         uri: MLflow tracking URI; ``None`` for the one that the run was started with.
+
+    Attributes:
+        num_sent: Operations that this client has sent.
     """
 
     def __init__(self, folder: Path, uri: str | None = None) -> None:
         self.folder = folder
-        self.uri = uri or str(first_operation(folder).fields["uri"])
+        self._creation = first_operation(folder)
+        self.uri = hide(uri or self._creation.fields["uri"])
+        self.num_sent = 0
         self._client: MlflowClient | None = None
+        self._has_run = False
 
     def send(self) -> int:
-        """Send the remaining operations in order.
+        """Send the remaining operations in order; to a store that does not have the run, all of them.
 
         Returns:
             Number of operations sent.
@@ -57,30 +67,52 @@ class OutboxClient:
         Raises:
             OutboxError: If an operation fails.
         """
-        number = 0
+        before = self.num_sent
         with sending(self.folder):
             sent = read_sent(self.folder)
+            if sent.run_id is not None and not self._has_run:
+                sent = self._unless_lost(sent, sent.run_id)
             for operation in operations(self.folder, sent):
                 sent = self._send(operation, sent)
                 write_sent(self.folder, sent)
-                number += 1
-        return number
+                self.num_sent += 1
+        return self.num_sent - before
+
+    def _unless_lost(self, sent: Sent, run_id: str) -> Sent:
+        """How much of the run this store has; nothing if it has no such run: it is another, or an older copy."""
+        with self._reporting(f"run {run_id}"):
+            self._has_run = _has_run(self._connected(), run_id, self._creation.fields["uid"])
+        if self._has_run:
+            return sent
+        _log.warning("%s does not have the run of %s: all operations are sent again", self.uri, self.folder.parent)
+        return Sent()
 
     def _send(self, operation: Operation, sent: Sent) -> Sent:
-        try:
-            client = self._client = self._client or connect(self.uri)
+        with self._reporting(f"operation {operation.number} ({operation.kind})"):
+            client = self._connected()
             if operation.kind == "create":
-                sent = replace(sent, run_id=_create(client, self.uri, operation))
+                sent = replace(sent, run_id=_create(client, self.uri, self._creation))
+                self._has_run = True
             else:
                 assert sent.run_id is not None
                 _deliver(client, sent.run_id, self.folder.parent, operation)
+        return replace(sent, number=operation.number + 1, end=operation.end)
+
+    def _connected(self) -> MlflowClient:
+        self._client = self._client or connect(self.uri)
+        return self._client
+
+    @contextmanager
+    def _reporting(self, what: str) -> Iterator[None]:
+        """After a failure, the run is looked for again before the next operation: the store may have lost it."""
+        try:
+            yield
         except OutboxError:
             raise
         except Exception as error:  # MLflow, SQLAlchemy and requests raise different types
+            self._has_run = False
             first_line = next(iter(str(error).splitlines()), type(error).__name__)
-            failed = f"{self.uri}: operation {operation.number} ({operation.kind}) failed"
-            raise OutboxError(f"{failed}: {first_line}") from error
-        return replace(sent, number=operation.number + 1, end=operation.end)
+            raise OutboxError(f"{self.uri}: {what} failed: {first_line}") from error
 
 
 class Sender:
@@ -168,6 +200,19 @@ def _find(client: MlflowClient, experiment_id: str, uid: str) -> str | None:
     return str(found[0].info.run_id) if found else None
 
 
+def _has_run(client: MlflowClient, run_id: str, uid: str) -> bool:
+    """Whether a store has the run, and it was not deleted there."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+    return run.info.lifecycle_stage == "active" and run.data.tags.get(UID_TAG) == uid
+
+
 def _deliver(client: MlflowClient, run_id: str, run_dir: Path, operation: Operation) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 
@@ -185,7 +230,7 @@ def _deliver(client: MlflowClient, run_id: str, run_dir: Path, operation: Operat
             dataset = Dataset(fields["name"], fields["digest"], "local", source, profile=profile)
             client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
         case "artifact":
-            _upload(client, run_id, run_dir / fields["path"], fields["folder"])
+            _upload(client, run_id, _inside(run_dir, fields["path"]), fields["folder"])
         case "reopen":
             client.update_run(run_id, status="RUNNING")
             if "error" in client.get_run(run_id).data.tags:
@@ -197,9 +242,33 @@ def _deliver(client: MlflowClient, run_id: str, run_dir: Path, operation: Operat
 
 
 def _upload(client: MlflowClient, run_id: str, path: Path, folder: str | None) -> None:
+    if folder is not None and not _stays_inside(folder):
+        raise OutboxError(
+            f"the artefact's folder {folder!r} is not allowed: it must be a path below the run's artefacts"
+        )
     if path.is_dir():
         client.log_artifacts(run_id, str(path), folder)
     elif path.is_file():
         client.log_artifact(run_id, str(path), folder)
     else:
         _log.warning("%s was deleted and is not uploaded", path)
+
+
+def _inside(run_dir: Path, name: str) -> Path:
+    """The file or directory of a run that an operation names; a run directory is data, and may name any other file.
+
+    Raises:
+        OutboxError: If it is not in the run directory, or is a link.
+        ConfigError: If it is a directory that has a link or anything but files and directories.
+    """
+    path = run_dir / name
+    if not _stays_inside(name) or path.resolve() != run_dir.resolve() / name:
+        raise OutboxError(f"{name} is not uploaded: only files of the run directory {run_dir} are, and no links")
+    if path.is_dir():
+        check_inside(path)
+    return path
+
+
+def _stays_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -74,8 +75,9 @@ class Outbox:
         self._once: set[str] = set()
         self._number = self._end = 0
         try:
-            folder.mkdir(exist_ok=True)
-            self._file = os.open(folder / _OPERATIONS, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            folder.mkdir(exist_ok=True, mode=0o700)
+            refuse_link(folder)
+            self._file = os.open(folder / _OPERATIONS, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise ConfigError(f"{folder} cannot be written: {error}") from error
         try:
@@ -139,6 +141,16 @@ class Outbox:
                 raise ConfigError(f"{self.folder.parent} is being written by another process") from error
 
 
+def refuse_link(folder: Path) -> None:
+    """Refuse an outbox that is elsewhere: what is written there must stay in the run directory.
+
+    Raises:
+        OSError: If the folder is a symbolic link.
+    """
+    if folder.is_symlink():
+        raise OSError("it is a symbolic link")
+
+
 def operations(folder: Path, start: Sent | None = None) -> Iterator[Operation]:
     """Iterate over the complete operations of an outbox.
 
@@ -162,24 +174,47 @@ def operations(folder: Path, start: Sent | None = None) -> Iterator[Operation]:
                     raise TrainingError(f"{folder / _OPERATIONS} is damaged: operation {number} cannot be read")
                 return  # incomplete: after a crash, or while another process writes
             number, end = number + 1, end + len(line)
-            yield Operation(number - 1, record.pop("kind"), record.pop("time"), record, end)
+            kind, time = record.pop("kind", None), record.pop("time", None)
+            if not isinstance(kind, str) or not isinstance(time, int):
+                raise TrainingError(f"{folder / _OPERATIONS} is damaged: operation {number - 1} has no kind or no time")
+            yield Operation(number - 1, kind, time, record, end)
 
 
 def first_operation(folder: Path) -> Operation:
     """The operation that creates the run.
 
     Raises:
-        TrainingError: If the outbox is empty.
+        TrainingError: If the outbox is empty, or this operation is damaged.
     """
     for operation in operations(folder):
+        fields = operation.fields
+        uids = [fields.get("uid"), fields.get("parent_uid") or "0"]
+        texts = [fields.get(name) for name in ("uri", "experiment", "run_name")]
+        are_uids = all(isinstance(uid, str) and re.fullmatch("[0-9a-f]{1,32}", uid) for uid in uids)
+        is_whole = operation.kind == "create" and all(isinstance(text, str) for text in texts) and are_uids
+        if not is_whole or not isinstance(fields.get("tags"), dict):
+            raise TrainingError(f"{folder / _OPERATIONS} is damaged: its first operation does not create a run")
         return operation
     raise TrainingError(f"{folder} has no complete operation: the run stopped before it logged anything")
 
 
 def read_sent(folder: Path) -> Sent:
-    """Read how much of the outbox was sent."""
+    """Read how much of the outbox was sent.
+
+    Raises:
+        TrainingError: If the record is damaged.
+    """
     path = folder / _SENT
-    return Sent(**json.loads(path.read_text())) if path.is_file() else Sent()
+    if not path.is_file():
+        return Sent()
+    try:
+        sent = Sent(**json.loads(path.read_text()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise TrainingError(f"{path} is damaged; delete it to send everything again") from error
+    is_place = all(isinstance(number, int) and number >= 0 for number in (sent.number, sent.end))
+    if not is_place or not isinstance(sent.run_id, str | None) or (sent.number > 0 and sent.run_id is None):
+        raise TrainingError(f"{path} is damaged; delete it to send everything again")
+    return sent
 
 
 def write_sent(folder: Path, sent: Sent) -> None:
@@ -199,7 +234,8 @@ def num_left(folder: Path) -> int:
 @contextmanager
 def sending(folder: Path) -> Iterator[None]:
     """Hold the lock of the sender; another process waits for it."""
-    with (folder / _LOCK).open("a") as file:
+    refuse_link(folder)
+    with os.fdopen(os.open(folder / _LOCK, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600), "w") as file:
         with suppress(OSError):  # without file locks two processes may send an operation twice, which has no effect
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -208,7 +244,7 @@ def sending(folder: Path) -> Iterator[None]:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 

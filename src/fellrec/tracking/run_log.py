@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 import uuid
@@ -13,15 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from fellrec.errors import ConfigError
+from fellrec.functional.secrets import hide, redact
 from fellrec.tracking.delivery import OutboxClient, Sender
-from fellrec.tracking.outbox import Outbox, first_operation, num_left, read_sent
+from fellrec.tracking.outbox import Outbox, first_operation, num_left, operations, read_sent
 from fellrec.tracking.store import absolute
 
 _OUTBOX = "outbox"
 """Directory of the outbox in a run directory."""
-_MAX_PARAM_LENGTH, _MAX_TAG_LENGTH = 250, 500
+_MAX_KEY_LENGTH, _MAX_PARAM_LENGTH, _MAX_TAG_LENGTH = 250, 6000, 8000
+_MAX_DATASET_LENGTHS = {"name": 500, "digest": 36, "source": 10_000}
+"""MLflow's limits. It refuses what is longer, and so would never get what comes after it."""
 _SECONDS_AFTER_FAILURE = 30.0
 """Maximum wait for the server after a run failed or was stopped."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,14 +35,14 @@ class NewRun:
     """What is needed to create a run on the server.
 
     Attributes:
-        uri: MLflow tracking URI.
+        uri: MLflow tracking URI; ``None`` if the run is not tracked.
         experiment: Name of the experiment; created if absent.
         name: Name of the run in the UI.
         tags: Tags in addition to MLflow's own, such as user and source.
         parent_uid: `RunLog.uid` of the parent run.
     """
 
-    uri: str
+    uri: str | None
     experiment: str
     name: str
     tags: Mapping[str, str]
@@ -62,7 +68,8 @@ class RunLog:
         else:
             self._outbox.append("reopen")
         self._fields = first_operation(self._outbox.folder).fields
-        self._sender = Sender(OutboxClient(self._outbox.folder))
+        self._uri = _address(new)
+        self._sender = Sender(OutboxClient(self._outbox.folder, self._uri))
         self._sender.wake()
 
     @property
@@ -77,24 +84,26 @@ class RunLog:
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log the settings, once per run."""
-        values = {key: str(value)[:_MAX_PARAM_LENGTH] for key, value in params.items()}
+        values = {_key(key): _text(key, value, _MAX_PARAM_LENGTH) for key, value in params.items()}
         self._append("params", once="params", params=values)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, once: str) -> None:
         """Log metrics of a step.
 
         Args:
-            metrics: Name → value; characters that MLflow does not allow are removed from names.
+            metrics: Name → value; what MLflow does not allow is removed from names.
             step: The round.
             once: Key of these metrics within the step; a resumed run that repeats the step does not log them again.
         """
-        values = {re.sub(r"[^\w/. -]", "", key, flags=re.ASCII): float(value) for key, value in metrics.items()}
+        values = {_key(key): float(value) for key, value in metrics.items()}
         self._append("metrics", once=f"{once} {step}", step=step, metrics=values)
 
     def log_dataset(self, name: str, digest: str, source: str, statistics: Mapping[str, Any]) -> None:
         """Log the data set, once per run."""
         plain = json.loads(json.dumps(dict(statistics), default=str))
-        self._append("dataset", once="dataset", name=name, digest=digest, source=source, statistics=plain)
+        given = {"name": name, "digest": digest, "source": source}
+        texts = {key: _text(f"the data set's {key}", given[key], limit) for key, limit in _MAX_DATASET_LENGTHS.items()}
+        self._append("dataset", once="dataset", **texts, statistics=plain)
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Upload a file, or the content of a directory, if it exists; it must not change afterwards.
@@ -108,7 +117,7 @@ class RunLog:
 
     def set_tag(self, key: str, value: str) -> None:
         """Set a tag."""
-        self._append("tag", key=key, value=value[:_MAX_TAG_LENGTH])
+        self._append("tag", key=key, value=_text(key, value, _MAX_TAG_LENGTH))
 
     def close(self, status: str = "FINISHED") -> None:
         """End the run, and print how to send operations that remain.
@@ -126,7 +135,7 @@ class RunLog:
             self._outbox.close()
         if status == "FINISHED" and self._sender.error is None:
             for folder in filter(num_left, outboxes(self.run_dir)[1:]):
-                Sender(OutboxClient(folder)).finish()
+                Sender(OutboxClient(folder, self._uri)).finish()
         left = sum(map(num_left, outboxes(self.run_dir)))
         if left and self._fields["parent_uid"] is None:  # a comparison reports for its runs
             reason = f"{self._sender.error}\n" if self._sender.error else ""
@@ -139,10 +148,47 @@ class RunLog:
             self._sender.wake()
 
 
+class Untracked(RunLog):
+    """Stands for the MLflow run of a run that is not tracked: nothing is recorded or sent.
+
+    Args:
+        run_dir: The run directory.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+
+    @property
+    def uid(self) -> str:
+        """Empty."""
+        return ""
+
+    @property
+    def run_id(self) -> None:
+        """``None``."""
+        return None
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Nothing is open."""
+
+    def _append(self, kind: str, once: str | None = None, **fields: Any) -> None:
+        pass
+
+
+def open_log(run_dir: Path, new: NewRun) -> RunLog:
+    """The MLflow run of a run.
+
+    Args:
+        run_dir: The run directory.
+        new: See `RunLog`; without a store the run is not tracked.
+    """
+    return Untracked(run_dir) if new.uri is None else RunLog(run_dir, new)
+
+
 @contextmanager
 def parent_run(run_dir: Path, new: NewRun) -> Iterator[RunLog]:
     """The parent run of a comparison; it is closed as finished, failed or killed."""
-    log = RunLog(run_dir, new)
+    log = open_log(run_dir, new)
     try:
         yield log
     except BaseException as error:
@@ -158,19 +204,52 @@ def outboxes(run_dir: Path) -> list[Path]:
         ConfigError: If it is not the directory of a run.
     """
     own = run_dir / _OUTBOX
-    if not own.is_dir():
+    if not own.is_dir() or own.is_symlink():
         raise ConfigError(f"{run_dir} has no outbox; give the directory of a run")
-    return [own, *sorted(run_dir.glob(f"*/{_OUTBOX}"))]
+    others = [folder for folder in sorted(run_dir.glob(f"*/{_OUTBOX}")) if not folder.parent.is_symlink()]
+    return [own, *others]
+
+
+def store_of_run(run_dir: Path, named: str) -> str:
+    """The store of a run without a password: that of its outbox, or the one of its settings if it logged nothing.
+
+    Args:
+        run_dir: The run directory.
+        named: ``tracking.uri`` of its settings.
+    """
+    folder = run_dir / _OUTBOX
+    is_logged = any(True for _ in operations(folder))
+    return hide(str(first_operation(folder).fields["uri"]) if is_logged else absolute(named))
+
+
+def _key(name: str) -> str:
+    """A name as MLflow takes it: ASCII, a path without empty parts or dots."""
+    parts = re.sub(r"[^\w/. -]", "", name, flags=re.ASCII)[:_MAX_KEY_LENGTH].split("/")
+    return "/".join(part for part in parts if part.strip(".")) or "unnamed"
+
+
+def _text(name: str, value: Any, limit: int) -> str:
+    """A value as MLflow takes it, without secrets."""
+    text = redact(str(value)).encode(errors="replace").decode()
+    if len(text) > limit:
+        _log.warning("MLflow gets the first %d of the %d characters of %s", limit, len(text), name)
+    return text[:limit]
+
+
+def _address(new: NewRun) -> str:
+    assert new.uri is not None
+    return hide(absolute(new.uri))
 
 
 def _creation(new: NewRun) -> dict[str, Any]:
     from mlflow.tracking.context.registry import resolve_tags
 
+    tags = resolve_tags(dict(new.tags))  # the address of a git repository among them may have a password
     return {
-        "uri": absolute(new.uri),
+        "uri": _address(new),
         "experiment": new.experiment,
         "uid": uuid.uuid4().hex,
         "run_name": new.name,
-        "tags": resolve_tags(dict(new.tags)),
+        "tags": {key: _text(key, value, _MAX_TAG_LENGTH) for key, value in tags.items()},
         "parent_uid": new.parent_uid,
     }

@@ -7,21 +7,30 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 import sys
 import tempfile
 import threading
+import warnings
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from fellrec.errors import ConfigError
+from fellrec.functional.secrets import VARIABLE, reveal
+from fellrec.tracking.settings import DEFAULT_URI
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
+    from sqlalchemy.engine import URL
 
-_SQLITE_PREFIX = "sqlite:///"
-_SQLITE = b"SQLite format 3\0"
-"""First bytes of a database file."""
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+"""Names of the loopback interface."""
+_CREDENTIALS = (
+    f"if it needs a password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or {VARIABLE} with both in it"
+)
 _GATEWAY_ERRORS = (502, 503, 504)
 """HTTP status codes of a proxy whose server is unreachable."""
 
@@ -42,7 +51,7 @@ def connect(uri: str) -> MlflowClient:
     from mlflow.tracking import MlflowClient
 
     _make_sqlite(uri)
-    return MlflowClient(tracking_uri=uri)
+    return MlflowClient(tracking_uri=reveal(uri))
 
 
 def make_client(uri: str) -> MlflowClient:
@@ -51,38 +60,66 @@ def make_client(uri: str) -> MlflowClient:
     Raises:
         ConfigError: If the store cannot be used or does not answer within seconds.
     """
-    _check_file(uri)
+    if reveal(uri).startswith("http") and set("?#") & set(reveal(uri)):
+        raise ConfigError(f"tracking.uri={uri} cannot be used: an address of a server has no options after ? or #")
     try:
+        _check_file(uri)
         client = connect(uri)
         client.search_experiments(max_results=1)
-    except Exception as error:  # MLflow, SQLAlchemy and requests raise different types
-        raise ConfigError(f"tracking.uri={uri} cannot be used: {str(error).splitlines()[0]}") from error
+    except ConfigError:
+        raise
+    except Exception as error:  # MLflow, SQLAlchemy, sqlite3 and requests raise different types
+        hint = f"\n{_CREDENTIALS}" if _is_refused(error) else ""
+        raise ConfigError(f"tracking.uri={uri} cannot be used: {_first_line(error)}{hint}") from error
     return client
 
 
-def check_reachable(uri: str, may_be_away: bool = False) -> None:
+def check_reachable(uri: str | None, may_be_away: bool = False, experiment: str | None = None) -> None:
     """Check that the store can be used, without creating a new sqlite file.
 
     Args:
-        uri: MLflow tracking URI.
-        may_be_away: Whether an unreachable server only causes a warning. A server that responds with an error is an
-            error in any case.
+        uri: MLflow tracking URI; ``None`` if nothing is tracked.
+        may_be_away: Whether an unreachable server, a locked database and a deleted experiment only cause a warning. A
+            server that responds with an error is an error in any case.
+        experiment: Name of the experiment, which must not be deleted; ``None`` if it need not be checked.
 
     Raises:
         ConfigError: If the store cannot be used.
     """
-    path = _sqlite_path(uri)
+    path = None if uri is None else _sqlite_path(uri)
+    if uri is None:
+        return
+    _check_options(uri)
     if path is not None and not path.exists():
         _check_file(uri)
         return
     try:
-        make_client(uri)
+        client = make_client(uri)
+        problem = None if experiment is None else _deleted(client, uri, experiment)
     except ConfigError as error:
-        if not (_may_be_a_server(uri) and error.__cause__ and _is_unreachable(error.__cause__)):
+        if not (error.__cause__ and _is_away(uri, error.__cause__)):
             raise
         if not may_be_away:
             raise ConfigError(f"{error}\nto train anyway and sync later: tracking.on_unreachable=keep") from error
-        _log.warning("tracking.uri=%s is unreachable; metrics are recorded in the run directory and sent later", uri)
+        problem = f"tracking.uri={uri} is unreachable"
+    if problem and not may_be_away:
+        raise ConfigError(problem)
+    if problem:
+        _log.warning("%s; metrics are recorded in the run directory and sent later", problem)
+
+
+def _deleted(client: MlflowClient, uri: str, experiment: str) -> str | None:
+    """What is wrong with an experiment that was deleted; ``None`` for one that can be used or created."""
+    try:
+        found = client.get_experiment_by_name(experiment)
+    except Exception as error:
+        raise ConfigError(f"tracking.uri={uri} cannot be used: {_first_line(error)}") from error
+    if found is None or found.lifecycle_stage == "active":
+        return None
+    return (
+        f"tracking.experiment={experiment} was deleted from {uri}: choose another name, or restore it by "
+        f"mlflow experiments restore --experiment-id {found.experiment_id}"
+    )
 
 
 def ensure_experiment(client: MlflowClient, uri: str, name: str) -> str:
@@ -101,17 +138,43 @@ def ensure_experiment(client: MlflowClient, uri: str, name: str) -> str:
 
 
 def absolute(uri: str) -> str:
-    """The URI with an absolute path if it is a sqlite database."""
+    """The URI with an absolute path if it is a sqlite database.
+
+    Raises:
+        ConfigError: If it is a sqlite database in memory, or cannot be read.
+    """
+    url = _sqlite_url(uri)
     path = _sqlite_path(uri)
-    return uri if path is None else f"{_SQLITE_PREFIX}{path}"
+    return uri if url is None else url.set(database=str(path)).render_as_string(hide_password=False)
 
 
-def ui_command(uri: str, host: str, port: int) -> list[str]:
-    """The command that starts the MLflow UI."""
+def ui_command(uri: str, host: str, port: int, allowed_hosts: Sequence[str] = ()) -> list[str]:
+    """The command that starts the MLflow UI.
+
+    An address with a password is not part of it, as other users can read the arguments of a process: give the command
+    `ui_environment`.
+
+    Args:
+        uri: Of the store.
+        host: Address to listen on.
+        port: Port to listen on.
+        allowed_hosts: Names under which the server may be used, besides those of the loopback interface; without any,
+            MLflow decides.
+    """
+    location = _artifact_location(uri)
+    names = [*_LOOPBACK, *allowed_hosts] if allowed_hosts else []
     return [
-        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", host, "--port", str(port),
-        *(["--default-artifact-root", location] if (location := _artifact_location(uri)) else []),
-    ]  # fmt: skip
+        *(sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port)),
+        *(["--backend-store-uri", uri] if reveal(uri) == uri else []),
+        *(["--default-artifact-root", location] if location else []),
+        *(["--allowed-hosts", ",".join(f"{name},{name.replace('[', '[[]')}:*" for name in names)] if names else []),
+        *(["--cors-allowed-origins", ",".join(f"http://{name}:{port}" for name in names)] if names else []),
+    ]
+
+
+def ui_environment(uri: str) -> dict[str, str]:
+    """The environment of `ui_command`."""
+    return {**os.environ, "MLFLOW_BACKEND_STORE_URI": reveal(uri)}
 
 
 def _artifact_location(uri: str) -> str | None:
@@ -120,8 +183,29 @@ def _artifact_location(uri: str) -> str | None:
     return None if path is None else (path.parent / "mlartifacts").as_uri()
 
 
+def _sqlite_url(uri: str) -> URL | None:
+    """A sqlite address in its parts; ``None`` for another.
+
+    Raises:
+        ConfigError: See `absolute`.
+    """
+    if not uri.startswith("sqlite:"):
+        return None
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(uri)
+    except (ArgumentError, ValueError) as error:
+        raise ConfigError(f"tracking.uri={uri} cannot be used: {_first_line(error)}") from error
+    if not url.database or url.database.startswith((":memory:", "file:")) or url.host:
+        raise ConfigError(f"tracking.uri={uri} cannot be used: give the path of a file, as in {DEFAULT_URI}")
+    return url
+
+
 def _sqlite_path(uri: str) -> Path | None:
-    return Path(uri.removeprefix(_SQLITE_PREFIX)).resolve() if uri.startswith(_SQLITE_PREFIX) else None
+    url = _sqlite_url(uri)
+    return None if url is None else Path(str(url.database)).resolve()
 
 
 def _make_sqlite(uri: str) -> None:
@@ -129,8 +213,8 @@ def _make_sqlite(uri: str) -> None:
 
     If two processes create it at the same time, the first file is kept.
     """
-    path = _sqlite_path(uri)
-    if path is None:
+    url, path = _sqlite_url(uri), _sqlite_path(uri)
+    if url is None or path is None:
         return
     with _creation:
         if path.exists():
@@ -140,13 +224,26 @@ def _make_sqlite(uri: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             draft = Path(folder) / path.name
-            SqlAlchemyStore(f"{_SQLITE_PREFIX}{draft}", _artifact_location(uri)).engine.dispose()
+            address = url.set(database=str(draft)).render_as_string(hide_password=False)
+            SqlAlchemyStore(address, _artifact_location(uri)).engine.dispose()
             try:
                 os.link(draft, path)
             except FileExistsError:
                 return
             except OSError:  # the file system has no hard links
                 draft.replace(path)
+
+
+def _is_away(uri: str, error: BaseException) -> bool:
+    """Whether a store may answer later: a server that did not answer, a database that is locked."""
+    return (_may_be_a_server(uri) and _is_unreachable(error)) or _is_locked(error)
+
+
+def _is_locked(error: BaseException) -> bool:
+    if isinstance(error, sqlite3.OperationalError):
+        return "locked" in str(error)
+    inner = error.__cause__ or error.__context__
+    return inner is not None and _is_locked(inner)
 
 
 def _may_be_a_server(uri: str) -> bool:
@@ -171,19 +268,62 @@ def _is_unreachable(error: BaseException) -> bool:
     return inner is not None and _is_unreachable(inner)
 
 
+def _is_refused(error: BaseException) -> bool:
+    """Whether a server asks for a password or does not accept the one that it was given."""
+    from mlflow.exceptions import MlflowException
+
+    return isinstance(error, MlflowException) and error.get_http_status_code() in (401, 403)
+
+
 def _check_file(uri: str) -> None:
-    """Refuse paths that cannot be a database; MLflow would retry for minutes, or write into another small file."""
+    """Refuse paths that cannot be a store; MLflow would retry for minutes, or write into another file.
+
+    Raises:
+        ConfigError: If it is not a database of MLflow, or cannot be created.
+        sqlite3.OperationalError: If the database is locked.
+    """
     path = _sqlite_path(uri)
     if path is None:
         return
-    if path.is_file() and path.stat().st_size:
-        with path.open("rb") as file:
-            is_database = file.read(len(_SQLITE)) == _SQLITE
-        if not is_database:
-            raise ConfigError(f"tracking.uri={uri} cannot be used: {path} is not a sqlite database")
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
     if path.is_dir() or not os.access(existing, os.W_OK) or (existing != path and not existing.is_dir()):
         raise ConfigError(
             f"tracking.uri={uri} cannot be used: {path} must be a file in a writable directory, "
-            "such as tracking.uri=sqlite:///mlflow.db"
+            f"such as tracking.uri={DEFAULT_URI}"
         )
+    if path.is_file() and path.stat().st_size:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+            try:
+                tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            except sqlite3.DatabaseError as error:
+                if _is_locked(error):
+                    raise
+                raise ConfigError(f"tracking.uri={uri} cannot be used: {path} is not a sqlite database") from error
+        if tables and "experiments" not in tables:
+            raise ConfigError(f"tracking.uri={uri} cannot be used: {path} is a database of another program")
+
+
+def _check_options(uri: str) -> None:
+    """Refuse options of sqlite that have no effect or a wrong value, such as ``?timeout=soon``.
+
+    Raises:
+        ConfigError: If it refuses them.
+    """
+    from sqlalchemy import create_engine
+
+    url = _sqlite_url(uri)
+    if url is None or not url.query:
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            engine = create_engine(url.set(database=":memory:"))
+        with engine.connect():
+            pass
+        engine.dispose()
+    except Exception as error:  # of several types, depending on the option
+        raise ConfigError(f"tracking.uri={uri} cannot be used: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

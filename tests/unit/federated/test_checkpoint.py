@@ -226,6 +226,19 @@ def test_a_ledger_in_parts_is_the_whole_ledger(tmp_path: Path) -> None:
     assert resumed.total(round=1) == 202
 
 
+def test_the_files_of_a_ledger_do_not_grow_with_the_rounds(tmp_path: Path) -> None:
+    """Equal rounds join as the digits of a binary counter carry: 100 is 0b1100100, three parts."""
+    ledger, checkpoints = Ledger(), CheckpointFolder(tmp_path, keep=1)
+    for round_index in range(100):
+        for client in range(3):
+            ledger.add(client, round_index, "train", "up", "adapter", 7)
+        checkpoints.save({"ledger": ledger}, round_index)
+    assert len(list(checkpoints.tensors.iterdir())) == 3
+    resumed = Ledger()
+    checkpoints.load({"ledger": resumed})
+    assert resumed.rows() == [[client, n, "train", "up", "adapter", 1, 7] for client in range(3) for n in range(100)]
+
+
 def test_checked_json_is_exact_and_guarded(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     value = {"b": [0.1, -float("inf"), 1e-300, None], "a": {"ü": "\n"}}

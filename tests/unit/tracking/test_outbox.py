@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 import socket
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fellrec.errors import ConfigError, TrainingError
-from fellrec.tracking.delivery import OutboxClient, OutboxError
+from fellrec.tracking.delivery import OutboxClient
 from fellrec.tracking.outbox import Outbox, num_left, operations, read_sent, sending, write_sent
 from fellrec.tracking.run_log import NewRun, RunLog, outboxes
 
@@ -149,16 +150,27 @@ def test_a_resumed_run_logs_only_new_operations(tmp_path: Path) -> None:
     assert run.info.start_time == next(iter(operations(tmp_path / "outbox"))).time
 
 
-def test_a_store_without_the_run_is_an_error_and_operations_are_kept(tmp_path: Path) -> None:
+def test_a_store_without_the_run_is_sent_everything_once(empty_store: Path, tmp_path: Path) -> None:
+    """Another store than before, and one that lost the run; ``other.db`` never had its beginning."""
+    from mlflow.tracking import MlflowClient
+
+    for name in ("mlflow.db", "other.db"):
+        shutil.copy(empty_store, tmp_path / name)
     log = RunLog(tmp_path, NewRun(f"sqlite:///{tmp_path / 'mlflow.db'}", "fellrec", "run", {}))
+    log.log_metrics({"loss": 0.5}, 0, once="round")
     log.close()
-    outbox = Outbox(tmp_path / "outbox")
-    outbox.append("tag", key="late", value="tag")
-    outbox.close()
-    before = read_sent(outbox.folder)
-    with pytest.raises(OutboxError, match=rf"operation 2 \(tag\) failed.*{before.run_id}"):
-        OutboxClient(outbox.folder, uri=f"sqlite:///{tmp_path / 'other.db'}").send()
-    assert (read_sent(outbox.folder), num_left(outbox.folder)) == (before, 1)
+    folder, uri = tmp_path / "outbox", f"sqlite:///{tmp_path / 'other.db'}"
+    first = read_sent(folder).run_id
+    assert [OutboxClient(folder, uri).send(), OutboxClient(folder, uri).send()] == [3, 0]
+    run_id = read_sent(folder).run_id
+    assert run_id is not None
+    assert run_id != first
+    client = MlflowClient(uri)
+    assert [(point.step, point.value) for point in client.get_metric_history(run_id, "loss")] == [(0, 0.5)]
+    assert client.get_run(run_id).info.status == "FINISHED"
+    client.delete_run(run_id)
+    assert OutboxClient(folder, uri).send() == 3
+    assert client.get_run(str(read_sent(folder).run_id)).data.metrics == {"loss": 0.5}
 
 
 def test_the_progress_file_is_replaced_atomically(tmp_path: Path) -> None:

@@ -1,0 +1,49 @@
+"""Keeps passwords out of what a run writes: its settings and its batch script."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from omegaconf import DictConfig
+
+from fellrec.functional.nested import flatten
+from fellrec.functional.secrets import VARIABLE, has_secret, hide, names_secret
+from fellrec.tracking.settings import TrackingSettings
+from fellrec.tracking.store import absolute
+
+URI = "tracking.uri"
+_VARIABLES = {"uri": VARIABLE, "experiment": "MLFLOW_EXPERIMENT_NAME"}
+_SECRET_SETTINGS = {
+    *("password", "passwd", "passphrase", "secret", "token", "api_key", "apikey", "access_key", "secret_key"),
+    *("access_token", "auth_token"),
+}
+
+
+def settle_tracking(config: DictConfig, given: Collection[str]) -> None:
+    """Take the tracking store from the environment if no setting names one, and keep its password in memory only.
+
+    Args:
+        config: Composed; ``tracking.uri`` becomes an absolute path or an address without its password.
+        given: Keys of the overrides.
+    """
+    tracking = config.tracking
+    for name, variable in _VARIABLES.items():
+        default = getattr(TrackingSettings, name)
+        if f"tracking.{name}" not in given and tracking.get(name) == default:
+            tracking[name] = os.environ.get(variable) or default
+    if isinstance(tracking.get("uri"), str):
+        tracking.uri = hide(absolute(tracking.uri))
+
+
+def secret_settings(config: Mapping[str, Any]) -> Iterator[str]:
+    """Which settings have a secret that the run directory or the batch script would show, one message each."""
+    for key, value in flatten(config).items():
+        name = key.rpartition(".")[2]
+        is_named = name.lower() in _SECRET_SETTINGS and value is not None
+        is_variable = key.startswith("launcher.environment.") and names_secret(name)
+        if is_variable:
+            yield f"{key} would be written into the batch script: export {name}, and fellrec submit passes it on"
+        elif is_named or (key != URI and has_secret(str(value))):
+            yield f"{key} has a secret, and settings are written into the run directory: read it from the environment"
