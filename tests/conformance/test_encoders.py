@@ -14,12 +14,12 @@ from cut_models import cut_in_two, open_slot
 from peft import PeftModel
 from small_models import ENCODERS, LAYERS, WITHOUT_POOLER
 from torch import Tensor
-from transformers import AutoModel, AutoModelForMaskedLM
+from transformers import AutoModel, AutoModelForMaskedLM, MPNetConfig, OPTConfig
 
 from fellrec.errors import BackboneError
 from fellrec.functional.packing import PACKINGS, pack, unpack
 from fellrec.models.adapters import FullAdapter, LoraAdapter
-from fellrec.models.architectures import ARCHITECTURES, arch_of, context_of
+from fellrec.models.architectures import ARCHITECTURES, arch_of, check_config, context_of
 from fellrec.models.backbone import load_hf
 from fellrec.models.encoders import tokens_of
 from fellrec.models.partial import load_partial
@@ -205,6 +205,19 @@ def test_the_longest_text_fits_and_a_longer_one_does_not(name: str) -> None:
     if name != "modernbert":  # its positions are rotations, which exist for any length
         with pytest.raises((IndexError, RuntimeError)):
             split(torch.full((1, split.context + 1), 5))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MPNetConfig(pad_token_id=0), "x: pad_token_id=0 in config.json is not supported with model_type mpnet: 1"),
+        (OPTConfig(hidden_size=32, word_embed_proj_dim=16), "word_embed_proj_dim=16 .* not supported .* opt: 32"),
+        (OPTConfig(layerdrop=0.1), "layerdrop=0.1 in config.json is not supported with model_type opt: 0.0"),
+    ],
+)
+def test_fields_that_a_cut_model_cannot_have_are_refused(config: Any, message: str) -> None:
+    with pytest.raises(BackboneError, match=message):
+        check_config("x", config)
 
 
 def test_an_encoder_configured_as_a_decoder_is_refused() -> None:

@@ -92,6 +92,14 @@ def in_config(**changes: Any) -> Edit:
     return edit
 
 
+def in_tokenizer_config(**changes: Any) -> Edit:
+    def edit(model: Path) -> None:
+        path = model / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return edit
+
+
 def add_tokens(model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_tokens(["kettle", "[ITEM]"])
@@ -143,6 +151,7 @@ def refused(overrides: list[str], capsys: pytest.CaptureFixture[str], verb: str 
         (in_config(vocab_size=10**12), r"of another shape 1 \(model.embed_tokens.weight\)"),
         (in_config(model_type="t5"), "unknown architecture .model_type. 't5'; choose from: "),
         (in_config(model_type="bloom"), "unknown architecture .model_type. 'bloom'; choose from: "),
+        (in_tokenizer_config(model_max_length="x"), "the tokenizer cannot be loaded"),
         (add_adapter, "has an adapter beside the model .adapter_config.json.; move the adapter"),
         (make_adapter, r"is a PEFT adapter .* give its base model \(some/base\) as backbone.path, .* as adapter.path"),
     ],

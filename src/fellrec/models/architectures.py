@@ -174,10 +174,10 @@ def check_config(given: str, config: Any) -> None:
 
 
 def _needed(config: Any) -> dict[str, Any]:
-    """Values of fields without which a model cannot be cut, or draws random numbers beside its layers."""
-    if config.model_type != "opt":
-        return {}
-    return {"word_embed_proj_dim": config.hidden_size, "layerdrop": 0.0}
+    """Values that fields must have: else a model cannot be cut, draws numbers beside its layers, or reads wrongly."""
+    if config.model_type == "opt":
+        return {"word_embed_proj_dim": config.hidden_size, "layerdrop": 0.0}
+    return {"pad_token_id": 1} if config.model_type == "mpnet" else {}  # MPNet's positions start after 1 in any case
 
 
 def decoder_layers(model: nn.Module, arch: ArchSpec) -> nn.ModuleList:

@@ -97,6 +97,7 @@ def read_tokenizer(given: str, source: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if needs_pieces and not _names_class(Path(source)) and not _agrees(tokenizer, Path(source) / pieces[0]):
             tokenizer = LlamaTokenizer.from_pretrained(source)
+        tokenizer("")  # a wrong model_max_length, for example, is found in use only
     except Exception as error:  # whatever transformers and tokenizers raise for such a file
         raise BackboneError(f"{given}: the tokenizer cannot be loaded: {_one_line(error)}") from error
     if needs_pieces and not _names_class(Path(source)) and not _agrees(tokenizer, Path(source) / pieces[0]):

@@ -14,7 +14,17 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
-from transformers import AutoModel, BertConfig, LongformerConfig, PreTrainedTokenizerFast, RobertaConfig
+from transformers import (
+    AutoModel,
+    BertConfig,
+    DistilBertConfig,
+    LongformerConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
 
 from fellrec.cli.main import main
 from fellrec.config.compose import compose
@@ -43,6 +53,14 @@ CONFIGS = {
     "bert": BertConfig(**SHAPE),
     "roberta": RobertaConfig(**SHAPE),
     "longformer": LongformerConfig(**SHAPE, attention_window=8),
+    "xlm-roberta": XLMRobertaConfig(**SHAPE),
+    "distilbert": DistilBertConfig(
+        vocab_size=300, dim=32, hidden_dim=64, n_layers=3, n_heads=2, max_position_embeddings=260
+    ),
+    "mpnet": MPNetConfig(**{**SHAPE, "pad_token_id": 1}),  # its positions start after 1, whatever the padding token is
+    "modernbert": ModernBertConfig(
+        **SHAPE, local_attention=8, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3
+    ),
 }
 ENCODERS = list(CONFIGS)
 
