@@ -24,6 +24,7 @@ from fellrec.config.compose import compose
 from fellrec.config.stored import to_yaml
 from fellrec.config.sweep import without_passwords
 from fellrec.errors import ConfigError
+from fellrec.experiment.run import finish_message
 from fellrec.functional import secrets
 from fellrec.tracking.delivery import OutboxClient, OutboxError
 from fellrec.tracking.known import confirm, remember
@@ -458,6 +459,21 @@ def test_a_resumed_run_needs_only_its_own_store(tmp_path: Path) -> None:
     config = resumed(["resume=run"], tmp_path / "run")
     assert config.tracking.uri == uri
     check_reachable(config.tracking.uri, may_be_away=True)
+
+
+@pytest.mark.parametrize(
+    ("uri", "how"),
+    [
+        ("sqlite:///mlflow.db", "fellrec ui"),
+        ("sqlite:///other.db", "fellrec ui tracking.uri=sqlite:///{here}/other.db"),
+        ("sqlite:///t.db?timeout=60", "fellrec ui \"tracking.uri='sqlite:///{here}/t.db?timeout=60'\""),
+        (f"http://me:{SECRET}@127.0.0.1:5055", "http://127.0.0.1:5055"),
+    ],
+)
+def test_the_store_that_is_used_is_printed(uri: str, how: str) -> None:
+    shown = finish_message(Path("run"), compose([f"tracking.uri='{uri}'"]))
+    assert shown.endswith(f"open it by: {how.format(here=Path.cwd())}")
+    assert SECRET not in shown
 
 
 # What is logged, and what is not

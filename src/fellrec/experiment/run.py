@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -384,9 +385,15 @@ def finish_message(run_dir: Path, config: DictConfig) -> str:
     uri = store_of(config)
     if uri is None:
         return f"Run directory: {run_dir}"
-    option = "" if uri == absolute(DEFAULT_URI) else f" {shlex.quote(f'tracking.uri={hydra_value(uri)}')}"
+    value = uri if re.fullmatch(r"[\w:/.@%+-]+", uri, re.ASCII) else hydra_value(uri)
+    option = "" if uri == absolute(DEFAULT_URI) else f" {_in_shell(f'tracking.uri={value}')}"
     how = uri if uri.startswith("http") else f"fellrec ui{option}"
     return f"Run directory: {run_dir}\nMLflow: {uri}, experiment {config.tracking.experiment}; open it by: {how}"
+
+
+def _in_shell(word: str) -> str:
+    """A word for a shell, in double quotes if it has only single ones."""
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
 
 
 def _evaluate(recommender: Recommender, ranker: ReferenceRanker, stage: str) -> Evaluation:
