@@ -123,6 +123,7 @@ def test_a_gpu_may_train_in_half_precision() -> None:
     check_precision(compose(["trainer.precision=16-mixed"]), torch.device("cuda"))
 
 
+@pytest.mark.slow
 def test_evaluate_rounds_hidden_states_as_the_run_did(tiny_overrides: list[str], tmp_path: Path) -> None:
     where = [f"run_dir={tmp_path / 'run'}", f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"]
     rounded = [
