@@ -112,7 +112,7 @@ def read_table_of_run(run_dir: Path, name: str, columns: Mapping[str, str | None
         raise ConfigError(f"{run_dir} has no {name}; expected the directory of a finished run")
     try:
         table = pd.read_parquet(path, columns=list(columns))
-    except (OSError, ValueError, KeyError, MemoryError) as error:  # pyarrow's errors are among these
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, MemoryError) as error:  # pandas and pyarrow
         raise ConfigError(f"{path} is damaged: {' '.join(str(error).split())}") from error
     for column, kinds in columns.items():
         if column not in table or (kinds is not None and table[column].dtype.kind not in kinds):
