@@ -111,6 +111,11 @@ class AggregationCallback(FederatedCallback):
         found = self.mixing_matrix(updates, round_index)
         if isinstance(found, Tensor):
             return self.combine(updates, found)
+        if not isinstance(found, Mapping):
+            raise TrainingError(
+                f"aggregation {self.name}: mixing_matrix returned {type(found).__name__}; needed is a tensor [N, N], "
+                "or one for each group of parameters"
+            )
         for matrix in found.values():
             self._check(matrix, len(updates.clients))
         named = {f"mixing_{group}" if group else "mixing": matrix for group, matrix in found.items()}
@@ -159,7 +164,9 @@ class AggregationCallback(FederatedCallback):
 
     def _check(self, matrix: Tensor, num_clients: int) -> None:
         problem = None
-        if tuple(matrix.shape) != (num_clients, num_clients):
+        if not isinstance(matrix, Tensor):
+            problem = f"is of type {type(matrix).__name__}; needed is a tensor"
+        elif tuple(matrix.shape) != (num_clients, num_clients):
             problem = f"has shape {tuple(matrix.shape)}; needed is {(num_clients, num_clients)}, receiver by sender"
         elif not torch.isfinite(matrix).all():
             problem = "has entries that are not finite"

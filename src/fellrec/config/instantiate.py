@@ -85,6 +85,27 @@ def instantiate(
     return target(**given, **live)
 
 
+def check_settings(config: Mapping[str, Any], label: str, of: type | tuple[type, ...] | None = None) -> None:
+    """Check what can be known of a node before there are live objects: its class, and the names of its settings.
+
+    Args:
+        config: A node with ``_target_``.
+        label: The node's key for messages.
+        of: What the target must be, see `import_target`.
+
+    Raises:
+        ConfigError: If the target cannot be imported, or has no such setting.
+    """
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"{label}={config} is not allowed: settings such as {{_target_: module.Class}}")
+    given = {name: value for name, value in config.items() if name != "_target_"}
+    target = import_target(config.get("_target_"), label, of)
+    if kind := settings_class(target):
+        settings(kind, given, label)
+    elif not _takes_any(parameters := inspect.signature(target).parameters):
+        _refuse_unknown(given, parameters, label)
+
+
 def import_target(name: Any, label: str, of: type | tuple[type, ...] | None = None) -> Any:
     """The class that a dotted name stands for.
 
@@ -184,8 +205,7 @@ def setting_names(target: Any) -> list[str]:
 def _check_arguments(
     parameters: Mapping[str, inspect.Parameter], given: Mapping[str, Any], live: Collection[str], label: str
 ) -> None:
-    kinds = {parameter.kind for parameter in parameters.values()}
-    if inspect.Parameter.VAR_KEYWORD not in kinds:
+    if not _takes_any(parameters):
         _refuse_unknown(given, [name for name in parameters if name not in live], label)
     needed = [
         name
@@ -195,6 +215,10 @@ def _check_arguments(
         and name not in live
     ]
     _refuse_absent(given, needed, label)
+
+
+def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
 def _refuse_unknown(given: Collection[str], known: Collection[str], label: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from fellrec.config.instantiate import as_dict, import_target
+from fellrec.config.instantiate import as_dict, check_settings
 from fellrec.data.holdout import Holdout
 from fellrec.data.partition import Partition
 from fellrec.data.schema import Reader
@@ -34,12 +34,10 @@ def check_classes(config: DictConfig) -> None:
 
     Raises:
         ConfigError: If a class cannot be imported or is not what its place takes, or the rule does not take its
-            settings.
+            settings, or there is no such setting.
     """
     for key, node, kind in _places(config):
-        if not isinstance(node, Mapping):
-            raise ConfigError(f"{key}={node} is not allowed: settings such as {{_target_: module.Class}}")
-        import_target(node.get("_target_"), key, kind)
+        check_settings(node, key, kind)
     for name, node in as_dict(config.callbacks).items():
         if "run_dir" in (node or {}):
             raise ConfigError(f"callbacks.{name}.run_dir is not allowed: a callback is given the directory of its run")

@@ -128,6 +128,8 @@ class Run:
                 checkpoint.resume()
         last = [Preemption(self.signals)] if self.signals else []
         loop = self.loop = federation.loop([*callbacks.values(), *self.callbacks, *last])
+        if loop.is_over:
+            sys.stderr.write(f"{self.label}: the run is finished, no round is left; it is tested again\n")
         try:
             result = self.result = loop.run()
         except BaseException as error:
@@ -139,8 +141,8 @@ class Run:
             seed=config.seed,
             kind="learned",
             evaluation=result.evaluation,
-            seconds_per_round=0.0 if meter is None else meter.rounds.seconds / max(1, meter.rounds.num_rounds),
-            total_seconds=0.0 if meter is None else meter.total_seconds,
+            seconds_per_round=None if meter is None else meter.seconds_per_round,
+            total_seconds=None if meter is None else meter.total_seconds,
             peak_memory_bytes=peak_bytes(),
             best_round=result.best_round,
             validation=result.best_value,

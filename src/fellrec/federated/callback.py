@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from types import FunctionType
 from typing import Any
 
 from fellrec.errors import unknown
@@ -27,16 +29,21 @@ class FederatedCallback:
     """The loop's events, set when the run starts; ``self.events.stop()`` ends the run after the current round."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuse misspelt hooks.
+        """Refuse hooks that the loop cannot call.
 
         Raises:
-            TypeError: If the class has a method ``on_…`` that is not a hook; the nearest names come first.
+            TypeError: If the class has a method ``on_…`` that is not a hook; the nearest names come first. If a hook
+                does not take what the loop gives it.
         """
         super().__init_subclass__(**kwargs)
         for name, value in vars(cls).items():
             is_method = callable(value) or isinstance(value, classmethod)
             if name.startswith("on_") and is_method and name not in HOOKS:
                 raise TypeError(f"{cls.__name__}: {unknown('hook', name, HOOKS)}")
+            if name.startswith("on_") and inspect.isfunction(value):
+                _check_parameters(
+                    cls.__name__, value, tuple(inspect.signature(getattr(FederatedCallback, name)).parameters)
+                )
 
     def on_fit_start(self, fit: FitStart) -> None:
         """Before the first round; also after a resume."""
@@ -84,6 +91,15 @@ class FederatedCallback:
 
 HOOKS = tuple(name for name in vars(FederatedCallback) if name.startswith("on_"))
 """Names of all hooks, in the order in which the loop calls them."""
+
+
+def _check_parameters(owner: str, hook: FunctionType, expected: tuple[str, ...]) -> None:
+    signature = inspect.signature(hook)
+    try:
+        signature.bind(*expected)
+    except TypeError:
+        given, needed = (f"{hook.__name__}({', '.join(names)})" for names in (signature.parameters, expected))
+        raise TypeError(f"{owner}.{given}: needed is {needed}") from None
 
 
 class Events:

@@ -121,7 +121,15 @@ class Exchange:
         return replace(updates, start=hidden[0], end=hidden[1])
 
     def down(self, updates: Updates, aggregated: Aggregated) -> Received:
-        """What the clients receive; the bytes that they receive are recorded."""
+        """What the clients receive; the bytes that they receive are recorded.
+
+        Raises:
+            TrainingError: If the rule returned something else.
+        """
+        if not isinstance(aggregated, Aggregated):
+            raise TrainingError(
+                f"aggregation {self.rule.name}: aggregate returned {type(aggregated).__name__}; needed is Aggregated"
+            )
         received = Received(updates.clients, aggregated.adapters, aggregated.tensors, aggregated.base)
         if self.rule.sees != "nothing":
             kept = [stack[name] for stack in aggregated.tensors.values() for name in stack if not self.at_server(name)]

@@ -33,8 +33,8 @@ class Rounds:
     """Sums of measurements over several rounds, without evaluation.
 
     Attributes:
-        round_seconds: Wall seconds of training and aggregation of each measured round: all rounds of a run, or those
-            since it was resumed.
+        round_seconds: Wall seconds of training and aggregation of each measured round: all rounds of a run
+            but those in which it was interrupted.
         cpu_seconds: Processor time of this process in each round, which other work on the machine hardly affects.
         sums: Values of ``RoundRecord.costs`` that are summed, without ``cost/``, such as ``server/busy_seconds``.
         peaks: Values of which the maximum is kept, such as ``client/peak_bytes``.

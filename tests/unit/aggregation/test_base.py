@@ -29,6 +29,9 @@ def test_default_aggregate_mixes_and_records_the_matrix(make_updates):
         (torch.eye(3), r"shape \(3, 3\); needed is \(2, 2\)"),
         (torch.tensor([[1.0, 0.0], [float("nan"), 1.0]]), "not finite"),
         (torch.tensor([[1.0, 0.0], [0.5, 0.51]]), "row 1 that sums to 1.01"),
+        (None, "mixing_matrix returned NoneType; needed is a tensor"),
+        ([[1.0, 0.0], [0.0, 1.0]], "mixing_matrix returned list; needed is a tensor"),
+        ({"": [[1.0, 0.0], [0.0, 1.0]]}, "the mixing matrix is of type list; needed is a tensor"),
     ],
 )
 def test_a_wrong_matrix_is_refused_in_the_name_of_the_rule(make_updates, matrix, problem):

@@ -1,6 +1,26 @@
+from typing import Any
+
 import pytest
 
 from fellrec.federated.callback import HOOKS, FederatedCallback
+
+
+def test_a_hook_that_the_loop_cannot_call_is_refused_at_class_creation() -> None:
+    needed = r"Old.on_round_end\(self, loop, record\): needed is on_round_end\(self, record\)"
+    with pytest.raises(TypeError, match=needed):
+
+        class Old(FederatedCallback):
+            def on_round_end(self, loop: Any, record: Any) -> None: ...
+
+    class Fine(FederatedCallback):
+        def on_round_end(self, *records: Any) -> None: ...
+
+        def on_step_end(self, loss: float, more: int = 0) -> None: ...
+
+        @staticmethod
+        def on_fit_end(result: Any) -> None: ...
+
+    assert issubclass(Fine, FederatedCallback)
 
 
 def test_the_hooks_are_those_of_the_design():

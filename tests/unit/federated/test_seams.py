@@ -471,3 +471,12 @@ def test_callbacks_have_states_too(tmp_path: Path) -> None:
 
 def test_an_executor_needs_three_methods() -> None:
     assert {name for name in vars(FakeExecutor) if not name.startswith("_")} == {"train", "score", "close"}
+
+
+def test_a_rule_that_forgets_to_return_is_refused_by_name() -> None:
+    class Forgets(AggregationCallback):
+        def aggregate(self, updates, round_index):  # type: ignore[no-untyped-def]
+            self.combine(updates, torch.eye(len(updates.clients)))
+
+    with pytest.raises(TrainingError, match="aggregation forgets: aggregate returned NoneType; needed is Aggregated"):
+        fake_loop(rule=Forgets()).run()
