@@ -7,6 +7,9 @@ from difflib import get_close_matches
 
 from fellrec.functional.secrets import redact
 
+_LONGEST_NAME, _MOST_NAMES = 80, 100
+"""Limits of choices in a message, which may come from a file."""
+
 
 class FellrecError(Exception):
     """Base class of all user errors; passwords are removed from the message.
@@ -98,4 +101,6 @@ def unknown(kind: str, value: object, choices: Iterable[str]) -> str:
         >>> unknown("aggregation", "fedavgg", ["local", "fedavg"])
         "unknown aggregation 'fedavgg'; choose from: fedavg, local"
     """
-    return f"unknown {kind} {str(value)!r}; choose from: {', '.join(nearest_first(str(value), choices))}"
+    names = [shorten(name, _LONGEST_NAME) for name in nearest_first(str(value), choices)]
+    more = f" and {len(names) - _MOST_NAMES:,} others" if len(names) > _MOST_NAMES else ""
+    return f"unknown {kind} {shorten(str(value))!r}; choose from: {', '.join(names[:_MOST_NAMES])}{more}"

@@ -262,6 +262,16 @@ def test_d11_equal_times_are_no_times(
     )
 
 
+def test_ties_at_the_cut_of_a_split_over_time_are_said(tmp_path: Path, data: Callable[..., PreparedData]) -> None:
+    """72 interactions on 6 days, 12 a day: the last two days hold 24, and 14 are held out."""
+    place = {row: 100 * k for rows in _by_user().values() for k, row in enumerate(rows)}
+    late = [(*row[:3], place[row] + (7 if row[0] == "u00" else 0)) for row in shop()]
+    write(tmp_path, inter=inter(late), item=items())  # u00 begins later, so that these are times
+    found = data("holdout=global_time", "partition.num_clients=1")
+    assert found.statistics["tied_at_cuts"] == 22
+    assert found.notes[-1].startswith("22 interactions have the time at which two stages are divided")
+
+
 def _by_user() -> dict[str, list[Row]]:
     by_user: dict[str, list[Row]] = {}
     for row in sorted(shop(), key=lambda row: row[3]):
@@ -300,7 +310,8 @@ def test_train_says_what_prepare_says(tmp_path: Path, cache: Path, caplog: pytes
     ]
     few = [(f"v{k}", item, 1, 1_600_000_000 + k) for k in range(8) for item in ("i0", "i1")]
     folder = write(tmp_path, inter=inter([*rows, *few], rating="label"), item=items())  # type: ignore[list-item]
-    results = train(folder, tmp_path, cache, "trainer.cold_users_below=99")
+    results = train(folder, tmp_path, cache, "trainer.cold_users_below=99", "trainer.sampled_candidates=50")
+    assert "trainer.sampled_candidates=50: there are 10 items, and all of them are candidates" in caplog.text
     assert "successive interactions of a user" in caplog.text
     assert "20 repeated interactions were dropped" in caplog.text
     assert "the column label is not used" in caplog.text
@@ -364,4 +375,10 @@ def test_c06_fewer_clients_than_asked_are_said(tmp_path: Path, data: Callable[..
     write(tmp_path, inter=inter(shop()), item=items())
     found = data("partition=dirichlet", "partition.num_clients=5", "partition.concentration=0.001")
     assert found.num_clients < 5
-    assert f"partition.num_clients=5 was asked for, but only {found.num_clients} clients have users" in found.notes
+    assert f"partition.num_clients=5 was asked for, but {found.num_clients} clients have users" in found.notes
+    few = data("partition=per_user", "partition.num_clients=5", "data.max_users=99", "data.max_train_samples=999")
+    assert few.notes == (
+        "partition.num_clients=5 was asked for, but 12 clients have users",
+        "data.max_users=99 was asked for, but 12 users exist",
+        "data.max_train_samples=999 was asked for, but 36 training targets exist",
+    )

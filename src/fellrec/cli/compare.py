@@ -108,7 +108,7 @@ def compare(configs: Sequence[DictConfig], session: Session | None = None) -> tu
         check_new(Path(first.run_dir))
     check_store(first)
     data = build_data(first)
-    log_notes(data)
+    log_notes(first, data)
     recommenders = _Recommenders(data, session)
     recommenders.of(first)
     run_dir = new_run_dir(first.run_dir, f"{first.data.name}-compare")

@@ -20,7 +20,7 @@ from fellrec.data.prepared import PreparedData
 from fellrec.data.ragged import IntArray, Ragged
 from fellrec.data.schema import Catalogue, RawData, Reader
 from fellrec.data.settings import DataSettings
-from fellrec.data.statistics import STAGES, notes, statistics, tie_counts
+from fellrec.data.statistics import STAGES, cut_ties, notes, statistics, tie_counts
 from fellrec.errors import DataError
 from fellrec.functional.rng import derive_seed, scramble
 from fellrec.state.cache import is_intact, new_entry, writing_entry
@@ -113,6 +113,8 @@ def _prepare(reader: Reader, settings: DataSettings, holdout: Holdout, partition
         **statistics(data),
         **tie_counts(histories, found.times, stages),
     }
+    if isinstance(holdout, GlobalTime):
+        counts["tied_at_cuts"] = cut_ties(found.times, stages)
     asked = getattr(partition, "num_clients", None)
     return replace(data, statistics=counts, notes=(*cleaned.notes, *notes(counts, settings, asked)))
 

@@ -68,11 +68,30 @@ def tie_counts(histories: Ragged, times: NDArray[np.float64], stages: IntArray) 
     }
 
 
+def cut_ties(times: NDArray[np.float64], stages: IntArray) -> int:
+    """Number of interactions with a time at which a split over time divides two stages.
+
+    Args:
+        times: ``[total]`` timestamps.
+        stages: ``[total]`` stages, not descending with time.
+
+    Example:
+        >>> cut_ties(np.array([1.0, 2.0, 2.0, 2.0, 3.0]), np.array([0, 0, 0, 1, 2]))
+        3
+    """
+    found = 0
+    for stage in range(1, len(STAGES)):
+        earlier, later = times[stages < stage], times[stages >= stage]
+        if len(earlier) and len(later) and earlier.max() == later.min():
+            found += int((times == later.min()).sum())
+    return found
+
+
 def notes(counts: dict[str, Any], settings: DataSettings, num_clients: int | None) -> Iterator[str]:
     """What the user should know of the preparation, one sentence each.
 
     Args:
-        counts: From `statistics` and `tie_counts`.
+        counts: From `statistics` and `tie_counts`; ``tied_at_cuts`` from `cut_ties`, for a split over time.
         settings: Of the preparation.
         num_clients: The number of clients that was asked for, if any.
     """
@@ -83,5 +102,17 @@ def notes(counts: dict[str, Any], settings: DataSettings, num_clients: int | Non
             f"{counts['tied_holdouts']:,} of them in different stages: the order of the file decides; "
             "data.tied_times=random does not depend on it"
         )
-    if num_clients is not None and num_clients != counts["clients"]:
-        yield f"partition.num_clients={num_clients} was asked for, but only {counts['clients']} clients have users"
+    if at_cuts := counts.get("tied_at_cuts"):
+        yield f"{at_cuts:,} interactions have the time at which two stages are divided: the order of the files decides"
+    asked = {
+        "partition.num_clients": (num_clients, counts["clients"], "clients have users"),
+        "data.max_users": (settings.max_users, counts["users"], "users exist"),
+        "data.max_train_samples": (
+            settings.max_train_samples,
+            sum(counts["train_targets_per_client"]),
+            "training targets exist",
+        ),
+    }
+    for name, (wanted, found, what) in asked.items():
+        if wanted is not None and wanted != found:
+            yield f"{name}={wanted} was asked for, but {found} {what}"

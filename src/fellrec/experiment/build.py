@@ -131,10 +131,13 @@ def build_data(config: DictConfig) -> PreparedData:
     return data
 
 
-def log_notes(data: PreparedData) -> None:
-    """Warn of what a user may not expect of the data: ties in time, repeated interactions, absent clients."""
+def log_notes(config: DictConfig, data: PreparedData) -> None:
+    """Warn of what a user may not expect of the data: ties in time, repeated interactions, absent clients or items."""
     for note in data.notes:
         log.warning("data: %s", note)
+    num, num_items = config.trainer.sampled_candidates, len(data.catalogue)
+    if num is not None and num >= num_items:
+        log.warning("trainer.sampled_candidates=%d: there are %d items, and all of them are candidates", num, num_items)
 
 
 def build_recommender(config: DictConfig, data: PreparedData, fabric: Fabric | None = None) -> Recommender:

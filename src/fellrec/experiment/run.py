@@ -281,7 +281,7 @@ def build(
     data = build_data(config)
     if config.resume and (Path(config.run_dir) / "data.json").is_file():
         check_same_data(Path(config.run_dir), data)
-    log_notes(data)
+    log_notes(config, data)
     recommender = build_recommender(config, data, fabric)
     return Run(config, recommender, signals=signals, session=session, callbacks=callbacks)
 
