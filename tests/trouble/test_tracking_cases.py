@@ -569,8 +569,9 @@ def test_the_ui_says_under_which_names_it_answers(
     main(["ui", "--host", "node17", "--allowed-hosts", "node17.cluster, node17"])
     main(["ui"])
     shown = capsys.readouterr().err
-    assert "It may be used as node17, node17.cluster; other names: --allowed-hosts" in shown
-    assert "It may be used as localhost; other names: --allowed-hosts" in shown
+    lines = shown.splitlines()
+    assert "under the name node17, node17.cluster (others: --allowed-hosts, or MLFLOW_SERVER_ALLOWED_HOSTS)" in lines[0]
+    assert "under the name localhost (others: --allowed-hosts" in lines[1]
     assert "--allowed-hosts" not in started[1]
     for address in ("null", "http://127.0.0.1:5000"):
         assert status_of("ui", f"tracking.uri={address}") == 1

@@ -51,8 +51,9 @@ def run(options: argparse.Namespace) -> None:
     _check_port(options.host, options.port)
     names = _names(options.host, options.allowed_hosts)
     sys.stderr.write(
-        f"MLflow UI on http://{options.host}:{options.port} for {uri}; stop it with Ctrl-C\n"
-        f"It may be used as {', '.join(names) or 'localhost'}; other names: --allowed-hosts\n"
+        f"MLflow UI on http://{options.host}:{options.port} for {uri}, under the name "
+        f"{', '.join(names) or 'localhost'} (others: --allowed-hosts, or MLFLOW_SERVER_ALLOWED_HOSTS); "
+        "stop it with Ctrl-C\n"
     )
     sys.stderr.flush()
     command = ui_command(uri, options.host, options.port, names)

@@ -124,7 +124,8 @@ def test_a_server_that_hangs_does_not_block_the_run(
     assert f"52 MLflow operations were not sent; send them with: fellrec sync {tmp_path}" in shown
 
 
-def test_a_resumed_run_logs_only_new_operations(tmp_path: Path) -> None:
+def test_a_resumed_run_logs_only_new_operations(empty_store: Path, tmp_path: Path) -> None:
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
     new = NewRun(f"sqlite:///{tmp_path / 'mlflow.db'}", "fellrec", "run", {"data": "none"})
     for rounds in (range(3), range(2, 5)):
         log = RunLog(tmp_path, new)
@@ -188,11 +189,12 @@ def test_a_directory_without_an_outbox_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_comparison_sends_the_operations_of_a_run_that_ended_before_it_was_on_the_server(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    empty_store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """This is the normal order of events, so no warning is logged."""
     from mlflow.tracking import MlflowClient
 
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     both = tmp_path / "both"
     for folder in (both / "outbox", both / "one"):
