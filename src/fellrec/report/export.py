@@ -83,8 +83,8 @@ def export(run_dir: Path, tool: str, folder: Path) -> list[Path]:
     """
     if tool not in TOOLS:
         raise ConfigError(unknown("format", tool, TOOLS))
-    targets = read_table_of_run(run_dir, TARGETS, {"user_id": None, "item_id": None})
     rankings = read_table_of_run(run_dir, RANKINGS, {"user_id": None, "item_id": None, "rank": "iu", "score": "f"})
+    targets = read_table_of_run(run_dir, TARGETS, {"user_id": None, "item_id": None})
     if len(rankings) and not 0 <= rankings["rank"].min() <= rankings["rank"].max() < len(rankings):
         raise ConfigError(f"{run_dir / RANKINGS} is damaged: a rank is not one of the list's")
     rankings["user_id"], targets["user_id"] = rankings["user_id"].astype(str), targets["user_id"].astype(str)
