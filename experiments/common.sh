@@ -3,6 +3,9 @@
 #
 # Environment variables: RULES and SEEDS select runs, BACKBONE replaces SASRec in sweeps that use it (such as
 # "backbone=hf backbone.path=MODEL adapter=lora"); FELLREC and PYTHON are the commands to run.
+#
+# All cells run with one thread per process, or with OMP_NUM_THREADS: the number changes the order of sums, and so results.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 fellrec=${FELLREC:-fellrec} python=${PYTHON:-python}
 seeds=${SEEDS:-0,1,2}
 

@@ -9,6 +9,7 @@ set -eu
 out=$1
 shift
 python=${PYTHON:-python}
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # the number changes the order of sums, and so results
 mkdir -p "$out"
 
 # shellcheck disable=SC2086  # several overrides

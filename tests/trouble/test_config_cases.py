@@ -5,19 +5,29 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from omegaconf import OmegaConf
 
 from fellrec.cli.main import main
-from fellrec.config.stored import read_config
+from fellrec.config.compose import compose
+from fellrec.config.stored import moved, read_config
+from fellrec.config.sweep import expand
 from fellrec.errors import CheckpointError, ConfigError
+from fellrec.experiment.run_dir import git_commit, note_threads
 from fellrec.federated.checkpoint import CheckpointFolder
+from fellrec.launch.settings import LauncherSettings
+from fellrec.launch.slurm import Job, JobEnvironment, batch_script
 from fellrec.state.files import write_checked
+
+ROOT = Path(__file__).resolve().parents[2]
 
 MODULE = """
 from pathlib import Path
@@ -158,7 +168,7 @@ def test_the_users_word_lets_a_class_of_others_be_used(
         ("a: !!python/object/apply:os.system [touch ran]\n", "cannot be read"),
         ("a: [1\n", "cannot be read"),
         ("- 1\n", "has no settings"),
-        ("format: 1\n", "no settings under"),
+        ("format: 1\n", "callbacks=None is not allowed"),
         ("a: " + 300_000 * "x" + "\n", "more than"),
         ("\x00", "cannot be read"),
     ],
@@ -235,3 +245,178 @@ def test_a_damaged_record_of_the_owner_is_one_message(
 ) -> None:
     (run_dir / ".lock-owner").write_text(json.dumps(record))
     assert "does not name the owner" in refused(capsys, "train", "resume=run")
+
+
+def test_ctrl_c_several_times_counts_once() -> None:
+    """Three SIGINTs within 100 ms: the first raises, the others do not interrupt what cleans up after it."""
+    code = (
+        "import atexit, os, signal, sys, time\n"
+        "from fellrec.cli import main, train\n"
+        "def interrupt(*_):\n    os.kill(os.getpid(), signal.SIGINT); time.sleep(0.02)\n"
+        "def run(options):\n"
+        "    try:\n        interrupt()\n    finally:\n        interrupt(); print('cleaned up', flush=True)\n"
+        "train.run = run\n"
+        "atexit.register(lambda: (interrupt(), print('left', flush=True)))\n"
+        "sys.argv = ['fellrec', 'train']\n"
+        "main.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split("\n")) == (130, ["cleaned up", "left", ""])
+    assert done.stderr == "\nfellrec train: interrupted\n"
+
+
+GIT = ["git", "-c", "user.name=x", "-c", "user.email=x@y.z"]
+
+
+def test_the_commit_is_fellrecs_own_wherever_the_user_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "thesis"]):
+        subprocess.run([*GIT, *arguments], cwd=tmp_path, check=True, capture_output=True)
+    users = subprocess.run([*GIT, "rev-parse", "HEAD"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    monkeypatch.chdir(tmp_path)
+    assert git_commit() != users.strip()
+
+
+def test_the_threads_are_recorded_and_a_resume_with_another_number_says_so(
+    run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorded = json.loads((run_dir / "versions.json").read_text())
+    assert recorded["num_threads"] == str(torch.get_num_threads())
+    note_threads(run_dir)
+    assert not caplog.records
+    (run_dir / "versions.json").write_text(json.dumps({**recorded, "num_threads": "64"}))
+    note_threads(run_dir)
+    assert "OMP_NUM_THREADS=64" in caplog.text
+    assert json.loads((run_dir / "versions.json").read_text())["num_threads"] == f"64 then {torch.get_num_threads()}"
+
+
+@pytest.mark.parametrize("sweep", sorted((ROOT / "experiments").glob("*/sweep.sh")), ids=lambda path: path.parent.name)
+def test_every_sweep_sets_the_number_of_threads(sweep: Path) -> None:
+    assert "export OMP_NUM_THREADS" in sweep.read_text() or "/../common.sh" in sweep.read_text()
+    assert "export OMP_NUM_THREADS" in (ROOT / "experiments" / "common.sh").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("run_dir=2026", "2026"),
+        ("run_dir=1e3", "1e3"),
+        ("run_dir=007", "007"),
+        ("run_dir=true", "true"),
+        ("run_dir=cmp/fedavg-learning_rate=0.001-s0/adapters", "cmp/fedavg-learning_rate=0.001-s0/adapters"),
+        ("run_dir=büro=1", "büro=1"),
+        ("run_dir=data (copy)", "data (copy)"),
+        ("run_dir=it's [here]", "it's [here]"),
+        ("run_dir=[here]", "[here]"),
+        ("run_dir='quoted for Hydra'", "quoted for Hydra"),
+        ("run_dir=with:colon", "with:colon"),
+        ("tracking.experiment=2026", "2026"),
+    ],
+)
+def test_names_and_paths_need_no_quotes(text: str, wanted: str) -> None:
+    """Their text is taken as it stands, as ``resume=PATH`` is, in one run and in sweeps."""
+    key = text.partition("=")[0]
+    assert OmegaConf.select(compose([text]), key) == wanted
+    (run, other) = expand([text, "seed=0,1"])
+    assert [OmegaConf.select(compose(given), key) for given in (run, other)] == [wanted, wanted]
+
+
+def test_null_several_values_and_interpolations_of_paths_keep_their_meaning() -> None:
+    assert compose(["run_dir=null"]).run_dir is None
+    assert compose(["run_dir=runs/${seed}", "seed=3"]).run_dir == "runs/3"
+    assert expand(["run_dir=a,b"]) == [["run_dir=a"], ["run_dir=b"]]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "offered", "other"),
+    [
+        ("data=atomic data.root=x data.reader.title_colum=title", "data.reader.title_column", "habit_rate"),
+        ("adapter=lora adapter.r=4", "adapter.rank", "num_heads"),
+        ("backbone=hf backbone.path=model backbone.dtyp=bfloat16", "backbone.dtype", "num_heads"),
+        ("aggregation=fedavg aggregation.alpha=1", "aggregation._target_", "aggregation.beta"),
+    ],
+)
+def test_the_settings_that_are_offered_are_those_of_the_chosen_group(overrides: str, offered: str, other: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides.split())
+    assert offered in str(caught.value)
+    assert other not in str(caught.value)
+
+
+def test_a_multirun_writes_its_runs_into_its_run_dir(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``fellrec submit -m`` does; and a folder with files is refused before the first run."""
+    monkeypatch.chdir(tmp_path)
+    made: list[str] = []
+    monkeypatch.setattr("fellrec.cli.train.train", lambda config, *_: made.append(config.run_dir))
+    monkeypatch.setattr("sys.argv", ["fellrec"])
+    main(["train", "-m", "aggregation=fedavg,fellrec", "aggregation.alpha=0.3,0.7", "run_dir=here"])
+    assert made == [f"here/{name}" for name in ("000-fedavg-s0", "000-fellrec-s0", "001-fellrec-s0")]
+    made.clear()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "file").touch()
+    with pytest.raises(SystemExit):
+        main(["train", "-m", "seed=0,1", "run_dir=here"])
+    assert not made
+
+
+@pytest.mark.parametrize(
+    ("options", "is_nv"),
+    [
+        ("{gres: gpu:1}", True),
+        ("{gres: 'gpu:a100:2,shard:1'}", True),
+        ("{gres: 'lustre:1,gpu'}", True),
+        ("{gpus: 4}", True),
+        ("{gpus: a100:2}", True),
+        ("{gpus-per-task: 1}", True),
+        ("{gpus-per-node: 2}", True),
+        ("{gpus-per-socket: 'volta:1'}", True),
+        ("{tres-per-task: 'gres/gpu:1'}", True),
+        ("{tres-per-task: 'cpu=2,gres/gpu=1'}", True),
+        ("{tres-per-job: 'gres:gpu:1'}", True),
+        ("{gres: 'lustre:1'}", False),
+        ("{gres: none}", False),
+        ("{gres: 'gpu:0'}", False),
+        ("{gpus: 0}", False),
+        ("{constraint: gpu}", False),
+        ("{exclusive: true}", False),
+    ],
+)
+def test_gpus_of_every_option_are_given_to_the_container(
+    capsys: pytest.CaptureFixture[str], options: str, is_nv: bool
+) -> None:
+    main(["submit", "--dry-run", "launcher.container=/images/f.sif", f"launcher.options={options}"])
+    assert ("apptainer exec --nv /images/f.sif" in capsys.readouterr().out) == is_nv
+
+
+def test_no_line_break_gets_into_a_batch_script(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "x\ntouch /tmp/owned\n#"
+    for overrides in ([f"data.name='{evil}'"], [f"+launcher.options.comment='{evil}'"], [f"run_dir='{evil}'"]):
+        assert "one line" in refused(capsys, "submit", "--dry-run", *overrides)
+    store(run_dir, put("data.name", evil))
+    assert "one line" in refused(capsys, "submit", "--dry-run", "resume=run")
+    with pytest.raises(ConfigError, match="one line"):
+        batch_script(LauncherSettings(), [Job(Path("/x"), ())], JobEnvironment(evil, Path("/x"), "/x", "python"))
+
+
+def test_names_with_brackets_and_colons_are_shown_as_they_are(
+    tmp_path: Path, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["prepare", *tiny_overrides, "data.name=[red]:bomb: data[bold]", f"cache_dir={tmp_path / '[blue]'}"])
+    shown = capsys.readouterr().out
+    assert "[red]:bomb: data[bold], key" in shown
+    assert f"{tmp_path / '[blue]'}" in shown.replace("\n", "")
+
+
+def test_moved_data_are_found_where_the_command_says(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A place that the run does not have, or another setting, is refused; the hash of the data decides."""
+    assert "only data.root, backbone.path, cache_dir can be changed" in refused(capsys, "evaluate", "run", "seed=1")
+    assert "can be changed" in refused(capsys, "evaluate", "run", "data.root=x")
+    new = tmp_path / "büro=1 (copy)"
+    assert moved(read_config(run_dir), [f"cache_dir={new}"]).cache_dir == str(new)
+    (run_dir / "data.json").write_text(json.dumps({"key": "other"}))
+    assert "the data changed since" in refused(capsys, "evaluate", "run")
+    assert "the data changed since" in refused(capsys, "train", "resume=run")

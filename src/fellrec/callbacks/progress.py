@@ -21,7 +21,7 @@ class RoundProgress(FederatedCallback):
     def __init__(self, title: str, metric: str) -> None:
         self.title = title
         self.metric = metric
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, markup=False, emoji=False)
         self._progress: Progress | None = None
         self._value = float("nan")
 

@@ -32,19 +32,21 @@ def run(options: argparse.Namespace) -> None:
     """Entry point of the verb: one line per check, exit status 1 if one failed."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from fellrec.config.compose import compose
     from fellrec.errors import FellrecError
+    from fellrec.report.tables import PLAIN
 
     table = Table(box=None, show_header=False)
     failed = False
     for name, check in _checks(compose(options.overrides)):
         try:
-            table.add_row("[green]ok[/green]", name, check())
+            table.add_row(Text("ok", style="green"), name, check())
         except (FellrecError, OSError, RuntimeError) as error:
             failed = True
-            table.add_row("[red]failed[/red]", name, str(error))
-    Console().print(table)
+            table.add_row(Text("failed", style="red"), name, str(error))
+    Console(**PLAIN).print(table)
     sys.exit(1 if failed else 0)
 
 

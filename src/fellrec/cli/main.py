@@ -9,6 +9,7 @@ import argparse
 import importlib
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from types import TracebackType
 
 from fellrec.errors import ConfigError, FellrecError, Preempted
 from fellrec.functional.secrets import redact
+from fellrec.launch.preemption import INTERRUPT
 
 _PLACES = (
     "LOCAL_RANK",
@@ -33,6 +35,8 @@ VERBS = ("prepare", "train", "compare", "evaluate", "export", "plan", "submit", 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb and exit.
 
+    Ctrl-C several times within a second counts once.
+
     Exit status: 0 for success, 1 for an error, 2 for wrong arguments. A run that was stopped by SIGUSR1 (75), SIGTERM
     (143) or Ctrl-C (130) can be resumed.
 
@@ -40,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Command line without the program's name; ``None`` for that of the process.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    is_whole_process = arguments is None
+    if is_whole_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, INTERRUPT)
     options = _parse(given)
     options.arguments = given  # for the processes of the same command
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s %(message)s")
@@ -54,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         _exit(_report(error, options))
     except KeyboardInterrupt as stop:
+        if is_whole_process:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process ends, and its exit handlers are not interrupted
         if options.debug:
             raise
         why = stop if isinstance(stop, Preempted) else "interrupted"

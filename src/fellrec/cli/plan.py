@@ -39,14 +39,15 @@ def run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from fellrec.planning.table import print_plans
+    from fellrec.report.tables import PLAIN
 
     rows = plan(options.overrides, options.probe)
     if options.format == "json":
         found = [{"values": row.values, **row.plan.to_dict()} for row in rows]
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
         return
-    console = Console()
-    print_plans(rows, console if console.is_terminal else Console(width=_WIDTH))
+    console = Console(**PLAIN)
+    print_plans(rows, console if console.is_terminal else Console(width=_WIDTH, **PLAIN))
 
 
 def plan(overrides: Sequence[str], probe_steps: int | None = None) -> list[Row]:

@@ -34,6 +34,7 @@ def run(options: argparse.Namespace) -> None:
 
     from fellrec.config.compose import compose
     from fellrec.experiment import build_data, cache_dir
+    from fellrec.report.tables import PLAIN
 
     config = compose(options.overrides)
     data = build_data(config)
@@ -42,8 +43,8 @@ def run(options: argparse.Namespace) -> None:
         found = {"name": data.name, "key": data.key, "statistics": dict(data.statistics), "checks": checks}
         sys.stdout.write(json.dumps({**found, "notes": data.notes}, indent=1) + "\n")
         return
-    console = Console()
-    table = Table("statistic", "value", title=Text(f"{data.name}, key {data.key}"), title_justify="left")
+    console = Console(**PLAIN)
+    table = Table("statistic", "value", title=f"{data.name}, key {data.key}", title_justify="left")
     for name, value in data.statistics.items():
         table.add_row(name.replace("_", " "), _shown(value))
     console.print(table)

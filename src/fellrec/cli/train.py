@@ -161,12 +161,15 @@ def _multirun(overrides: Sequence[str]) -> None:
     from fellrec.config.compose import compose
     from fellrec.config.paths import conf_dir
     from fellrec.config.sweep import expand, sweeps, without_passwords
+    from fellrec.experiment.run_dir import check_new
 
     for combination in expand(overrides := without_passwords(overrides)):
         config = compose(combination)
         trainer, uri = config.trainer, config.tracking.uri
         if uri is not None and reveal(uri) != uri:
             os.environ[VARIABLE] = reveal(uri)  # for launchers that start processes
+        if _is_folder_of_sweep(combination):
+            check_new(Path(config.run_dir))
         if trainer.devices != 1 or trainer.num_nodes != 1:
             raise ConfigError("-m needs trainer.devices=1; start runs with several processes one by one")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors, and the CLI reports them
@@ -181,5 +184,18 @@ def _train_one(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from fellrec.config.compose import compose
+    from fellrec.experiment.run import rule_name
 
-    train(compose(list(HydraConfig.get().overrides.task)))
+    hydra = HydraConfig.get()
+    overrides = list(hydra.overrides.task)
+    config = compose(overrides)
+    if _is_folder_of_sweep(overrides):
+        name = f"{int(hydra.job.num):03d}-{rule_name(config)}-s{config.seed}"
+        config.run_dir = str(Path(config.run_dir) / name)
+    train(config)
+
+
+def _is_folder_of_sweep(overrides: Sequence[str]) -> bool:
+    """Whether ``run_dir`` is for all runs of a multirun; one with an interpolation names a directory for each."""
+    given = [item for item in overrides if item.startswith("run_dir=")]
+    return bool(given) and "${" not in given[-1] and given[-1] != "run_dir=null"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -10,15 +11,23 @@ from pathlib import Path
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from fellrec.config.instantiate import as_dict, settings
+from fellrec.config.overrides import parse
 from fellrec.config.paths import conf_dir, group_choices
-from fellrec.config.registry import CHOICES, GROUPS, Part, defaults_of, known_by, parts, register
+from fellrec.config.registry import (
+    CHOICES,
+    GROUPS,
+    Part,
+    defaults_of,
+    known_by,
+    parts,
+    register,
+    wrong_groups,
+)
 from fellrec.config.secrets import secret_settings, settle_tracking
 from fellrec.errors import ConfigError, nearest_first, unknown
 from fellrec.functional.nested import flatten
@@ -36,6 +45,8 @@ def compose(overrides: Sequence[str], optional: Collection[str] = ()) -> DictCon
         ConfigError: For an unknown key or choice (the nearest names come first), a malformed override, or a value
             that is out of range.
     """
+    if resuming := [item for item in overrides if item.startswith("resume=") and item != "resume=null"]:
+        raise ConfigError(f"{resuming[-1]} is not allowed: fellrec train and submit take the directory of a run there")
     config = composed(overrides)
     settle_tracking(config, {item.key_or_group for item in parse(overrides)})
     check(config, optional)
@@ -57,18 +68,6 @@ def composed(overrides: Sequence[str]) -> DictConfig:
     return config
 
 
-def parse(overrides: Sequence[str]) -> list[Override]:
-    """The overrides as Hydra reads them.
-
-    Raises:
-        ConfigError: For a malformed override.
-    """
-    try:
-        return OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ConfigError(f"cannot read the overrides: {str(error).splitlines()[0]}") from error
-
-
 def check(config: DictConfig, optional: Collection[str] = ()) -> None:
     """Check every setting whose range is known, and name all that are wrong in one error.
 
@@ -86,8 +85,10 @@ def check(config: DictConfig, optional: Collection[str] = ()) -> None:
         OmegaConf.update(known, key, None)
     try:
         plain = as_dict(known)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(_explain(error, ())) from error
+    if wrong := wrong_groups(plain):
+        raise ConfigError("\n".join([*problems, *wrong]))
     for part in parts(plain):
         problems += _problems(part, missing)
     problems += [*_check_backbone(config), *secret_settings(plain)]
@@ -101,13 +102,15 @@ def without_launcher(config: DictConfig) -> DictConfig:
 
 
 def _hydra(overrides: Sequence[str]) -> DictConfig:
+    given = parse(overrides)
     register()
     around = GlobalHydra.instance().hydra  # of a multirun, or of the program that calls this
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return hydra_compose("config", overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        with warnings.catch_warnings(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            warnings.filterwarnings("error", message="provider=hydra.searchpath")  # a folder that is not there
+            return hydra_compose("config", overrides=[str(item.input_line) for item in given])
+    except (HydraException, OmegaConfBaseException, ValueError, RecursionError, UserWarning) as error:
         raise ConfigError(_explain(error, overrides)) from error
     finally:
         GlobalHydra.instance().hydra = around
@@ -159,26 +162,51 @@ def _make_paths_absolute(config: DictConfig) -> None:
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
     text = str(error) or str(error.__cause__)
-    missing = re.search(r"Could not find '([\w./-]+)/([^'/]*)'", text)
+    missing = re.search(r"Could not (?:find|load) '([\w./-]+)/([^'/]*)'", text)
     if missing:
         group, choice = missing.groups()
-        return unknown(group, choice, group_choices().get(group, []))
-    bad_key = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+        if group not in group_choices():
+            return f"{group}={choice} is not there: it may need another package, or a folder in hydra.searchpath"
+        return unknown(group, choice, group_choices()[group])
+    bad_key = re.search(
+        r"Could not override '([^']+)'|Key '([^']+)' is not in struct|from config. '([^']+)' does not exist", text
+    )
     if bad_key:
-        return _unknown_key(bad_key.group(1), overrides)
+        return _unknown_key(next(filter(None, bad_key.groups())), overrides)
+    return _explain_value(text, _where(error))
+
+
+def _explain_value(text: str, where: str) -> str:
     no_value = re.search(r"Missing mandatory value: ([\w.]+)", text)
     if no_value:
         return _needs_value(no_value.group(1))
-    return f"cannot compose {' '.join(overrides)}: {text.splitlines()[0]}"
+    several = re.search(r"(?:Ambiguous value for argument|Sweep parameters) '([^']+)'", text)
+    if several:
+        return f"{several.group(1)} gives several values: only compare, plan, train -m and submit -m take them"
+    unset = re.search(r"Environment variable '([^']*)' not found", text)
+    if unset:
+        return f"the environment variable {unset.group(1)} is not set, which the value of{where} names"
+    return f"cannot compose{where}: {' '.join(text.splitlines()[0].split())}"
+
+
+def _where(error: Exception) -> str:
+    """The key that an error of OmegaConf is about, with a space before it."""
+    key = getattr(error, "full_key", None)
+    return f" {key}" if key else ""
 
 
 def _unknown_key(key: str, overrides: Sequence[str]) -> str:
     """Phrase the message for a setting that the choices of ``overrides`` do not have."""
-    choices = [text for text in overrides if parse([text])[0].key_or_group in group_choices()]
-    names = [*_flat(_hydra(choices)), *sorted(group_choices())]
+    choices = [str(item.input_line) for item in parse(overrides) if _chooses(item.key_or_group)]
+    names = [*_flat(composed(choices)), *sorted(group_choices())]
     parent = key.rpartition(".")[0]
     siblings = [name for name in names if parent and name.startswith(f"{parent}.")]
     return unknown("setting", key, siblings or nearest_first(key, names)[:8])
+
+
+def _chooses(key: str) -> bool:
+    """Whether an override decides which settings there are."""
+    return key in group_choices() or key == "hydra.searchpath" or key.endswith("._target_")
 
 
 def _flat(config: DictConfig) -> dict[str, object]:

@@ -28,8 +28,9 @@ from fellrec.data.settings import (
     RandomSettings,
     SyntheticSettings,
 )
+from fellrec.errors import unknown
 from fellrec.federated.settings import ExchangeSettings, ParticipationSettings, TrainerSettings
-from fellrec.functional.ranges import Natural, check
+from fellrec.functional.ranges import Line, Seed, check
 from fellrec.launch.settings import LauncherSettings
 from fellrec.models.settings import (
     FullSettings,
@@ -48,13 +49,13 @@ from fellrec.tracking.settings import TrackingSettings
 class RunSettings:
     """Settings that are in no group."""
 
-    seed: Natural = 0
+    seed: Seed = 0
     """Of batch order, dropout and LoRA initialisation; the data, the partition and the backbone have their own."""
-    run_dir: str | None = None
+    run_dir: Line | None = None
     """Where the run is written; null: runs/<time>-<data>-<rule>."""
-    resume: str | None = None
+    resume: Line | None = None
     """A run directory: resume the run where it stopped."""
-    cache_dir: str | None = None
+    cache_dir: Line | None = None
     """Prepared data and pretrained tiny backbones; null: .cache/fellrec at home."""
 
     def __post_init__(self) -> None:
@@ -161,6 +162,27 @@ def parts(config: Mapping[str, Any]) -> Iterator[Part]:
             node = node.get(name) or {}
         if kind_of_choice := kinds.get(str(node.get(known_by(key)))):
             yield Part(key, kind_of_choice, {name: value for name, value in node.items() if name != known_by(key)})
+
+
+def wrong_groups(config: Mapping[str, Any]) -> list[str]:
+    """What a configuration, plain values, has in place of groups: one line for each that is not settings, or unknown.
+
+    ``launcher`` may be absent: it does not affect results.
+    """
+    known = {"callbacks", *filter(None, GROUPS), *(key.partition(".")[0] for key in CHOICES)}
+    strange = [name for name, node in config.items() if name not in known and isinstance(node, Mapping)]
+    wrong = [unknown("setting", name, known) for name in strange]
+    for key in ("callbacks", *(group for group in GROUPS if group not in ("", "launcher")), *CHOICES):
+        node: Any = config
+        for name in key.split("."):
+            node = node.get(name) if isinstance(node, Mapping) else None
+        if not isinstance(node, Mapping):
+            wrong.append(f"{key}={node} is not allowed: settings, such as those of {key}=… in --help")
+    callbacks = config.get("callbacks")
+    for name, node in callbacks.items() if isinstance(callbacks, Mapping) else ():
+        if node is not None and not isinstance(node, Mapping):
+            wrong.append(f"callbacks.{name}={node} is not allowed: {{_target_: module.Class}}, or null")
+    return wrong
 
 
 def register() -> None:

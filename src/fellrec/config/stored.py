@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fellrec.config.compose import check
 from fellrec.config.instantiate import is_own, targets
-from fellrec.config.registry import CHOICES, GROUPS, defaults_of, parts
+from fellrec.config.registry import defaults_of, parts, wrong_groups
 from fellrec.errors import ConfigError
 from fellrec.functional.nested import flatten
 from fellrec.state.inside import check_inside
@@ -147,13 +147,9 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check_shape(plain: Mapping[str, Any], path: Path) -> None:
-    """Raise if a group is missing or is not a mapping; ``launcher`` is not stored, it does not affect results."""
-    for key in ("callbacks", *(group for group in GROUPS if group not in ("", "launcher")), *CHOICES):
-        node: Any = plain
-        for name in key.split("."):
-            node = node.get(name) if isinstance(node, Mapping) else None
-        if not isinstance(node, Mapping):
-            raise ConfigError(f"{path} is not the configuration of a run: it has no settings under {key}")
+    """Raise if a group is missing or is not a mapping."""
+    if wrong := wrong_groups(plain):
+        raise ConfigError(f"{path} is not the configuration of a run: {wrong[0]}")
     if strange := [key for key in flatten(plain) if not all(key.split("."))]:
         raise ConfigError(f"{path} is not the configuration of a run: it has the key {strange[0]!r}")
 

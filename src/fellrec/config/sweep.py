@@ -13,12 +13,13 @@ from collections.abc import Sequence
 
 from hydra.core.override_parser.types import Override
 
-from fellrec.config.compose import composed, parse
+from fellrec.config.compose import composed
 from fellrec.config.instantiate import import_target, setting_names
+from fellrec.config.overrides import parse
 from fellrec.config.secrets import URI
 from fellrec.errors import ConfigError, unknown
 from fellrec.functional.secrets import VARIABLE, has_secret, hide
-from fellrec.launch.slurm import hydra_value
+from fellrec.functional.quoting import hydra_value
 
 _GROUP = "aggregation"
 _RULE = (_GROUP, f"{_GROUP}._target_")
@@ -50,7 +51,8 @@ def sweeps(overrides: Sequence[str], runs: Sequence[Sequence[str]] = ()) -> list
     Raises:
         ConfigError: As `expand`.
     """
-    given = [[*overrides, *run] for run in runs] or [list(overrides)]
+    overrides = _readable(overrides)
+    given = [[*overrides, *_readable(run)] for run in runs] or [overrides]
     shared = {text: name for item in parse(overrides) if (text := str(item.input_line)) and (name := _setting(item))}
     of_one_rule = [part for sweep in given for part in _product(sweep, only=_RULE)] if shared else []
     if len(of_one_rule) < 2:
@@ -66,6 +68,10 @@ def sweeps(overrides: Sequence[str], runs: Sequence[Sequence[str]] = ()) -> list
         [text for text in part if text not in shared or shared[text] in known]
         for part, known in zip(of_one_rule, names, strict=True)
     ]
+
+
+def _readable(overrides: Sequence[str]) -> list[str]:
+    return [str(item.input_line) for item in parse(overrides)]
 
 
 def _setting(item: Override) -> str | None:

@@ -6,7 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from fellrec.functional.ranges import Count, Natural, Positive, Rate, RateBelow1, check, number, refuse, whole
+from fellrec.functional.ranges import (
+    Count,
+    Line,
+    Name,
+    Natural,
+    Positive,
+    Rate,
+    RateBelow1,
+    check,
+    number,
+    refuse,
+    whole,
+)
 
 MICRO_LENS_ITEMS_PER_USER = 19_738 / 100_000
 """From MicroLens-100k's published counts."""
@@ -24,9 +36,9 @@ Seed = Annotated[int, whole(0, 2**32 - 1)]
 class DataSettings:
     """Settings of the preparation, beside reader, holdout and partition; and what is known of the data."""
 
-    name: str
-    """Name of the data set, for tables."""
-    root: str | None
+    name: Name
+    """Name of the data set, for tables and files."""
+    root: Line | None
     """Folder of the data set's files; null for data that are generated."""
     domain: str = "product"
     """Wording of prompts: movie, game, product or video."""

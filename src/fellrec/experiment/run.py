@@ -37,6 +37,7 @@ from fellrec.experiment.run_dir import (
     check_prompt,
     check_same_data,
     new_run_dir,
+    note_threads,
     versions,
     write_backbone,
     write_evaluation,
@@ -118,6 +119,8 @@ class Run:
         check_prompt(self.run_dir, recommender.module.objective)
         check_backbone(self.run_dir, recommender.fingerprint, recommender.backbone.name)
         federation = build_federation(config, recommender, self.session)
+        if config.resume:
+            note_threads(self.run_dir)
         if not self._has_checkpoint:
             write_start(self.run_dir, config, recommender.data, recommender.module.objective.metadata)
             write_backbone(self.run_dir, recommender.fingerprint)

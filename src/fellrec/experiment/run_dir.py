@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from omegaconf import DictConfig
 
 from fellrec.config.stored import to_yaml
@@ -30,7 +32,10 @@ SLURM_FOLDER = "slurm"
 """Subdirectory for the scripts and output of a run's SLURM jobs, see ``fellrec submit``."""
 _VERSIONS = "versions.json"
 _BACKBONE = "backbone.json"
+_THREADS = "num_threads"
 _PACKAGES = ("fellrec", "torch", "lightning", "transformers", "peft", "torchmetrics", "hydra-core", "mlflow")
+
+log = logging.getLogger(__name__)
 
 
 def free_run_dir(requested: str | None, label: str) -> Path:
@@ -177,15 +182,46 @@ def write_evaluation(run_dir: Path, evaluation: Evaluation, extra: Mapping[str, 
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that affect results, and the git commit of the current directory."""
+    """Versions of Python and of the packages that affect results, fellrec's own commit, and the number of threads."""
     found = {name: version(name) for name in _PACKAGES}
-    return {"python": platform.python_version(), **found, "git_commit": git_commit()}
+    return {"python": platform.python_version(), **found, "git_commit": git_commit(), _THREADS: num_threads()}
+
+
+def num_threads() -> str:
+    """The number of threads of this process; the order of sums, and so their last bits, depend on it."""
+    return str(torch.get_num_threads())
+
+
+def note_threads(run_dir: Path) -> None:
+    """Warn if a run is resumed with another number of threads than it had, and record the number in ``versions.json``.
+
+    As for the type of a device, the run is not refused: its results are valid, but not the same bits.
+    """
+    path = run_dir / _VERSIONS
+    recorded = _read_json(path) if path.is_file() else {}
+    before, now = str(recorded.get(_THREADS, num_threads())).rpartition(" then ")[2], num_threads()
+    if now != before:
+        log.warning(
+            "%s had %s threads until now, and has %s: its results are not the same bits as without the stop; "
+            "OMP_NUM_THREADS=%s keeps the number",
+            *(run_dir, before, now, before),
+        )
+        write_json(path, {**recorded, _THREADS: f"{recorded[_THREADS]} then {now}"})
 
 
 def git_commit() -> str:
-    """The commit of the current directory's repository; ``unknown`` outside one."""
+    """The commit of fellrec itself: of its checkout, or recorded by pip for an installation from a repository.
+
+    ``unknown`` for a release; the repository that the user is in, or that has the environment, does not count.
+    """
+    source = Path(__file__).resolve().parents[2]  # src, or site-packages
+    installed = json.loads(distribution("fellrec").read_text("direct_url.json") or "{}").get("vcs_info", {})
+    if source.name != "src":
+        return str(installed.get("commit_id", "unknown"))
+    command = ["git", "-C", str(source), "rev-parse", "--show-toplevel", "HEAD"]
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
-    return done.stdout.strip() or "unknown"
+    top, _, commit = done.stdout.strip().partition("\n")
+    return commit if done.returncode == 0 and Path(top).resolve() == source.parent else "unknown"

@@ -25,7 +25,9 @@ from fellrec.functional.schedules import DECAYS
 METRICS = ("ndcg", "recall", "hr", "mrr")
 """What ``trainer.metric`` can name, each followed by ``_at_`` and one of ``trainer.cutoffs``."""
 
-Cutoffs = Annotated[Sequence[int], items(whole(1), "a list of whole numbers of at least 1, such as [5,10]")]
+Cutoffs = Annotated[
+    Sequence[int], items(whole(1), "a list of whole numbers of at least 1, each once, such as [5,10]", distinct=True)
+]
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ class TrainerSettings:
     """As in ``lightning.Fabric``: auto, cpu, cuda."""
     strategy: str = "auto"
     """As in ``lightning.Fabric``: how the processes of one run are started and communicate."""
-    plugins: Sequence[Any] | None = None
-    """As in ``lightning.Fabric``: cluster environments, by name or as nodes with ``_target_``; null: none."""
+    plugins: Annotated[Sequence[Any], listed("a list, such as [{_target_: my_module.Mine}]")] | None = None
+    """As in ``lightning.Fabric``: cluster environments, as nodes with ``_target_``; null: none."""
     devices: Count | Literal["auto"] = 1
     """Processes per node, one for each GPU; clients are placed on them. auto: all that there are."""
     num_nodes: Count = 1

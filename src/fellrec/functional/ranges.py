@@ -52,14 +52,19 @@ def number(accepts: Callable[[float], bool], text: str) -> Allowed:
     return Allowed(lambda value: _is_number(value) and math.isfinite(value) and accepts(value), text)
 
 
-def items(of: Allowed, text: str) -> Allowed:
-    """Lists of at least one value of another range.
+def items(of: Allowed, text: str, distinct: bool = False) -> Allowed:
+    """Lists of at least one value of another range, each once if they are ``distinct``.
 
     Example:
         >>> [items(whole(1), "").accepts(value) for value in ([5, 10], [], [0], 5)]
         [True, False, False, False]
     """
-    return Allowed(lambda value: _is_list(value) and len(value) > 0 and all(map(of.accepts, value)), text)
+
+    def accepts(value: Any) -> bool:
+        is_each_allowed = _is_list(value) and len(value) > 0 and all(map(of.accepts, value))
+        return is_each_allowed and not (distinct and len(set(value)) < len(value))
+
+    return Allowed(accepts, text)
 
 
 def listed(text: str) -> Allowed:
@@ -81,6 +86,20 @@ def distinct(choices: Sequence[str]) -> Allowed:
     return Allowed(accepts, f"a list, each once, of {', '.join(choices)}")
 
 
+def line(also: Callable[[str], bool] = lambda text: True, text: str = "one line of text") -> Allowed:
+    """One line of text without control characters.
+
+    Example:
+        >>> [line().accepts(value) for value in ("büro (1)", "", "a\\nb", 5)]
+        [True, False, False, False]
+    """
+    return Allowed(lambda value: isinstance(value, str) and value != "" and _is_plain(value) and also(value), text)
+
+
+def _is_plain(text: str) -> bool:
+    return all(ord(letter) >= 32 and letter not in "\x7f\x85\u2028\u2029" for letter in text)
+
+
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -94,6 +113,11 @@ def _is_list(value: Any) -> bool:
 
 
 Natural = Annotated[int, whole(0)]
+Seed = Annotated[int, whole(0, 2**32 - 1)]
+"""What every generator of random numbers takes."""
+Line = Annotated[str, line()]
+Name = Annotated[str, line(lambda text: "/" not in text and text[0] != ".", "one line of text without /")]
+"""A part of file names."""
 Count = Annotated[int, whole(1)]
 Positive = Annotated[float, number(lambda x: x > 0, "a number above 0")]
 NotNegative = Annotated[float, number(lambda x: x >= 0, "a number of at least 0")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -14,8 +15,31 @@ REQUEUE_CODE = 75
 """Exit status after SIGUSR1: the job is to be requeued (``EX_TEMPFAIL`` of sysexits.h)."""
 GRACE_VARIABLE = "FELLREC_GRACE_SECONDS"
 """Environment variable: seconds between SIGUSR1 and the end of the run; unset: until the next safe point."""
+_BETWEEN_INTERRUPTS = 1.0
+"""Seconds."""
 _TERM_SECONDS = 5.0
 """Seconds between SIGTERM and the end of the run: SLURM kills after 30 (``KillWait``), others after 10."""
+
+
+class _Interrupt:
+    """Handler of SIGINT that raises KeyboardInterrupt, and nothing again within a second.
+
+    Who is impatient presses Ctrl-C several times, and a terminal, a launcher and a scheduler may each send the signal:
+    a second KeyboardInterrupt would end the cleaning up after the first.
+    """
+
+    def __init__(self) -> None:
+        self._last = -_BETWEEN_INTERRUPTS
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if now - self._last >= _BETWEEN_INTERRUPTS:
+            self._last = now
+            raise KeyboardInterrupt
+
+
+INTERRUPT = _Interrupt()
+"""Of this process; the command line installs it."""
 
 
 class StopSignals:
@@ -45,7 +69,7 @@ class StopSignals:
                 (signal.SIGALRM, self._on_timer),
             ):
                 self._before[number] = signal.signal(number, handler)
-            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, INTERRUPT):
                 self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_interrupt)
         return self
 
@@ -88,7 +112,7 @@ class StopSignals:
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         self._is_interrupted = True
-        raise KeyboardInterrupt
+        INTERRUPT(number, frame)
 
     def _on_timer(self, number: int, frame: FrameType | None) -> None:
         raise self._preempted("before its next safe point")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fellrec.errors import ConfigError
+from fellrec.functional.quoting import hydra_value
 from fellrec.launch.preemption import GRACE_VARIABLE, REQUEUE_CODE
 from fellrec.launch.settings import LauncherSettings, is_line
 
@@ -84,18 +85,6 @@ def batch_script(launcher: LauncherSettings, jobs: Sequence[Job], environment: J
         _after(launcher),
     ]  # fmt: skip
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
-
-
-def hydra_value(text: str) -> str:
-    """Quote a value if needed, so that Hydra reads it literally.
-
-    Example:
-        >>> print(hydra_value("runs/x"), hydra_value("a, b's"))
-        runs/x 'a, b\\'s'
-    """
-    if re.fullmatch(r"[\w/.@+-]+", text, re.ASCII):
-        return text
-    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
 
 
 def _directives(launcher: LauncherSettings, num_jobs: int, environment: JobEnvironment) -> list[str]:

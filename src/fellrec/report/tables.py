@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from rich import box
-from rich.console import Console
-from rich.markup import escape
+from rich.console import Console, RenderableType
 from rich.padding import PaddingDimensions
 from rich.table import Table
+from rich.text import Text
 
 from fellrec.report.comparison import Comparison
 
@@ -42,16 +43,20 @@ def display_name(rule: str) -> str:
     return " ".join(part for part in (NAMES.get(base, base), rest) if part)
 
 
+PLAIN: Any = {"markup": False, "emoji": False}
+"""For consoles: names of data, rules and files are shown as they are, also with brackets or colons in them."""
+
+
 def results_console() -> Console:
     """Standard output; wide enough for the tables where it is not a terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=140)
+    console = Console(**PLAIN)
+    return console if console.is_terminal else Console(width=140, **PLAIN)
 
 
 def text_table(
     title: str,
     columns: Iterable[str],
-    rows: Iterable[Sequence[str] | None],
+    rows: Iterable[Sequence[RenderableType] | None],
     caption: str = "",
     num_left: int = 1,
     padding: PaddingDimensions = (0, 1, 0, 0),
@@ -61,7 +66,7 @@ def text_table(
     Args:
         title: Above the table.
         columns: Headings.
-        rows: Cells of each row, which may use Rich's markup; ``None`` starts a new section.
+        rows: Cells of each row; ``None`` starts a new section.
         caption: Below the table.
         num_left: So many columns are aligned left, the others right.
         padding: Around each cell.
@@ -152,17 +157,16 @@ def _table(comparison: Comparison, frame: pd.DataFrame, cutoff: int, is_stacked:
     """The table; stacked: deviations below their means; narrow: short headings and one space between columns."""
     columns = [name for name in frame.columns if name != "kind"]
     best = _best(frame, cutoff)
-    rows: list[list[str] | None] = []
+    rows: list[list[RenderableType] | None] = []
     for _, of_kind in frame.groupby("kind", sort=False):
         rows += [None] if rows else []
         for row in of_kind.to_dict("records"):
-            shown = {name: escape(row[name]) for name in columns}
-            cells = {name: cell.replace(" ±0.", "\n±.") if is_stacked else cell for name, cell in shown.items()}
-            bold = {name: f"[bold]{cell}[/bold]" for name, cell in cells.items() if (row["rule"], name) in best}
+            cells = {name: row[name].replace(" ±0.", "\n±.") if is_stacked else row[name] for name in columns}
+            bold = {name: Text(cell, style="bold") for name, cell in cells.items() if (row["rule"], name) in best}
             rows.append(list({**cells, **bold}.values()))
     headings = [_NARROW.get(name.partition("@")[0], name) if is_narrow else name for name in columns]
     return text_table(
-        f"{escape(comparison.data)}: {sum(comparison.users_per_client)} users of "
+        f"{comparison.data}: {sum(comparison.users_per_client)} users of "
         f"{len(comparison.users_per_client)} clients, {comparison.num_items} items ranked, {comparison.stage} holdout",
         [heading.strip() for heading in headings],
         rows,
