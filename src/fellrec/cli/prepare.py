@@ -30,7 +30,6 @@ def run(options: argparse.Namespace) -> None:
     """Entry point of the verb."""
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     from fellrec.config.compose import compose
     from fellrec.experiment import build_data, cache_dir
