@@ -123,7 +123,7 @@ def test_files_repeat_no_default(path: Path) -> None:
         ({"learning_rate": "1"}, "a number above 0"),
         ({"learning_rate_decay": "step"}, "none, linear or cosine"),
         ({"reset_optimizer": 1}, "true or false"),
-        ({"cutoffs": 5}, r"a list of whole numbers of at least 1, such as \[5,10\]"),
+        ({"cutoffs": 5}, r"a list of whole numbers of at least 1, each once, such as \[5,10\]"),
         ({"devices": "all"}, "a whole number of at least 1, or auto"),
         ({"precision": "16-true"}, "32-true, bf16-mixed, bf16-true or 16-mixed"),
     ],
