@@ -140,7 +140,7 @@ def test_changed_configurations_of_runs_get_one_message(tmp_path: Path) -> None:
         (tmp_path / "config.yaml").write_text(new)
         if problem := outcome(lambda: check_classes(read_config(tmp_path))):
             problems.append((new, problem))
-    assert not [problem for _, problem in problems]
+    assert not "\n".join(problem for _, problem in problems)
 
 
 def _changes(text: str, draw: random.Random) -> Iterator[str]:

@@ -216,5 +216,5 @@ def _flat(config: DictConfig) -> dict[str, object]:
 
 
 def _check_backbone(config: DictConfig) -> list[str]:
-    name, names = config.backbone.name, CHOICES["backbone"]
+    name, names = config.backbone.get("name"), CHOICES["backbone"]
     return [] if name in names else [unknown("backbone.name", name, names)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -15,6 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from fellrec.errors import ConfigError, unknown
 
 T = TypeVar("T")
+
+logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # logs what it raises, and the error is reported once
 
 _OWN = "fellrec."
 """How the dotted names of the package's own classes begin."""

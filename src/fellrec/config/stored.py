@@ -5,7 +5,7 @@ It is read without interpolation, and may name classes of fellrec only; others m
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ _FORMAT = 1
 PLACES = ("data.root", "backbone.path", "cache_dir")
 """Settings that say where something is; what is there must be what the run was started with."""
 _FILE = "config.yaml"
+_UNREADABLE = (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError, OmegaConfBaseException)
+"""What reading a damaged file raises."""
 _MOST_BYTES, _MOST_DEPTH = 1 << 18, 16
 """A configuration has some kilobytes, and lists in mappings in mappings."""
 
@@ -115,15 +117,22 @@ def _load(path: Path) -> DictConfig:
         if len(content) > _MOST_BYTES:
             raise ConfigError(f"{path} is not the configuration of a run: it has more than {_MOST_BYTES:,} bytes")
         text = content.decode()
+        if "${" in text:
+            raise ConfigError(f"{path} has an interpolation, ${{…}}; runs write none into their configuration")
         _check_events(text, path)
         config = OmegaConf.create(text)
         if not isinstance(config, DictConfig):
             raise ConfigError(f"{path} is not the configuration of a run: it has no settings")
-        names = [key for key, value in _leaves(OmegaConf.to_container(config)) if "${" in str(value)]
-    except (OSError, ValueError, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        yaml.YAMLError,
+        OmegaConfBaseException,
+    ) as error:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if names:
-        raise ConfigError(f"{path}: {names[0]} has an interpolation (${{…}}); runs write none into their configuration")
     return config
 
 
@@ -135,15 +144,6 @@ def _check_events(text: str, path: Path) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent) or depth > _MOST_DEPTH:
             raise ConfigError(f"{path} is not the configuration of a run: it has aliases, or too many levels")
-
-
-def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, (dict, list)):
-        for name, value in node.items() if isinstance(node, dict) else enumerate(node):
-            yield f"{key}.{name}" if key else str(name), name
-            yield from _leaves(value, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, node
 
 
 def _check_shape(plain: Mapping[str, Any], path: Path) -> None:
