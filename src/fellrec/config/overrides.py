@@ -79,7 +79,7 @@ def _check_group(item: Override, value: str) -> None:
         return
     if item.is_delete():
         raise ConfigError(f"~{item.key_or_group} is not allowed: {item.key_or_group} cannot be left out")
-    if not isinstance(item.value(), (str, list, dict)):
+    if not isinstance(item.value(), (str, list)):  # Hydra does not come to an end with a mapping
         raise ConfigError(unknown(item.key_or_group, value, choices))
 
 
