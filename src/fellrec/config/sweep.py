@@ -18,8 +18,8 @@ from fellrec.config.instantiate import import_target, setting_names
 from fellrec.config.overrides import parse
 from fellrec.config.secrets import URI
 from fellrec.errors import ConfigError, unknown
-from fellrec.functional.secrets import VARIABLE, has_secret, hide
 from fellrec.functional.quoting import hydra_value
+from fellrec.functional.secrets import VARIABLE, has_secret, hide
 
 _GROUP = "aggregation"
 _RULE = (_GROUP, f"{_GROUP}._target_")

@@ -49,8 +49,8 @@ from fellrec.federated.base_change import with_changes
 from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.records import FitResult
+from fellrec.functional.quoting import hydra_value
 from fellrec.launch.preemption import StopSignals
-from fellrec.launch.slurm import hydra_value
 from fellrec.models.adapters import name_base, plain_name, save_base
 from fellrec.rankers.reference import ReferenceRanker, reference_rankers
 from fellrec.rankers.settings import PRETRAINED, ReferenceSettings
