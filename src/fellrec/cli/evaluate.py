@@ -57,18 +57,19 @@ def evaluate(run_dir: Path, stage: str, config: DictConfig | None = None) -> Com
         config: The run's configuration, with other places of its files; ``None`` for the one in the directory.
 
     Raises:
-        ConfigError: If it is not the directory of a run, or the data or the prompt differ from those of training.
+        ConfigError: If it is not the directory of a finished run, or the data or the prompt differ from those of training.
     """
     from fellrec.config.stored import read_config
     from fellrec.experiment import build_data, build_federation, build_recommender
     from fellrec.experiment.classes import check_classes
     from fellrec.experiment.run import collect, reference_results, rule_name
-    from fellrec.experiment.run_dir import check_backbone, check_prompt, check_same_data
+    from fellrec.experiment.run_dir import check_backbone, check_finished, check_prompt, check_same_data
     from fellrec.federated.checkpoint import CHECKPOINTS, CheckpointFolder
     from fellrec.report.comparison import RuleResult
 
     config = read_config(run_dir) if config is None else config.copy()
     check_classes(config)
+    check_finished(run_dir, config.trainer.num_rounds)
     # In one process, with the same figures: one model, unless what is sent is rounded.
     config.split.transport = _transport(config)
     data = build_data(config)

@@ -14,6 +14,7 @@ from fellrec.cli.arguments import add_format, add_multirun, add_overrides, add_s
 from fellrec.errors import ConfigError
 from fellrec.functional.secrets import VARIABLE, reveal
 from fellrec.launch.preemption import StopSignals
+from fellrec.state.run_folder import CONFIG, which_run
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -124,8 +125,8 @@ def resumed(overrides: Sequence[str], run_dir: Path, trusted: Collection[str] = 
     """
     from fellrec.config.stored import PLACES, moved, read_config
 
-    if not (run_dir / "config.yaml").is_file():
-        raise ConfigError(f"resume={run_dir}: no config.yaml there; give the directory of a run")
+    if not (run_dir / CONFIG).is_file():
+        raise ConfigError(f"resume={run_dir}: no {CONFIG} there; {which_run(run_dir)}")
     others = [item for item in overrides if not item.startswith(("resume=", "tracking.uri="))]
     config = moved(read_config(run_dir, trusted), others, (*_PROCESSES, *PLACES, "tracking.uri"))
     config.tracking.uri = _store(overrides, run_dir, config)

@@ -19,12 +19,12 @@ from fellrec.config.registry import defaults_of, parts, wrong_groups
 from fellrec.errors import ConfigError
 from fellrec.functional.nested import flatten
 from fellrec.state.inside import check_inside
+from fellrec.state.run_folder import CONFIG, which_run
 
 _FORMAT = 1
 """Format of ``config.yaml`` in a run directory; increased when older files can no longer be read."""
 PLACES = ("data.root", "backbone.path", "cache_dir")
 """Settings that say where something is; what is there must be what the run was started with."""
-_FILE = "config.yaml"
 _UNREADABLE = (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError, OmegaConfBaseException)
 """What reading a damaged file raises."""
 _MOST_BYTES, _MOST_DEPTH = 1 << 18, 16
@@ -47,9 +47,9 @@ def read_config(run_dir: Path, trusted: Collection[str] = ()) -> DictConfig:
         ConfigError: If the directory is not a run's or has links that leave it, if the file was written by a version
             with other settings or is damaged, or if it names another class.
     """
-    path = run_dir / _FILE
+    path = run_dir / CONFIG
     if not path.is_file():
-        raise ConfigError(f"{run_dir} has no {_FILE}; give the directory of a run")
+        raise ConfigError(f"{run_dir} has no {CONFIG}; {which_run(run_dir)}")
     check_inside(run_dir)
     config = _load(path)
     found = config.pop("format", None)

@@ -22,14 +22,17 @@ from fellrec.config.stored import to_yaml
 from fellrec.data.guards import check_template
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError
+from fellrec.federated.checkpoint import CHECKPOINTS, CheckpointFolder
 from fellrec.models.fingerprint import differences
 from fellrec.models.module import Objective
 from fellrec.state.files import write_atomically, write_json, write_parquet
 from fellrec.state.lock import is_lock
+from fellrec.state.run_folder import CONFIG
 from fellrec.types import Evaluation
 
 SLURM_FOLDER = "slurm"
 """Subdirectory for the scripts and output of a run's SLURM jobs, see ``fellrec submit``."""
+_RESULTS = "results.json"
 _VERSIONS = "versions.json"
 _BACKBONE = "backbone.json"
 _THREADS = "num_threads"
@@ -99,11 +102,36 @@ def write_start(run_dir: Path, config: DictConfig, data: PreparedData, prompt: M
         data: The prepared data set.
         prompt: Versions of the objective's texts, see ``Objective.metadata``.
     """
-    write_atomically(run_dir / "config.yaml", to_yaml(config).encode())
+    write_atomically(run_dir / CONFIG, to_yaml(config).encode())
     write_json(run_dir / _VERSIONS, {**versions(), **prompt})
     write_json(run_dir / "data.json", {"key": data.key, "name": data.name, "statistics": data.statistics})
     partition = pd.DataFrame({"user_id": data.users["user_id"], "client": data.client_of_user})
     write_parquet(run_dir / "partition.parquet", partition)
+
+
+def check_finished(run_dir: Path, num_rounds: int) -> None:
+    """Check that a run to evaluate has been trained to its end, and has checkpoints.
+
+    Args:
+        run_dir: Of the run.
+        num_rounds: ``trainer.num_rounds``; a run with results may have ended before.
+
+    Raises:
+        ConfigError: Saying how to finish it, or what there is instead of checkpoints.
+    """
+    folder = CheckpointFolder(run_dir / CHECKPOINTS)
+    if not any(folder.folder.glob("round_*.json")):
+        raise ConfigError(
+            f"{run_dir} has no checkpoint, and nothing to evaluate: it was stopped before its first, or made with "
+            f"~callbacks.checkpoint; a finished run has its figures in {_RESULTS}"
+        )
+    if (run_dir / _RESULTS).is_file():
+        return
+    rounds = folder.rounds()
+    if rounds and rounds[-1] < num_rounds:
+        raise ConfigError(
+            f"{run_dir}: round {rounds[-1]} of {num_rounds}, not finished; resume it: fellrec train resume={run_dir}"
+        )
 
 
 def check_prompt(run_dir: Path, objective: Objective) -> None:
@@ -178,7 +206,7 @@ def write_evaluation(run_dir: Path, evaluation: Evaluation, extra: Mapping[str, 
     per_client = {name: values.tolist() for name, values in evaluation.per_client.items()}
     summary = dict(evaluation.summary)
     results = {"stage": evaluation.stage, "round_index": evaluation.round_index, **extra}
-    write_json(run_dir / "results.json", {**results, "summary": summary, "per_client": per_client})
+    write_json(run_dir / _RESULTS, {**results, "summary": summary, "per_client": per_client})
 
 
 def versions() -> dict[str, str]:

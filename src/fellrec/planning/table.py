@@ -50,7 +50,8 @@ def _heading(rows: Sequence[Row]) -> str:
     models = {f"{plan.backbone} with {plan.num_parameters:,} parameters" for plan in plans}
     data = {f"{plan.data} with {plan.num_clients} clients, {plan.cohort_size} a round" for plan in plans}
     loads = {
-        f"{plan.load.mean.num_steps:,.0f} steps and {plan.load.mean.num_tokens:,.0f} padded tokens a client and round"
+        f"{plan.load.mean.num_steps:,.1f} steps and {plan.load.mean.num_tokens:,.0f} padded tokens a client and round "
+        "(means over clients)"
         for plan in plans
     }
     return "; ".join(found.pop() for found in (models, data, loads) if len(found) == 1)

@@ -15,6 +15,7 @@ from fellrec.data.cold import ColdStart
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError, DataError, unknown
 from fellrec.state.files import make_folder, write_atomically, write_parquet
+from fellrec.state.run_folder import CONFIG, which_run
 from fellrec.types import Evaluation
 
 RANKINGS = "rankings.parquet"
@@ -109,7 +110,9 @@ def read_table_of_run(run_dir: Path, name: str, columns: Mapping[str, str | None
     """
     path = run_dir / name
     if not path.is_file():
-        raise ConfigError(f"{run_dir} has no {name}; expected the directory of a finished run")
+        is_run = (run_dir / CONFIG).is_file()
+        hint = "the run is not finished, or made with ~callbacks.outputs" if is_run else which_run(run_dir)
+        raise ConfigError(f"{run_dir} has no {name}; {hint}")
     try:
         table = pd.read_parquet(path, columns=list(columns))
     except (OSError, ValueError, TypeError, LookupError, AttributeError, MemoryError) as error:  # pandas and pyarrow

@@ -121,6 +121,7 @@ def comparison_frame(comparison: Comparison, cutoff: int) -> pd.DataFrame:
         cutoff: K of NDCG@K and Recall@K.
     """
     ndcg, recall = f"ndcg_at_{cutoff}", f"recall_at_{cutoff}"
+    has_gain = any(result.rule == comparison.baseline for result in comparison.results)
     rows = [
         {
             "kind": kind,
@@ -133,7 +134,7 @@ def comparison_frame(comparison: Comparison, cutoff: int) -> pd.DataFrame:
             "std": _figure(comparison, rule, f"{ndcg}/std"),
             "variance": f"{comparison.mean_and_sd(rule, f'{ndcg}/variance')[0]:.1e}",
             "worst": _figure(comparison, rule, f"{ndcg}/worst"),
-            "gain": number_text(comparison.gain(rule, ndcg), "+.4f"),
+            **({"gain": number_text(comparison.gain(rule, ndcg), "+.4f")} if has_gain else {}),
             "s/round": number_text(comparison.seconds_per_round(rule), ".1f"),
         }
         for kind in ("learned", "reference")
@@ -171,7 +172,8 @@ def _table(comparison: Comparison, frame: pd.DataFrame, cutoff: int, is_stacked:
         [heading.strip() for heading in headings],
         rows,
         f"NDCG@{cutoff} and Recall@{cutoff}: mean over clients | pooled over users. std, variance, worst: "
-        f"NDCG@{cutoff} over clients. gain: its mean difference to {display_name(comparison.baseline)}."
+        f"NDCG@{cutoff} over clients."
+        + (f" gain: its mean difference to {display_name(comparison.baseline)}." if "gain" in frame else "")
         + (" ±: standard deviation over seeds." if frame[f"NDCG@{cutoff}"].str.contains("±").any() else "")
         + _chosen_text(comparison)
         + _cold_text(comparison),

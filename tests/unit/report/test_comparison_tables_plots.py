@@ -82,6 +82,16 @@ def test_the_printed_table_has_every_rule_and_fits(comparison: Comparison, width
     assert "…" not in shown
 
 
+def test_without_local_training_the_table_has_no_gain(comparison: Comparison, tmp_path: Path) -> None:
+    others = Comparison("films", (2, 1), 50, [item for item in comparison.results if item.rule != "local"])
+    for shown, has_gain in ((comparison, True), (others, False)):
+        console = Console(width=120, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115
+        print_comparison(shown, console)
+        assert ("gain" in console.export_text()) == has_gain
+        write_tables(shown, tmp_path)
+        assert ("gain" in (tmp_path / "comparison.md").read_text()) == has_gain
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_several_seeds_are_never_cut(comparison: Comparison, width: int) -> None:
     """The seeds of local have means 0.45 and 0.6: 0.525 with deviation 0.15 / √2 = 0.1061."""
