@@ -75,3 +75,34 @@ def test_a_comparison_is_not_a_run(run_dir: Path, capsys: pytest.CaptureFixture[
         ("export", "both", "--format", "trec"),
     ):
         assert hint in refused(capsys, *command)
+
+
+def test_sync_skips_files_and_goes_on_after_a_directory_that_is_not_a_run(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``fellrec sync runs/*``: Hydra writes files there."""
+    (run_dir.parent / "multirun.yaml").touch()
+    (run_dir.parent / "notes").mkdir()
+    for given, code in ((["multirun.yaml", "run"], 0), (["notes", "run"], 1)):
+        with pytest.raises(SystemExit) as done:
+            main(["sync", *given])
+        assert done.value.code == code
+        shown = capsys.readouterr()
+        assert "run: 0 sent, 0 left" in shown.out
+        assert given[0] in shown.err
+
+
+def test_doctor_writes_nothing(
+    run_dir: Path, trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where nothing is nor beside the database of a run."""
+    monkeypatch.setattr("fellrec.launch.reach.check_all_reduce", lambda *_: "")
+    monkeypatch.setenv("COLUMNS", "400")
+    shutil.copy(trained / "mlflow.db", run_dir / "used.db")
+    before = {path: path.stat().st_mtime_ns for path in run_dir.parent.rglob("*")}
+    for file in ("mlflow.db", "run/used.db"):
+        with pytest.raises(SystemExit) as done:
+            main(["doctor", f"tracking.uri=sqlite:///{file}", "cache_dir=cache", "run_dir=new/run"])
+        assert done.value.code == 0, capsys.readouterr().out
+    assert "mlflow.db, which the first run creates" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in run_dir.parent.rglob("*")} == before

@@ -16,7 +16,7 @@ from fellrec.cli.arguments import add_overrides
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-PURPOSE = "check the installation, devices, directories and the tracking store"
+PURPOSE = "check the installation, devices, directories and the tracking store; nothing is written"
 EXAMPLES = ("fellrec doctor", "fellrec doctor tracking.uri=http://127.0.0.1:5000 run_dir=/scratch/runs")
 
 _MIN_FREE_BYTES = 1e9
@@ -94,12 +94,9 @@ def _writable(folder: Path) -> str:
 
 
 def _tracking(uri: str | None) -> str:
-    from fellrec.tracking.store import make_client
+    from fellrec.tracking.store import look_at
 
-    if uri is None:
-        return "none: runs are not tracked"
-    make_client(uri)
-    return uri
+    return "none: runs are not tracked" if uri is None else look_at(uri)
 
 
 def _slurm() -> str:

@@ -57,7 +57,8 @@ def evaluate(run_dir: Path, stage: str, config: DictConfig | None = None) -> Com
         config: The run's configuration, with other places of its files; ``None`` for the one in the directory.
 
     Raises:
-        ConfigError: If it is not the directory of a finished run, or the data or the prompt differ from those of training.
+        ConfigError: If it is not the directory of a finished run, or data, backbone or prompt differ from those of
+            training.
     """
     from fellrec.config.stored import read_config
     from fellrec.experiment import build_data, build_federation, build_recommender

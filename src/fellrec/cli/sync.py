@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 PURPOSE = "send metrics recorded while the MLflow server was unreachable"
@@ -17,18 +18,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Entry point of the verb: one line per run, exit status 1 if operations remain."""
+    """Entry point of the verb: one line per run, exit status 1 if operations remain or a directory is not a run's."""
     from fellrec.functional.secrets import hide
     from fellrec.tracking.known import remember
-    from fellrec.tracking.run_log import outboxes
     from fellrec.tracking.store import absolute
 
-    folders = dict.fromkeys(folder for run_dir in options.run_dirs for folder in outboxes(Path(run_dir).resolve()))
+    folders, are_runs = _outboxes(options.run_dirs)
     uri = None if options.uri is None else hide(absolute(options.uri))
     if uri is not None:
         remember(uri)
     are_sent = [_sync(folder, uri) for folder in folders]
-    sys.exit(0 if all(are_sent) else 1)
+    sys.exit(0 if are_runs and all(are_sent) else 1)
+
+
+def _outboxes(run_dirs: Sequence[str]) -> tuple[list[Path], bool]:
+    """The outboxes, and whether all directories are of runs; files, such as Hydra's beside runs, are skipped."""
+    from fellrec.errors import ConfigError
+    from fellrec.tracking.run_log import outboxes
+
+    found: list[Path] = []
+    are_runs = True
+    for path in map(Path, run_dirs):
+        if path.is_file():
+            sys.stderr.write(f"fellrec sync: {path} is a file, skipped\n")
+            continue
+        try:
+            found += outboxes(path.resolve())
+        except ConfigError as error:
+            sys.stderr.write(f"fellrec sync: {error}\n")
+            are_runs = False
+    return list(dict.fromkeys(found)), are_runs
 
 
 def _sync(folder: Path, uri: str | None) -> bool:

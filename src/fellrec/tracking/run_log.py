@@ -15,6 +15,7 @@ from typing import Any
 
 from fellrec.errors import ConfigError
 from fellrec.functional.secrets import hide, redact
+from fellrec.state.run_folder import which_run
 from fellrec.tracking.delivery import OutboxClient, Sender
 from fellrec.tracking.outbox import Outbox, first_operation, num_left, operations, read_sent
 from fellrec.tracking.store import absolute
@@ -205,7 +206,7 @@ def outboxes(run_dir: Path) -> list[Path]:
     """
     own = run_dir / _OUTBOX
     if not own.is_dir() or own.is_symlink():
-        raise ConfigError(f"{run_dir} has no outbox; give the directory of a run")
+        raise ConfigError(f"{run_dir} has no outbox; {which_run(run_dir)}")
     others = [folder for folder in sorted(run_dir.glob(f"*/{_OUTBOX}")) if not folder.parent.is_symlink()]
     return [own, *others]
 

@@ -108,6 +108,29 @@ def check_reachable(uri: str | None, may_be_away: bool = False, experiment: str 
         _log.warning("%s; metrics are recorded in the run directory and sent later", problem)
 
 
+def look_at(uri: str) -> str:
+    """Check a store without writing: no database, table or folder is created.
+
+    Returns:
+        The address, and what a run will do with it.
+
+    Raises:
+        ConfigError: If the store cannot be used.
+    """
+    path = _sqlite_path(uri)
+    if path is None:
+        if not reveal(uri).startswith("http"):  # MLflow creates tables or folders with the first connection
+            return f"{uri}, not checked before a run starts"
+        make_client(uri)
+        return uri
+    _check_options(uri)
+    try:
+        _check_file(uri)
+    except sqlite3.OperationalError as error:
+        raise ConfigError(f"tracking.uri={uri} cannot be used: {_first_line(error)}") from error
+    return uri if path.exists() else f"{uri}, which the first run creates"
+
+
 def _deleted(client: MlflowClient, uri: str, experiment: str) -> str | None:
     """What is wrong with an experiment that was deleted; ``None`` for one that can be used or created."""
     try:

@@ -325,6 +325,9 @@ def test_the_verb_prints_a_table(tiny_overrides: list[str], capsys: pytest.Captu
     assert "0+1+1" in shown
     assert "1+0+1" in shown
     assert "s/round" not in shown
+    (row,) = plan([*tiny_overrides, "split.head_layers=0", "split.tail_layers=1"])
+    assert f" {row.plan.load.mean.num_steps:.1f} steps and " in shown
+    assert "(means over clients)" in shown
     assert "Estimated: activations" in shown
 
 
