@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import json
+import logging
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fellrec.cli.main import main
+from fellrec.config.compose import compose
+from fellrec.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +112,60 @@ def test_doctor_writes_nothing(
         assert done.value.code == 0, capsys.readouterr().out
     assert "mlflow.db, which the first run creates" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in run_dir.parent.rglob("*")} == before
+
+
+def test_a_multirun_as_json_is_one_list(
+    trained: Path, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hydra's lines are on standard error, and it leaves no empty log files."""
+    monkeypatch.chdir(trained)
+    monkeypatch.setattr("sys.argv", ["fellrec"])
+    logging.getLogger().addHandler(handler := logging.StreamHandler(shown := io.StringIO()))
+    fast = [*tiny_overrides, "trainer.num_rounds=1", "references.show=[]", "tracking.uri=null"]
+    try:
+        main(["train", "-m", *fast, "aggregation=local,fedavg", "--format", "json"])
+    finally:
+        logging.getLogger().removeHandler(handler)
+    found = json.loads(capsys.readouterr().out)
+    assert [list(run["rules"]) for run in found] == [["local"], ["fedavg"]]
+    assert "Launching 2 jobs" in shown.getvalue()
+    assert not list(trained.rglob("*.log"))
+
+
+def test_json_and_settings_of_a_multirun_are_not_something_else(capsys: pytest.CaptureFixture[str]) -> None:
+    joblib = refused(capsys, "train", "-m", "seed=0,1", "hydra/launcher=joblib", "--format", "json")
+    assert "--format json is not allowed with hydra/launcher=joblib" in joblib
+    main(["train", "-m", "seed=0,1", "--show-config"])
+    assert [node["seed"] for node in yaml.safe_load_all(capsys.readouterr().out)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["callbacks.mine._target_=my.Mine"], "unknown callback 'mine'; choose from: "),
+        (["callbacks.mine._target_=my.Mine"], "; if it is new, put + before it: +callbacks.mine._target_=…"),
+        (
+            ["~callbacks.ballance"],
+            "unknown callback 'ballance'; choose from: balance, checkpoint, client_metrics, costs, ",
+        ),
+        (["aggregation._target_=my.Rule", "aggregation.friends=3"], "put + before it: +aggregation.friends=…"),
+        (
+            ["aggregation=fedavg,fellrec"],
+            "aggregation=fedavg,fellrec gives several values: only compare, plan, train -m",
+        ),
+        (
+            ["resume=runs/base"],
+            "resume=runs/base is not allowed here: a run is resumed by fellrec train resume=runs/base",
+        ),
+        (
+            ["+resume=runs/base"],
+            "resume=runs/base is not allowed here: a run is resumed by fellrec train resume=runs/base",
+        ),
+    ],
+)
+def test_messages_say_what_to_write(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides)
+    assert message in str(caught.value)
+    if overrides[0].startswith("~"):
+        assert "put +" not in str(caught.value)

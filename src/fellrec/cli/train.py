@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,22 +52,22 @@ def run(options: argparse.Namespace) -> None:
     from fellrec.config.compose import compose
 
     if options.multirun:
-        _multirun(options.overrides)
+        _multirun(options.overrides, options.format, options.show_config)
         return
     run_dir = resume_dir(options.overrides)
     config = compose(options.overrides) if run_dir is None else resumed(options.overrides, run_dir, options.trust)
     if options.show_config:
         sys.stdout.write(OmegaConf.to_yaml(config))
         return
-    train(config, options.format)
+    train(config, _print_json if options.format == "json" else None)
 
 
-def train(config: DictConfig, output_format: str = "table") -> None:
+def train(config: DictConfig, take_results: Callable[[dict[str, Any]], None] | None = None) -> None:
     """One run from a composed configuration: data, backbone, rounds, test, table.
 
     Args:
         config: The composed configuration.
-        output_format: ``"table"`` or ``"json"``.
+        take_results: Given the results as JSON-ready values; ``None`` prints a table.
     """
     from fellrec.config.compose import without_launcher
     from fellrec.experiment.classes import check_classes
@@ -80,10 +82,19 @@ def train(config: DictConfig, output_format: str = "table") -> None:
         elif config.run_dir:
             check_new(Path(config.run_dir))
         check_classes(config)  # before other processes are started
-        run_processes([config], lambda session: _train(config, output_format, signals, session))
+        run_processes([config], lambda session: _train(config, take_results, signals, session))
 
 
-def _train(config: DictConfig, output_format: str, signals: StopSignals, session: Session | None) -> None:
+def _print_json(results: Any) -> None:
+    sys.stdout.write(json.dumps(results, indent=1) + "\n")
+
+
+def _train(
+    config: DictConfig,
+    take_results: Callable[[dict[str, Any]], None] | None,
+    signals: StopSignals,
+    session: Session | None,
+) -> None:
     from fellrec.experiment.run import build, collect, failure_message, finish_message, reference_results, table_cutoff
     from fellrec.report.cost_tables import print_run_cost
     from fellrec.report.tables import print_comparison, results_console
@@ -93,8 +104,8 @@ def _train(config: DictConfig, output_format: str, signals: StopSignals, session
     assert run.loop is not None
     assert run.result is not None
     comparison = collect(run.recommender, [result, *reference_results(config, run.recommender, run.loop)])
-    if output_format == "json":
-        sys.stdout.write(json.dumps(comparison.to_dict(), indent=1) + "\n")
+    if take_results is not None:
+        take_results(comparison.to_dict())
         return
     console = results_console()
     print_comparison(comparison, console, table_cutoff(config))
@@ -155,16 +166,24 @@ def _store(overrides: Sequence[str], run_dir: Path, config: DictConfig) -> str |
     return uri
 
 
-def _multirun(overrides: Sequence[str]) -> None:
+def _multirun(overrides: Sequence[str], output_format: str, show_config: bool) -> None:
     """Check every combination first, then let Hydra run them with the launcher that is configured."""
     import hydra
+    from omegaconf import OmegaConf
 
     from fellrec.config.compose import compose
     from fellrec.config.paths import conf_dir
     from fellrec.config.sweep import expand, sweeps, without_passwords
     from fellrec.experiment.run_dir import check_new
 
-    for combination in expand(overrides := without_passwords(overrides)):
+    combinations = expand(overrides := without_passwords(overrides))
+    if show_config:
+        sys.stdout.write("---\n".join(OmegaConf.to_yaml(compose(combination)) for combination in combinations))
+        return
+    launchers = [item for item in overrides if item.startswith("hydra/launcher=") and item != "hydra/launcher=basic"]
+    if output_format == "json" and launchers:
+        raise ConfigError(f"--format json is not allowed with {launchers[-1]}: its runs are in other processes")
+    for combination in combinations:
         config = compose(combination)
         trainer, uri = config.trainer, config.tracking.uri
         if uri is not None and reveal(uri) != uri:
@@ -174,13 +193,18 @@ def _multirun(overrides: Sequence[str]) -> None:
         if trainer.devices != 1 or trainer.num_nodes != 1:
             raise ConfigError("-m needs trainer.devices=1; start runs with several processes one by one")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors, and the CLI reports them
+    logging.getLogger("hydra").setLevel(logging.INFO)  # which run is next
     decorate: Callable[[Any], Any] = hydra.main(str(conf_dir()), "config", version_base="1.3")
+    found: list[dict[str, Any]] = []
+    train_one = partial(_train_one, take_results=found.append) if output_format == "json" else _train_one
     for sweep in sweeps(overrides):
         sys.argv = ["fellrec train", "--multirun", *sweep]
-        decorate(_train_one)()
+        decorate(train_one)()
+    if output_format == "json":
+        _print_json(found)
 
 
-def _train_one(config: DictConfig) -> None:
+def _train_one(config: DictConfig, take_results: Callable[[dict[str, Any]], None] | None = None) -> None:
     """One run of a multirun; Hydra's own composition of it is not checked."""
     from hydra.core.hydra_config import HydraConfig
 
@@ -193,7 +217,7 @@ def _train_one(config: DictConfig) -> None:
     if _is_folder_of_sweep(overrides):
         name = f"{int(hydra.job.num):03d}-{rule_name(config)}-s{config.seed}"
         config.run_dir = str(Path(config.run_dir) / name)
-    train(config)
+    train(config, take_results)
 
 
 def _is_folder_of_sweep(overrides: Sequence[str]) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -33,6 +34,9 @@ from fellrec.errors import ConfigError, nearest_first, unknown
 from fellrec.functional.nested import flatten
 from fellrec.functional.ranges import out_of_range
 
+_CALLBACKS = "callbacks"
+"""A group whose keys are names that a user may choose."""
+
 
 def compose(overrides: Sequence[str], optional: Collection[str] = ()) -> DictConfig:
     """Compose and check the configuration of one run.
@@ -46,8 +50,10 @@ def compose(overrides: Sequence[str], optional: Collection[str] = ()) -> DictCon
             that is out of range.
     """
     if resuming := [item for item in overrides if item.startswith("resume=") and item != "resume=null"]:
-        raise ConfigError(f"{resuming[-1]} is not allowed: fellrec train and submit take the directory of a run there")
+        raise ConfigError(_not_resumed(resuming[-1]))
     config = composed(overrides)
+    if config.resume is not None:
+        raise ConfigError(_not_resumed(f"resume={config.resume}"))
     settle_tracking(config, {item.key_or_group for item in parse(overrides)})
     check(config, optional)
     _make_paths_absolute(config)
@@ -195,13 +201,29 @@ def _where(error: Exception) -> str:
     return f" {key}" if key else ""
 
 
+def _not_resumed(text: str) -> str:
+    return f"{text} is not allowed here: a run is resumed by fellrec train {text} or fellrec submit {text}"
+
+
 def _unknown_key(key: str, overrides: Sequence[str]) -> str:
     """Phrase the message for a setting that the choices of ``overrides`` do not have."""
-    choices = [str(item.input_line) for item in parse(overrides) if _chooses(item.key_or_group)]
-    names = [*_flat(composed(choices)), *sorted(group_choices())]
+    given = parse(overrides)
+    choices = [str(item.input_line) for item in given if _chooses(item.key_or_group) and item.key_or_group != key]
+    config = composed(choices if len(choices) < len(given) else ())
+    names = [*_flat(config), *sorted(group_choices())]
+    group, _, rest = key.partition(".")
+    is_own = any(item.key_or_group == f"{group}._target_" for item in given)
+    can_be_new = is_own or group == _CALLBACKS
+    hint = f"; if it is new, put + before it: +{key}=…" if can_be_new and not _is_deleted(key, given) else ""
+    if group == _CALLBACKS and (name := rest.partition(".")[0]) not in config[_CALLBACKS]:
+        return unknown("callback", name, map(str, config[_CALLBACKS])) + hint
     parent = key.rpartition(".")[0]
     siblings = [name for name in names if parent and name.startswith(f"{parent}.")]
-    return unknown("setting", key, siblings or nearest_first(key, names)[:8])
+    return unknown("setting", key, siblings or nearest_first(key, names)[:8]) + hint
+
+
+def _is_deleted(key: str, given: Sequence[Override]) -> bool:
+    return any(item.key_or_group == key and item.is_delete() for item in given)
 
 
 def _chooses(key: str) -> bool:
