@@ -18,7 +18,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 
 install: $(BIN)/.installed  ## virtual environment in .venv with pinned packages
 
-demo: install  ## compare local, FedAvg, FELLRec and centralised training on the embedded data (4 minutes on 2 cores)
+demo: install  ## compare local, FedAvg, FELLRec and centralised training on the embedded data (3 to 5 minutes on 2 cores)
 	$(BIN)/fellrec compare
 
 test: install  ## all tests, the linter and the type checker

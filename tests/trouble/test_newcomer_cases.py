@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from fellrec.cli.main import main
@@ -169,3 +172,27 @@ def test_messages_say_what_to_write(overrides: list[str], message: str) -> None:
     assert message in str(caught.value)
     if overrides[0].startswith("~"):
         assert "put +" not in str(caught.value)
+
+
+def test_the_transform_of_the_documentation(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the entries are kept, the largest."""
+    page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+    (code,) = re.findall(r"```python\n# my_transforms.py\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "my_transforms.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    transform = importlib.import_module("my_transforms").TopK(0.5)
+    update = {"a.weight": torch.tensor([[1.0, -4.0], [3.0, 0.5]])}
+    decoded = transform.decode(transform.encode(update, 0, 0))
+    assert {name: tensor.tolist() for name, tensor in decoded.items()} == {"a.weight": [[0.0, -4.0], [3.0, 0.0]]}
+    given = [*tiny_overrides, "trainer.num_rounds=1", "references.show=[]", "tracking.uri=null"]
+    node = "exchange.transforms=[{_target_: my_transforms.TopK, fraction: 0.05}]"
+    main(["train", *given, "aggregation=fedavg", node, "run_dir=top"])
+    assert (tmp_path / "top" / "results.json").is_file()
+
+
+def test_a_resumed_run_shows_its_directory_as_before(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["train", "resume=run", f"tracking.uri=sqlite:///{run_dir.parent}/mlflow.db"])
+    assert f"Run directory: {run_dir}\n" in capsys.readouterr().out

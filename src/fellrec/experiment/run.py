@@ -96,7 +96,7 @@ class Run:
         self.rule = rule or rule_name(config)
         self.variant = variant
         self.label = f"{config.data.name}-{run_name(self.rule, variant, config.seed)}"
-        self.run_dir = Path(config.run_dir) if config.resume else new_run_dir(config.run_dir, self.label)
+        self.run_dir = Path(config.run_dir).resolve() if config.resume else new_run_dir(config.run_dir, self.label)
         self.parent_uid = parent_uid
         self.signals = signals
         self.session = session

@@ -193,7 +193,7 @@ def _table(frame: pd.DataFrame, comparison: Comparison, cutoff: int, is_narrow: 
         lines = {name: [row[name]] for name in columns}
         for name in below:
             lines[f"Δ {name.split(' ')[-1]}"].append(row[name])
-        rows.append(["\n".join(cell).replace("[", r"\[") for cell in lines.values()])
+        rows.append(["\n".join(cell) for cell in lines.values()])
     return text_table(
         f"NDCG@{cutoff} minus {'its ' if comparison.variants else ''}{baseline.split(' ')[0]}'s",
         columns,

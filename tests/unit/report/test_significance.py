@@ -192,5 +192,6 @@ def test_the_printed_table_fits(planted: Comparison, width: int) -> None:
     low, high = planted.differences[0].user_interval or (0.0, 0.0)
     for text in ("NDCG@10 minus FedAvg's", "better", f"[{low:+.4f}, {high:+.4f}]", "<0.001", "4 comparisons"):
         assert text in shown
+    assert "\\" not in shown
     assert "…" not in shown
     assert max(len(line) for line in shown.splitlines()) <= width
