@@ -24,7 +24,9 @@ def test_a_cache_that_cannot_be_written_to_is_one_line(verb: str, capsys: pytest
     """Case c07: a traceback of FileNotFoundError."""
     with pytest.raises(SystemExit, match="1"):
         main([verb, *SMALL, "cache_dir=/proc/nope"])
-    (line,) = capsys.readouterr().err.splitlines()
+    shown = capsys.readouterr().err
+    line = shown.rstrip("\n")
+    assert "\n" not in line, shown
     assert line.startswith(f"fellrec {verb}: cannot write /proc/nope/data/")
     assert line.endswith("set cache_dir (or FELLREC_CACHE) to a folder that can be written to")
 

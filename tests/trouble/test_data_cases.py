@@ -348,7 +348,7 @@ def test_d16_odd_titles_arrive_unchanged(tmp_path: Path, cache: Path, data: Call
     titles = dict(zip(TITLES, odd, strict=True))
     write(tmp_path, inter=inter(shop()), item=items(titles))
     assert data().catalogue.titles == tuple(odd)
-    train(tmp_path, tmp_path, cache, "data.name='[/x]'")
+    train(tmp_path, tmp_path, cache, "data.name='[bold]x'")
     stored = next(path for path in (cache / "data").glob("*/items.parquet") if len(pd.read_parquet(path)) == 10)
     assert stored
 

@@ -77,7 +77,8 @@ def own_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(secrets, "_whole", {})
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_SERVER_ALLOWED_HOSTS"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # a multirun sets one; what is set here is restored
+        monkeypatch.delenv(name)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
@@ -392,10 +393,14 @@ def test_an_address_that_cannot_work_is_refused_at_once(uri: str) -> None:
     assert list(Path.cwd().iterdir()) == []
 
 
-@pytest.mark.parametrize("setting", ["tracking.experiment=''", "tracking.experiment=2026", "tracking.uri=mlruns"])
+@pytest.mark.parametrize("setting", ["tracking.experiment=''", "tracking.uri=mlruns"])
 def test_a_setting_that_mlflow_refuses_is_refused_at_once(setting: str) -> None:
     with pytest.raises(ConfigError, match=setting.partition("=")[0] + "=.*is not allowed"):
         compose([setting])
+
+
+def test_an_experiment_may_be_called_by_a_number() -> None:
+    assert compose(["tracking.experiment=2026"]).tracking.experiment == "2026"
 
 
 def test_the_environment_names_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
