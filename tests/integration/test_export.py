@@ -124,7 +124,7 @@ def test_what_cannot_be_exported_is_refused(run_dir: Path, tmp_path: Path, capsy
     with pytest.raises(SystemExit) as done:
         main(["export", str(tmp_path), "--format", "ranx"])
     assert done.value.code == 1
-    assert "has no targets.parquet; give the directory of a run" in capsys.readouterr().err
+    assert "has no rankings.parquet; give the directory of a run" in capsys.readouterr().err
     frames = {name: pd.read_parquet(run_dir / f"{name}.parquet") for name in ("rankings", "targets")}
     for name, frame in frames.items():
         frame["item_id"] = "an item"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
@@ -17,7 +18,7 @@ from omegaconf import OmegaConf
 
 from fellrec.cli.main import main
 from fellrec.errors import Preempted
-from fellrec.launch.preemption import GRACE_VARIABLE, StopSignals
+from fellrec.launch.preemption import GRACE_VARIABLE, INTERRUPT, StopSignals
 from fellrec.state.lock import hold
 
 ROUNDS = "trainer.num_rounds=6"
@@ -102,7 +103,7 @@ def test_a_run_without_a_checkpoint_starts_again_from_its_own_configuration(whol
     config = OmegaConf.load(whole / "config.yaml")
     config.tracking.uri = store_in(tmp_path).partition("=")[2]
     OmegaConf.save(config, run / "config.yaml")
-    main(["train", f"resume={run}", "--format", "json"])
+    main(["train", f"resume={run}", store_in(tmp_path), "--format", "json"])
     assert results(run) == results(whole)
     assert runs_of(tmp_path)[0].data.params["trainer.num_rounds"] == "6"
     assert not [key for key in runs_of(tmp_path)[0].data.params if key.startswith("launcher")]
@@ -142,7 +143,9 @@ def test_a_directory_in_use_is_refused(whole: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_ctrl_c_that_a_finaliser_drops_counts_at_the_next_safe_point() -> None:
+def test_ctrl_c_that_a_finaliser_drops_counts_at_the_next_safe_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(INTERRUPT, "_last", -math.inf)
+
     class Finalised:
         def __del__(self) -> None:
             signal.raise_signal(signal.SIGINT)
@@ -153,5 +156,6 @@ def test_ctrl_c_that_a_finaliser_drops_counts_at_the_next_safe_point() -> None:
         with pytest.raises(KeyboardInterrupt):
             signals.stop_at("after round 3")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.setattr(INTERRUPT, "_last", -math.inf)
     with pytest.raises(KeyboardInterrupt), StopSignals():
         signal.raise_signal(signal.SIGINT)

@@ -300,7 +300,6 @@ def test_a_base_that_cannot_be_quantised_is_refused(
 
 
 def test_a_client_trains_on_a_base_in_eight_bits(case: list[str]) -> None:
-    pytest.importorskip("bitsandbytes")
     config = compose([*case, "backbone.quantize=8bit", "aggregation=local"])
     recommender = build_recommender(config, build_data(config))
     parameters = dict(recommender.backbone.model.named_parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from fellrec.experiment import Recommender, build_data, build_loop, build_recomm
 from fellrec.experiment.run import Run
 from fellrec.models.objectives.generative import GenerativeObjective
 from fellrec.models.settings import GenerativeSettings
+from fellrec.state.cache import new_entry
 
 READER = SyntheticReader(num_users=60, num_items=40, mean_length=10)
 
@@ -132,14 +134,18 @@ def test_a_missing_interaction_is_refused(data: PreparedData, victim: int) -> No
 
 def test_a_leak_in_the_cache_is_refused(tmp_path: Path) -> None:
     settings = DataSettings("synthetic", root=None)
-    fresh = prepare(READER, settings, LeaveOneOut(), RandomPartition(3), tmp_path)
-    path = tmp_path / fresh.key / "arrays.npz"
-    arrays = dict(np.load(path))
-    client = int(np.flatnonzero(fresh.client_of_user >= 0)[0])
-    arrays["train_values"][fresh.train.offsets[client]] = fresh.valid.row(client)[0]
-    np.savez(path, **arrays)
+    fresh = prepare(READER, settings, LeaveOneOut(), RandomPartition(3), tmp_path / "first")
+    leaking = tmp_path / "second" / fresh.key
+    with new_entry(leaking) as draft:  # as a program with a fault would have written it, checksums and all
+        for path in (tmp_path / "first" / fresh.key).iterdir():
+            if path.name != "entry.json":
+                shutil.copy(path, draft)
+        arrays = dict(np.load(draft / "arrays.npz"))
+        client = int(np.flatnonzero(fresh.client_of_user >= 0)[0])
+        arrays["train_values"][fresh.train.offsets[client]] = fresh.valid.row(client)[0]
+        np.savez(draft / "arrays.npz", **arrays)
     with pytest.raises(LeakError, match="are duplicated or not in the order"):
-        prepare(READER, settings, LeaveOneOut(), RandomPartition(3), tmp_path)
+        prepare(READER, settings, LeaveOneOut(), RandomPartition(3), leaking.parent)
 
 
 def test_validation_targets_in_the_validation_input_are_refused(data: PreparedData) -> None:
