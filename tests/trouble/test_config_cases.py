@@ -51,27 +51,6 @@ class Change(Transform):
 """
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_overrides: list[str]) -> Path:
-    """Folder with a finished run ``run``."""
-    folder = tmp_path_factory.mktemp("trained")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        main(["train", *tiny_overrides, "trainer.num_rounds=1", "references.show=[popularity]", "run_dir=run"])
-    finally:
-        os.chdir(before)
-    return folder
-
-
-@pytest.fixture
-def run_dir(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the run, in the current folder."""
-    shutil.copytree(trained / "run", tmp_path / "run")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "run"
-
-
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Run a command that must fail by one message; gives the message."""
     capsys.readouterr()

@@ -6,7 +6,6 @@ import importlib
 import io
 import json
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
@@ -18,27 +17,6 @@ import yaml
 from fellrec.cli.main import main
 from fellrec.config.compose import compose
 from fellrec.errors import ConfigError
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_overrides: list[str]) -> Path:
-    """A folder with a finished run ``run``."""
-    folder = tmp_path_factory.mktemp("trained")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        main(["train", *tiny_overrides, "references.show=[popularity]", "run_dir=run"])
-    finally:
-        os.chdir(before)
-    return folder
-
-
-@pytest.fixture
-def run_dir(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the run, in the current folder."""
-    shutil.copytree(trained / "run", tmp_path / "run")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "run"
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -24,7 +24,7 @@ from fellrec.config.compose import compose
 from fellrec.config.stored import to_yaml
 from fellrec.config.sweep import without_passwords
 from fellrec.errors import ConfigError
-from fellrec.experiment.run import finish_message
+from fellrec.experiment.store import finish_message
 from fellrec.functional import secrets
 from fellrec.tracking.delivery import OutboxClient, OutboxError
 from fellrec.tracking.known import confirm, remember
@@ -187,7 +187,7 @@ def test_a_batch_script_has_no_password(tmp_path: Path, monkeypatch: pytest.Monk
         return subprocess.CompletedProcess(command, 0, "7\n", "")
 
     monkeypatch.setattr("fellrec.cli.submit.subprocess.run", sbatch)
-    monkeypatch.setattr("fellrec.experiment.run.check_reachable", lambda *_, **__: None)
+    monkeypatch.setattr("fellrec.experiment.store.check_reachable", lambda *_, **__: None)
     whole = f"http://me:{SECRET}@127.0.0.1:5055"
     sweep = ["-m", f"tracking.uri={whole}", "seed=0,1", "run_dir=runs"]
     main(["submit", *sweep])

@@ -79,7 +79,7 @@ class CostMeter(FederatedCallback):
         return {**asdict(self.rounds), "total_seconds": self.total_seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from these figures."""
+        """Restore the figures of the rounds before a resume."""
         self._begun -= state["total_seconds"]
         seconds = tuple(state["round_seconds"]), tuple(state["cpu_seconds"])
         self.rounds = Rounds(*seconds, state["sums"], state["peaks"])

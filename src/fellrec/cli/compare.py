@@ -63,7 +63,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _report(comparison: Comparison, run_dir: Path, config: DictConfig, output_format: str) -> None:
-    from fellrec.experiment.run import finish_message, table_cutoff
+    from fellrec.experiment.run import table_cutoff
+    from fellrec.experiment.store import finish_message
     from fellrec.report.cost_tables import print_cost
     from fellrec.report.significance import print_significance
     from fellrec.report.tables import print_comparison, results_console
@@ -94,8 +95,9 @@ def compare(configs: Sequence[DictConfig], session: Session | None = None) -> tu
     """
     from fellrec.experiment import build_data, build_loop, log_notes
     from fellrec.experiment.classes import check_classes
-    from fellrec.experiment.run import check_store, collect, reference_results, store_of, table_cutoff
+    from fellrec.experiment.run import collect, reference_results, table_cutoff
     from fellrec.experiment.run_dir import check_new, new_run_dir
+    from fellrec.experiment.store import check_store, store_of
     from fellrec.experiment.variants import labels
     from fellrec.report.significance import with_significance
     from fellrec.state.files import private_files

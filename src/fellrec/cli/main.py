@@ -162,7 +162,7 @@ def _set_log_levels(verbose: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if not verbose:
-        for name in ("lightning", "lightning.fabric", "lightning.pytorch", "mlflow", "alembic"):
+        for name in ("lightning", "lightning.fabric", "lightning.pytorch", "mlflow", "alembic", "bitsandbytes"):
             logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Entry point of the verb: everything is checked before anything is written or submitted."""
-    from fellrec.experiment.run import check_store, store_of
+    from fellrec.experiment.store import check_store, store_of
 
     submission = plan_submission(options.overrides, options.multirun, options.trust)
     script = submission.script

@@ -95,7 +95,8 @@ def _train(
     signals: StopSignals,
     session: Session | None,
 ) -> None:
-    from fellrec.experiment.run import build, collect, failure_message, finish_message, reference_results, table_cutoff
+    from fellrec.experiment.run import build, collect, failure_message, reference_results, table_cutoff
+    from fellrec.experiment.store import finish_message
     from fellrec.report.cost_tables import print_run_cost
     from fellrec.report.tables import print_comparison, results_console
 
@@ -152,7 +153,7 @@ def _store(overrides: Sequence[str], run_dir: Path, config: DictConfig) -> str |
         ConfigError: If the user has not.
     """
     from fellrec.config.compose import compose
-    from fellrec.experiment.run import store_of
+    from fellrec.experiment.store import store_of
     from fellrec.tracking.known import confirm
     from fellrec.tracking.run_log import store_of_run
 

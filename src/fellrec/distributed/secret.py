@@ -1,8 +1,8 @@
 """The secret that the processes of a run share, and how each proves to the others that it knows it.
 
-Whoever can reach a port of a run can connect to it. A process therefore answers nobody who does not know the secret: it
-is in the environment of the processes of one run, or, where a launcher gives them no common environment, in a file of
-the user that nobody else can read.
+Whoever can reach a port of a run can connect to it. A process therefore refuses every peer that does not know the
+secret: it is in the environment of the processes of one run, or, where a launcher gives them no common environment, in
+a file of the user that nobody else can read.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Identity:
             raise Impostor(f"does not know the secret: {VARIABLE} must be the same everywhere")
 
     def _proof(self, sender: int, receiver: int, challenge: bytes) -> bytes:
-        """The numbers are part of it, so that a process's own answer is no answer to it."""
+        """Has the numbers of both processes, so that a process's own proof cannot be sent back to it."""
         return hmac.digest(self._secret, f"fellrec {sender} {receiver} ".encode() + challenge, "sha256")
 
 

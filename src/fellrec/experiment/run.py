@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,11 +43,11 @@ from fellrec.experiment.run_dir import (
 )
 from fellrec.experiment.session import Session, check_processes
 from fellrec.experiment.storage import storage_of
+from fellrec.experiment.store import check_store, store_of
 from fellrec.federated.base_change import with_changes
 from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.records import FitResult
-from fellrec.functional.quoting import hydra_value
 from fellrec.launch.preemption import StopSignals
 from fellrec.models.adapters import name_base, plain_name, save_base
 from fellrec.rankers.reference import ReferenceRanker, reference_rankers
@@ -59,10 +57,7 @@ from fellrec.report.export import write_users
 from fellrec.state.files import explaining_full_disks, private_files
 from fellrec.state.lock import hold
 from fellrec.state.tensor_store import StoredTensors
-from fellrec.tracking.known import remember
 from fellrec.tracking.run_log import NewRun, RunLog, open_log
-from fellrec.tracking.settings import DEFAULT_URI
-from fellrec.tracking.store import absolute, check_reachable
 from fellrec.types import Evaluation
 
 
@@ -326,25 +321,6 @@ def failure_message(result: FitResult) -> str:
     )
 
 
-def store_of(config: DictConfig) -> str | None:
-    """Where a run is tracked; ``None`` without a store or without the callback that tracks."""
-    is_tracked = config.callbacks.get("mlflow") is not None
-    return str(config.tracking.uri) if is_tracked and config.tracking.uri is not None else None
-
-
-def check_store(config: DictConfig) -> None:
-    """Check that a run can be tracked, and record that the user has named the store.
-
-    Raises:
-        ConfigError: If the store cannot be used, or the experiment was deleted.
-    """
-    uri, tracking = store_of(config), config.tracking
-    may_be_away = config.resume is not None or tracking.on_unreachable == "keep"
-    check_reachable(uri, may_be_away=may_be_away, experiment=tracking.experiment)
-    if uri is not None:
-        remember(uri)
-
-
 def rule_name(config: DictConfig) -> str:
     """The rule's name in tables: its class's name in lower case."""
     return str(config.aggregation["_target_"]).rpartition(".")[2].lower()
@@ -383,22 +359,6 @@ def reference_results(
         name = PRETRAINED if recommender.backbone.is_pretrained else "untrained"
         results.append(RuleResult(name, seed, "reference", loop.evaluate_start(stage)))
     return results
-
-
-def finish_message(run_dir: Path, config: DictConfig) -> str:
-    """Paths of the run directory and of the MLflow store, and how to open them."""
-    uri = store_of(config)
-    if uri is None:
-        return f"Run directory: {run_dir}"
-    value = uri if re.fullmatch(r"[\w:/.@%+-]+", uri, re.ASCII) else hydra_value(uri)
-    option = "" if uri == absolute(DEFAULT_URI) else f" {_in_shell(f'tracking.uri={value}')}"
-    how = uri if uri.startswith("http") else f"fellrec ui{option}"
-    return f"Run directory: {run_dir}\nMLflow: {uri}, experiment {config.tracking.experiment}; open it by: {how}"
-
-
-def _in_shell(word: str) -> str:
-    """A word for a shell, in double quotes if it has only single ones."""
-    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
 
 
 def _evaluate(recommender: Recommender, ranker: ReferenceRanker, stage: str) -> Evaluation:
