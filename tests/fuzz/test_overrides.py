@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import random
-import traceback
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+from fuzz.mutations import inputs
+from fuzz.outcomes import Outcomes
 
 from fellrec.config.compose import compose
 from fellrec.config.overrides import parse, text_settings
 from fellrec.config.stored import read_config, to_yaml
 from fellrec.config.sweep import expand
-from fellrec.errors import FellrecError
 from fellrec.experiment.classes import check_classes
 from fellrec.functional.nested import flatten
 
-SEED, MOST_LETTERS = 0, 1500
+MOST_LETTERS = 1500
 """A message that lists choices has some hundred letters."""
+HYDRAS = ("Exception", "mismatched input", "no viable")
+"""Words of Hydra's own messages."""
 
 VALUES = (
     *(
@@ -76,19 +77,6 @@ WRONG = (
 )  # fmt: skip
 
 
-def outcome(attempt: Callable[[], Any]) -> str | None:
-    """``None`` for success or one message; else what went wrong."""
-    try:
-        attempt()
-    except FellrecError as error:
-        text = str(error)
-        hydras = [word for word in ("Exception", "Traceback", "mismatched input", "no viable") if word in text]
-        return f"{hydras} in {text!r}" if hydras or not text.strip() or len(text) > MOST_LETTERS else None
-    except Exception:
-        return traceback.format_exc()
-    return None
-
-
 def changed(text: str, draw: random.Random) -> str:
     """A text with some letters removed, doubled, replaced or inserted."""
     for _ in range(draw.randint(1, 3)):
@@ -99,67 +87,62 @@ def changed(text: str, draw: random.Random) -> str:
 
 
 def test_wrong_overrides_get_one_message() -> None:
-    draw = random.Random(SEED)
-    pairs = draw.sample([f"{key}={value}" for key in KEYS for value in VALUES], 20)
-    problems = {}
-    for text in (*WRONG, *pairs):
-        if problem := outcome(lambda text=text: check_classes(compose([text]))):
-            problems[text] = problem
-    assert not problems
+    with Outcomes("overrides, composed", seconds=20, letters=MOST_LETTERS, foreign=HYDRAS) as outcomes:
+        for text in WRONG:
+            outcomes.of(lambda text=text: check_classes(compose([text])), text)
+        for draw in inputs(20):
+            text = f"{draw.choice(KEYS)}={draw.choice(VALUES)}"
+            outcomes.of(lambda text=text: check_classes(compose([text])), text)
 
 
 def test_texts_that_are_no_overrides_get_one_message() -> None:
     """Read and expanded only, which is where Hydra's grammar is."""
-    draw = random.Random(SEED)
     keys = [*KEYS, *sorted(text_settings())]
-    problems = {}
-    for _ in range(1000):
-        text = changed(f"{draw.choice(keys)}={draw.choice(VALUES)}", draw)
-        if problem := outcome(lambda text=text: parse(expand([text])[0])):
-            problems[text] = problem
-    assert not problems
+    with Outcomes("overrides, read", letters=MOST_LETTERS, foreign=HYDRAS) as outcomes:
+        for draw in inputs(1000):
+            text = changed(f"{draw.choice(keys)}={draw.choice(VALUES)}", draw)
+            outcomes.of(lambda text=text: parse(expand([text])[0]), text)
 
 
 def test_what_is_read_as_text_is_what_was_written() -> None:
     """Every value that is not quoted, a sweep or an interpolation is taken as it stands, and a second time too."""
-    draw = random.Random(SEED)
-    for _ in range(500):
-        value = changed("runs/büro (1)=[x]", draw)
-        if "$" in value or "," in value or "'" in value or '"' in value or "\\" in value or value != value.strip():
-            continue
-        (item,) = parse([f"run_dir={value}"])
-        assert str(item.value()) == value
-        assert str(parse([str(item.input_line)])[0].value()) == value
+    with Outcomes("overrides, as text") as outcomes:
+        for draw in inputs(500):
+            value = changed("runs/büro (1)=[x]", draw)
+            if "$" in value or "," in value or "'" in value or '"' in value or "\\" in value or value != value.strip():
+                continue
+            outcomes.of(lambda value=value: _check_as_text(value), value)
+
+
+def _check_as_text(value: str) -> None:
+    (item,) = parse([f"run_dir={value}"])
+    assert str(item.value()) == value
+    assert str(parse([str(item.input_line)])[0].value()) == value
 
 
 def test_changed_configurations_of_runs_get_one_message(tmp_path: Path) -> None:
     text = to_yaml(compose([]))
-    draw = random.Random(SEED)
-    problems = []
-    for new in _changes(text, draw):
-        (tmp_path / "config.yaml").write_text(new)
-        if problem := outcome(lambda: check_classes(read_config(tmp_path))):
-            problems.append((new, problem))
-    assert not "\n".join(problem for _, problem in problems)
-
-
-def _changes(text: str, draw: random.Random) -> Iterator[str]:
-    """Another value, or none, for one setting; one key less; some letters changed."""
     keys = sorted(flatten(yaml.safe_load(text)))
+    with Outcomes("configurations of runs", seconds=20, letters=MOST_LETTERS, foreign=HYDRAS) as outcomes:
+        for draw in inputs(100):
+            new = changed(text, draw) if draw.random() < 0.4 else _with_another_value(text, keys, draw)
+            (tmp_path / "config.yaml").write_text(new)
+            outcomes.of(lambda: check_classes(read_config(tmp_path)), new)
+
+
+def _with_another_value(text: str, keys: list[str], draw: random.Random) -> str:
+    """Another value, or none, for one setting, or a key less."""
     values: tuple[Any, ...] = (None, -1, 0.5, "x", [], {}, {"_target_": "os.system"}, True, "${seed}", 10**30, [None])
-    for _ in range(60):
-        config = yaml.safe_load(text)
-        *parents, last = draw.choice(keys).split(".")
-        node = config
-        for name in parents[: draw.randint(0, len(parents))]:
-            if not isinstance(node[name], dict):
-                break
-            node, key = node[name], name
-        key = last if last in node else draw.choice(sorted(node))
-        if draw.random() < 0.2:
-            del node[key]
-        else:
-            node[key] = draw.choice(values)
-        yield yaml.safe_dump(config)
-    for _ in range(40):
-        yield changed(text, draw)
+    config = yaml.safe_load(text)
+    *parents, last = draw.choice(keys).split(".")
+    node = config
+    for name in parents[: draw.randint(0, len(parents))]:
+        if not isinstance(node[name], dict):
+            break
+        node = node[name]
+    key = last if last in node else draw.choice(sorted(node))
+    if draw.random() < 0.2:
+        del node[key]
+    else:
+        node[key] = draw.choice(values)
+    return str(yaml.safe_dump(config))
