@@ -24,6 +24,7 @@ from fellrec.errors import BackboneError, ConfigError
 from fellrec.experiment import build_data, build_loop, build_recommender
 from fellrec.experiment.precision import check_precision
 from fellrec.models.backbone import load_hf
+from fellrec.models.partial import load_partial
 from fellrec.models.tiny import build_tokenizer
 from fellrec.state.tensor_store import map_tensors, write_tensors
 
@@ -355,3 +356,98 @@ def poison(folder: Path) -> None:
         if any(name.endswith("lora_A.default.weight") for name in tensors):
             path.unlink()
             write_tensors(path, {name: torch.full_like(tensor, float("nan")) for name, tensor in tensors.items()})
+
+
+def _as_shards(folder: Path) -> dict[str, Any]:
+    """Save the model in several files; returns the index, which is written by `_write_index`."""
+    LlamaForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="8KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    return dict(index)
+
+
+def _write_index(folder: Path, index: object) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _index_of_older_shards(folder: Path) -> None:
+    """An index and shards with other weights, left beside a newer single file."""
+    shutil.copytree(folder, folder / "new")
+    with torch.no_grad():
+        model = LlamaForCausalLM.from_pretrained(folder)
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.save_pretrained(folder)
+    _as_shards(folder)
+    shutil.move(folder / "new" / "model.safetensors", folder)
+
+
+def _index_of_lost_shards(folder: Path) -> None:
+    _write_index(folder, {"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}})
+
+
+def _index_with_wrong_shards(folder: Path) -> None:
+    index = _as_shards(folder)
+    files = sorted(set(index["weight_map"].values()))
+    following = dict(zip(files, [*files[1:], files[0]], strict=True))
+    _write_index(folder, index | {"weight_map": {name: following[file] for name, file in index["weight_map"].items()}})
+
+
+def _change_index(change: Callable[[dict[str, Any]], object]) -> Edit:
+    return lambda folder: _write_index(folder, change(_as_shards(folder)))
+
+
+INDEXES: dict[str, tuple[Edit, str]] = {
+    "older shards": (_index_of_older_shards, ""),
+    "lost shards beside a file": (_index_of_lost_shards, ""),
+    "wrong shards": (_index_with_wrong_shards, ""),
+    "lost shards": (
+        lambda folder: (_index_of_lost_shards(folder), (folder / "model.safetensors").unlink())[0],
+        "has no *.safetensors files",
+    ),
+    "another folder": (
+        _change_index(lambda index: index | {"weight_map": {"lm_head.weight": "../model/model.safetensors"}}),
+        "which is not a file of the folder",
+    ),
+    "a number": (_change_index(lambda index: index | {"weight_map": {"lm_head.weight": 5}}), "is not a file of the"),
+    "a list": (_change_index(lambda index: [index]), "needs the mappings weight_map and metadata"),
+    "files in a list": (_change_index(lambda index: index | {"weight_map": []}), "needs the mappings weight_map"),
+    "no metadata": (_change_index(lambda index: {"weight_map": index["weight_map"]}), "needs the mappings weight_map"),
+    "no JSON": (
+        lambda folder: (_as_shards(folder), (folder / "model.safetensors.index.json").write_text("{"))[0],
+        "index.json: Expecting",
+    ),
+    "another name": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "other.safetensors"),
+        "it has neither model.safetensors nor model.safetensors.index.json",
+    ),
+    "a name in config.json": (
+        in_config(transformers_weights="other.safetensors"),
+        "transformers_weights=other.safetensors in config.json is not supported",
+    ),
+}
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_one_process_and_two_load_the_same_files(source: Path, tmp_path: Path, index: str) -> None:
+    """One process loads by transformers and two load their parts: an older index was taken by one and not by two."""
+    folder = tmp_path / "model"
+    shutil.copytree(source / "model", folder)
+    expected = dict(LlamaForCausalLM.from_pretrained(folder).named_parameters())
+    change, message = INDEXES[index]
+    change(folder)
+    if message:
+        refusals = []
+        for cut in (None, (1, 1)):
+            with pytest.raises(BackboneError, match=re.escape(message)) as raised:
+                load_hf(str(folder), client_cut=cut)
+            refusals.append(str(raised.value))
+        assert refusals[0] == refusals[1]
+        return
+    parts = [load_hf(str(folder), client_cut=(1, 1)).model, load_partial(folder, "server", 1, 1, torch.float32)]
+    whole = dict(load_hf(str(folder)).model.named_parameters())
+    found = {name: parameter for part in parts for name, parameter in part.named_parameters()}
+    assert whole.keys() == found.keys() == expected.keys()
+    assert all(torch.equal(whole[name], expected[name]) for name in expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer
 
-from fellrec.errors import BackboneError, unknown
+from fellrec.errors import BackboneError, shorten, unknown
 from fellrec.models.architectures import ARCHITECTURES, ArchSpec, arch_of, check_config, model_of
 from fellrec.models.partial import names_in_files, shapes_in_files
 
@@ -35,6 +35,11 @@ def read_config(given: str, source: str) -> Any:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever the checks of transformers raise
         raise _invalid(given, error) from error
+    if named := getattr(config, "transformers_weights", None):
+        raise BackboneError(
+            f"{given}: transformers_weights={shorten(str(named))} in config.json is not supported; the weights must be "
+            "in model.safetensors, or in the files of model.safetensors.index.json"
+        )
     check_config(given, config)
     return config
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from fellrec.errors import BackboneError
+from fellrec.errors import BackboneError, shorten
 from fellrec.models.architectures import ArchSpec, arch_of, decoder_layers, model_of
 from fellrec.models.remote import Cut, RemoteLayer, server_shell, without_missing_head
 
-_INDEX = "model.safetensors.index.json"
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def load_partial(folder: Path, side: str, head_layers: int, tail_layers: int, dtype: torch.dtype) -> Any:
@@ -103,18 +103,40 @@ def _empty_model(folder: Path, head_layers: int, tail_layers: int, dtype: torch.
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Tensor name → file."""
-    try:
-        if (folder / _INDEX).is_file():
-            weight_map: Mapping[str, str] = json.loads((folder / _INDEX).read_text())["weight_map"]
-            return {name: folder / file for name, file in weight_map.items()}
-        found: dict[str, Path] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+    """Tensor name → file, by what the files have: an index may be older than they are."""
+    found: dict[str, Path] = {}
+    for path in _weight_files(folder):
+        try:
             with safe_open(path, "pt") as file:
                 found |= dict.fromkeys(file.keys(), path)
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
-        raise BackboneError(f"backbone.path={folder} cannot be loaded: {error}") from error
+        except (OSError, SafetensorError) as error:
+            raise BackboneError(f"backbone.path={folder} cannot be loaded: {path.name}: {error}") from error
     return found
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers would read, so that one process and several have the same weights.
+
+    Raises:
+        BackboneError: If there are none, or the index is damaged or names a file that is not in the folder.
+    """
+    single, index = folder / _SINGLE, folder / _INDEX
+    if single.is_file():  # before an index, which may be left from older files
+        return [single]
+    given = f"backbone.path={folder} cannot be loaded"
+    if not index.is_file():
+        raise BackboneError(f"{given}: it has neither {_SINGLE} nor {_INDEX}")
+    try:
+        content = json.loads(index.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise BackboneError(f"{given}: {_INDEX}: {error}") from error
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict) or not isinstance(content.get("metadata"), dict):
+        raise BackboneError(f"{given}: {_INDEX} needs the mappings weight_map and metadata")
+    names = list(dict.fromkeys(map(str, shards.values())))
+    if wrong := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
+        raise BackboneError(f"{given}: {_INDEX} names {shorten(wrong[0])!r}, which is not a file of the folder")
+    return [folder / name for name in sorted(names)]
 
 
 def _read_tensors(folder: Path, names: Iterable[str], arch: ArchSpec) -> Iterator[tuple[str, Tensor]]:
