@@ -145,7 +145,11 @@ def test_a_password_is_in_no_setting(how: str, monkeypatch: pytest.MonkeyPatch) 
         f"+callbacks.mine.url=https://me:{SECRET}@hooks.example.org",
         f"+callbacks.mine.token={SECRET}",
         "data.name=${oc.env:SERVICE_API_KEY}",
+        f"+callbacks.mine.smtp_password={SECRET}",
+        f"+callbacks.mine.headers=[{{authorization: x, slack_token: {SECRET}}}]",
+        "+callbacks.mine.hooks=[x,[${oc.env:SERVICE_API_KEY}]]",
         f"launcher.environment={{MLFLOW_TRACKING_PASSWORD: {SECRET}}}",
+        f"launcher.environment={{MYSQL_PWD: {SECRET}}}",
     ],
 )
 def test_a_secret_in_another_setting_is_refused(override: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +159,30 @@ def test_a_secret_in_another_setting_is_refused(override: str, monkeypatch: pyte
     ) as e:
         compose([override])
     assert SECRET not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        *("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "AWS_SESSION_TOKEN", "HF_TOKEN", "WANDB_API_KEY"),
+        *("DB_PASS", "MYSQL_PWD", "PGPASSWORD", "MYSQLPASSWORD", "GH_PAT", "PASSWORD2", "AZURE_STORAGE_KEY"),
+        *("AZURE_STORAGE_CONNECTION_STRING", "SENTRY_DSN", "BASIC_AUTH", "SESSION_COOKIE", "SECRET_KEY_BASE"),
+    ],
+)
+def test_the_values_of_these_variables_are_secret(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also as a URL has them."""
+    monkeypatch.setenv(variable, f"{SECRET}/@")
+    with pytest.raises(ConfigError, match="tracking.experiment has a secret") as e:
+        compose([f"tracking.experiment=${{oc.env:{variable}}}"])
+    assert SECRET not in str(e.value)
+    assert SECRET not in secrets.redact(f"GET /x?key={SECRET}%2F%40 and {SECRET}/@")
+
+
+def test_no_own_setting_has_a_name_of_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PWD", str(Path.cwd()))
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    compose([])
+    compose(["backbone=hf", "backbone.path=x", f"data.root={Path.cwd()}", "data=ml_1m", "+callbacks.mine.pad_token=x"])
 
 
 @pytest.mark.parametrize(

@@ -8,17 +8,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from fellrec.functional.nested import flatten
 from fellrec.functional.secrets import VARIABLE, has_secret, hide, names_secret
 from fellrec.tracking.settings import TrackingSettings
 from fellrec.tracking.store import absolute
 
 URI = "tracking.uri"
 _VARIABLES = {"uri": VARIABLE, "experiment": "MLFLOW_EXPERIMENT_NAME"}
-_SECRET_SETTINGS = {
-    *("password", "passwd", "passphrase", "secret", "token", "api_key", "apikey", "access_key", "secret_key"),
-    *("access_token", "auth_token"),
-}
 
 
 def settle_tracking(config: DictConfig, given: Collection[str]) -> None:
@@ -39,11 +34,21 @@ def settle_tracking(config: DictConfig, given: Collection[str]) -> None:
 
 def secret_settings(config: Mapping[str, Any]) -> Iterator[str]:
     """Which settings have a secret that the run directory or the batch script would show, one message each."""
-    for key, value in flatten(config).items():
+    for key, value in _leaves(config):
         name = key.rpartition(".")[2]
-        is_named = name.lower() in _SECRET_SETTINGS and value is not None
-        is_variable = key.startswith("launcher.environment.") and names_secret(name)
-        if is_variable:
+        if names_secret(name) and key.startswith("launcher.environment."):
             yield f"{key} would be written into the batch script: export {name}, and fellrec submit passes it on"
-        elif is_named or (key != URI and has_secret(str(value))):
+        elif (names_secret(name) and value is not None) or (key != URI and has_secret(str(value))):
             yield f"{key} has a secret, and settings are written into the run directory: read it from the environment"
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """All values of mappings and lists, with the dotted key; what is in a list has the key of the list."""
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from _leaves(part, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _leaves(part, key)
+    else:
+        yield key, value

@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import os
 import re
-from urllib.parse import parse_qsl, unquote, urlencode
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 VARIABLE = "MLFLOW_TRACKING_URI"
 """Environment variable of MLflow that may have the whole address."""
 HIDDEN = "***"
 
 _NAME = re.compile(
-    r"(?:^|_)(PASSWORD|PASSWD|PASSPHRASE|SECRET|TOKEN|CREDENTIALS?|API_?KEY|ACCESS_?KEY)(?:_|$)|^PGPASSWORD$", re.I
+    r"(?:PASSWORD|PASSWD|PASSPHRASE)S?(?:_|\d|$)"
+    r"|(?:^|_)(?:PASS|PASSCODE|SECRETS?|TOKEN|CREDENTIALS?|AUTH|BEARER|COOKIE|DSN|PAT|CONN(?:ECTION)?_?STR(?:ING)?)(?:_|\d|$)"
+    r"|(?:^|_)(?:API|APP|ACCESS|ACCOUNT|PRIVATE|SECRET|SSH)_?(?:KEY|TOKEN)(?:_|\d|$)|\w_(?:KEY|PWD)\d*$",
+    re.IGNORECASE,
 )
 """Names of environment variables and settings that hold a secret."""
+_OF_TOKENIZERS = re.compile(
+    r"(?:PAD|BOS|EOS|UNK|CLS|SEP|MASK|START|END|FIRST|LAST|NEXT|SPECIAL|SORT|PRIMARY|INDEX)_(?:TOKEN|KEY)(?:_ID)?",
+    re.IGNORECASE,
+)
+"""Names of settings that only look like that."""
 _IN_TEXT = re.compile(r"(?<!\w)(?!sqlite:///|file:///)([\w+.-]+://)[^\s'\"@]*:[^\s'\"]+@")
 _HARMLESS = ("charset", "connect_timeout", "driver", "ssl_mode", "sslmode", "timeout")
 """Options of a database's address that are shown; any other may be a password."""
@@ -87,10 +95,12 @@ def names_secret(name: str) -> bool:
     """Whether a variable or setting of this name holds a secret.
 
     Example:
-        >>> [names_secret(name) for name in ("MLFLOW_TRACKING_PASSWORD", "api_key", "TOKENIZERS_PARALLELISM")]
-        [True, True, False]
+        >>> [names_secret(name) for name in ("PGPASSWORD", "MYSQL_PWD", "api_key", "TOKENIZERS_PARALLELISM", "PWD")]
+        [True, True, True, False, False]
+        >>> names_secret("slack_token"), names_secret("pad_token")
+        (True, False)
     """
-    return bool(_NAME.search(name))
+    return bool(_NAME.search(name)) and not _OF_TOKENIZERS.fullmatch(name)
 
 
 def _secrets() -> set[str]:
@@ -98,7 +108,8 @@ def _secrets() -> set[str]:
     given = os.environ.get(VARIABLE, "")
     parts = {part for uri in (*_whole.values(), given) for part in _parts(uri)}
     parts = {secret for part in parts for secret in (part, unquote(part)) if len(secret) >= _MIN_LENGTH}
-    return parts | {value for name, value in os.environ.items() if names_secret(name) and len(value) >= 2 * _MIN_LENGTH}
+    named = [value for name, value in os.environ.items() if names_secret(name) and len(value) >= 2 * _MIN_LENGTH]
+    return parts | {form for value in named for form in (value, quote(value, safe=""))}
 
 
 def _parts(uri: str) -> set[str]:
