@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from fellrec.functional.rng import derive_seed
 from fellrec.functional.statistics import bootstrap_intervals, holm, wilcoxon_p
+from fellrec.report.provenance import Provenance, measured_line
 from fellrec.report.significance import SEED, p_text
 from fellrec.report.tables import display_name, markdown
 
@@ -58,6 +59,13 @@ def frame(found: dict[str, dict[str, Any]]) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
+
+
+def measured(found: dict[str, dict[str, Any]]) -> str:
+    """The line below the table: commit, threads and seeds, of each cell if they differ."""
+    texts = {cell: Provenance.of(item["measured"]).text(item["measured"]["seeds"]) for cell, item in found.items()}
+    same = len(set(texts.values())) == 1
+    return measured_line(next(iter(texts.values())) if same else "; ".join(f"{k}: {text}" for k, text in texts.items()))
 
 
 _VERSUS = (
@@ -175,7 +183,7 @@ def main(out: Path, wanted: list[str]) -> None:
     found = cells(out)
     table = frame(found)
     table.to_csv(out / "report.csv", index=False)
-    shown = markdown(text(table))
+    shown = markdown(text(table)) + measured(found)
     (out / "report.md").write_text(shown)
     draw(table).savefig(out / "report.png", dpi=90)
     sys.stdout.write(shown)

@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from fellrec.report.provenance import Provenance, measured_line
 from fellrec.report.tables import markdown
 
 CLAIMS = {"storage saved, %": 28, "compute saved, %": 48}
@@ -148,11 +149,13 @@ def claims(llama: pd.DataFrame) -> str:
 
 
 def main(comparison: Path, plan: Path, folder: Path) -> None:
-    tiny, llama = measured(json.loads(comparison.read_text())), planned(json.loads(plan.read_text()))
-    (folder / "measured.md").write_text(table(tiny))
+    compared = json.loads(comparison.read_text())
+    tiny, llama = measured(compared), planned(json.loads(plan.read_text()))
+    shown = table(tiny) + measured_line(Provenance.of(compared["measured"]).text(compared["measured"]["seeds"]))
+    (folder / "measured.md").write_text(shown)
     (folder / "planned.md").write_text(table(llama) + "\n" + claims(llama))
     draw(tiny, llama).savefig(folder / "split_depth.png", dpi=90)
-    sys.stdout.write(f"{table(tiny)}\n{table(llama)}\n{claims(llama)}")
+    sys.stdout.write(f"{shown}\n{table(llama)}\n{claims(llama)}")
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ from pathlib import Path
 import matplotlib.image
 import pandas as pd
 import pytest
+import torch
 from omegaconf import DictConfig
 from preloaded import python
 
 from fellrec.cli.main import main
 from fellrec.experiment.variants import check_comparable, configurations
+from fellrec.experiment.versions import git_commit
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,6 +52,7 @@ def test_the_sweep_over_depths_and_its_report(tmp_path: Path, tiny_overrides: li
     out = tmp_path / "out"
     measured, planned = cells(out / "measured.md"), cells(out / "planned.md")
     assert measured["k"].tolist() == ["0", "1"]
+    assert "*Measured*: commit " in (out / "measured.md").read_text()
     assert (measured["NDCG@10"] == measured["NDCG@10 unsplit"]).all()
     assert measured["client MB"].astype(float).is_monotonic_increasing
     assert planned["k + m"].tolist() == ["2", "15", "22", "23"]
@@ -133,6 +136,9 @@ def test_the_report_of_a_sweep(tmp_path: Path, tiny_overrides: list[str], monkey
     script = ROOT / "experiments" / "report.py"
     code, shown = python([str(script), "out", "fellrec-local"], tmp_path)
     assert code == 0, shown
+    commit = git_commit()[:7] + ("-dirty" if git_commit().endswith("-dirty") else "")
+    line = f"*Measured*: commit {commit}, {torch.get_num_threads()} thread, seeds 0, 1."
+    assert line in Path("out/report.md").read_text()
     table, pairs = pd.read_csv("out/report.csv"), cells(Path("out/pairs.md"))
     assert table["cell"].tolist() == ["few"] * 3 + ["more"] * 3
     assert pairs["cell"].tolist() == ["few", "more"]

@@ -21,7 +21,8 @@ from fellrec.config.compose import compose
 from fellrec.config.stored import moved, read_config
 from fellrec.config.sweep import expand
 from fellrec.errors import CheckpointError, ConfigError
-from fellrec.experiment.run_dir import git_commit, note_threads
+from fellrec.experiment.run_dir import note_versions, provenance
+from fellrec.experiment.versions import commit_of, git_commit
 from fellrec.federated.checkpoint import CheckpointFolder
 from fellrec.launch.settings import LauncherSettings
 from fellrec.launch.slurm import Job, JobEnvironment, batch_script
@@ -247,31 +248,102 @@ def test_ctrl_c_several_times_counts_once() -> None:
 GIT = ["git", "-c", "user.name=x", "-c", "user.email=x@y.z"]
 
 
+def committed(folder: Path) -> str:
+    """Commit everything in a folder, which becomes a repository; gives the commit."""
+    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-q", "--allow-empty", "-m", "thesis"]):
+        subprocess.run([*GIT, *arguments], cwd=folder, check=True, capture_output=True)
+    return subprocess.run([*GIT, "rev-parse", "HEAD"], cwd=folder, check=True, capture_output=True, text=True).stdout[
+        :-1
+    ]
+
+
 def test_the_commit_is_fellrecs_own_wherever_the_user_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "thesis"]):
-        subprocess.run([*GIT, *arguments], cwd=tmp_path, check=True, capture_output=True)
-    users = subprocess.run([*GIT, "rev-parse", "HEAD"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    users = committed(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert git_commit() != users.strip()
+    git_commit.cache_clear()
+    assert git_commit().partition("-")[0] != users
+    assert commit_of(tmp_path) == users, "it is found for a checkout of fellrec there"
 
 
-def test_the_threads_are_recorded_and_a_resume_with_another_number_says_so(
+def change(file: Path) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("changed\n")
+
+
+@pytest.mark.parametrize(
+    ("changed", "mark"),
+    [
+        ("src/code.py", "-dirty"),
+        ("src/new.py", "-dirty"),
+        ("conf/trainer.yaml", "-dirty"),
+        ("src/code.pyc", ""),
+        ("README.md", ""),
+        ("runs/results.json", ""),
+    ],
+)
+def test_a_commit_whose_source_was_changed_is_marked(changed: str, mark: str, tmp_path: Path) -> None:
+    """As `git describe --dirty` does, but of what fellrec computes with: its code and its configuration."""
+    for file in ("src/code.py", "conf/trainer.yaml", "README.md"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("as committed\n")
+    (tmp_path / ".gitignore").write_text("*.pyc\n")
+    commit = committed(tmp_path)
+    assert commit_of(tmp_path) == commit
+    change(tmp_path / changed)
+    assert commit_of(tmp_path) == commit + mark
+
+
+def test_a_commit_that_cannot_be_found_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert commit_of(tmp_path) == "unknown"
+    committed(tmp_path)
+    (tmp_path / "inside").mkdir()
+    assert commit_of(tmp_path / "inside") == "unknown", "a folder inside another repository is no checkout of fellrec"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit_of(tmp_path) == "unknown", "git is not installed"
+
+
+def test_versions_and_threads_are_recorded_and_a_resume_with_others_says_so(
     run_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    now = str(torch.get_num_threads())
     recorded = json.loads((run_dir / "versions.json").read_text())
-    assert recorded["num_threads"] == str(torch.get_num_threads())
-    note_threads(run_dir)
+    assert recorded["num_threads"] == now
+    note_versions(run_dir)
     assert not caplog.records
-    (run_dir / "versions.json").write_text(json.dumps({**recorded, "num_threads": "64"}))
-    note_threads(run_dir)
+    assert provenance(run_dir).num_threads == now
+    (run_dir / "versions.json").write_text(json.dumps({**recorded, "num_threads": "64", "torch": "1.0"}))
+    assert provenance(run_dir).num_threads == f"64 then {now}", "as `evaluate` says"
+    note_versions(run_dir)
+    assert f"num_threads 64 (now {now})" in caplog.text
     assert "OMP_NUM_THREADS=64" in caplog.text
-    assert json.loads((run_dir / "versions.json").read_text())["num_threads"] == f"64 then {torch.get_num_threads()}"
+    assert "torch 1.0 (now" in caplog.text
+    noted = json.loads((run_dir / "versions.json").read_text())
+    assert noted == {**recorded, "num_threads": f"64 then {now}", "torch": f"1.0 then {recorded['torch']}"}
+    assert provenance(run_dir).num_threads == f"64 then {now}"
+    caplog.clear()
+    note_versions(run_dir)
+    assert not caplog.records, "the second resume has what the first one had"
+
+
+def test_versions_of_someone_elses_run_are_not_printed_if_they_are_no_versions(run_dir: Path) -> None:
+    odd = {"git_commit": "\x1b[2J", "num_threads": ["1"], "fellrec": "9" * 100_000}
+    (run_dir / "versions.json").write_text(json.dumps(odd))
+    assert provenance(run_dir) == provenance()
 
 
 @pytest.mark.parametrize("sweep", sorted((ROOT / "experiments").glob("*/sweep.sh")), ids=lambda path: path.parent.name)
-def test_every_sweep_sets_the_number_of_threads(sweep: Path) -> None:
-    assert "export OMP_NUM_THREADS" in sweep.read_text() or "/../common.sh" in sweep.read_text()
-    assert "export OMP_NUM_THREADS" in (ROOT / "experiments" / "common.sh").read_text()
+def test_every_sweep_sets_the_number_of_threads(sweep: Path, tmp_path: Path) -> None:
+    """Every command of a sweep has one thread, or the number that the user sets."""
+    said = tmp_path / "said"
+    (tmp_path / "say").write_text(f'#!/bin/sh\necho "$OMP_NUM_THREADS" >> "{said}"\n')
+    (tmp_path / "say").chmod(0o755)
+    unset = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    tools = {"FELLREC": str(tmp_path / "say"), "PYTHON": str(tmp_path / "say")}
+    for chosen, expected in (({}, "1"), ({"OMP_NUM_THREADS": "3"}, "3")):
+        said.unlink(missing_ok=True)
+        command = ["sh", str(sweep), str(tmp_path / "out"), "a", "b"]
+        subprocess.run(command, env={**unset, **tools, **chosen}, check=True, capture_output=True)
+        assert set(said.read_text().split("\n")[:-1]) == {expected}
 
 
 @pytest.mark.parametrize(

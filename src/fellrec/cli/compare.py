@@ -96,7 +96,7 @@ def compare(configs: Sequence[DictConfig], session: Session | None = None) -> tu
     from fellrec.experiment import build_data, build_loop, log_notes
     from fellrec.experiment.classes import check_classes
     from fellrec.experiment.run import collect, reference_results, table_cutoff
-    from fellrec.experiment.run_dir import check_new, new_run_dir
+    from fellrec.experiment.run_dir import check_new, new_run_dir, provenance
     from fellrec.experiment.store import check_store, store_of
     from fellrec.experiment.variants import labels
     from fellrec.report.significance import with_significance
@@ -114,7 +114,7 @@ def compare(configs: Sequence[DictConfig], session: Session | None = None) -> tu
     recommenders = _Recommenders(data, session)
     recommenders.of(first)
     run_dir = new_run_dir(first.run_dir, f"{first.data.name}-compare")
-    tags = {"data": data.name, "kind": "comparison"}
+    tags = {"data": data.name, "kind": "comparison", **provenance().to_dict()}
     new = NewRun(store_of(first), first.tracking.experiment, run_dir.name, tags)
     with parent_run(run_dir, new) as log:
         learned = [

@@ -54,7 +54,7 @@ def _checks(config: DictConfig) -> Iterator[tuple[str, Callable[[], str]]]:
     import torch
 
     from fellrec.experiment import cache_dir
-    from fellrec.experiment.run_dir import versions
+    from fellrec.experiment.versions import versions
     from fellrec.launch.reach import check_all_reduce
 
     yield "packages", lambda: ", ".join(f"{name} {number}" for name, number in versions().items())

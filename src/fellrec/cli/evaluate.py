@@ -83,7 +83,7 @@ def evaluate(run_dir: Path, stage: str, config: DictConfig | None = None) -> Com
     loop, best_round = federation.loop(), federation.selection.round_index
     evaluation = loop.evaluate(federation.selection.score_jobs(), stage, best_round)
     result = RuleResult(rule_name(config), config.seed, "learned", evaluation, best_round=best_round)
-    return collect(recommender, [result, *reference_results(config, recommender, loop, stage)])
+    return collect(recommender, [result, *reference_results(config, recommender, loop, stage)], run_dir)
 
 
 def _transport(config: DictConfig) -> str:

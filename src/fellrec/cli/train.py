@@ -104,7 +104,8 @@ def _train(
     result = run.execute()
     assert run.loop is not None
     assert run.result is not None
-    comparison = collect(run.recommender, [result, *reference_results(config, run.recommender, run.loop)])
+    references = reference_results(config, run.recommender, run.loop)
+    comparison = collect(run.recommender, [result, *references], run.run_dir)
     if take_results is not None:
         take_results(comparison.to_dict())
         return

@@ -35,8 +35,8 @@ from fellrec.experiment.run_dir import (
     check_prompt,
     check_same_data,
     new_run_dir,
-    note_threads,
-    versions,
+    note_versions,
+    provenance,
     write_backbone,
     write_evaluation,
     write_start,
@@ -114,9 +114,9 @@ class Run:
         check_prompt(self.run_dir, recommender.module.objective)
         check_backbone(self.run_dir, recommender.fingerprint, recommender.backbone.name)
         federation = build_federation(config, recommender, self.session)
-        if config.resume:
-            note_threads(self.run_dir)
-        if not self._has_checkpoint:
+        if self._has_checkpoint:
+            note_versions(self.run_dir)
+        else:
             write_start(self.run_dir, config, recommender.data, recommender.module.objective.metadata)
             write_backbone(self.run_dir, recommender.fingerprint)
         log = self._run_log()
@@ -240,7 +240,7 @@ class Run:
             "backbone": self.recommender.backbone.name,
             **({"variant": self.variant} if self.variant else {}),
             **self.recommender.module.objective.metadata,
-            **{name: value for name, value in versions().items() if name in ("fellrec", "git_commit")},
+            **provenance().to_dict(),
         }
         new = NewRun(store_of(config), config.tracking.experiment, self.label, tags, self.parent_uid)
         return open_log(self.run_dir, new)
@@ -337,12 +337,20 @@ def table_cutoff(config: DictConfig) -> int:
     return 10 if 10 in cutoffs else int(cutoffs[0])
 
 
-def collect(recommender: Recommender, results: Sequence[RuleResult]) -> Comparison:
-    """Results with the number of users that they were evaluated on."""
+def collect(recommender: Recommender, results: Sequence[RuleResult], run_dir: Path | None = None) -> Comparison:
+    """Results with the number of users that they were evaluated on, and what they were measured with.
+
+    Args:
+        recommender: What was evaluated.
+        results: Of its rules and reference rankers.
+        run_dir: Of the one run that they are of; ``None`` for runs that began in this process.
+    """
     data, evaluation = recommender.data, results[0].evaluation
     users_per_client = torch.bincount(evaluation.client_of_user, minlength=data.num_clients).tolist()
     cold = recommender.cold.counts(evaluation.users.numpy())
-    return Comparison(data.name, users_per_client, len(data.catalogue), results, cold=cold)
+    return Comparison(
+        data.name, users_per_client, len(data.catalogue), results, cold=cold, provenance=provenance(run_dir)
+    )
 
 
 def reference_results(

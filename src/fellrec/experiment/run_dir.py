@@ -5,26 +5,24 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
-import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
-from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from omegaconf import DictConfig
 
 from fellrec.config.stored import to_yaml
 from fellrec.data.guards import check_template
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError
+from fellrec.experiment.versions import NUM_THREADS, versions
 from fellrec.federated.checkpoint import CHECKPOINTS, CheckpointFolder
 from fellrec.models.fingerprint import differences
 from fellrec.models.module import Objective
+from fellrec.report.provenance import THEN, Provenance
 from fellrec.state.files import write_atomically, write_json, write_parquet
 from fellrec.state.lock import is_lock
 from fellrec.state.run_folder import CONFIG
@@ -35,8 +33,7 @@ SLURM_FOLDER = "slurm"
 _RESULTS = "results.json"
 _VERSIONS = "versions.json"
 _BACKBONE = "backbone.json"
-_THREADS = "num_threads"
-_PACKAGES = ("fellrec", "torch", "lightning", "transformers", "peft", "torchmetrics", "hydra-core", "mlflow")
+_LONGEST_VERSION = 2000
 
 log = logging.getLogger(__name__)
 
@@ -209,47 +206,47 @@ def write_evaluation(run_dir: Path, evaluation: Evaluation, extra: Mapping[str, 
     write_json(run_dir / _RESULTS, {**results, "summary": summary, "per_client": per_client})
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that affect results, fellrec's own commit, and the number of threads."""
-    found = {name: version(name) for name in _PACKAGES}
-    return {"python": platform.python_version(), **found, "git_commit": git_commit(), _THREADS: num_threads()}
-
-
-def num_threads() -> str:
-    """The number of threads of this process; the order of sums, and so their last bits, depend on it."""
-    return str(torch.get_num_threads())
-
-
-def note_threads(run_dir: Path) -> None:
-    """Warn if a run is resumed with another number of threads than it had, and record the number in ``versions.json``.
+def note_versions(run_dir: Path) -> None:
+    """Warn if a run is resumed with other versions or another number of threads, and record them in ``versions.json``.
 
     As for the type of a device, the run is not refused: its results are valid, but not the same bits.
     """
-    path = run_dir / _VERSIONS
-    recorded = _read_json(path) if path.is_file() else {}
-    before, now = str(recorded.get(_THREADS, num_threads())).rpartition(" then ")[2], num_threads()
-    if now != before:
-        log.warning(
-            "%s had %s threads until now, and has %s: its results are not the same bits as without the stop; "
-            "OMP_NUM_THREADS=%s keeps the number",
-            *(run_dir, before, now, before),
-        )
-        write_json(path, {**recorded, _THREADS: f"{recorded[_THREADS]} then {now}"})
+    path, recorded, present = run_dir / _VERSIONS, _recorded_versions(run_dir), versions()
+    before = {name: recorded[name].rpartition(THEN)[2] for name in present if name in recorded}
+    changed = {name: now for name, now in present.items() if before.get(name, now) != now}
+    if not changed:
+        return
+    log.warning(
+        "%s was trained with %s until now: its results are not the same bits as without the stop%s",
+        run_dir,
+        ", ".join(f"{name} {before[name]} (now {now})" for name, now in changed.items()),
+        f"; OMP_NUM_THREADS={before[NUM_THREADS]} keeps the number of threads" if NUM_THREADS in changed else "",
+    )
+    both = {name: f"{recorded[name]}{THEN}{now}" for name, now in changed.items()}
+    write_json(path, {**_read_json(path), **both})
 
 
-def git_commit() -> str:
-    """The commit of fellrec itself: of its checkout, or recorded by pip for an installation from a repository.
+def provenance(run_dir: Path | None = None) -> Provenance:
+    """What results of this process are measured with.
 
-    ``unknown`` for a release; the repository that the user is in, or that has the environment, does not count.
+    Args:
+        run_dir: Of the run whose adapters are evaluated: a value with which it was trained and that is another now
+            comes first. ``None`` if this process trained them.
     """
-    source = Path(__file__).resolve().parents[2]  # src, or site-packages
-    installed = json.loads(distribution("fellrec").read_text("direct_url.json") or "{}").get("vcs_info", {})
-    if source.name != "src":
-        return str(installed.get("commit_id", "unknown"))
-    command = ["git", "-C", str(source), "rev-parse", "--show-toplevel", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    top, _, commit = done.stdout.strip().partition("\n")
-    return commit if done.returncode == 0 and Path(top).resolve() == source.parent else "unknown"
+    recorded = {} if run_dir is None else _recorded_versions(run_dir)
+    found = {}
+    for name, now in versions().items():
+        before = recorded.get(name, now)
+        found[name] = before if before.rpartition(THEN)[2] == now else f"{before}{THEN}{now}"
+    return Provenance.of(found)
+
+
+def _recorded_versions(run_dir: Path) -> dict[str, str]:
+    """What ``versions.json`` says; the file may come from someone else, so only short values that can be printed."""
+    path = run_dir / _VERSIONS
+    found = _read_json(path) if path.is_file() else {}
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, str) and value.isprintable() and len(value) <= _LONGEST_VERSION
+    }

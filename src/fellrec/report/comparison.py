@@ -12,6 +12,7 @@ import torch
 
 from fellrec.functional.balance import mean_gain
 from fellrec.report.costs import RunCost
+from fellrec.report.provenance import Provenance
 from fellrec.types import Evaluation
 
 
@@ -124,6 +125,7 @@ class Comparison:
         results: In the order in which they ran.
         cold: Counts of cold items and users, see ``ColdStart.counts``; empty if they are not known.
         differences: Of the learned rules to `reference_rule`, from ``fellrec.report.significance``.
+        provenance: What the results were measured with; ``None`` if it is not known.
     """
 
     data: str
@@ -132,6 +134,7 @@ class Comparison:
     results: Sequence[RuleResult]
     cold: Mapping[str, int] = field(default_factory=dict)
     differences: Sequence[Difference] = ()
+    provenance: Provenance | None = None
 
     @property
     def stage(self) -> str:
@@ -182,6 +185,16 @@ class Comparison:
     def is_tuned(self) -> bool:
         """Whether a rule has several lines to choose from."""
         return bool(self.chosen) and any(self.only_line(base) is None for base in self.chosen)
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of the runs, in order."""
+        return list(dict.fromkeys(result.seed for result in self.results))
+
+    @property
+    def measured_with(self) -> str:
+        """Commit, number of threads and seeds as text; empty if they are not known."""
+        return "" if self.provenance is None else self.provenance.text(self.seeds)
 
     def of_rule(self, rule: str) -> list[RuleResult]:
         """The results of one line, one per seed."""
@@ -238,6 +251,7 @@ class Comparison:
             "num_items": self.num_items,
             "users_per_client": list(self.users_per_client),
             "cold": dict(self.cold),
+            "measured": {**({} if self.provenance is None else self.provenance.to_dict()), "seeds": self.seeds},
             "chosen_on_validation": self.chosen,
             "rules": {rule: self._rule_dict(rule) for rule in rules},
             "differences": [item.to_dict() for item in self.differences],

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fellrec.report.comparison import Comparison
+from fellrec.report.provenance import measured_line
 
 NAMES = {
     "local": "local",
@@ -176,7 +177,8 @@ def _table(comparison: Comparison, frame: pd.DataFrame, cutoff: int, is_stacked:
         + (f" gain: its mean difference to {display_name(comparison.baseline)}." if "gain" in frame else "")
         + (" ±: standard deviation over seeds." if frame[f"NDCG@{cutoff}"].str.contains("±").any() else "")
         + _chosen_text(comparison)
-        + _cold_text(comparison),
+        + _cold_text(comparison)
+        + (f" Measured: {comparison.measured_with}." if comparison.measured_with else ""),
         padding=0 if is_narrow else (0, 1, 0, 0),
     )
 
@@ -204,7 +206,8 @@ def _cold_text(comparison: Comparison) -> str:
 def write_tables(comparison: Comparison, folder: Path, cutoff: int = 10) -> None:
     """Write ``comparison.csv`` and ``comparison.md`` into ``folder``."""
     frame = comparison_frame(comparison, cutoff)
-    write_table(folder, "comparison", frame, frame.drop(columns="kind"))
+    note = measured_line(comparison.measured_with) if comparison.measured_with else ""
+    write_table(folder, "comparison", frame, frame.drop(columns="kind"), note)
 
 
 def _figure(comparison: Comparison, rule: str, figure: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -14,6 +16,7 @@ from fellrec.errors import ConfigError
 from fellrec.metrics.summary import summarise
 from fellrec.report.comparison import Comparison, RuleResult
 from fellrec.report.plots import client_dots, heat_map, save_png
+from fellrec.report.provenance import Provenance
 from fellrec.report.tables import comparison_frame, display_name, print_comparison, write_tables
 from fellrec.tracking.store import check_reachable
 
@@ -148,3 +151,19 @@ def test_a_store_that_cannot_be_one_is_refused_and_unchanged(tmp_path: Path) -> 
     assert note.read_text() == "not a database"
     check_reachable(f"sqlite:///{tmp_path / 'new.db'}")
     assert not (tmp_path / "new.db").exists()
+
+
+def test_tables_say_what_they_were_measured_with(comparison: Comparison, tmp_path: Path) -> None:
+    with_it = replace(comparison, provenance=Provenance("0.3.0", "0123456789abcdef" * 2 + "01234567-dirty", "2"))
+    said = "commit 0123456-dirty, 2 threads, seeds 0, 1"
+    assert with_it.to_dict()["measured"] == {
+        "fellrec": "0.3.0",
+        "git_commit": "0123456789abcdef0123456789abcdef01234567-dirty",
+        "num_threads": "2",
+        "seeds": [0, 1],
+    }
+    write_tables(with_it, tmp_path, 10)
+    assert (tmp_path / "comparison.md").read_text().endswith(f"|\n\n*Measured*: {said}.\n")
+    console = Console(width=200, record=True, file=io.StringIO())
+    print_comparison(with_it, console, 10)
+    assert f"Measured: {said}." in console.export_text()
