@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from fellrec.functional.rng import derive_seed
 from fellrec.functional.statistics import bootstrap_intervals, holm, wilcoxon_p
-from fellrec.report.provenance import Provenance, measured_line
+from fellrec.report.provenance import measured_line, text_of_comparison
 from fellrec.report.significance import SEED, p_text
 from fellrec.report.tables import display_name, markdown
 
@@ -61,9 +61,9 @@ def frame(found: dict[str, dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def measured(found: dict[str, dict[str, Any]]) -> str:
-    """The line below the table: commit, threads and seeds, of each cell if they differ."""
-    texts = {cell: Provenance.of(item["measured"]).text(item["measured"]["seeds"]) for cell, item in found.items()}
+def measured(out: Path, found: dict[str, dict[str, Any]]) -> str:
+    """The line below a table: commit, threads and seeds, of each cell if they differ."""
+    texts = {cell: text_of_comparison(out / cell) for cell in found}
     same = len(set(texts.values())) == 1
     return measured_line(next(iter(texts.values())) if same else "; ".join(f"{k}: {text}" for k, text in texts.items()))
 
@@ -183,14 +183,15 @@ def main(out: Path, wanted: list[str]) -> None:
     found = cells(out)
     table = frame(found)
     table.to_csv(out / "report.csv", index=False)
-    shown = markdown(text(table)) + measured(found)
+    shown = markdown(text(table)) + measured(out, found)
     (out / "report.md").write_text(shown)
     draw(table).savefig(out / "report.png", dpi=90)
     sys.stdout.write(shown)
     chosen = pairs(out, found, [tuple(pair.split("-", 1)) for pair in wanted])  # type: ignore[misc]
     if len(chosen):
-        (out / "pairs.md").write_text(markdown(chosen))
-        sys.stdout.write(f"\n{markdown(chosen)}")
+        shown = markdown(chosen) + measured(out, found)
+        (out / "pairs.md").write_text(shown)
+        sys.stdout.write(f"\n{shown}")
 
 
 if __name__ == "__main__":

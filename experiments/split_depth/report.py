@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from fellrec.report.provenance import Provenance, measured_line
+from fellrec.report.provenance import measured_line, text_of_comparison
 from fellrec.report.tables import markdown
 
 CLAIMS = {"storage saved, %": 28, "compute saved, %": 48}
@@ -149,9 +149,8 @@ def claims(llama: pd.DataFrame) -> str:
 
 
 def main(comparison: Path, plan: Path, folder: Path) -> None:
-    compared = json.loads(comparison.read_text())
-    tiny, llama = measured(compared), planned(json.loads(plan.read_text()))
-    shown = table(tiny) + measured_line(Provenance.of(compared["measured"]).text(compared["measured"]["seeds"]))
+    tiny, llama = measured(json.loads(comparison.read_text())), planned(json.loads(plan.read_text()))
+    shown = table(tiny) + measured_line(text_of_comparison(comparison.parents[1]))
     (folder / "measured.md").write_text(shown)
     (folder / "planned.md").write_text(table(llama) + "\n" + claims(llama))
     draw(tiny, llama).savefig(folder / "split_depth.png", dpi=90)

@@ -138,7 +138,8 @@ def test_the_report_of_a_sweep(tmp_path: Path, tiny_overrides: list[str], monkey
     assert code == 0, shown
     commit = git_commit()[:7] + ("-dirty" if git_commit().endswith("-dirty") else "")
     line = f"*Measured*: commit {commit}, {torch.get_num_threads()} thread, seeds 0, 1."
-    assert line in Path("out/report.md").read_text()
+    for name in ("report.md", "pairs.md", "few/comparison/significance.md"):
+        assert f"|\n\n{line}\n" in Path("out", name).read_text()
     table, pairs = pd.read_csv("out/report.csv"), cells(Path("out/pairs.md"))
     assert table["cell"].tolist() == ["few"] * 3 + ["more"] * 3
     assert pairs["cell"].tolist() == ["few", "more"]
@@ -149,6 +150,19 @@ def test_the_report_of_a_sweep(tmp_path: Path, tiny_overrides: list[str], monkey
         pooled = dict(zip(some["rule"], some["pooled"], strict=True))
         assert float(shown) == pytest.approx(pooled["fellrec"] - pooled["local"], abs=6e-5)
     assert matplotlib.image.imread("out/report.png").std() > 0.02
+
+    older = Path("out/few/comparison/comparison.json")
+    without = {name: value for name, value in json.loads(older.read_text()).items() if name != "measured"}
+    older.write_text(json.dumps(without))
+    versions = json.loads(Path("out/more/local-s0/versions.json").read_text())
+    for run in Path("out/few").glob("*/versions.json"):
+        run.write_text(json.dumps({**versions, "num_threads": "9"}))
+    assert python([str(script), "out"], tmp_path)[0] == 0
+    for each in (
+        f"few: commit {commit}, 9 threads, seeds 0, 1",
+        f"more: commit {commit}, {torch.get_num_threads()} thread",
+    ):
+        assert each in Path("out/report.md").read_text(), "cells of a sweep that was continued with another number"
     assert python([str(script), "few"], tmp_path) == (1, "few contains no finished comparison\n")
 
 

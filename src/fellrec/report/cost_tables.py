@@ -80,7 +80,7 @@ def print_cost(comparison: Comparison, console: Console, cutoff: int) -> None:
 def write_cost(comparison: Comparison, folder: Path, cutoff: int) -> None:
     """Write ``cost.csv`` and ``cost.md`` into ``folder``."""
     frame = cost_frame(comparison, cutoff)
-    write_table(folder, "cost", frame, frame)
+    write_table(folder, "cost", frame, frame, comparison.measured_with)
 
 
 def print_run_cost(cost: RunCost, console: Console) -> None:

@@ -155,7 +155,7 @@ def write_significance(comparison: Comparison, folder: Path) -> None:
     if comparison.differences:
         numbers = pd.DataFrame([item.to_dict() for item in comparison.differences])
         note = f"\n{significance_caption(comparison)}\n"
-        write_table(folder, "significance", numbers, significance_text(comparison), note)
+        write_table(folder, "significance", numbers, significance_text(comparison), comparison.measured_with, note)
 
 
 def significance_caption(comparison: Comparison) -> str:

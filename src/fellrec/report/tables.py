@@ -96,10 +96,13 @@ def print_first_fitting(tables: Sequence[Table], console: Console) -> None:
     console.print(next((table for table in tables if fits(table, console)), tables[-1]))
 
 
-def write_table(folder: Path, name: str, numbers: pd.DataFrame, text: pd.DataFrame, note: str = "") -> None:
-    """Write ``NAME.csv``, and ``NAME.md`` with a note below the table."""
+def write_table(
+    folder: Path, name: str, numbers: pd.DataFrame, text: pd.DataFrame, measured_with: str = "", note: str = ""
+) -> None:
+    """Write ``NAME.csv``, and ``NAME.md`` with what it was measured with, if known, and a note below the table."""
     numbers.to_csv(folder / f"{name}.csv", index=False)
-    (folder / f"{name}.md").write_text(markdown(text) + note)
+    line = measured_line(measured_with) if measured_with else ""
+    (folder / f"{name}.md").write_text(markdown(text) + line + note)
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -206,8 +209,7 @@ def _cold_text(comparison: Comparison) -> str:
 def write_tables(comparison: Comparison, folder: Path, cutoff: int = 10) -> None:
     """Write ``comparison.csv`` and ``comparison.md`` into ``folder``."""
     frame = comparison_frame(comparison, cutoff)
-    note = measured_line(comparison.measured_with) if comparison.measured_with else ""
-    write_table(folder, "comparison", frame, frame.drop(columns="kind"), note)
+    write_table(folder, "comparison", frame, frame.drop(columns="kind"), comparison.measured_with)
 
 
 def _figure(comparison: Comparison, rule: str, figure: str) -> str:
