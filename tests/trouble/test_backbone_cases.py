@@ -121,6 +121,44 @@ def drop_tokenizer_json(model: Path) -> None:
     (model / "tokenizer.model").write_bytes(b"pieces")
 
 
+def in_weights(change: Callable[[dict[str, torch.Tensor]], None]) -> Edit:
+    def edit(model: Path) -> None:
+        tensors = load_file(model / "model.safetensors")
+        change(tensors)
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
+def as_type(dtype: torch.dtype) -> Edit:
+    return in_weights(lambda tensors: tensors.update({name: value.to(dtype) for name, value in tensors.items()}))
+
+
+def cut(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def make_pointer(model: Path) -> None:
+    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n")
+
+
+def in_another_format(name: str, keep: tuple[str, ...] = ()) -> Edit:
+    def edit(model: Path) -> None:
+        for path in model.iterdir():
+            if path.name not in keep:
+                path.unlink()
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_bytes(b"{}")
+
+    return edit
+
+
+def drop_tokenizer(model: Path) -> None:
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+
+
 def refused(overrides: list[str], capsys: pytest.CaptureFixture[str], verb: str = "train") -> str:
     """The only line that a command prints which is refused before its run directory exists."""
     with pytest.raises(SystemExit) as done:
@@ -153,6 +191,26 @@ def refused(overrides: list[str], capsys: pytest.CaptureFixture[str], verb: str 
         (in_config(model_type="t5"), "unknown architecture .model_type. 't5'; choose from: "),
         (in_config(model_type="bloom"), "unknown architecture .model_type. 'bloom'; choose from: "),
         (in_tokenizer_config(model_max_length="x"), "the tokenizer cannot be loaded"),
+        (in_config(compression_config={"format": "int-quantized"}), "quantised checkpoint"),
+        (as_type(torch.int8), r"\d+ tensors are stored as other numbers than F64, F32, F16, BF16, such as .* as I8"),
+        (as_type(torch.float8_e4m3fn), "as F8_E4M3: a quantised checkpoint is not supported"),
+        (
+            in_weights(lambda tensors: tensors["model.norm.weight"].fill_(float("nan"))),
+            "backbone.path=.*: model.norm.weight has values that are not finite",
+        ),
+        (cut, "model.safetensors: .*; was it copied or downloaded completely"),
+        (make_pointer, "model.safetensors: it is a pointer of Git LFS, not the file itself; get it by git lfs pull"),
+        (drop_tokenizer, "has no tokenizer, such as tokenizer.json"),
+        (in_another_format("model.gguf"), "has no config.json; .*; there is model.gguf"),
+        (
+            in_another_format("pytorch_model.bin", ("config.json",)),
+            "has no .*safetensors files; .* is pytorch_model.bin",
+        ),
+        (
+            in_another_format("0_Transformer/config.json"),
+            "has no config.json; .*; there is one in .*model/0_Transformer",
+        ),
+        (in_another_format("snapshots/config.json"), "has no config.json; .*; there is one in .*model/snapshots"),
         (add_adapter, "has an adapter beside the model .adapter_config.json.; move the adapter"),
         (make_adapter, r"is a PEFT adapter .* give its base model \(some/base\) as backbone.path, .* as adapter.path"),
     ],
@@ -278,7 +336,7 @@ def test_a_run_starts_from_an_adapter_of_another_run(case: list[str], tmp_path: 
 
 def test_an_adapter_that_is_not_there_is_named(case: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     line = refused([*case, "adapter.path=nowhere"], capsys)
-    assert "adapter.path=nowhere has no adapter_config.json; expected the folder of a PEFT adapter" in line
+    assert "adapter.path=nowhere is not a directory" in line
 
 
 @pytest.mark.parametrize(
@@ -451,3 +509,46 @@ def test_one_process_and_two_load_the_same_files(source: Path, tmp_path: Path, i
     assert whole.keys() == found.keys() == expected.keys()
     assert all(torch.equal(whole[name], expected[name]) for name in expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "model.gguf",
+            "model.gguf is a GGUF file; expected a Hugging Face model folder, with config.json, a tokenizer",
+        ),
+        ("model/model.safetensors", "model.safetensors is a file of weights; expected a Hugging Face model folder"),
+        ("model/config.json", "config.json is not a directory but a file; its directory is"),
+        ("model.zip", "model.zip is not a directory but an archive; decompress it"),
+        ("modle", "modle is not a directory; similar: "),
+    ],
+)
+def test_a_path_that_is_not_a_folder_is_named_for_what_it_is(
+    name: str, message: str, case: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name != "modle":
+        (tmp_path / name).touch()
+    assert message in refused([*case, f"backbone.path={tmp_path / name}"], capsys)
+
+
+def test_a_path_with_one_slash_in_a_folder_that_exists_is_not_a_name_on_the_hub(
+    case: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a mistyped path waits for the network."""
+    monkeypatch.chdir(tmp_path.parent)
+    given = f"{tmp_path.name}/modle"
+    assert f"{given} is not a directory; similar: {tmp_path.name}/model" in refused(
+        [*case, f"backbone.path={given}"], capsys
+    )
+
+
+def test_modules_of_a_pipeline_that_are_not_applied_are_named(
+    case: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As sentence-transformers saves them."""
+    kinds = ("Transformer", "Pooling", "Dense")
+    modules = [{"idx": k, "path": "", "type": f"sentence_transformers.models.{kind}"} for k, kind in enumerate(kinds)]
+    (tmp_path / "model" / "modules.json").write_text(json.dumps(modules))
+    load_hf(str(tmp_path / "model"))
+    assert "is a sentence-transformers pipeline: its Pooling, Dense are not applied" in caplog.text

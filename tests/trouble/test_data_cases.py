@@ -3,91 +3,25 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from shop import COMMON, NOUNS, TITLES, Row, inter, items, shop, write
 
 from fellrec.cli.main import main
 from fellrec.config.compose import compose
 from fellrec.data.prepared import PreparedData
 from fellrec.experiment import build_data
 
-NOUNS = ("kettle", "lamp", "rope", "saw", "tent", "umbrella", "vase", "wheel", "xylophone", "yarn")
-TITLES = {f"i{number}": f"Amber {noun}" for number, noun in enumerate(NOUNS)}
-COMMON = [
-    "data=atomic",
-    "data.public_user_rate=0",
-    "partition=random",
-    "partition.num_clients=2",
-    "trainer.cutoffs=[3]",
-    "trainer.metric=ndcg_at_3",
-]
 TRAIN = [
     "trainer.num_rounds=1",
     "backbone.pretrain.steps=2",
     "references.show=[popularity]",
     "tracking.max_logged_clients=0",
 ]
-Row = tuple[str, str, int, int]
-
-
-def shop() -> list[Row]:
-    """User, item, rating, time: 12 users with 6 of 10 items each, all times distinct, lines in random order."""
-    generator = random.Random(3)
-    rows = [
-        (f"u{user:02d}", item, generator.randint(1, 5), 1_600_000_000 + 1000 * user + 100 * place)
-        for user in range(12)
-        for place, item in enumerate(generator.sample(sorted(TITLES), 6))
-    ]
-    generator.shuffle(rows)
-    return rows
-
-
-def inter(rows: list[Row], separator: str = "\t", rating: str = "rating") -> str:
-    lines = [f"user_id:token {{}} item_id:token {{}} {rating}:float {{}} timestamp:float".replace(" {} ", separator)]
-    return "\n".join([*lines, *(separator.join(map(str, row)) for row in rows)]) + "\n"
-
-
-def items(titles: dict[str, str] = TITLES, header: str = "item_id:token\ttitle:token_seq\tgenre:token_seq") -> str:
-    lines = [f"{item}\t{title}\t{('kitchen', 'garden')[k % 2]}" for k, (item, title) in enumerate(titles.items())]
-    return "\n".join([header, *lines]) + "\n"
-
-
-def write(folder: Path, **files: str | bytes) -> Path:
-    """Write ``shop.NAME`` for each; a name with two underscores has a dot there."""
-    for name, text in files.items():
-        path = folder / f"shop.{name.replace('__', '.')}"
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return folder
-
-
-@pytest.fixture
-def data(tmp_path: Path, cache: Path) -> Callable[..., PreparedData]:
-    """Prepares the files of the test's folder."""
-
-    def prepared(*overrides: str) -> PreparedData:
-        return build_data(compose([*COMMON, f"data.root={tmp_path}", f"cache_dir={cache}", *overrides]))
-
-    return prepared
-
-
-@pytest.fixture
-def refused(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """The one line with which a verb refuses."""
-
-    def message(*overrides: str, verb: str = "prepare") -> str:
-        with pytest.raises(SystemExit) as stop:
-            main([verb, *COMMON, f"data.root={tmp_path}", f"cache_dir={cache}", *overrides])
-        assert stop.value.code == 1
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert len(lines) == 1, lines
-        return lines[0]
-
-    return message
 
 
 def counts(prepared: PreparedData) -> tuple[int, int, int]:

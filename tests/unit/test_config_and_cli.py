@@ -22,6 +22,7 @@ NEEDS = {
     ("data", "ml_csv"): ["data.root=x"],
     ("data", "games"): ["data.root=x"],
     ("data", "atomic"): ["data.root=x"],
+    ("data", "ml_10m"): ["data.root=x"],
     ("data", "micro_lens"): ["data.root=x"],
     ("backbone", "hf"): ["backbone.path=x"],
     ("partition", "attribute"): ["partition.column=x"],

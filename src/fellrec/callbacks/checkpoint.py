@@ -9,6 +9,7 @@ from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.checkpoint import CHECKPOINTS, CheckpointFolder, Persisted
 from fellrec.federated.population import Population
 from fellrec.federated.records import FitResult, FitStart, RoundRecord
+from fellrec.functional.ranges import Count
 
 
 class Checkpoint(FederatedCallback):
@@ -32,8 +33,8 @@ class Checkpoint(FederatedCallback):
         run_dir: Path,
         parts: Mapping[str, Persisted],
         population: Population,
-        every: int = 1,
-        keep: int = 2,
+        every: Count = 1,
+        keep: Count = 2,
         cohort_size: int | None = None,
     ) -> None:
         self.checkpoints = CheckpointFolder(run_dir / CHECKPOINTS, keep)

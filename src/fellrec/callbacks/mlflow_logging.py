@@ -17,6 +17,7 @@ from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.records import FitResult, FitStart, RoundRecord
 from fellrec.functional.balance import STATISTICS
 from fellrec.functional.nested import flatten
+from fellrec.functional.ranges import Count, Natural
 from fellrec.tracking.run_log import RunLog
 from fellrec.types import Evaluation
 
@@ -66,8 +67,8 @@ class MLflowLogging(FederatedCallback):
         params: Mapping[str, Any],
         dataset: DatasetInput,
         costs: CostMeter | None = None,
-        log_matrices_every: int = 1,
-        max_logged_clients: int = 100,
+        log_matrices_every: Count = 1,
+        max_logged_clients: Natural = 100,
     ) -> None:
         self.log = log
         self.run_dir = log.run_dir
@@ -166,7 +167,7 @@ class ClientMetrics(FederatedCallback):
         max_logged_clients: In a larger population nothing of single clients is sent to MLflow.
     """
 
-    def __init__(self, log: RunLog, max_logged_clients: int = 100) -> None:
+    def __init__(self, log: RunLog, max_logged_clients: Natural = 100) -> None:
         self.log = log
         self.run_dir = log.run_dir
         self.max_logged_clients = max_logged_clients

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 from types import TracebackType
 
-from fellrec.errors import ConfigError, FellrecError, Preempted
+from fellrec.errors import ConfigError, FellrecError, Preempted, shorten
 from fellrec.functional.secrets import redact
 from fellrec.launch.preemption import INTERRUPT
 
@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         command = importlib.import_module(f"fellrec.cli.{options.verb}")
         command.run(options)
-    except Exception as error:
+    except Exception as raised:
+        error = raised if options.debug else _of_memory(raised) or raised
         if not _is_distributed() and (options.debug or not isinstance(error, FellrecError)):
             raise
         _exit(_report(error, options))
@@ -73,6 +74,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         _exit(stop.code if isinstance(stop.code, int) else 1)
     _exit(0)
+
+
+def _of_memory(error: Exception) -> FellrecError | None:
+    """The user's error for a lack of memory, on the GPU or not; ``None`` for any other."""
+    is_on_gpu = type(error).__name__ == "OutOfMemoryError"
+    if not is_on_gpu and not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+        return None
+    where, text = "GPU memory" if is_on_gpu else "memory", shorten(" ".join(str(error).split()), 160)
+    return FellrecError(
+        f"out of {where}: use a smaller backbone, data.max_history, trainer.batch_size or trainer.eval_batch_size, or "
+        f"see fellrec plan and --debug ({text})"
+    )
 
 
 def _report(error: Exception, options: argparse.Namespace) -> int:

@@ -187,10 +187,11 @@ def _slurm_dir(folder: Path) -> Path:
 
 def _check_run(config: DictConfig) -> None:
     from fellrec.experiment.classes import check_classes
+    from fellrec.state.nearest import not_a_directory
 
     check_classes(config)
-    if config.data.root is not None and not Path(config.data.root).is_dir():
-        raise ConfigError(f"data.root={config.data.root} is not a directory")
+    if config.data.root is not None and not (folder := Path(config.data.root).expanduser()).is_dir():
+        raise ConfigError(not_a_directory(f"data.root={config.data.root}", folder))
 
 
 def _continuation(config: DictConfig, run_dir: Path, asked: DictConfig, places: Sequence[str]) -> Submission:

@@ -51,13 +51,60 @@ def compose(overrides: Sequence[str], optional: Collection[str] = ()) -> DictCon
     """
     if resuming := [item for item in overrides if item.startswith("resume=") and item != "resume=null"]:
         raise ConfigError(_not_resumed(resuming[-1]))
-    config = composed(overrides)
-    if config.resume is not None:
-        raise ConfigError(_not_resumed(f"resume={config.resume}"))
-    settle_tracking(config, {item.key_or_group for item in parse(overrides)})
-    check(config, optional)
+    known, wrong = list(overrides), list[str]()
+    try:
+        try:
+            config = composed(known)
+        except ConfigError:
+            known, wrong = _known(overrides)
+            config = composed(known)
+        if config.resume is not None:
+            raise ConfigError(_not_resumed(f"resume={config.resume}"))
+        settle_tracking(config, {item.key_or_group for item in parse(known)})
+        check(config, optional)
+    except ConfigError as error:
+        raise ConfigError("\n".join([*wrong, str(error)])) from error
+    if wrong:
+        raise ConfigError("\n".join(wrong))
     _make_paths_absolute(config)
     return config
+
+
+def _known(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The overrides that can be read and whose settings exist, and a message for each of the others.
+
+    Raises:
+        ConfigError: If it is a choice that cannot be read: which settings exist depends on it.
+    """
+    known, wrong = [], []
+    for text in overrides:
+        try:
+            parse([text])
+            known.append(text)
+        except ConfigError as error:
+            wrong.append(str(error))
+            if text.partition("=")[0].lstrip("+~") in group_choices():
+                raise ConfigError("\n".join(wrong)) from error
+    while True:
+        try:
+            _hydra(known)
+            return known, wrong
+        except _UnknownKeyError as error:
+            left = [text for text in known if parse([text])[0].key_or_group != error.key]
+            wrong.append(str(error))
+            if len(left) == len(known):
+                raise ConfigError("\n".join(wrong)) from error
+            known = left
+        except ConfigError:
+            return known, wrong  # what is wrong is said when they are composed
+
+
+class _UnknownKeyError(ConfigError):
+    """A setting that does not exist; ``key`` is its name."""
+
+    def __init__(self, message: str, key: str) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 def composed(overrides: Sequence[str]) -> DictConfig:
@@ -98,6 +145,8 @@ def check(config: DictConfig, optional: Collection[str] = ()) -> None:
     for part in parts(plain):
         problems += _problems(part, missing)
     problems += [*_check_backbone(config), *secret_settings(plain)]
+    if "data.root" in missing:
+        problems = [problem for problem in problems if not problem.startswith("data.reader.root=")]
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
 
@@ -117,7 +166,9 @@ def _hydra(overrides: Sequence[str]) -> DictConfig:
             warnings.filterwarnings("error", message="provider=hydra.searchpath")  # a folder that is not there
             return hydra_compose("config", overrides=[str(item.input_line) for item in given])
     except (HydraException, OmegaConfBaseException, ValueError, RecursionError, UserWarning) as error:
-        raise ConfigError(_explain(error, overrides)) from error
+        text = _explain(error, overrides)
+        key = _unknown_key_in(str(error) or str(error.__cause__))
+        raise (_UnknownKeyError(text, key) if key else ConfigError(text)) from error
     finally:
         GlobalHydra.instance().hydra = around
 
@@ -174,12 +225,16 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         if group not in group_choices():
             return f"{group}={choice} is not there: it may need another package, or a folder in hydra.searchpath"
         return unknown(group, choice, group_choices()[group])
-    bad_key = re.search(
+    bad_key = _unknown_key_in(text)
+    return _unknown_key(bad_key, overrides) if bad_key else _explain_value(text, _where(error))
+
+
+def _unknown_key_in(text: str) -> str | None:
+    """The key in a message of Hydra about a setting that does not exist."""
+    found = re.search(
         r"Could not override '([^']+)'|Key '([^']+)' is not in struct|from config. '([^']+)' does not exist", text
     )
-    if bad_key:
-        return _unknown_key(next(filter(None, bad_key.groups())), overrides)
-    return _explain_value(text, _where(error))
+    return next(filter(None, found.groups())) if found else None
 
 
 def _explain_value(text: str, where: str) -> str:

@@ -7,13 +7,14 @@ import logging
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any, TypeVar, get_type_hints
 
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from fellrec.errors import ConfigError, unknown
+from fellrec.functional.ranges import Allowed, not_allowed, range_of, refuse
 
 T = TypeVar("T")
 
@@ -85,6 +86,7 @@ def instantiate(
     if kind := settings_class(target):
         return target(settings=settings(kind, given, label), **live)
     _check_arguments(parameters, given, live, label)
+    _check_types(target, given, label)
     return target(**given, **live)
 
 
@@ -105,8 +107,10 @@ def check_settings(config: Mapping[str, Any], label: str, of: type | tuple[type,
     target = import_target(config.get("_target_"), label, of)
     if kind := settings_class(target):
         settings(kind, given, label)
-    elif not _takes_any(parameters := inspect.signature(target).parameters):
+        return
+    if not _takes_any(parameters := inspect.signature(target).parameters):
         _refuse_unknown(given, parameters, label)
+    _check_types(target, given, label)
 
 
 def import_target(name: Any, label: str, of: type | tuple[type, ...] | None = None) -> Any:
@@ -218,6 +222,26 @@ def _check_arguments(
         and name not in live
     ]
     _refuse_absent(given, needed, label)
+
+
+def _check_types(target: Any, given: Mapping[str, Any], label: str) -> None:
+    """Refuse arguments that are not what the annotations of a class or function say, as far as settings have ranges."""
+    problems = []
+    for name, value in given.items():
+        allowed = _range_of_parameter(vars(target).get("__init__") if isinstance(target, type) else target, name)
+        if allowed is not None and not allowed.accepts(value):
+            problems.append(not_allowed(_dotted(label, name), value, allowed.text_for(value)))
+    refuse(*problems)
+
+
+def _range_of_parameter(function: Any, name: str) -> Allowed | None:
+    """What the annotation of a parameter allows; ``None`` for anything, and for names that type checkers only know."""
+    annotation = getattr(function, "__annotations__", {}).get(name)
+    try:
+        alone = SimpleNamespace(__annotations__={name: annotation})
+        return range_of(get_type_hints(alone, getattr(function, "__globals__", {}), include_extras=True)[name])
+    except (NameError, TypeError, AttributeError, SyntaxError):
+        return None
 
 
 def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:

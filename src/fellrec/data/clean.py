@@ -15,6 +15,11 @@ from fellrec.errors import DataError, shorten
 MAX_TITLE = 10_000
 """Longest title in characters; training a tokenizer on a longer one takes seconds to hours."""
 
+_EARLIEST, _FAR = 1e8, 100
+"""Smallest usual timestamp, in seconds since 1970, at which one that is ``_FAR`` times smaller or larger is unusual."""
+_INVISIBLE = r"[\s\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff\u00ad]*"
+"""Spaces, and signs that nothing is seen of."""
+
 
 @dataclass(frozen=True)
 class Cleaned:
@@ -57,7 +62,14 @@ def clean(raw: RawData, settings: DataSettings) -> Cleaned:
     if settings.min_rating is not None:
         counts["below_min_rating"] = len(raw.interactions) - len(chosen)
     counts["duplicates_dropped"] = len(chosen) - len(kept)
-    notes = (about_titles, about_times, _about_ratings(raw, settings), _about_repeats(counts["duplicates_dropped"]))
+    notes = (
+        about_titles,
+        about_times,
+        _about_ratings(raw, settings),
+        _about_repeats(counts["duplicates_dropped"]),
+        _about_units(raw),
+        *raw.notes,
+    )
     return Cleaned(replace(raw, interactions=kept), counts, tuple(filter(None, notes)))
 
 
@@ -83,13 +95,15 @@ def _problems(raw: RawData, settings: DataSettings) -> Iterator[str]:
     yield from _time_problems(raw, settings)
     yield from _rating_problems(raw, settings)
     yield from _user_problems(raw)
+    yield _in_two_spellings(raw.interactions["user_id"], raw.users["user_id"], "user")
+    yield _in_two_spellings(raw.interactions["item_id"], raw.items["item_id"], "item")
 
 
 def _item_problems(raw: RawData, settings: DataSettings) -> Iterator[str]:
     items = raw.items
     is_long = items["title"].str.len() > MAX_TITLE
     yield _first(is_long, f"items have a title of more than {MAX_TITLE:,} characters", raw.where_item)
-    yield _first(items["item_id"].str.strip() == "", "item ids are empty", raw.where_item)
+    yield _first(_is_blank(items["item_id"]), "item ids are empty", raw.where_item)
     yield _first(items["item_id"].duplicated(), "item ids are duplicates", raw.where_item)
     if settings.on_empty_title != "error":
         return
@@ -99,7 +113,9 @@ def _item_problems(raw: RawData, settings: DataSettings) -> Iterator[str]:
     if unknown.any() and raw.no_items:
         yield f"{raw.no_items}, so items have no titles {hint}"
     else:
-        yield _first(unknown, f"interactions have an item that is not in the catalogue {hint}", raw.where_interaction)
+        example = _example(raw.interactions["item_id"], unknown, items["item_id"], "item")
+        what = f"interactions have an item that is not in the catalogue{example} {hint}"
+        yield _first(unknown, what, raw.where_interaction)
 
 
 def _time_problems(raw: RawData, settings: DataSettings) -> Iterator[str]:
@@ -131,10 +147,37 @@ def _user_problems(raw: RawData) -> Iterator[str]:
     yield _first(again, f"users are listed again with other values (user {first})", raw.where_user)
     empty = names[_is_blank(names)]
     yield _first(raw.interactions["user_id"].isin(empty), "interactions have an empty user id", raw.where_interaction)
-    yield _first(
-        ~raw.interactions["user_id"].isin(names),
-        "interactions have a user that is not in the user file",
-        raw.where_interaction,
+    unknown = ~raw.interactions["user_id"].isin(names)
+    example = _example(raw.interactions["user_id"], unknown, names, "user")
+    yield _first(unknown, f"interactions have a user that is not in the user file{example}", raw.where_interaction)
+
+
+def _example(ids: pd.Series, is_unknown: pd.Series, known: pd.Series, kind: str) -> str:
+    """The first id that is not known, and the one that it is probably meant to be."""
+    if not is_unknown.any():
+        return ""
+    value = str(ids[is_unknown].iloc[0])
+    known_as = {_bare(str(other)): str(other) for other in known}
+    meant = known_as.get(_bare(value))
+    return f" ({kind} {shorten(repr(value), 80)}{f'; it has {shorten(repr(meant), 80)}' if meant is not None else ''})"
+
+
+def _bare(name: str) -> str:
+    """An id without what programs add to or remove from numbers, and without regard to case."""
+    text = name.strip().casefold()
+    whole = text.removesuffix(".0")
+    return whole.lstrip("0") or whole
+
+
+def _in_two_spellings(used: pd.Series, listed: pd.Series, kind: str) -> str:
+    """That ids differ in spaces around them only, so that one user or item would be two."""
+    names = pd.unique(pd.concat([used, listed], ignore_index=True))
+    spaced = [name for name in names if name != name.strip()]
+    twice = sorted({name.strip() for name in spaced} & ({*names} - {*spaced}))
+    if not twice:
+        return ""
+    return (
+        f"{len(twice)} {kind} ids are there with and without spaces around them, such as {shorten(repr(twice[0]), 80)}"
     )
 
 
@@ -192,6 +235,21 @@ def _about_ratings(raw: RawData, settings: DataSettings) -> str:
     )
 
 
+def _about_units(raw: RawData) -> str:
+    """That some timestamps are far from the others: in another unit, or a number that stands for a missing time."""
+    times = raw.interactions["timestamp"]
+    usual = float(times.median())
+    if usual < _EARLIEST:
+        return ""
+    is_far = (times < usual / _FAR) | (times > usual * _FAR)
+    if not is_far.any():
+        return ""
+    return (
+        f"{_of(is_far)} interactions have a timestamp that is more than {_FAR} times smaller or larger than most, such "
+        f"as {times[is_far].iloc[0]:.15g}: a missing time, or another unit?"
+    )
+
+
 def _about_repeats(num_dropped: int) -> str:
     return (
         f"{num_dropped:,} repeated interactions were dropped: the last of each user and item is kept; "
@@ -213,7 +271,7 @@ def _distinct_rows(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _is_blank(column: pd.Series) -> pd.Series:
-    return column.str.strip() == ""
+    return column.str.fullmatch(_INVISIBLE).astype(bool)
 
 
 def _of(chosen: pd.Series) -> str:

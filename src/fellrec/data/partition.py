@@ -17,7 +17,7 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.preprocessing import normalize
 
 from fellrec.data.ragged import IntArray, Ragged
-from fellrec.data.schema import Catalogue
+from fellrec.data.schema import NO_VALUE, Catalogue
 from fellrec.data.settings import (
     AttributeSettings,
     DirichletSettings,
@@ -93,11 +93,23 @@ class AttributePartition(AttributeSettings):
 
         Raises:
             ConfigError: If the users do not have this attribute.
+            DataError: If some have no value, unless ``on_missing`` says what to do.
         """
         if self.column not in given.users.columns:
             choices = [name for name in given.users.columns if name != "user_id"]
+            if not choices:
+                raise ConfigError(f"partition.column={self.column}: the users of this data set have no attributes")
             raise ConfigError(unknown("partition.column", self.column, choices))
-        return pd.factorize(given.users[self.column].astype(str), sort=True)[0].astype(np.int64)
+        values = given.users[self.column].astype(object).where(given.users[self.column].notna(), "")
+        values = values.astype(str).str.strip()
+        is_missing = values.str.lower().isin(NO_VALUE)
+        if is_missing.any() and self.on_missing == "error":
+            user = given.users["user_id"][is_missing.to_numpy()].iloc[0]
+            raise DataError(
+                f"{int(is_missing.sum())} of {len(values)} users have no {self.column} (first: user {user!r}); "
+                "partition.on_missing=client makes them a client of their own"
+            )
+        return pd.factorize(values.mask(is_missing, ""), sort=True)[0].astype(np.int64)
 
 
 class DirichletPartition(DirichletSettings):

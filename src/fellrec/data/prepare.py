@@ -131,6 +131,8 @@ def _check_holdout_fits(raw: RawData, holdout: Holdout) -> None:
             "the data set is split already (NAME.train.inter, NAME.valid.inter, NAME.test.inter): take this split "
             "with holdout=given, or join the files to NAME.inter for another"
         )
+    if isinstance(holdout, GivenSplit) and raw.no_split:
+        raise DataError(f"holdout=given needs a data set that is split, but {raw.no_split}")
     if isinstance(holdout, GlobalTime) and np.isfinite(times).all():
         check_times(pd.factorize(raw.interactions["user_id"])[0], times.to_numpy())
 

@@ -16,7 +16,11 @@ from fellrec.errors import ConfigError, DataError, unknown
 Locate = Callable[[int], str]
 """Row of a frame → ``file:line``, for error messages."""
 
+NO_VALUE = ("", "nan", "null", "none", "na", "n/a", "nat", "<na>", "\\n")
+"""How missing values are written by pandas, databases and other programs, in small letters."""
 TEXT_STYLES = ("plain", "key_value")
+_OPTIONAL = ("genre",)
+"""Fields of the default that many data sets do not have."""
 MAX_TEXT = 100_000
 """Longest text of an item in characters, all of its fields together."""
 
@@ -37,6 +41,8 @@ class RawData:
         rating_name: What the data set calls the column ``rating``.
         no_items: Why there is no item file, for error messages.
         no_times: Why there are no timestamps, for error messages.
+        no_split: Why the data are not split, for error messages.
+        notes: What a user should know of the files, one sentence each.
     """
 
     interactions: pd.DataFrame
@@ -48,6 +54,8 @@ class RawData:
     rating_name: str = "rating"
     no_items: str = ""
     no_times: str = ""
+    no_split: str = ""
+    notes: Sequence[str] = ()
 
 
 class Reader(Protocol):
@@ -78,7 +86,9 @@ class Catalogue:
         return len(self.item_ids)
 
     def texts(self, fields: Sequence[str] = ("title", "genre"), style: str = "plain") -> list[str]:
-        """Join each item's fields (``item_id``, ``title``, attributes) with spaces; absent fields are skipped.
+        """Join each item's fields (``item_id``, ``title``, attributes) with spaces.
+
+        The field ``genre`` is skipped if the data set does not have it, unless it is the only one.
 
         Args:
             fields: Names of the fields, in output order.
@@ -86,7 +96,7 @@ class Catalogue:
                 does (Li et al. 2023, section 2.1), and skips missing values.
 
         Raises:
-            ConfigError: If the data set has none of the fields, or the style is unknown.
+            ConfigError: If the data set does not have one of the fields, or the style is unknown.
             DataError: If a text is longer than `MAX_TEXT`.
         """
         if style not in TEXT_STYLES:
@@ -94,13 +104,14 @@ class Catalogue:
         own = {"item_id": pd.Series(self.item_ids, dtype=object), "title": pd.Series(self.titles, dtype=object)}
         columns = {**own, **dict(self.attributes.items())}
         present = {name: columns[name] for name in fields if name in columns}
-        if not present:
-            raise ConfigError(unknown("item field", ", ".join(fields), columns))
+        absent = [name for name in fields if name not in columns and (name not in _OPTIONAL or not present)]
+        if absent or not present:
+            raise ConfigError(unknown("item field", ", ".join(absent), columns))
         if style == "key_value":
             written = [_with_key(name, column) for name, column in present.items()]
             return self._checked(written[0].str.cat(written[1:]).str.strip().tolist(), fields)
         first, *others = present.values()
-        joined = first.astype(str)
+        joined = first.fillna("").astype(str)
         for column in others:
             joined = joined.str.cat(column.fillna("").astype(str), sep=" ")
         return self._checked(joined.str.strip().tolist(), fields)

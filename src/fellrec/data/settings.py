@@ -14,7 +14,9 @@ from fellrec.functional.ranges import (
     Positive,
     Rate,
     RateBelow1,
+    Seed,
     check,
+    line,
     number,
     refuse,
     whole,
@@ -26,10 +28,8 @@ MIN_LENGTH = 5
 """Fewest interactions of a user in generated data, with both presets."""
 LEAST_ITEMS, MOST_ITEMS = 20, {"films": 500, "micro_lens_shaped": 81_920}
 """Limits of ``num_items`` for each preset: the number of distinct titles."""
-
-
-Seed = Annotated[int, whole(0, 2**32 - 1)]
-"""What NumPy and scikit-learn take as a seed."""
+MOST_USERS, MOST_GROUPS = 10_000_000, 10_000
+"""Limits of what fits into memory."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class DataSettings:
     """Number of users to sample after the k-core filter; null keeps all."""
     public_user_rate: RateBelow1 = 0.2
     """Fraction of public users, which belong to no client and are not evaluated."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the samples, the same for every seed of a comparison."""
     on_empty_title: Literal["error", "item_id", "drop"] = "error"
     """Items without a title, or without a line in the item file: error refuses them, item_id uses "item <id>" as their
@@ -78,27 +78,38 @@ class DataSettings:
         check(self, "data")
 
 
+Root = Annotated[str, line(text="the directory of the files, given as data.root")]
+
+
 @dataclass(frozen=True)
 class FilesSettings:
     """A reader of published files."""
 
-    root: str
+    root: Root
     """Folder of the files."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "data.reader")
 
 
 @dataclass(frozen=True)
 class AtomicSettings:
     """A reader of RecBole's atomic files."""
 
-    root: str
+    root: Root
     """Folder of the files."""
-    name: str | None = None
+    name: Line | None = None
     """Stem of the files; null takes the only .inter file of the folder, or the only .train.inter, .valid.inter and
     .test.inter."""
-    title_column: str | None = None
+    title_column: Line | None = None
     """Column of the item file that holds the title; null tries title, movie_title, item_name and name."""
-    rating_column: str | None = None
+    rating_column: Line | None = None
     """Column of the interactions for ``data.min_rating``; null tries rating and label."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "data.reader")
 
 
 MeanLength = Annotated[float, number(lambda x: x >= MIN_LENGTH + 1, f"a number of at least {MIN_LENGTH + 1}")]
@@ -110,11 +121,11 @@ class SyntheticSettings:
 
     preset: Literal["films", "micro_lens_shaped"] = "films"
     """films: a small catalogue with genres. micro_lens_shaped: scales to MicroLens's size and has its shape."""
-    num_users: Count = 1000
+    num_users: Annotated[int, whole(1, MOST_USERS)] = 1000
     """U; 100000 is MicroLens's size."""
     num_items: Annotated[int, whole(LEAST_ITEMS)] | None = 400
     """I, at most 500 films or 81920 videos; null: in MicroLens's proportion to the users."""
-    num_groups: Count = 5
+    num_groups: Annotated[int, whole(1, MOST_GROUPS)] = 5
     """G, a column of the users; sizes fall geometrically."""
     mean_length: MeanLength = 24
     """Mean number of interactions of a user, at most half of the items; MicroLens's is 7.19405."""
@@ -213,8 +224,10 @@ class DirichletSettings:
 class AttributeSettings:
     """One client per value of a user attribute."""
 
-    column: str
+    column: Line
     """Name of a user attribute, such as gender or occupation."""
+    on_missing: Literal["error", "client"] = "error"
+    """Users without a value (empty, NaN, NULL): error refuses them, client makes them a client of their own."""
     num_clients: Count | None = None
     """Not used; the attribute determines the number of clients."""
 

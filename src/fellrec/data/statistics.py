@@ -57,7 +57,8 @@ def tie_counts(histories: Ragged, times: NDArray[np.float64], stages: IntArray) 
 
     Returns:
         ``neighbours``, pairs of successive interactions of a user, and how many of them are ``tied_neighbours``, with
-        equal times; ``tied_holdouts``, those of different stages among them, whose stages the tie decides.
+        equal times; ``tied_holdouts``, those of different stages among them, whose stages the tie decides; and
+        ``held_out_before_training``, pairs whose later stage has the earlier time, as in a split that is given.
     """
     same_user = np.diff(histories.row_index) == 0
     tied = same_user & (np.diff(times) == 0)
@@ -65,6 +66,7 @@ def tie_counts(histories: Ragged, times: NDArray[np.float64], stages: IntArray) 
         "neighbours": int(same_user.sum()),
         "tied_neighbours": int(tied.sum()),
         "tied_holdouts": int((tied & (np.diff(stages) != 0)).sum()),
+        "held_out_before_training": int((same_user & (np.diff(stages) > 0) & (np.diff(times) < 0)).sum()),
     }
 
 
@@ -101,6 +103,11 @@ def notes(counts: dict[str, Any], settings: DataSettings, num_clients: int | Non
             f"{tied:,} of {neighbours:,} successive interactions of a user ({tied / neighbours:.1%}) have equal times, "
             f"{counts['tied_holdouts']:,} of them in different stages: the order of the file decides; "
             "data.tied_times=random does not depend on it"
+        )
+    if early := counts["held_out_before_training"]:
+        yield (
+            f"{early:,} times a user's first interaction of a held-out part is older than the last one before it: the "
+            "split is not by time, and models see later interactions than they are tested on"
         )
     if at_cuts := counts.get("tied_at_cuts"):
         yield f"{at_cuts:,} interactions have the time at which two stages are divided: the order of the files decides"

@@ -1,19 +1,23 @@
 """What a setting may be, said by its type: checked when a dataclass of settings is made.
 
 ``rounds: Count = 10`` is a whole number of at least 1, ``Count | None`` allows null too, ``Literal["stop", "skip"]`` is
-one of two words, and `bool`, `int` and `float` are what they say. Values of any other type are not checked here.
+one of two words, and `bool`, `int`, `float` and `str` are what they say. Values of any other type are not checked here.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from fellrec.errors import ConfigError
+from fellrec.errors import ConfigError, shorten
+
+LARGEST = 2**31 - 1
+"""Largest whole number where no other limit is named: larger ones do not fit into what they are used for."""
 
 
 @dataclass(frozen=True)
@@ -23,22 +27,30 @@ class Allowed:
     Attributes:
         accepts: Whether a value is in the range.
         text: The range in words, for messages.
+        is_open: Whether it has whole numbers up to `LARGEST`, which ``text`` does not say.
     """
 
     accepts: Callable[[Any], bool]
     text: str
+    is_open: bool = False
+
+    def text_for(self, value: Any) -> str:
+        """The range in words, for the message about a value."""
+        is_too_large = self.is_open and _is_whole(value) and value > LARGEST
+        return f"{self.text}; at most {LARGEST}" if is_too_large else self.text
 
 
 def whole(least: int, most: int | None = None) -> Allowed:
-    """Whole numbers from ``least``, and up to ``most``.
+    """Whole numbers from ``least`` to ``most``, or to `LARGEST`.
 
     Example:
-        >>> [whole(1).accepts(value) for value in (1, 0, 1.0, True)]
-        [True, False, False, False]
+        >>> [whole(1).accepts(value) for value in (1, 0, 1.0, True, 10**30)]
+        [True, False, False, False, False]
     """
     text = f"of at least {least}" if most is None else f"from {least} to {most}"
+    largest = LARGEST if most is None else most
     return Allowed(
-        lambda value: _is_whole(value) and least <= value <= (value if most is None else most), f"a whole number {text}"
+        lambda value: _is_whole(value) and least <= value <= largest, f"a whole number {text}", is_open=most is None
     )
 
 
@@ -67,9 +79,24 @@ def items(of: Allowed, text: str, distinct: bool = False) -> Allowed:
     return Allowed(accepts, text)
 
 
-def listed(text: str) -> Allowed:
-    """Lists of anything."""
-    return Allowed(_is_list, text)
+def words(text: str, least: int = 1) -> Allowed:
+    """Lists of at least ``least`` different words.
+
+    Example:
+        >>> [words("").accepts(value) for value in (["title", "genre"], [], ["title", "title"], [1], "title")]
+        [True, False, False, False, False]
+    """
+
+    def accepts(value: Any) -> bool:
+        is_text = _is_list(value) and len(value) >= least and all(isinstance(word, str) and word for word in value)
+        return is_text and len(set(value)) == len(value)
+
+    return Allowed(accepts, text)
+
+
+def listed(text: str, of: type | tuple[type, ...] = object) -> Allowed:
+    """Lists of values of some types, of anything by default."""
+    return Allowed(lambda value: _is_list(value) and all(isinstance(part, of) for part in value), text)
 
 
 def distinct(choices: Sequence[str]) -> Allowed:
@@ -164,7 +191,7 @@ def check(settings: Any, group: str, *problems: str | None) -> None:
 def out_of_range(kind: type, values: Mapping[str, Any], group: str) -> list[str]:
     """What of some values of a dataclass's fields is outside the range of its field, one line each."""
     return [
-        not_allowed(f"{group}.{name}" if group else name, values[name], allowed.text)
+        not_allowed(f"{group}.{name}" if group else name, values[name], allowed.text_for(values[name]))
         for name, allowed in ranges(kind).items()
         if name in values and not allowed.accepts(values[name])
     ]
@@ -187,25 +214,32 @@ def not_allowed(key: str, value: Any, allowed: str) -> str:
         >>> not_allowed("trainer.num_rounds", 0, "a whole number of at least 1")
         'trainer.num_rounds=0 is not allowed: a whole number of at least 1'
     """
-    return f"{key}={list(value) if isinstance(value, tuple) else value} is not allowed: {allowed}"
+    return f"{key}={_shown(value)} is not allowed: {allowed}"
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written in an override, on one line and not longer than one."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, tuple):
+        value = list(value)
+    text = str(value)
+    is_like_a_number = isinstance(value, str) and re.fullmatch(r"[-+.\d_e]*\d[-+.\d_e]*", value, re.IGNORECASE)
+    return shorten(text if _is_plain(text) and not is_like_a_number else repr(text))
 
 
 @cache
 def ranges(kind: type) -> Mapping[str, Allowed]:
     """The range of each field of a dataclass that has one, by name."""
     hints = get_type_hints(kind, include_extras=True)
-    found = {field.name: _range_of(hints[field.name]) for field in fields(kind)}
+    found = {field.name: range_of(hints[field.name]) for field in fields(kind)}
     return {name: allowed for name, allowed in found.items() if allowed is not None}
 
 
-def _range_of(hint: Any) -> Allowed | None:
+def range_of(hint: Any) -> Allowed | None:
     """What a type allows; ``None`` for anything."""
-    if hint is bool:
-        return Allowed(lambda value: isinstance(value, bool), "true or false")
-    if hint is int:
-        return Allowed(_is_whole, "a whole number")
-    if hint is float:
-        return number(lambda value: True, "a number")
+    if hint in _PLAIN:
+        return _PLAIN[hint]
     if get_origin(hint) is Annotated:
         return next((extra for extra in get_args(hint)[1:] if isinstance(extra, Allowed)), None)
     if get_origin(hint) is Literal:
@@ -213,16 +247,27 @@ def _range_of(hint: Any) -> Allowed | None:
     return _any_of(get_args(hint)) if get_origin(hint) in (Union, UnionType) else None
 
 
+_PLAIN: Mapping[Any, Allowed] = {
+    bool: Allowed(lambda value: isinstance(value, bool), "true or false"),
+    int: Allowed(lambda value: _is_whole(value) and abs(value) <= LARGEST, "a whole number", is_open=True),
+    float: number(lambda value: True, "a number"),
+    str: Allowed(lambda value: isinstance(value, str), "text"),
+    Sequence[str]: Allowed(lambda value: _is_list(value) and all(isinstance(word, str) for word in value), "a list"),
+}
+
+
 def _any_of(hints: Sequence[Any]) -> Allowed | None:
     """What at least one of several types allows."""
-    of_types = [_range_of(hint) for hint in hints if hint is not NoneType]
+    of_types = [range_of(hint) for hint in hints if hint is not NoneType]
     known = [allowed for allowed in of_types if allowed is not None]
     if len(known) < len(of_types):
         return None
     allows_null = NoneType in hints
     text = ", or ".join([*(allowed.text for allowed in known), *(["null"] if allows_null else [])])
     return Allowed(
-        lambda value: (value is None and allows_null) or any(allowed.accepts(value) for allowed in known), text
+        lambda value: (value is None and allows_null) or any(allowed.accepts(value) for allowed in known),
+        text,
+        any(allowed.is_open for allowed in known),
     )
 
 

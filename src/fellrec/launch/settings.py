@@ -20,8 +20,8 @@ def _mapping(example: str) -> Allowed:
 
 Options = Annotated[Mapping[str, Any], _mapping("{constraint: a100}")]
 Variables = Annotated[Mapping[str, Any], _mapping("{NAME: value}")]
-Lines = Annotated[Sequence[str], listed("a list, such as [module load cuda]")]
-Words = Annotated[Sequence[str], listed("a list, such as [--bind,/scratch]")]
+Lines = Annotated[Sequence[str], listed("a list, such as [module load cuda]", (str, int, float))]
+Words = Annotated[Sequence[str], listed("a list, such as [--bind,/scratch]", (str, int, float))]
 
 
 @dataclass(frozen=True)

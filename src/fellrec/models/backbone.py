@@ -19,19 +19,32 @@ from transformers.utils import logging as transformers_logging
 from fellrec.errors import BackboneError, unknown
 from fellrec.models.architectures import ArchSpec, arch_of, auto_class
 from fellrec.models.hf_folder import (
+    check_finite,
     check_no_adapter,
     check_not_quantised,
     check_shapes,
     do_not_match,
+    note_pipeline,
     read_config,
     read_tokenizer,
 )
 from fellrec.models.partial import load_partial
 from fellrec.models.remote import without_missing_head
 from fellrec.models.settings import HfSettings
+from fellrec.state.nearest import not_a_directory, similar
 
 transformers_logging.disable_progress_bar()  # one progress bar per saved adapter would hide that of the run
 
+_OTHER_FORMATS = {
+    ".gguf": "a GGUF file",
+    ".ggml": "a GGML file",
+    ".bin": "a file of weights as pickles",
+    ".pt": "a file of weights as pickles",
+    ".pth": "a file of weights as pickles",
+    ".ckpt": "a file of weights as pickles",
+    ".onnx": "an ONNX file",
+    ".safetensors": "a file of weights",
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -88,6 +101,7 @@ def load_hf(
     arch, (folder, is_local) = arch_of(config), _find(path)
     if is_local:
         check_shapes(given, config, folder)
+        note_pipeline(given, folder)
     try:
         if client_cut is not None:
             folder, is_local = local_folder(path), True
@@ -113,6 +127,7 @@ def load_hf(
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _not_loadable(path, error) from error
     check_tokenizer(given, tokenizer, model)
+    check_finite(given, model)
     return Backbone(model, tokenizer, arch, os.path.basename(os.path.abspath(folder)), folder if is_local else None)
 
 
@@ -145,7 +160,15 @@ def load_shape(path: str) -> tuple[Any, Any]:
     """
     folder, is_local = _find(path)
     given, source = f"backbone.path={path}", str(folder) if is_local else path
-    config = read_config(given, source)
+    try:
+        config = read_config(given, source)
+    except BackboneError as error:
+        if is_local:
+            raise
+        text = str(error).removeprefix(f"{given} ")
+        raise BackboneError(
+            f"{given} is not a directory here{similar(folder)}, and as a name on the hub it {text}"
+        ) from error
     check_not_quantised(given, config)
     return config, read_tokenizer(given, source)
 
@@ -208,16 +231,41 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
+def _not_a_model(path: str, folder: Path) -> str:
+    """Why a path is not a model's folder; a file may be the weights in a format that is not read."""
+    found = _OTHER_FORMATS.get(folder.suffix.lower())
+    if found and folder.is_file():
+        expected = "expected a Hugging Face model folder, with config.json, a tokenizer and *.safetensors"
+        return f"backbone.path={path} is {found}; {expected}"
+    return not_a_directory(f"backbone.path={path}", folder)
+
+
 def _find(path: str) -> tuple[Path, bool]:
     """The path, and whether it is a local folder (which is checked) instead of a name on the hub."""
     folder = Path(path).expanduser()
-    if not (path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists()):
+    is_in_folder = path.count("/") == 1 and folder.parent.is_dir()
+    if not (path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists() or is_in_folder):
         return folder, False
     if not folder.is_dir():
-        raise BackboneError(f"backbone.path={path} is not a directory")
+        raise BackboneError(_not_a_model(path, folder))
     check_no_adapter(f"backbone.path={path}", folder)
     if not (folder / "config.json").is_file():
-        raise BackboneError(f"backbone.path={path} has no config.json; expected a Hugging Face model folder")
+        raise BackboneError(
+            f"backbone.path={path} has no config.json; expected a Hugging Face model folder{_what_is_in(folder)}"
+        )
     if not any(folder.glob("*.safetensors")):
-        raise BackboneError(f"backbone.path={path} has no *.safetensors files; other weight formats are not supported")
+        raise BackboneError(
+            f"backbone.path={path} has no *.safetensors files; other weight formats are not supported"
+            f"{_what_is_in(folder)}"
+        )
     return folder, True
+
+
+def _what_is_in(folder: Path) -> str:
+    """Where the model is that a folder does not have at its top, or the files of other formats that it has."""
+    patterns = ("*/config.json", "snapshots/*/config.json")  # a pipeline of modules, and the cache of the hub
+    inside = [found.parent for pattern in patterns for found in sorted(folder.glob(pattern))]
+    if inside:
+        return f"; there is one in {', '.join(map(str, inside[:3]))}"
+    others = [file.name for file in sorted(folder.iterdir()) if file.suffix.lower() in _OTHER_FORMATS]
+    return f"; there is {', '.join(others[:3])}" if others else ""

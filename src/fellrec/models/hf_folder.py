@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +16,13 @@ from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer
 
 from fellrec.errors import BackboneError, shorten, unknown
 from fellrec.models.architectures import ARCHITECTURES, ArchSpec, arch_of, check_config, model_of
-from fellrec.models.partial import names_in_files, shapes_in_files
+from fellrec.models.partial import names_in_files, tensors_in_files
 
+_log = logging.getLogger(__name__)
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "vocab.bpe", "tekken.json")
+"""Files of which a tokenizer has at least one, unless it is one of sentencepiece."""
 _PROBE = "Heat of the Day, The (1995)"
 _SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
@@ -91,6 +97,10 @@ def read_tokenizer(given: str, source: str) -> Any:
     Raises:
         BackboneError: If it cannot be read, such as without a package that it needs.
     """
+    if Path(source).is_dir() and not any(
+        (Path(source) / name).is_file() for name in _TOKENIZERS + _SENTENCEPIECE_FILES
+    ):
+        raise BackboneError(f"{given} has no tokenizer, such as tokenizer.json; copy it from the model's page")
     pieces = [name for name in _SENTENCEPIECE_FILES if (Path(source) / name).is_file()]
     needs_pieces = bool(pieces) and not (Path(source) / "tokenizer.json").is_file()
     if needs_pieces and importlib.util.find_spec("sentencepiece") is None:
@@ -104,7 +114,8 @@ def read_tokenizer(given: str, source: str) -> Any:
             tokenizer = LlamaTokenizer.from_pretrained(source)
         tokenizer("")  # a wrong model_max_length, for example, is found in use only
     except Exception as error:  # whatever transformers and tokenizers raise for such a file
-        raise BackboneError(f"{given}: the tokenizer cannot be loaded: {_one_line(error)}") from error
+        kind = f"{type(error).__name__}: " if isinstance(error, LookupError) else ""
+        raise BackboneError(f"{given}: the tokenizer cannot be loaded: {kind}{_one_line(error)}") from error
     if needs_pieces and not _names_class(Path(source)) and not _agrees(tokenizer, Path(source) / pieces[0]):
         raise BackboneError(
             f"{given}: transformers gives other tokens than {pieces[0]} itself; name the tokenizer_class in "
@@ -119,19 +130,38 @@ def check_shapes(given: str, config: Any, folder: Path) -> None:
     Whole layers are compared by name; transformers knows more names of other parameters in old files.
 
     Raises:
-        BackboneError: If a tensor has another shape, or a layer is missing.
+        BackboneError: If a tensor has another shape or is not stored as floats, or a layer is missing.
     """
-    arch, in_files = arch_of(config), shapes_in_files(folder)
+    arch, in_files = arch_of(config), tensors_in_files(folder)
     layers = {None, *(_layer(key, arch) for key in in_files)}
-    missing, other = [], []
+    missing, other, unusual = [], [], {}
     for name, parameter in empty_model(given, config).named_parameters():
         key = next((key for key in names_in_files(name, arch) if key in in_files), None)
-        if key is not None and in_files[key] != list(parameter.shape):
+        if key is not None and in_files[key].shape != list(parameter.shape):
             other.append(name)
+        elif key is not None and in_files[key].dtype not in _FLOATS:
+            unusual[key] = in_files[key].dtype
         elif key is None and _layer(name, arch) not in layers:
             missing.append(name)
     if missing or other:
         raise do_not_match(given, missing, other)
+    if unusual:
+        name, dtype = next(iter(unusual.items()))
+        raise BackboneError(
+            f"{given}: {len(unusual)} tensors are stored as other numbers than {', '.join(_FLOATS)}, such as {name} as "
+            f"{dtype}: a quantised checkpoint is not supported"
+        )
+
+
+def check_finite(given: str, model: Any) -> None:
+    """Check that all weights are finite numbers.
+
+    Raises:
+        BackboneError: Naming the first parameter that has others.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
+            raise BackboneError(f"{given}: {name} has values that are not finite")
 
 
 def do_not_match(given: str, missing: Sequence[str], mismatched: Sequence[str]) -> BackboneError:
@@ -155,7 +185,8 @@ def check_not_quantised(given: str, config: Any) -> None:
     Raises:
         BackboneError: Naming the method.
     """
-    found = getattr(config, "quantization_config", None)
+    named = ("quantization_config", "compression_config")
+    found = next((value for name in named if (value := getattr(config, name, None)) is not None), None)
     if found is None:
         return
     method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
@@ -189,6 +220,21 @@ def check_no_adapter(given: str, folder: Path) -> None:
         f"{given} is a PEFT adapter (adapter_config.json), not a model; give its base model"
         f"{f' ({base})' if base else ''} as backbone.path, and the adapter as adapter.path"
     )
+
+
+def note_pipeline(given: str, folder: Path) -> None:
+    """Warn of the modules of a sentence-transformers pipeline, which are not applied."""
+    try:
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        names = [str(module["type"]).rpartition(".")[2] for module in modules]
+    except (OSError, ValueError, TypeError, KeyError):
+        return
+    others = [name for name in names if name != "Transformer"]
+    if others:
+        _log.warning(
+            f"{given} is a sentence-transformers pipeline: its {', '.join(others)} are not applied; objective.pooling "
+            "decides how hidden states become a vector"
+        )
 
 
 def _agrees(tokenizer: Any, file: Path) -> bool:

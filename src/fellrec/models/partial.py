@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from fellrec.models.architectures import ArchSpec, arch_of, decoder_layers, mode
 from fellrec.models.remote import Cut, RemoteLayer, server_shell, without_missing_head
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_POINTER = b"version https://git-lfs"
 
 
 def load_partial(folder: Path, side: str, head_layers: int, tail_layers: int, dtype: torch.dtype) -> Any:
@@ -78,20 +81,40 @@ def names_in_files(name: str, arch: ArchSpec) -> tuple[str, ...]:
     return name, older.get(name, name), name.removeprefix(base), f"{arch.prefix_in_files}{name}"
 
 
-def shapes_in_files(folder: Path) -> dict[str, list[int]]:
-    """Shapes of all tensors in a folder's safetensors files, by name; the tensors are not read.
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a safetensors file says about a tensor; ``dtype`` as the format calls it, such as ``F32``."""
+
+    shape: list[int]
+    dtype: str
+
+
+def tensors_in_files(folder: Path) -> dict[str, StoredTensor]:
+    """Shapes and types of all tensors in a folder's safetensors files, by name; the tensors are not read.
 
     Raises:
-        BackboneError: If a file is damaged.
+        BackboneError: If a file is missing or damaged.
     """
-    files, found = _files(folder), dict[str, list[int]]()
+    files, found = _files(folder), dict[str, StoredTensor]()
     for path in sorted(set(files.values())):
-        try:
-            with safe_open(path, "pt") as file:
-                found |= {name: file.get_slice(name).get_shape() for name, place in files.items() if place == path}
-        except (OSError, SafetensorError) as error:
-            raise BackboneError(f"backbone.path={folder} cannot be loaded: {path.name}: {error}") from error
+        with _reading(folder, path), safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name, place in files.items() if place == path}
+            found |= {name: StoredTensor(part.get_shape(), part.get_dtype()) for name, part in slices.items()}
     return found
+
+
+@contextmanager
+def _reading(folder: Path, path: Path) -> Iterator[None]:
+    """Explain why one of the files of a backbone cannot be read."""
+    try:
+        yield
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+        reason = str(error) if path.exists() else "the file is missing"
+        if path.is_file() and path.read_bytes()[: len(_POINTER)] == _POINTER:
+            reason = "it is a pointer of Git LFS, not the file itself; get it by git lfs pull"
+        elif isinstance(error, SafetensorError):
+            reason = f"{reason}; was it copied or downloaded completely?"
+        raise BackboneError(f"backbone.path={folder} cannot be loaded: {path.name}: {reason}") from error
 
 
 def _empty_model(folder: Path, head_layers: int, tail_layers: int, dtype: torch.dtype | None) -> tuple[Any, Cut]:
@@ -106,11 +129,8 @@ def _files(folder: Path) -> dict[str, Path]:
     """Tensor name → file, by what the files have: an index may be older than they are."""
     found: dict[str, Path] = {}
     for path in _weight_files(folder):
-        try:
-            with safe_open(path, "pt") as file:
-                found |= dict.fromkeys(file.keys(), path)
-        except (OSError, SafetensorError) as error:
-            raise BackboneError(f"backbone.path={folder} cannot be loaded: {path.name}: {error}") from error
+        with _reading(folder, path), safe_open(path, "pt") as file:
+            found |= dict.fromkeys(file.keys(), path)
     return found
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fellrec.errors import BackboneError
+from fellrec.state.nearest import not_a_directory
 
 ADAPTER_NAME = "default"
 """PEFT's name of the only adapter in a model."""
@@ -56,6 +57,8 @@ def read_adapter(path: str, expected: Mapping[str, Any]) -> dict[str, Tensor]:
             finite; names it.
     """
     given, folder = f"adapter.path={path}", Path(path).expanduser()
+    if not folder.is_dir():
+        raise BackboneError(not_a_directory(given, folder))
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise BackboneError(f"{given} has no {name}; expected the folder of a PEFT adapter")

@@ -10,20 +10,26 @@ from fellrec.data.settings import DataSettings
 from fellrec.functional.ranges import (
     Allowed,
     Count,
+    Line,
     Natural,
     NotNegative,
     Positive,
     RateBelow1,
+    Seed,
     check,
-    listed,
     refuse,
     whole,
+    words,
 )
 
 PARTS = ("head", "body", "tail")
 """Parts of a model that is cut twice."""
-MAX_LAYERS = 1000
-"""Of any backbone; a larger number is a mistake, and such a model would fill the memory before it is noticed."""
+Fields = Annotated[Sequence[str], words("a list of different names, such as [title,genre]")]
+MAX_LAYERS, MAX_SIZE, MAX_TOKENS = 1000, 1 << 16, 1 << 20
+"""Layers, hidden size, and length and vocabulary in tokens of any backbone; a larger number is a mistake, and such a
+model would fill the memory before it is noticed."""
+Size = Annotated[int, whole(1, MAX_SIZE)]
+Length = Annotated[int, whole(1, MAX_TOKENS)]
 EVERY_STEP, ROUND = "every_step", "round"
 """``objective.refresh_items`` beside a number of steps."""
 
@@ -69,17 +75,17 @@ class PretrainSettings:
 class TinySettings:
     """A small Llama that is built and pre-trained here."""
 
-    hidden_size: Count = 64
+    hidden_size: Size = 64
     """D, a multiple of ``2 · num_heads``."""
     num_layers: Annotated[int, whole(1, MAX_LAYERS)] = 4
     """Decoder layers."""
-    num_heads: Count = 2
+    num_heads: Size = 2
     """Attention heads."""
-    vocab_size: Annotated[int, whole(259)] = 4000
+    vocab_size: Annotated[int, whole(259, MAX_TOKENS)] = 4000
     """Maximum vocabulary size, at least 256 bytes and 3 special tokens; small catalogues give smaller vocabularies."""
-    max_position_embeddings: Count = 512
+    max_position_embeddings: Length = 512
     """Maximum sequence length in tokens."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the weights, and of the order of batches in pre-training."""
     pretrain: PretrainSettings = field(default_factory=PretrainSettings)
     """How it is pre-trained."""
@@ -94,17 +100,17 @@ class TinySettings:
 class SasrecSettings:
     """SASRec: one token for each item, learned positions, causal self-attention. Nothing is pre-trained."""
 
-    hidden_size: Count = 64
+    hidden_size: Size = 64
     """D, a multiple of ``num_heads``; also the size of the feed-forward layers."""
     num_layers: Annotated[int, whole(1, MAX_LAYERS)] = 2
     """Number of blocks."""
-    num_heads: Count = 1
+    num_heads: Size = 1
     """Attention heads."""
     dropout: RateBelow1 = 0.2
     """Dropout of embeddings, attention and blocks."""
-    max_position_embeddings: Count = DataSettings.max_history
+    max_position_embeddings: Length = DataSettings.max_history
     """Longest history in items."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the weights."""
 
     def __post_init__(self) -> None:
@@ -123,9 +129,9 @@ def _wrong_heads(hidden_size: int, num_heads: int, multiple: int) -> str | None:
 class HfSettings:
     """A causal LM or an encoder in Hugging Face's format."""
 
-    path: str
+    path: Line
     """A local folder (``~`` is expanded), or a name on the Hugging Face hub, with safetensors."""
-    config: str | None = None
+    config: Line | None = None
     """For ``fellrec plan``, instead of ``path``: a config.json, a folder with one, or a name in conf/model_configs."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights."""
@@ -150,11 +156,11 @@ class LoraSettings:
     target_modules: str | Sequence[str] | None = None
     """Suffixes of the names of the modules to adapt; all-linear: all linear modules of the layers; null: those of the
     architecture, such as [q_proj, v_proj]."""
-    modules_to_save: Annotated[Sequence[str], listed("a list, such as [lm_head]")] = ()
+    modules_to_save: Annotated[Sequence[str], words("a list of different names, such as [lm_head]", least=0)] = ()
     """Suffixes of the names of modules that are trained and exchanged as a whole, such as [norm, lm_head]."""
     layers: Layers = "head+body+tail"
     """Parts with an adapter; body+tail leaves the head frozen."""
-    path: str | None = None
+    path: Line | None = None
     """A folder with a PEFT adapter, of the same rank and modules, that every client starts from; null: B is 0."""
 
     def __post_init__(self) -> None:
@@ -216,9 +222,12 @@ class RetrievalSettings:
     """Divisor of the similarity."""
     similarity: Literal["cosine", "dot"] = "cosine"
     """cosine, or dot, which also depends on the lengths of the vectors."""
-    history_fields: Annotated[Sequence[str], listed("a list, such as [title]")] = ("title",)
+    history_fields: Fields = ("title",)
     """Catalogue fields in the history text."""
-    item_fields: Annotated[Sequence[str], listed("a list, such as [title,genre]")] = ("title", "genre")
+    item_fields: Fields = (
+        "title",
+        "genre",
+    )
     """Catalogue fields in the item text."""
     item_encoder: Literal["tokens", "encoded"] = "tokens"
     """tokens: an item vector is the mean of the text's token embeddings. encoded: two towers, the mean of the hidden

@@ -22,6 +22,7 @@ from fellrec.models.hf_folder import config_of, empty_model, read_tokenizer
 from fellrec.models.sasrec import item_tokenizer, sasrec_config
 from fellrec.models.settings import SasrecSettings, TinySettings
 from fellrec.models.tiny import build_tokenizer, tiny_config
+from fellrec.state.nearest import similar
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 
@@ -98,7 +99,8 @@ def find_config(given: str) -> Path:
     for candidate in (path, path / "config.json", _configs_dir() / f"{given}.json"):
         if candidate.is_file():
             return candidate
-    raise ConfigError(f"{unknown('backbone.config', given, model_configs())}, a config.json, or a directory with one")
+    names = unknown("backbone.config", given, model_configs())
+    raise ConfigError(f"{names}, a config.json, or a directory with one{similar(path)}")
 
 
 def model_configs() -> list[str]:

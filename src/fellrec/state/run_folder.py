@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fellrec.errors import shorten
+from fellrec.state.nearest import similar
 
 CONFIG = "config.yaml"
 """The configuration of a run: every run directory has it."""
@@ -20,6 +21,6 @@ def which_run(folder: Path) -> str:
     """
     runs = [shorten(path.parent.name) for path in sorted(folder.glob(f"*/{CONFIG}"))]
     if not runs:
-        return "give the directory of a run"
+        return f"give the directory of a run{similar(folder)}"
     more = f" and {len(runs) - _MOST_RUNS} others" if len(runs) > _MOST_RUNS else ""
     return f"it is a comparison or a sweep; give one of its runs: {', '.join(runs[:_MOST_RUNS])}{more}"

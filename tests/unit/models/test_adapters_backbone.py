@@ -161,7 +161,7 @@ def test_the_tiny_model_depends_on_its_seed_and_does_not_use_the_global_generato
     ("sizes", "message"),
     [
         ({"hidden_size": 30, "num_heads": 4}, "backbone.hidden_size=30"),
-        ({"vocab_size": 258}, "backbone.vocab_size=258 is not allowed: a whole number of at least 259"),
+        ({"vocab_size": 258}, "backbone.vocab_size=258 is not allowed: a whole number from 259 to 1048576"),
         ({"max_position_embeddings": 0}, "backbone.max_position_embeddings=0"),
     ],
 )

@@ -6,21 +6,21 @@ Data that are split already have ``NAME.train.inter``, ``NAME.valid.inter`` and 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from fellrec.data.readers.folder import existing_files, found_instead, hash_files
 from fellrec.data.readers.table import (
-    existing_files,
-    hash_files,
     lacking,
     lines_of,
     read_table,
     require_columns,
     require_distinct,
+    require_separated,
     to_times,
 )
 from fellrec.data.schema import Locate, RawData
@@ -31,15 +31,19 @@ TITLES = ("title", "movie_title", "item_name", "name")
 RATINGS = ("rating", "label")
 STAGES = ("train", "valid", "test")
 _SUFFIX = re.compile(rf"(\.({'|'.join(STAGES)}))?\.inter$")
+_LIKE_A_STAGE = re.compile(r"(^|.*[._-])(train|training|valid|validation|val|dev|eval|test|testing)", re.IGNORECASE)
+"""Names of files that are parts of a split, but not called as RecBole calls them."""
+_LABELS, _NEGATIVE = {"0", "1", "-1", "0.0", "1.0", "-1.0", "true", "false"}, ("0", "-1", "0.0", "-1.0", "false")
 
 
 @dataclass(frozen=True)
 class _Files:
-    """The files of a data set; ``interactions`` has one file, or one for each stage."""
+    """The files of a data set; ``interactions`` has one file, or one for each stage; ``ignored`` those beside it."""
 
     interactions: Sequence[Path]
     items: Path
     users: Path
+    ignored: Sequence[Path] = ()
 
     @property
     def is_split(self) -> bool:
@@ -48,12 +52,16 @@ class _Files:
 
 @dataclass(frozen=True)
 class _Interactions:
-    """The interactions as in `RawData`, with their places, and the name of the rating's column if there is one."""
+    """The interactions as in `RawData`, with their places, and the name of the rating's column if there is one.
+
+    ``notes`` say which columns are not used though they look like ratings or labels.
+    """
 
     table: pd.DataFrame
     locate: Locate
     rating_name: str | None
     no_times: str
+    notes: Sequence[str]
 
 
 class AtomicReader(AtomicSettings):
@@ -82,28 +90,48 @@ class AtomicReader(AtomicSettings):
             rating_name=found.rating_name or "rating",
             no_items="" if files.items.exists() else f"{files.items} does not exist",
             no_times=found.no_times,
+            no_split=f"{_listed(files.ignored)} are ignored because {files.interactions[0].name} is beside them"
+            if files.ignored
+            else "",
+            notes=(*_about_ignored(files), *found.notes),
         )
 
     def fingerprint(self) -> str:
         """Hash of the files' contents."""
         files = self._files()
         paths = [*files.interactions, files.items, files.users]
-        return f"{hash_files(paths)}|{self.title_column}|{self.rating_column}"
+        beside = f"|{_listed(files.ignored)}" if files.ignored else ""
+        return f"{hash_files(paths)}|{self.title_column}|{self.rating_column}{beside}"
 
     def _files(self) -> _Files:
         existing_files(self.root, ())
         folder = Path(self.root).expanduser()
         names = sorted({_SUFFIX.sub("", path.name) for path in folder.glob("*.inter")})
         if not names:
-            raise DataError(f"{folder} has no .inter file")
-        if self.name is None and len(names) > 1:
-            raise DataError(f"{folder} has the .inter files of {', '.join(names)}; select one with data.reader.name")
-        name = names[0] if self.name is None else self.name
+            raise DataError(f"data.root={self.root} has no .inter file{found_instead(self.root, ())}")
+        name = self._choose(folder, names)
         whole, parts = folder / f"{name}.inter", [folder / f"{name}.{stage}.inter" for stage in STAGES]
-        if not any(path.exists() for path in (whole, *parts)):
+        present = [path for path in parts if path.exists()]
+        if not whole.exists() and not present:
             raise DataError(unknown("data.reader.name", name, names))
         found = [whole] if whole.exists() else existing_files(self.root, [path.name for path in parts])
-        return _Files(found, folder / f"{name}.item", folder / f"{name}.user")
+        ignored = present if whole.exists() else ()
+        return _Files(found, folder / f"{name}.item", folder / f"{name}.user", ignored)
+
+    def _choose(self, folder: Path, names: Sequence[str]) -> str:
+        if self.name is not None:
+            return self.name
+        if len(names) == 1:
+            return names[0]
+        parts = [f"{name}.inter" for name in names if _LIKE_A_STAGE.fullmatch(name)]
+        if parts:
+            raise DataError(
+                f"{folder} has {shorten(', '.join(parts))}: the parts of a split must be called "
+                f"{', '.join(f'NAME.{stage}.inter' for stage in STAGES)}; rename them"
+            )
+        raise DataError(
+            f"{folder} has the .inter files of {shorten(', '.join(names))}; select one with data.reader.name"
+        )
 
     def _interactions(self, files: _Files) -> _Interactions:
         tables = [_columns(path) for path in files.interactions]
@@ -122,10 +150,10 @@ class AtomicReader(AtomicSettings):
         kept["timestamp"] = np.nan if no_times else to_times(joined["timestamp"].fillna(""), locate)
         rating_name = next((name for name in rating or RATINGS if name in joined.columns), None)
         if rating_name is not None:
-            kept["rating"] = pd.to_numeric(joined[rating_name], errors="coerce").astype(float)
+            kept["rating"] = _to_ratings(joined[rating_name])
         if files.is_split:
             kept["stage"] = np.repeat(np.arange(len(tables)), np.diff(bounds))
-        return _Interactions(kept, locate, rating_name, no_times)
+        return _Interactions(kept, locate, rating_name, no_times, tuple(_about_unused(joined, rating_name)))
 
     def _items(self, path: Path) -> pd.DataFrame:
         if not path.exists():
@@ -147,11 +175,58 @@ class AtomicReader(AtomicSettings):
         raise DataError(f"{path} has no title: {unknown('column', ' or '.join(wanted), items.columns)}")
 
 
+def _to_ratings(column: pd.Series) -> pd.Series:
+    """Numbers as floats, and true and false as 1 and 0; NaN for anything else."""
+    numbers = pd.to_numeric(column, errors="coerce").astype(float)
+    if numbers.isna().any():
+        words = column.fillna("").str.strip().str.lower()
+        numbers = numbers.mask(words == "true", 1.0).mask(words == "false", 0.0)
+    return numbers
+
+
+def _about_unused(table: pd.DataFrame, rating_name: str | None) -> Iterator[str]:
+    """What to know of columns with labels that are not looked at, and of ratings that are not numbers."""
+    for name in table.columns:
+        if name == rating_name:
+            yield from _about_words(table[name])
+        elif name not in ("user_id", "item_id", "timestamp") and _has_labels(table[name]):
+            is_negative = table[name].fillna("").str.strip().str.lower().isin(_NEGATIVE)
+            if is_negative.any():
+                yield (
+                    f"the column {name} is not used: {_of(is_negative)} interactions have "
+                    f"{table[name][is_negative].iloc[0]} there and count like the others; data.reader.rating_column="
+                    f"{name} with data.min_rating=1 leaves them out"
+                )
+
+
+def _about_words(ratings: pd.Series) -> Iterator[str]:
+    is_word = _to_ratings(ratings).isna() & (ratings.fillna("").str.strip() != "")
+    if is_word.any():
+        example = shorten(repr(ratings[is_word].iloc[0]), 40)
+        yield f"{_of(is_word)} interactions have no number in the column {ratings.name}, such as {example}"
+
+
+def _has_labels(column: pd.Series) -> bool:
+    return {str(value).strip().lower() for value in column.dropna().unique()} <= _LABELS
+
+
+def _of(chosen: pd.Series) -> str:
+    return f"{int(chosen.sum()):,} of {len(chosen):,}"
+
+
+def _about_ignored(files: _Files) -> Iterator[str]:
+    if files.ignored:
+        yield f"{files.interactions[0].name} is read, and {_listed(files.ignored)} are ignored"
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return ", ".join(path.name for path in paths)
+
+
 def _columns(path: Path) -> pd.DataFrame:
     table = read_table(path, "\t")
     header = [str(name) for name in table.columns]
-    if len(header) == 1 and re.search(r"[,;|\s]", header[0]):
-        raise DataError(f"{path}:1: columns must be separated by a tab; the header is {shorten(repr(header[0]))}")
-    names = [name.partition(":")[0] for name in header]
+    require_separated(header, path, "\t")
+    names = [name.partition(":")[0].strip() for name in header]
     require_distinct(names, path)
     return table.set_axis(names, axis=1)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fellrec.data.readers.table import existing_files, hash_files, lines_of, read_table, require_columns, to_numbers
+from fellrec.data.readers.folder import FILES, existing_files, hash_files
+from fellrec.data.readers.table import lines_of, read_table, require_columns, to_times
 from fellrec.data.schema import RawData
 from fellrec.data.settings import FilesSettings
 
-PAIRS, TITLES = "MicroLens-100k_pairs.csv", "MicroLens-100k_title_en.csv"
+PAIRS, TITLES = FILES["micro_lens"]
 _PUBLISHED = {"user": "user_id", "item": "item_id", "timestamp": "timestamp"}
 
 
@@ -28,10 +29,9 @@ class MicroLensReader(FilesSettings):
         """
         pairs, titles = self._paths()
         interactions = read_table(pairs, ",")
-        interactions.columns = interactions.columns.str.strip()
         require_columns(interactions, tuple(_PUBLISHED), pairs)
         interactions = interactions[list(_PUBLISHED)].rename(columns=_PUBLISHED)
-        interactions["timestamp"] = to_numbers(interactions["timestamp"], lines_of(pairs, 2))
+        interactions["timestamp"] = to_times(interactions["timestamp"], lines_of(pairs, 2))
         items = read_table(titles, ",", ("item_id", "title"), last_is_free=True)
         has_header = items.loc[0, "item_id"].strip().lower() == "item"
         items = items.iloc[int(has_header) :].reset_index(drop=True)

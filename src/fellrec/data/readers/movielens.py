@@ -1,4 +1,4 @@
-"""MovieLens as published: 100K and 1M (latin-1, or copies in UTF-8), 1M as atomic files, and the later csv form."""
+"""MovieLens as published: 100K, 1M and 10M (latin-1 or UTF-8), 1M as atomic files, and the later csv form."""
 
 from __future__ import annotations
 
@@ -7,21 +7,13 @@ from pathlib import Path
 import pandas as pd
 
 from fellrec.data.readers.atomic import AtomicReader
-from fellrec.data.readers.table import (
-    UTF8_OR_LATIN1,
-    existing_files,
-    hash_files,
-    lines_of,
-    read_csv,
-    read_table,
-    require_columns,
-    to_numbers,
-)
+from fellrec.data.readers.decoding import UTF8_OR_LATIN1
+from fellrec.data.readers.folder import FILES, existing_files, hash_files
+from fellrec.data.readers.table import lines_of, read_csv, read_table, require_columns, to_numbers, to_times
 from fellrec.data.schema import Locate, RawData
 from fellrec.data.settings import FilesSettings
 
 _INTERACTIONS = ("user_id", "item_id", "rating", "timestamp")
-CSV_FILES = ("ratings.csv", "movies.csv")
 _CSV_NAMES = ("userId", "movieId", "rating", "timestamp")
 _NO_GENRE = "(no genres listed)"
 _GENRES = (
@@ -55,11 +47,14 @@ class MovieLens100KReader(FilesSettings):
         return hash_files(self._paths())
 
     def _paths(self) -> list[Path]:
-        return existing_files(self.root, ("u.data", "u.item", "u.user"))
+        return existing_files(self.root, FILES["ml_100k"])
 
 
 class MovieLens1MReader(FilesSettings):
-    """``ratings.dat``, ``movies.dat`` and ``users.dat``, or RecBole's atomic files; every rating is an interaction."""
+    """``ratings.dat``, ``movies.dat`` and ``users.dat``, or RecBole's atomic files; every rating is an interaction.
+
+    MovieLens-10M has no ``users.dat``; without it users have no attributes.
+    """
 
     def read(self) -> RawData:
         """Read the published files or the atomic ones.
@@ -72,10 +67,11 @@ class MovieLens1MReader(FilesSettings):
         ratings, movies, people = self._paths()
         items = read_table(movies, "::", ("item_id", "title", "genre"), encodings=UTF8_OR_LATIN1)
         items["genre"] = items["genre"].str.replace("|", " ", regex=False)
-        users = read_table(
-            people, "::", ("user_id", "gender", "age", "occupation", "zip_code"), encodings=UTF8_OR_LATIN1
-        )
         interactions = _interactions(ratings, "::")
+        users = interactions[["user_id"]].drop_duplicates().reset_index(drop=True)
+        if people.exists():
+            columns = ("user_id", "gender", "age", "occupation", "zip_code")
+            users = read_table(people, "::", columns, encodings=UTF8_OR_LATIN1)
         return RawData(interactions, items, users, lines_of(ratings, 1), lines_of(movies, 1), lines_of(people, 1))
 
     def fingerprint(self) -> str:
@@ -87,11 +83,8 @@ class MovieLens1MReader(FilesSettings):
         return not (folder / "ratings.dat").exists() and any(folder.glob("*.inter"))
 
     def _paths(self) -> list[Path]:
-        return existing_files(
-            self.root,
-            ("ratings.dat", "movies.dat", "users.dat"),
-            f"RecBole's *.inter, *.item, *.user; {' and '.join(CSV_FILES)} are read by data=ml_csv",
-        )
+        found = existing_files(self.root, FILES["ml_1m"], "RecBole's *.inter, *.item, *.user")
+        return [*found, Path(self.root).expanduser() / "users.dat"]
 
 
 class MovieLensCsvReader(FilesSettings):
@@ -121,7 +114,7 @@ class MovieLensCsvReader(FilesSettings):
         return hash_files(self._paths())
 
     def _paths(self) -> list[Path]:
-        return existing_files(self.root, CSV_FILES)
+        return existing_files(self.root, FILES["ml_csv"])
 
 
 def _interactions(path: Path, separator: str) -> pd.DataFrame:
@@ -129,4 +122,4 @@ def _interactions(path: Path, separator: str) -> pd.DataFrame:
 
 
 def _numbers(table: pd.DataFrame, locate: Locate) -> pd.DataFrame:
-    return table.assign(**{name: to_numbers(table[name], locate) for name in ("rating", "timestamp")})
+    return table.assign(rating=to_numbers(table["rating"], locate), timestamp=to_times(table["timestamp"], locate))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
-import hashlib
 import io
 import re
 from array import array
@@ -15,16 +13,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from fellrec.data.schema import Locate
+from fellrec.data.readers.decoding import UTF8, decode, lines_of_text
+from fellrec.data.schema import NO_VALUE, Locate
 from fellrec.errors import DataError, shorten
 
-UTF8 = ("utf-8",)
-UTF8_OR_LATIN1 = ("utf-8", "latin-1")
-"""Of files that are published as latin-1: copies of them are often saved as UTF-8."""
-
+_SEPARATORS = {"\t": "a tab", ",": "a comma"}
 _ROWS = 1 << 17
 """Rows of a file that are in memory as Python lists at the same time."""
-_UTF8_LETTER = re.compile(rb"[\xc3-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}")
 
 
 def read_table(
@@ -37,7 +32,7 @@ def read_table(
     """Read a file as text columns.
 
     Args:
-        path: The file. A byte order mark before the text is ignored.
+        path: The file.
         separator: Between fields; quotes have no meaning.
         columns: Column names of a file without a header; ``None`` takes the first line.
         encodings: Of the file; the first that fits is used.
@@ -50,25 +45,21 @@ def read_table(
         DataError: If the file is missing, has none of the encodings, has a column twice, or a line has another number
             of fields.
     """
-    text = _decode(path, encodings)
-    if separator != "\t":
-        text = text.replace("\t", " ")
-    lines = text.replace("\r\n", "\n").split("\n")  # splitlines would also break at latin-1's 0x85
+    lines = lines_of_text(path, encodings)
     if separator != "\t":
         most = len(columns) - 1 if columns is not None and last_is_free else -1
-        lines = [line.replace(separator, "\t", most) for line in lines]
-    while lines and not lines[-1]:
-        lines.pop()
-    if not lines:
-        raise DataError(f"{path} is empty")
-    names = list(columns) if columns is not None else lines[0].split("\t")
+        lines = [line.replace("\t", " ").replace(separator, "\t", most) for line in lines]
+    names = list(columns) if columns is not None else [name.strip() for name in lines[0].split("\t")]
     require_distinct(names, path)
     counts = [line.count("\t") + 1 for line in lines]
     wrong = [number for number, count in enumerate(counts) if count != len(names)]
     if wrong:
+        line = lines_of_text(path, encodings)[wrong[0]]
+        shown = f", the line is {shorten(repr(line))}" if counts[wrong[0]] == 1 else ""
         raise DataError(
             f"{path}:{wrong[0] + 1} has {counts[wrong[0]]} fields instead of {len(names)} "
-            f"({shorten(', '.join(names))}); {len(wrong)} such lines"
+            f"({shorten(', '.join(names))}), which {_SEPARATORS.get(separator, repr(separator))} separates{shown}; "
+            f"{len(wrong)} such lines"
         )
     return pd.read_csv(
         io.StringIO("\n".join(lines)),
@@ -93,7 +84,7 @@ def read_csv(path: Path) -> tuple[pd.DataFrame, Locate]:
     Raises:
         DataError: If the file is missing, is not UTF-8, has a column twice, or a line has another number of fields.
     """
-    rows = csv.reader(io.StringIO(_decode(path, UTF8), newline=""), strict=True)
+    rows = csv.reader(io.StringIO(decode(path, UTF8), newline=""), strict=True)
     lines = array("q")
 
     def checked(names: list[str]) -> Iterator[list[str]]:
@@ -109,13 +100,15 @@ def read_csv(path: Path) -> tuple[pd.DataFrame, Locate]:
             line = rows.line_num + 1
 
     try:
-        names = next(rows, [])
+        names = [name.strip() for name in next(rows, [])]
         if not names:
             raise DataError(f"{path} is empty")
+        require_separated(names, path, ",")
         require_distinct(names, path)
         parts = [pd.DataFrame(part, columns=names, dtype=str) for part in _batches(checked(names))]
     except csv.Error as error:
-        raise DataError(f"{path}:{rows.line_num}: {error}") from error
+        cause = "a quoted field does not end" if "unexpected end" in str(error) else str(error)
+        raise DataError(f"{path}:{rows.line_num}: {cause}") from error
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=names, dtype=str)
     return table, lambda row: f"{path}:{lines[row]}"
 
@@ -136,7 +129,9 @@ def to_numbers(column: pd.Series, locate: Locate) -> pd.Series:
 
 
 def to_times(column: pd.Series, locate: Locate) -> pd.Series:
-    """A text column of numbers or of ISO 8601 dates and times as floats, dates in seconds since 1970; NaN where empty.
+    """A text column of numbers or of ISO 8601 dates and times as floats, dates in seconds since 1970.
+
+    A field that is empty, or says that there is no value (``NULL``, ``NaN``, ``\\N``), is NaN.
 
     Args:
         column: Text; times without an offset are UTC.
@@ -145,14 +140,17 @@ def to_times(column: pd.Series, locate: Locate) -> pd.Series:
     Raises:
         DataError: If a field is neither, or if the column has both.
     """
-    is_missing = column.str.strip() == ""
     numbers = pd.to_numeric(column, errors="coerce")
-    if not numbers.notna().any() and not is_missing.all():
-        dates = pd.to_datetime(column.str.strip(), errors="coerce", format="ISO8601", utc=True)
-        _refuse_fields(column, dates.isna() & ~is_missing, "is not a number or an ISO 8601 time", locate)
-        return (dates - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
-    _refuse_fields(column, numbers.isna() & ~is_missing, "is not a number", locate)
-    return numbers.astype(float)
+    if numbers.notna().all():
+        return numbers.astype(float)
+    is_missing = column.str.strip().str.lower().isin(NO_VALUE)
+    if is_missing.all() or numbers[~is_missing].notna().any():
+        _refuse_fields(column, numbers.isna() & ~is_missing, "is not a number", locate)
+        return numbers.astype(float)
+    dates = pd.to_datetime(column.where(~is_missing).str.strip(), errors="coerce", format="ISO8601", utc=True)
+    _refuse_fields(column, dates.isna() & ~is_missing, "is not a number or an ISO 8601 time", locate)
+    microseconds = dates.dt.as_unit("us").astype("int64")  # nanoseconds have no year 1, and none above 2262
+    return (microseconds / 1e6).where(dates.notna())
 
 
 def _refuse_fields(column: pd.Series, is_wrong: pd.Series, what: str, locate: Locate) -> None:
@@ -169,6 +167,18 @@ def require_columns(table: pd.DataFrame, columns: Sequence[str], path: Path) -> 
     """
     if text := lacking(table, columns, path):
         raise DataError(text)
+
+
+def require_separated(header: Sequence[str], path: Path, separator: str) -> None:
+    """Check that a header is not one field because another separator is between its names.
+
+    Raises:
+        DataError: Naming the separator, with the header as it stands.
+    """
+    if len(header) == 1 and re.search(r"[,;|\s]", header[0]):
+        raise DataError(
+            f"{path}:1: columns must be separated by {_SEPARATORS[separator]}; the header is {shorten(repr(header[0]))}"
+        )
 
 
 def lacking(table: pd.DataFrame, columns: Sequence[str], path: Path) -> str:
@@ -189,63 +199,11 @@ def require_distinct(names: Sequence[str], path: Path) -> None:
         raise DataError(f"{path}:1 has the column {shorten(', '.join(map(repr, twice)))} more than once")
 
 
-def existing_files(root: str, names: Sequence[str], otherwise: str | None = None) -> list[Path]:
-    """Paths of the files of a folder.
-
-    Args:
-        root: The folder, ``data.root``.
-        names: Of the files.
-        otherwise: What is accepted instead, for the message.
-
-    Raises:
-        DataError: If the folder or any file is missing; all of them are named.
-    """
-    folder = Path(root).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"data.root={root} is not a directory")
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        also = f", or {otherwise}" if otherwise else ""
-        raise DataError(f"data.root={root} lacks {', '.join(missing)}; expected {', '.join(names)}{also}")
-    return [folder / name for name in names]
-
-
 def lines_of(path: Path, first_line: int) -> Locate:
     """Row → ``file:line``."""
     return lambda row: f"{path}:{row + first_line}"
 
 
-def hash_files(paths: Sequence[Path]) -> str:
-    """SHA-256 over the contents of the files, absent ones by their name.
-
-    Raises:
-        DataError: If a file cannot be read.
-    """
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.name.encode())
-        if path.exists():
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 def _batches(rows: Iterator[list[str]]) -> Iterator[list[list[str]]]:
     while batch := list(islice(rows, _ROWS)):
         yield batch
-
-
-def _decode(path: Path, encodings: Sequence[str]) -> str:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    try:
-        return raw.removeprefix(codecs.BOM_UTF8).decode(encodings[0])
-    except UnicodeDecodeError as error:
-        is_mixed = bool(_UTF8_LETTER.search(raw))
-        if len(encodings) > 1 and not is_mixed:
-            return raw.decode(encodings[1])
-        start = error.start + len(raw) - len(error.object)
-        line = raw[:start].count(b"\n") + 1
-        also = f", but other letters are, so it is not {encodings[1]}" if len(encodings) > 1 else ""
-        raise DataError(f"{path}:{line} is not {encodings[0]}: byte 0x{raw[start]:02x}{also}") from error

@@ -70,7 +70,11 @@ def test_published_files(published: Path) -> None:
     [
         (PAIRS, "user,video,time\n7,1,5\n", r"pairs.csv:1 lacks the column item, timestamp; it has user, video, time"),
         (PAIRS, "user,item,timestamp\n7,1\n", r"pairs.csv:2 has 2 fields instead of 3"),
-        (PAIRS, "user,item,timestamp\n7,1,soon\n", r"pairs.csv:2: 'soon' is not a number for timestamp"),
+        (
+            PAIRS,
+            "user,item,timestamp\n7,1,soon\n",
+            r"pairs.csv:2: 'soon' is not a number or an ISO 8601 time for timestamp",
+        ),
         (PAIRS, "user,item,timestamp\n7,8,5\n", r"1 interactions have an item .* first at .*pairs.csv:2"),
         (TITLES, "1, a\n2\n", r"title_en.csv:2 has 1 fields instead of 2"),
         (TITLES, "1, a\n1, b\n2, c\n", r"1 item ids are duplicates, first at .*title_en.csv:2"),

@@ -123,7 +123,9 @@ def test_missing_files_are_named(atomic: Path) -> None:
     (atomic / "films.inter").unlink()
     with pytest.raises(DataError, match=r"has no .inter file"):
         read(atomic)
-    with pytest.raises(DataError, match=r"lacks ratings.dat, movies.dat, users.dat"):
+    with pytest.raises(
+        DataError, match=r"lacks ratings.dat, movies.dat; expected ratings.dat, movies.dat, or RecBole's"
+    ):
         MovieLens1MReader(str(atomic)).read()
 
 
