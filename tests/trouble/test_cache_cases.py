@@ -57,6 +57,16 @@ def test_an_entry_is_for_its_user_only_and_can_be_read_where_nothing_can_be_writ
             folder.chmod(0o700)
 
 
+def test_an_entry_of_a_shell_that_lets_everybody_write_is_used_again(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        with new_entry(tmp_path / "0123") as draft:
+            (draft / "a").write_bytes(b"content")
+    finally:
+        os.umask(before)
+    assert is_intact(tmp_path / "0123")
+
+
 def test_what_is_made_while_another_process_was_faster_is_dropped_and_what_is_damaged_is_replaced(entry: Path) -> None:
     with new_entry(entry) as draft:
         (draft / "a").write_bytes(b"other")

@@ -33,6 +33,11 @@ from fellrec.tracking.run_log import NewRun, RunLog
 from fellrec.tracking.store import absolute, check_reachable, connect, make_client, ui_command, ui_environment
 
 SECRET = "hunter2-planted"
+TINY_SASREC = [
+    *("data.reader.num_users=40", "data.reader.num_items=20", "data.reader.mean_length=8", "partition=random"),
+    *("partition.num_clients=2", "trainer.cutoffs=[5]", "trainer.metric=ndcg_at_5", "backbone=sasrec"),
+    *("backbone.hidden_size=8", "backbone.num_layers=2", "split.head_layers=0"),
+]
 UID = "0123456789abcdef0123456789abcdef"
 
 
@@ -256,6 +261,30 @@ def test_a_run_writes_a_password_nowhere(
     run_dir = next(tmp_path.rglob("outbox")).parent
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (run_dir, *run_dir.rglob("*"))}
     assert {path: mode for path, mode in modes.items() if mode != (0o700 if path.is_dir() else 0o600)} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("umask", [0o000, 0o002])
+def test_whatever_a_command_writes_is_for_its_user_only(
+    umask: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a shell that lets everybody write: exports, a multirun's overrides and the outbox of a comparison were open."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    small = [*TINY_SASREC, f"cache_dir={tmp_path / 'cache'}", "trainer.num_rounds=1", "references.show=[]"]
+    before = os.umask(umask)
+    try:
+        main(["train", *small, "run_dir=run"])
+        main(["train", "-m", *small, "seed=1", "run_dir=sweep"])
+        main(["compare", *small, "aggregation=local", "run_dir=comparison"])
+        main(["export", "run", "--format", "trec", "--output", "out"])
+        main(["export", "run", "--format", "ranx"])
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    written = {*tmp_path.rglob("*")} - {Path.cwd()}
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in written}
+    assert {path: oct(mode) for path, mode in modes.items() if mode & 0o077} == {}
+    assert "made again" not in caplog.text
 
 
 # The outbox of a run directory that came from someone else

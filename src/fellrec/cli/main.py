@@ -35,7 +35,8 @@ VERBS = ("prepare", "train", "compare", "evaluate", "export", "plan", "submit", 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb and exit.
 
-    Ctrl-C several times within a second counts once.
+    Ctrl-C several times within a second counts once. Only the user can read files that a command creates: most have
+    interactions of users.
 
     Exit status: 0 for success, 1 for an error, 2 for wrong arguments. A run that was stopped by SIGUSR1 (75), SIGTERM
     (143) or Ctrl-C (130) can be resumed.
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("fellrec").setLevel(logging.DEBUG if options.debug else logging.NOTSET)
     _set_log_levels(options.verbose)
     _keep_secrets()
+    umask = os.umask(0o077)
     try:
         command = importlib.import_module(f"fellrec.cli.{options.verb}")
         command.run(options)
@@ -73,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not _is_distributed():
             raise
         _exit(stop.code if isinstance(stop.code, int) else 1)
+    finally:
+        os.umask(umask)
     _exit(0)
 
 

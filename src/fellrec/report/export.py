@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fellrec.data.cold import ColdStart
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError, DataError, unknown
-from fellrec.state.files import make_folder, write_atomically, write_parquet
+from fellrec.state.files import make_folder, private_files, write_atomically, write_parquet
 from fellrec.state.run_folder import CONFIG, which_run
 from fellrec.types import Evaluation
 
@@ -73,7 +73,7 @@ def export(run_dir: Path, tool: str, folder: Path) -> list[Path]:
     Args:
         run_dir: Of a finished run.
         tool: One of `TOOLS`.
-        folder: Target directory, created if absent. Files of the same names are replaced.
+        folder: Target directory, created if absent. Files of the same names are replaced; only the user can read them.
 
     Returns:
         The files.
@@ -91,9 +91,10 @@ def export(run_dir: Path, tool: str, folder: Path) -> list[Path]:
     rankings["user_id"], targets["user_id"] = rankings["user_id"].astype(str), targets["user_id"].astype(str)
     rankings["score"] = strictly_descending(rankings["score"].to_numpy(), rankings["rank"].to_numpy())
     files = TOOLS[tool](rankings, targets)
-    make_folder(folder)
-    for name, content in files.items():
-        write_atomically(folder / name, content)
+    with private_files():
+        make_folder(folder)
+        for name, content in files.items():
+            write_atomically(folder / name, content)
     return [folder / name for name in files]
 
 

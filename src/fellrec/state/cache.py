@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fellrec.errors import CheckpointError, StorageError
-from fellrec.state.files import commit, draft_of, read_checked, sync_folder, write_checked, writing
+from fellrec.state.files import commit, draft_of, private_files, read_checked, sync_folder, write_checked, writing
 
 log = logging.getLogger(__name__)
 
@@ -50,14 +50,16 @@ def new_entry(folder: Path) -> Iterator[Path]:
     """
     draft = draft_of(folder)
     shutil.rmtree(draft, ignore_errors=True)
-    with writing_entry(folder):
+    with writing_entry(folder), private_files():
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft.mkdir(mode=0o700)
     try:
-        yield draft
+        with private_files():  # a file that others can write to would not be used again
+            yield draft
         with writing_entry(folder):
             files = {path.name: [path.stat().st_size, _checksum(path)] for path in sorted(draft.iterdir())}
-            write_checked(draft / _MANIFEST, {"name": folder.name, "files": files})
+            with private_files():
+                write_checked(draft / _MANIFEST, {"name": folder.name, "files": files})
             if os.path.lexists(folder) and not _is_usable(folder):
                 _remove(folder)
             try:
