@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -9,10 +10,14 @@ from fellrec.functional.secrets import redact
 
 _LONGEST_NAME, _MOST_NAMES = 80, 100
 """Limits of choices in a message, which may come from a file."""
+_FIRST_LETTERS, _LAST_LETTERS = 2000, 800
+"""What is kept of a long message: one that repeats a value of a file or another library's text."""
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""What a terminal does not print but obeys; line breaks and tabs are part of messages."""
 
 
 class FellrecError(Exception):
-    """Base class of all user errors; passwords are removed from the message.
+    """Base class of all user errors; the message has no passwords and can be printed, see `printable`.
 
     Args:
         message: What was wrong, the value, and what is allowed.
@@ -24,7 +29,10 @@ class FellrecError(Exception):
     already_reported = False
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(redact(str(message)))
+        text = printable(redact(str(message)))
+        if len(text) > _FIRST_LETTERS + _LAST_LETTERS:
+            text = f"{text[:_FIRST_LETTERS]} […] {text[-_LAST_LETTERS:]}"
+        super().__init__(text)
 
 
 class ConfigError(FellrecError):
@@ -70,6 +78,16 @@ class Preempted(KeyboardInterrupt):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def printable(text: str) -> str:
+    """Escape control characters, such as those of a terminal's commands, in a text that may come from a file.
+
+    Example:
+        >>> print(printable("a\x1b[2Jb"))
+        a\\x1b[2Jb
+    """
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def shorten(text: str, most: int = 200) -> str:

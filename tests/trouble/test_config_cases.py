@@ -471,3 +471,22 @@ def test_moved_data_are_found_where_the_command_says(
     (run_dir / "data.json").write_text(json.dumps({"key": "other"}))
     assert "the data changed since" in refused(capsys, "evaluate", "run")
     assert "the data changed since" in refused(capsys, "train", "resume=run")
+
+
+@pytest.mark.parametrize("key", ["participation.on_failure", "partition._target_", "trainer.checkpoint_every"])
+@pytest.mark.parametrize(
+    "value", ["\x1b]0;title\x07\x1b[2J\x9b2J", "x" * 20_000, [1] * 9_000], ids=["terminal", "long", "list"]
+)
+def test_a_message_has_little_of_a_file_and_nothing_that_a_terminal_obeys(
+    run_dir: Path, key: str, value: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = OmegaConf.load(run_dir / "config.yaml")
+    OmegaConf.update(config, key, value)
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    with pytest.raises(SystemExit, match="1"):
+        main(["evaluate", "run"])
+    shown = capsys.readouterr().err
+    assert shown.startswith("fellrec evaluate: ")
+    assert len(shown) < 3000
+    assert shown.count("\n") == 1
+    assert shown.rstrip("\n").isprintable()

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 from types import TracebackType
 
-from fellrec.errors import ConfigError, FellrecError, Preempted, shorten
+from fellrec.errors import ConfigError, FellrecError, Preempted, printable, shorten
 from fellrec.functional.secrets import redact
 from fellrec.launch.preemption import INTERRUPT
 
@@ -167,7 +167,7 @@ def _keep_secrets() -> None:
 
 class _Redacting(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = redact(record.getMessage()), ()
+        record.msg, record.args = printable(redact(record.getMessage())), ()
         return True
 
 
