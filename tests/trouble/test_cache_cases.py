@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from fellrec.cli.main import main
-from fellrec.errors import StorageError
+from fellrec.errors import CheckpointError, StorageError
 from fellrec.state.cache import is_intact, new_entry
+from fellrec.state.files import read_checked
+from fellrec.state.tensor_store import check_file
 
 SMALL = (
     "data.reader.num_users=40", "data.reader.num_items=20", "data.reader.mean_length=8", "partition=random",
@@ -110,3 +114,29 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), new_entry(tmp_path / "x"):
         raise RuntimeError
     assert not list(tmp_path.iterdir())
+
+
+NESTED = b"[" * 100_000
+
+
+def test_files_with_deeply_nested_json_are_damaged(entry: Path, tmp_path: Path) -> None:
+    (entry / "entry.json").write_bytes(NESTED)
+    assert not is_intact(entry)
+    (tmp_path / "x").write_bytes(NESTED)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        read_checked(tmp_path / "x")
+    (tmp_path / "x").write_bytes(len(NESTED).to_bytes(8, "little") + NESTED)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        check_file(tmp_path / "x")
+
+
+@pytest.mark.parametrize("checksum", ["", "0", "0" * 33])
+def test_a_checksum_of_another_length_is_refused_at_once(tmp_path: Path, checksum: str) -> None:
+    """It is looked for in the header, and each place where an empty or short one is found would become longer."""
+    header = json.dumps({"__metadata__": {"checksum": checksum, "x": "0" * 2_000_000}}).encode()
+    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header)
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match="is damaged: its header"):
+        check_file(tmp_path / "x")
+    assert tracemalloc.get_traced_memory()[1] < 4 * len(header)
+    tracemalloc.stop()

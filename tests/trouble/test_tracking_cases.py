@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 import socket
 import sqlite3
 import stat
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -285,6 +287,39 @@ def test_whatever_a_command_writes_is_for_its_user_only(
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in written}
     assert {path: oct(mode) for path, mode in modes.items() if mode & 0o077} == {}
     assert "made again" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        (f"sqlite:///{'x' * 300}.db", "must be a file in a writable directory"),
+        ("sqlite:////proc/x.db", "must be a file in a writable directory"),
+        ("sqlite:///mlflow.db?mode=ro&uri=true", "sqlite's option uri is not supported"),
+        ("postgresql+psycopg2://127.0.0.1:1/x", "127.0.0.1, port 1: Connection refused"),
+        ("postgresql+psycopg2://no-host.invalid/x", "no-host.invalid, port 5432: "),
+        ("postgresql+pg8000://127.0.0.1:1/x", "No module named 'pg8000'"),
+        ("postgresql+psycopg2://:port/x", "cannot be used: invalid literal"),
+    ],
+)
+def test_an_address_where_nothing_can_be_stored_is_refused_at_once(
+    uri: str, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Long names were a traceback, ``uri=true`` made a file ``mlflow.db?mode=ro``, PostgreSQL was tried for 102 s."""
+    begin = time.monotonic()
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_reachable(compose([f"tracking.uri='{uri}'"]).tracking.uri)
+    assert time.monotonic() - begin < 8
+    assert not caplog.records
+    assert list(Path().iterdir()) == []
+
+
+def test_a_database_that_is_away_does_not_refuse_a_resume(caplog: pytest.LogCaptureFixture) -> None:
+    check_reachable("postgresql+psycopg2://127.0.0.1:1/x", may_be_away=True)
+    assert "is unreachable; metrics are recorded" in caplog.text
+
+
+def test_sqlite_with_the_name_of_its_driver_is_resolved_too() -> None:
+    assert absolute("sqlite+pysqlite:///x.db?timeout=5") == f"sqlite:///{Path.cwd()}/x.db?timeout=5"
 
 
 # The outbox of a run directory that came from someone else

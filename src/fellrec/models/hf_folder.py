@@ -209,7 +209,7 @@ def check_no_adapter(given: str, folder: Path) -> None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         base = found.get("base_model_name_or_path") if isinstance(found, Mapping) else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         base = None
     if (folder / "config.json").is_file():
         raise BackboneError(
@@ -250,7 +250,7 @@ def _names_class(folder: Path) -> bool:
     """Whether the files name a tokenizer class; ``TokenizersBackend`` is any."""
     try:
         found = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
     return found not in (None, "TokenizersBackend", "PreTrainedTokenizerFast")
 

@@ -116,7 +116,7 @@ def read_config(file: Path) -> Any:
     """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BackboneError(f"backbone.config={file} is not valid JSON: {error}") from error
     return config_of(f"backbone.config={file}", values)
 

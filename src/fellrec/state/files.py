@@ -139,11 +139,12 @@ def read_checked(path: Path) -> Any:
     try:
         whole = json.loads(path.read_bytes())
         expected, content = whole["checksum"], whole["content"]
+        found = _checksum(_compact(content))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: it differs from what was written") from error
-    if _checksum(_compact(content)) != expected:
+    if found != expected:
         raise CheckpointError(f"{path} is damaged: its checksum differs")
     return content
 

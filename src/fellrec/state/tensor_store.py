@@ -34,6 +34,8 @@ _DTYPES = {
 }
 _NAMED = {name: dtype for dtype, name in _DTYPES.items()}
 _ABOUT = "__metadata__"
+_LARGEST_HEADER = 100 << 20
+"""Of safetensors, in bytes."""
 _UNKNOWN = "0" * 32
 """Placeholder in the header while the checksum is computed."""
 
@@ -252,8 +254,10 @@ def check_file(path: Path) -> dict[str, str]:
     try:
         with path.open("rb") as file:
             length = file.read(8)
-            header = file.read(min(int.from_bytes(length, "little"), path.stat().st_size))
+            header = file.read(min(int.from_bytes(length, "little"), path.stat().st_size, _LARGEST_HEADER))
             about = json.loads(header)[_ABOUT]
+            if len(about["checksum"]) != len(_UNKNOWN):
+                raise ValueError(about["checksum"])
             digest.update(length + header.replace(about["checksum"].encode(), _UNKNOWN.encode()))
             while piece := file.read(1 << 20):
                 digest.update(piece)
@@ -261,7 +265,7 @@ def check_file(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} is missing") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: its header differs from what was written") from error
     if digest.hexdigest() != about["checksum"]:
         raise CheckpointError(f"{path} is damaged: its checksum differs")

@@ -211,7 +211,8 @@ def read_sent(folder: Path) -> Sent:
         sent = Sent(**json.loads(path.read_text()))
     except (ValueError, TypeError, RecursionError) as error:
         raise TrainingError(f"{path} is damaged; delete it to send everything again") from error
-    is_place = all(isinstance(number, int) and number >= 0 for number in (sent.number, sent.end))
+    size = (folder / _OPERATIONS).stat().st_size if (folder / _OPERATIONS).is_file() else 0
+    is_place = all(isinstance(number, int) and 0 <= number <= size for number in (sent.number, sent.end))
     if not is_place or not isinstance(sent.run_id, str | None) or (sent.number > 0 and sent.run_id is None):
         raise TrainingError(f"{path} is damaged; delete it to send everything again")
     return sent

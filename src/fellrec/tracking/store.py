@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sqlite3
 import sys
 import tempfile
 import threading
 import warnings
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -34,20 +35,35 @@ _CREDENTIALS = (
 _GATEWAY_ERRORS = (502, 503, 504)
 """HTTP status codes of a proxy whose server is unreachable."""
 
+_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+"""Of the databases, besides sqlite, that MLflow can use."""
+_CONNECT_SECONDS = 10.0
+
 _log = logging.getLogger(__name__)
 _creation = threading.Lock()
 """Only one thread creates the database; MLflow's own check of the tables is not thread-safe."""
 
 
+class NoAnswer(Exception):
+    """The server of a database did not answer."""
+
+
 def connect(uri: str) -> MlflowClient:
-    """Create a client without sending a request.
+    """Create a client without sending a request; a database must answer, as MLflow connects to it at once.
 
     MLflow's own retries are switched off: if only the response was lost, a retry would create a run twice. The outbox
     retries instead, and looks for the run first.
+
+    Raises:
+        ConfigError: If the address of a server has options.
+        NoAnswer: If there is nothing at the address of a database.
     """
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output has the results only
+    if reveal(uri).startswith("http") and set("?#") & set(reveal(uri)):
+        raise ConfigError(f"tracking.uri={uri} cannot be used: an address of a server has no options after ? or #")
+    _check_answers(uri)
     from mlflow.tracking import MlflowClient
 
     _make_sqlite(uri)
@@ -60,8 +76,6 @@ def make_client(uri: str) -> MlflowClient:
     Raises:
         ConfigError: If the store cannot be used or does not answer within seconds.
     """
-    if reveal(uri).startswith("http") and set("?#") & set(reveal(uri)):
-        raise ConfigError(f"tracking.uri={uri} cannot be used: an address of a server has no options after ? or #")
     try:
         _check_file(uri)
         client = connect(uri)
@@ -86,11 +100,11 @@ def check_reachable(uri: str | None, may_be_away: bool = False, experiment: str 
     Raises:
         ConfigError: If the store cannot be used.
     """
-    path = None if uri is None else _sqlite_path(uri)
     if uri is None:
         return
     _check_options(uri)
-    if path is not None and not path.exists():
+    path = _sqlite_path(uri)
+    if path is not None and not os.path.exists(path):
         _check_file(uri)
         return
     try:
@@ -128,7 +142,7 @@ def look_at(uri: str) -> str:
         _check_file(uri)
     except sqlite3.OperationalError as error:
         raise ConfigError(f"tracking.uri={uri} cannot be used: {_first_line(error)}") from error
-    return uri if path.exists() else f"{uri}, which the first run creates"
+    return uri if os.path.exists(path) else f"{uri}, which the first run creates"
 
 
 def _deleted(client: MlflowClient, uri: str, experiment: str) -> str | None:
@@ -168,7 +182,7 @@ def absolute(uri: str) -> str:
     """
     url = _sqlite_url(uri)
     path = _sqlite_path(uri)
-    return uri if url is None else url.set(database=str(path)).render_as_string(hide_password=False)
+    return uri if url is None else url.set(drivername="sqlite", database=str(path)).render_as_string(False)
 
 
 def ui_command(uri: str, host: str, port: int, allowed_hosts: Sequence[str] = ()) -> list[str]:
@@ -212,7 +226,7 @@ def _sqlite_url(uri: str) -> URL | None:
     Raises:
         ConfigError: See `absolute`.
     """
-    if not uri.startswith("sqlite:"):
+    if not uri.startswith(("sqlite:", "sqlite+pysqlite:")):
         return None
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
@@ -259,7 +273,7 @@ def _make_sqlite(uri: str) -> None:
 
 def _is_away(uri: str, error: BaseException) -> bool:
     """Whether a store may answer later: a server that did not answer, a database that is locked."""
-    return (_may_be_a_server(uri) and _is_unreachable(error)) or _is_locked(error)
+    return isinstance(error, NoAnswer) or (_may_be_a_server(uri) and _is_unreachable(error)) or _is_locked(error)
 
 
 def _is_locked(error: BaseException) -> bool:
@@ -308,8 +322,7 @@ def _check_file(uri: str) -> None:
     path = _sqlite_path(uri)
     if path is None:
         return
-    existing = next(folder for folder in (path, *path.parents) if folder.exists())
-    if path.is_dir() or not os.access(existing, os.W_OK) or (existing != path and not existing.is_dir()):
+    if not _can_be_written(path):
         raise ConfigError(
             f"tracking.uri={uri} cannot be used: {path} must be a file in a writable directory, "
             f"such as tracking.uri={DEFAULT_URI}"
@@ -326,6 +339,45 @@ def _check_file(uri: str) -> None:
             raise ConfigError(f"tracking.uri={uri} cannot be used: {path} is a database of another program")
 
 
+def _can_be_written(path: Path) -> bool:
+    """Whether a file can be written or created, with its folders, and others beside it, as sqlite needs."""
+    existing = next(place for place in (path, *path.parents) if os.path.exists(place))
+    folder = path.parent if existing == path else existing
+    if os.path.isdir(path) or not os.path.isdir(folder) or not all(os.access(p, os.W_OK) for p in (existing, folder)):
+        return False
+    try:
+        with suppress(FileNotFoundError):
+            path.lstat()  # fails if a name is too long
+        with tempfile.TemporaryFile(dir=folder):  # fails in /proc
+            return True
+    except OSError:
+        return False
+
+
+def _check_answers(uri: str) -> None:
+    """Connect to a database that is a server. MLflow would try it for minutes.
+
+    Raises:
+        NoAnswer: If nothing is there, or no connection can be made.
+    """
+    from sqlalchemy import create_engine
+    from sqlalchemy.engine import make_url
+
+    scheme = urlsplit(uri).scheme.partition("+")[0]
+    if scheme not in _PORTS:
+        return
+    url = make_url(reveal(uri))
+    engine = create_engine(url)  # fails without the package of the database
+    if url.host and not url.host.startswith("/"):
+        try:
+            socket.create_connection((url.host, url.port or _PORTS[scheme]), _CONNECT_SECONDS).close()
+        except OSError as error:
+            raise NoAnswer(f"{url.host}, port {url.port or _PORTS[scheme]}: {error.strerror or error}") from error
+    with engine.connect():
+        pass
+    engine.dispose()
+
+
 def _check_options(uri: str) -> None:
     """Refuse options of sqlite that have no effect or a wrong value, such as ``?timeout=soon``.
 
@@ -337,6 +389,8 @@ def _check_options(uri: str) -> None:
     url = _sqlite_url(uri)
     if url is None or not url.query:
         return
+    if "uri" in url.query:  # its options become part of the name of a new file
+        raise ConfigError(f"tracking.uri={uri} cannot be used: sqlite's option uri is not supported")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
