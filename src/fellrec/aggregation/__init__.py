@@ -5,10 +5,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fellrec.aggregation.settings import RULES
+
 if TYPE_CHECKING:
     from fellrec.aggregation.base import AggregationCallback
     from fellrec.aggregation.centralized import Centralized
     from fellrec.aggregation.fedavg import FedAvg
+    from fellrec.aggregation.fedavgm import FedAvgM
+    from fellrec.aggregation.fedopt import FedAdagrad, FedAdam, FedYogi
+    from fellrec.aggregation.fedprox import FedProx
     from fellrec.aggregation.fellrec import FELLRec
     from fellrec.aggregation.local import Local
     from fellrec.aggregation.persistence import Persistence
@@ -19,7 +24,12 @@ __all__ = [
     "AggregationCallback",
     "Centralized",
     "FELLRec",
+    "FedAdagrad",
+    "FedAdam",
     "FedAvg",
+    "FedAvgM",
+    "FedProx",
+    "FedYogi",
     "Local",
     "Persistence",
     "Uniform",
@@ -30,4 +40,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{'base' if name == 'AggregationCallback' else name.lower()}"), name)
+    if name == "AggregationCallback":
+        return import_module(f"{__name__}.base").AggregationCallback
+    return getattr(import_module(f"{__name__}.{RULES[name].about.module or name.lower()}"), name)

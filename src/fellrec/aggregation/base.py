@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fellrec.aggregation.settings.about import About, Limits
 from fellrec.errors import TrainingError, unknown
 from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.population import Population
+from fellrec.federated.populations import SharedModel
 from fellrec.federated.records import Aggregated, Updates
 from fellrec.federated.terms import LocalTerm
 from fellrec.functional.mixing import Mixture, MixtureOfGroups
-from fellrec.functional.stacks import AdapterStack
+from fellrec.functional.stacks import AdapterStack, Repeated
 
+_WAYS = ("mixing_matrix", "update_weights", "aggregate")
 SEES = ("nothing", "sums", "adapters")
 """Values of ``AggregationCallback.sees``."""
 
@@ -23,18 +26,22 @@ SEES = ("nothing", "sums", "adapters")
 class AggregationCallback(FederatedCallback):
     """Base of every aggregation rule; a run has exactly one.
 
-    Most rules implement only `mixing_matrix`. A rule that cannot be written as a matrix overrides `aggregate`. A rule
-    with state overrides `state_dict` and `load_state_dict`, whose values may be tensors. A rule of your own needs one
-    class and the override ``aggregation._target_=my_package.MyRule``.
+    A rule defines one of three methods: `mixing_matrix`, where each client gets a mixture of the clients' adapters;
+    `update_weights`, where the server has one model that moves by a weighted sum of the clients' updates; or
+    `aggregate`, for everything else. A rule with state overrides `state_dict` and `load_state_dict`, whose values may
+    be tensors. A rule of your own needs one class and the override ``aggregation._target_=my_package.MyRule``.
 
     Attributes:
         sees: What the rule reads of the clients' adapters: ``"adapters"``, all of them; ``"sums"``, only weighted sums
             (``updates.weighted_sums``), as under secure aggregation; ``"nothing"``: no client's adapter is needed by
             another, and none leaves its client.
-        population: Models of the population: ``Population`` (one a client), ``OneForAll`` or ``SharedAndPersonal``.
+        population: Models of the population: ``Population`` (one a client; clients that miss a round keep theirs),
+            ``SharedModel`` (the server's, which every cohort starts from; the default of rules that define
+            `update_weights`), ``SharedAndPersonal`` (both), or ``OneForAll`` (trained on pooled data).
         serves: With ``SharedAndPersonal``, the model that is evaluated and tested: ``"personal"`` or ``"shared"``.
         needs_start_loss: Whether clients measure their loss at the received adapter, for ``updates.start_losses``.
         local_terms: What is added to the clients' local objective.
+        limits: What the rule cannot be combined with; refused before data and models are loaded.
 
     Example:
         >>> class FirstClient(AggregationCallback):
@@ -49,25 +56,35 @@ class AggregationCallback(FederatedCallback):
     population: type[Population] = Population
     serves: str = "personal"
     needs_start_loss: bool = False
+    limits: Limits = Limits()
+    own_about: About | None = None
     local_terms: Sequence[LocalTerm] = ()
     """Made with the rule in every process: what changes from round to round goes to clients as tensors, not here."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuse a rule that defines neither `mixing_matrix` nor `aggregate`, or an unknown ``sees``.
+        """Refuse a rule that defines no way to aggregate, or an unknown ``sees``; take over what ``about`` says.
 
         Raises:
             TypeError: See above.
         """
         super().__init_subclass__(**kwargs)
+        # Only where a class has the settings as a base of its own: a rule derived from it is another rule.
+        about = next((vars(kind)["about"] for kind in (cls, *cls.__bases__) if "about" in vars(kind)), None)
+        cls.own_about = about
+        if about is not None:
+            cls.sees, cls.limits = vars(cls).get("sees", about.sees), vars(cls).get("limits", about.limits)
         if cls.sees not in SEES:
             raise TypeError(f"{cls.__name__}: {unknown('value of sees', cls.sees, SEES)}")
-        if cls.mixing_matrix is AggregationCallback.mixing_matrix and cls.aggregate is AggregationCallback.aggregate:
-            raise TypeError(f"{cls.__name__}: an aggregation rule defines mixing_matrix or aggregate")
+        defined = [name for name in _WAYS if getattr(cls, name) is not getattr(AggregationCallback, name)]
+        if not defined:
+            raise TypeError(f"{cls.__name__}: an aggregation rule defines {', '.join(_WAYS[:-1])} or {_WAYS[-1]}")
+        if "update_weights" in defined and cls.population is Population:
+            cls.population = SharedModel
 
     @property
     def name(self) -> str:
-        """The rule's name in tables and messages: the class name in lower case."""
-        return type(self).__name__.lower()
+        """The rule's name in tables and messages: that of ``about``, or the class name in lower case."""
+        return self.own_about.name if self.own_about is not None else type(self).__name__.lower()
 
     def trains(self, name: str, round_index: int) -> bool:
         """Whether a parameter of the adapter is trained in a round; the others stay frozen and are not exchanged."""
@@ -92,7 +109,19 @@ class AggregationCallback(FederatedCallback):
             ``[N, N]`` floats, receiver by sender, rows and columns as in ``updates.clients``; each row sums to 1. Or
             one for each group of parameters, see `group_of`.
         """
-        raise NotImplementedError(f"{self.name} overrides aggregate and has no mixing matrix")
+        raise NotImplementedError(f"aggregation {self.name} has no mixing matrix")
+
+    def update_weights(self, updates: Updates, round_index: int) -> Tensor:
+        """What each client's update is multiplied by; the shared model moves by their weighted sum.
+
+        Args:
+            updates: All updates of the round; not to be changed.
+            round_index: From 0.
+
+        Returns:
+            ``[N]`` finite floats, with any sum.
+        """
+        raise NotImplementedError(f"aggregation {self.name} has no weights of updates")
 
     def aggregate(self, updates: Updates, round_index: int) -> Aggregated:
         """The next adapters of the cohort, by METHOD (4) with this rule's mixing matrix.
@@ -108,6 +137,8 @@ class AggregationCallback(FederatedCallback):
         Raises:
             TrainingError: If the rule's matrix has a wrong shape, is not finite, or has a row that does not sum to 1.
         """
+        if type(self).update_weights is not AggregationCallback.update_weights:
+            return self.move(updates, self.update_weights(updates, round_index))
         found = self.mixing_matrix(updates, round_index)
         if isinstance(found, Tensor):
             return self.combine(updates, found)
@@ -136,6 +167,71 @@ class AggregationCallback(FederatedCallback):
             )
         return samples / samples.sum()
 
+    def client_weights(self, updates: Updates, weights: str) -> Tensor:
+        """Each client's weight in a mean, ``[N]`` float64 with sum 1: its share of all samples, or the same for all.
+
+        Args:
+            updates: All updates of the round.
+            weights: ``"samples"`` or ``"equal"``.
+
+        Raises:
+            TrainingError: See `sample_shares`.
+        """
+        if weights == "samples":
+            return self.sample_shares(updates)
+        return torch.full((len(updates.clients),), 1 / len(updates.clients), dtype=torch.float64)
+
+    def move(
+        self,
+        updates: Updates,
+        weights: Tensor,
+        per_client: Mapping[str, Tensor] | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> Aggregated:
+        """Move the shared model by a weighted sum of updates, and record the weights as ``update_weight``.
+
+        Args:
+            updates: All updates of the round.
+            weights: ``[N]``, see `update_weights`.
+            per_client: Other vectors worth logging.
+            metrics: Figures worth logging.
+
+        Raises:
+            TrainingError: If the weights cannot be used, or clients started the round with different adapters; the
+                message names the rule.
+        """
+        if not isinstance(weights, Tensor) or weights.shape != (len(updates.clients),):
+            found = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+            raise TrainingError(
+                f"aggregation {self.name}: the weights of updates are {found}, needed is [{len(updates.clients)}]"
+            )
+        if not torch.isfinite(weights).all():
+            raise TrainingError(
+                f"aggregation {self.name}: the weights of updates are not finite: {weights.tolist()} for clients "
+                f"{list(updates.clients)}"
+            )
+        updates.check_common_start(self.name)
+        vectors = {"update_weight": weights.double(), **(per_client or {})}
+        return self.shared(updates, updates.moved(weights), vectors, metrics)
+
+    def shared(
+        self,
+        updates: Updates,
+        adapter: Mapping[str, Tensor],
+        per_client: Mapping[str, Tensor] | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> Aggregated:
+        """The result of a rule with one model for all clients.
+
+        Args:
+            updates: All updates of the round.
+            adapter: The next shared adapter, name → ``[*shape]``; cast to the type of the clients' adapters.
+            per_client: Vectors worth logging.
+            metrics: Figures worth logging.
+        """
+        rows = Repeated(updates.like_adapters(adapter), len(updates.clients))
+        return Aggregated(rows, per_client=dict(per_client or {}), metrics=dict(metrics or {}))
+
     def combine(
         self,
         updates: Updates,
@@ -158,6 +254,8 @@ class AggregationCallback(FederatedCallback):
         """
         self._check(matrix, len(updates.clients))
         mixed = adapters
+        if mixed is None and self.sees != "nothing" and bool((matrix == matrix[0]).all()):
+            mixed = Repeated(updates.weighted_sums(matrix[0]), len(updates.clients))
         if mixed is None:
             mixed = {} if self.sees == "nothing" else Mixture(matrix, updates.end)
         return Aggregated(mixed, {"mixing": matrix, **(matrices or {})}, dict(per_client or {}))

@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 from fellrec.aggregation.base import AggregationCallback
-from fellrec.federated.population import OneForAll
+from fellrec.aggregation.settings.averages import CentralizedSettings
+from fellrec.federated.populations import OneForAll
 from fellrec.federated.records import Updates
 
 
-class Centralized(AggregationCallback):
+class Centralized(AggregationCallback, CentralizedSettings):
     """The loop trains one client that holds everybody's data, and serves every client with its adapter.
 
     Not federated: it shows what could be reached if interactions could leave the clients.
     """
 
     population = OneForAll
-    sees = "nothing"
 
     def mixing_matrix(self, updates: Updates, round_index: int) -> Tensor:
         """The identity, ``[N, N]`` float64: there is nothing to mix."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fellrec.aggregation.base import AggregationCallback
-from fellrec.aggregation.settings import FELLRecSettings
+from fellrec.aggregation.settings.mixing import FELLRecSettings
 from fellrec.errors import TrainingError
 from fellrec.federated.records import Aggregated, Updates
 from fellrec.functional import mixing

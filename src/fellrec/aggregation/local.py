@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from fellrec.aggregation.base import AggregationCallback
+from fellrec.aggregation.settings.averages import LocalSettings
 from fellrec.federated.records import Updates
 
 
-class Local(AggregationCallback):
+class Local(AggregationCallback, LocalSettings):
     """Each client keeps its own adapter; the baseline for every client's gain."""
-
-    sees = "nothing"
 
     def mixing_matrix(self, updates: Updates, round_index: int) -> Tensor:
         """The identity, ``[N, N]`` float64."""

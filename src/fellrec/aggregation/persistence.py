@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fellrec.aggregation.base import AggregationCallback
-from fellrec.aggregation.settings import PersistenceSettings
+from fellrec.aggregation.settings.mixing import PersistenceSettings
 from fellrec.federated.records import Aggregated, Updates
 from fellrec.functional import mixing
 from fellrec.functional.sketch import sketch_updates

@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 
 from fellrec.aggregation.base import AggregationCallback
+from fellrec.aggregation.settings.averages import UniformSettings
+from fellrec.federated.populations import SharedModel
 from fellrec.federated.records import Updates
 
 
-class Uniform(AggregationCallback):
+class Uniform(AggregationCallback, UniformSettings):
     """Every client gets the unweighted mean; FELLRec with both halves switched off."""
+
+    population = SharedModel
 
     def mixing_matrix(self, updates: Updates, round_index: int) -> Tensor:
         """``1 / N`` everywhere, ``[N, N]`` float64."""

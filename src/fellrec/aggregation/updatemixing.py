@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fellrec.aggregation.base import AggregationCallback
-from fellrec.aggregation.settings import UpdateMixingSettings
+from fellrec.aggregation.settings.mixing import UpdateMixingSettings
 from fellrec.federated.records import Aggregated, Updates
 from fellrec.functional import mixing
 

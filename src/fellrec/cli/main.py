@@ -28,7 +28,7 @@ _PLACES = (
 )
 """Variables with this process's number on its node: of torchrun, srun, jsrun, and mpirun of Open MPI and MPICH."""
 
-VERBS = ("prepare", "train", "compare", "evaluate", "export", "plan", "submit", "ui", "sync", "doctor")
+VERBS = ("prepare", "train", "compare", "evaluate", "export", "plan", "submit", "ui", "sync", "list", "doctor")
 """Each is a module of this package with ``PURPOSE``, ``EXAMPLES``, ``add_arguments(parser)`` and ``run(options)``."""
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from fellrec.aggregation.settings import FELLRecSettings, PersistenceSettings, UpdateMixingSettings
+from fellrec.aggregation.settings import RULES
 from fellrec.cut.settings import SplitSettings
 from fellrec.data.settings import (
     AtomicSettings,
@@ -112,11 +112,7 @@ CHOICES: Mapping[str, Mapping[str, type]] = {
         "fellrec.rankers.grounding.GroundingRanker": GroundingSettings,
         "fellrec.rankers.likelihood.LikelihoodRanker": LikelihoodSettings,
     },
-    "aggregation": {
-        "fellrec.aggregation.FELLRec": FELLRecSettings,
-        "fellrec.aggregation.Persistence": PersistenceSettings,
-        "fellrec.aggregation.UpdateMixing": UpdateMixingSettings,
-    },
+    "aggregation": {f"fellrec.aggregation.{name}": kind for name, kind in RULES.items()},
 }
 """Groups whose choices have settings of their own, by ``_target_``, or for a backbone by its name."""
 
@@ -203,10 +199,11 @@ def defaults_of(kind: type) -> dict[str, Any]:
         >>> defaults_of(AttributeSettings)
         {'column': '???', 'num_clients': None}
     """
-    return {field.name: _plain(field.default, field.default_factory) for field in fields(kind)}
+    return {field.name: plain_default(field.default, field.default_factory) for field in fields(kind)}
 
 
-def _plain(default: Any, factory: Any) -> Any:
+def plain_default(default: Any, factory: Any) -> Any:
+    """The default of a dataclass's field as a plain value; ``???`` if it has none."""
     value = factory() if factory is not MISSING else default
     if value is MISSING:
         return "???"

@@ -36,6 +36,7 @@ from fellrec.experiment.backbones import sasrec_backbone, tiny_backbone
 from fellrec.experiment.precision import check_precision, weights_dtype
 from fellrec.federated.base_change import BaseWeights
 from fellrec.functional.candidates import SampledCandidates
+from fellrec.functional.ranges import refuse
 from fellrec.functional.ranking import check_cutoffs
 from fellrec.metrics.clients import ClientRankingMetrics
 from fellrec.models.adapters import AdapterKind, FullAdapter, plain_name
@@ -202,9 +203,11 @@ def build_rule(config: DictConfig) -> AggregationCallback:
     """The aggregation rule of the configuration.
 
     Raises:
-        ConfigError: If it is not a subclass of `AggregationCallback`, or does not take its settings.
+        ConfigError: If it is not a subclass of `AggregationCallback`, does not take its settings, or cannot be combined
+            with other settings.
     """
     rule: AggregationCallback = instantiate(config.aggregation, "aggregation", of=AggregationCallback)
+    refuse(*rule.limits.problems(rule.name, as_dict(config)))
     return rule
 
 

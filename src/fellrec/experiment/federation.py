@@ -27,10 +27,13 @@ from fellrec.federated.ledger import Ledger
 from fellrec.federated.local import LocalTrainer
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.participation import Participation
-from fellrec.federated.population import JobNeeds, Population, SharedAndPersonal
+from fellrec.federated.population import JobNeeds, Population
+from fellrec.federated.populations import SharedAndPersonal
 from fellrec.federated.progress import Progress
+from fellrec.federated.records import LoraLayer
 from fellrec.federated.selection import Selection
 from fellrec.federated.settings import ParticipationSettings, TrainerSettings
+from fellrec.models.adapters import lora_layers
 from fellrec.models.module import OptimizerSettings
 
 
@@ -125,7 +128,9 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
         population=population,
         participation=Participation(settings(ParticipationSettings, config.participation, "participation"), seed),
         executor=executor,
-        exchange=Exchange(rule, ledger, transforms, at_server=_is_at_server(recommender), meters=meters),
+        exchange=Exchange(
+            rule, ledger, transforms, _is_at_server(recommender), meters, _layers(recommender), num_clients
+        ),
         selection=Selection(population, trainer.metric, trainer.select, trainer.patience),
         progress=Progress(),
         ledger=ledger,
@@ -189,11 +194,23 @@ def _is_at_server(recommender: Recommender) -> Callable[[str], bool]:
     return lambda name: is_cut and model.part_of(name) == "body"
 
 
+def _layers(recommender: Recommender) -> list[LoraLayer]:
+    """The layers that LoRA adapts, of both sides of a cut that are in this process."""
+    models = [recommender.module.model.model, *([recommender.server.model.model] if recommender.server else [])]
+    return [LoraLayer(*found) for model in models for found in lora_layers(model)]
+
+
 def _population(
     rule: AggregationCallback, initial: Mapping[str, Tensor], num_clients: int, trainer: TrainerSettings
 ) -> Population:
     has_trains = type(rule).trains is not AggregationCallback.trains
-    needs = JobNeeds(rule.trains if has_trains else None, rule.needs_start_loss, trainer.reset_optimizer)
+    keeps = type(rule).exchanges is not AggregationCallback.exchanges
+    needs = JobNeeds(
+        trains=rule.trains if has_trains else None,
+        start_loss=rule.needs_start_loss,
+        reset_optimizer=trainer.reset_optimizer,
+        is_personal=(lambda name: not rule.exchanges(name, 0)) if keeps else None,
+    )
     if issubclass(rule.population, SharedAndPersonal):
         return rule.population(initial, num_clients, needs, rule.serves)
     return rule.population(initial, num_clients, needs)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fellrec.errors import TrainingError
 from fellrec.federated.ledger import Ledger
-from fellrec.federated.records import Aggregated, Received, SumsOnly, Trained, Updates
+from fellrec.federated.records import Aggregated, LoraLayer, Received, SumsOnly, Trained, Updates
 from fellrec.functional.stacks import AdapterStack, RowStack, as_lazy
 from fellrec.state.tensor_store import StoredTensors
 from fellrec.types import Adapter
@@ -74,6 +74,8 @@ class Exchange:
         at_server: Whether a parameter is on a server that trains it for the clients (the body of an executed cut): it
             need not be sent.
         meters: Give further figures of a round.
+        layers: Layers that LoRA adapts, for the rule.
+        num_clients: C, for the rule.
     """
 
     def __init__(
@@ -83,12 +85,16 @@ class Exchange:
         transforms: Sequence[Transform] = (),
         at_server: Callable[[str], bool] = lambda name: False,
         meters: Sequence[Meter] = (),
+        layers: Sequence[LoraLayer] = (),
+        num_clients: int = 0,
     ) -> None:
         self.rule = rule
         self.ledger = ledger
         self.transforms = list(transforms)
         self.at_server = at_server
         self.meters = list(meters)
+        self.layers = tuple(layers)
+        self.num_clients = num_clients
         self._sizes: dict[str, int] = {}
 
     def up(self, trained: Sequence[Trained]) -> Updates:
@@ -113,6 +119,9 @@ class Exchange:
             start_losses=torch.tensor(start_losses, dtype=torch.float64) if start_losses else None,
             start_rounds=tuple(t.job.round_index for t in trained),
             tensors={name: _stack_of(trained, name) for name in own},
+            num_steps=torch.tensor([t.num_steps for t in trained], dtype=torch.float64),
+            num_clients=self.num_clients,
+            layers=self.layers,
         )
         updates.check_finite(round_index)
         if self.rule.sees != "sums":
@@ -130,7 +139,9 @@ class Exchange:
             raise TrainingError(
                 f"aggregation {self.rule.name}: aggregate returned {type(aggregated).__name__}; needed is Aggregated"
             )
-        received = Received(updates.clients, aggregated.adapters, aggregated.tensors, aggregated.base)
+        received = Received(
+            updates.clients, aggregated.adapters, aggregated.tensors, aggregated.base, aggregated.resets
+        )
         if self.rule.sees != "nothing":
             kept = [stack[name] for stack in aggregated.tensors.values() for name in stack if not self.at_server(name)]
             num_bytes = sum(tensor.nbytes // len(tensor) for tensor in kept)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fellrec.errors import CheckpointError, ConfigError, StorageError, TrainingError, unknown
+from fellrec.errors import CheckpointError, StorageError, TrainingError
 from fellrec.federated.records import NOTHING, Job, Received, ScoreJob, Trained
 from fellrec.functional.stacks import LazyStack, as_lazy
 from fellrec.state.bank import AdapterBank
@@ -30,11 +30,13 @@ class JobNeeds:
         trains: Whether a parameter is trained in a round: name, round → bool; ``None`` for all.
         start_loss: Whether the loss at the received adapter is measured.
         reset_optimizer: Whether every client forgets its optimiser state at the start of a round.
+        is_personal: Whether a parameter never leaves its client; ``None`` if none is.
     """
 
     trains: Callable[[str, int], bool] | None = None
     start_loss: bool = False
     reset_optimizer: bool = False
+    is_personal: Callable[[str], bool] | None = None
 
 
 class Population:
@@ -183,14 +185,20 @@ class Population:
         """Let rows have what came back from an aggregation; parameters and rows that are absent stay as they are."""
         stack = as_lazy(received.adapters)
         if stack:
-            if set(stack) != set(self.bank.kinds):
-                _check_part(stack, self.bank.kinds)
-                stack = _Overlaid(self.bank.stack(received.rows), stack)
-            self.bank.replace(received.rows, stack)
+            _check_part(stack, self.bank.kinds)
+            self.receive_adapters(received.rows, stack)
         if received.tensors:
             self._receive_tensors(received)
         if received.base:
             self.base = (*self.base, self.store.put(0, received.base))
+        if received.resets:
+            self._forget(set(received.resets))
+
+    def receive_adapters(self, rows: Sequence[int], stack: LazyStack) -> None:
+        """Let some rows have other adapters; ``stack`` may have only some of the parameters."""
+        if set(stack) != set(self.bank.kinds):
+            stack = Overlaid(self.bank.stack(rows), stack)
+        self.bank.replace(rows, stack)
 
     @property
     def store(self) -> TensorStore:
@@ -251,6 +259,12 @@ class Population:
         self.local_steps[trained.row] += trained.num_steps
         return trained
 
+    def _forget(self, names: set[str]) -> None:
+        """Drop the optimiser state of some parameters in every row, absent ones too."""
+        for row, stored in list(self._optimizers.items()):
+            kept = {key: t for key, t in stored.tensors().items() if key.partition("|")[0] not in names}
+            self._optimizers[row] = self.store.put(row, kept) if kept else NOTHING
+
     def _receive_tensors(self, received: Received) -> None:
         stacks = {name: dict(as_lazy(stack)) for name, stack in received.tensors.items()}
         for position, row in enumerate(received.rows):
@@ -288,80 +302,7 @@ def _check_part(stack: LazyStack, kinds: TensorSpecs) -> None:
             raise TrainingError(f"the aggregation returned {name} {list(shape)}, but the adapter has {expected}")
 
 
-class OneForAll(Population):
-    """One model for all clients, trained on the pooled data of all of them: centralised training."""
-
-    @property
-    def num_rows(self) -> int:
-        """One."""
-        return 1
-
-    @property
-    def num_participants(self) -> int:
-        """One."""
-        return 1
-
-    def data_of(self, row: int) -> int | None:
-        """The pooled data."""
-        return None
-
-    def served_by(self, client: int) -> int:
-        """The one row."""
-        return 0
-
-
-SERVES = ("personal", "shared")
-"""Models that `SharedAndPersonal` can evaluate."""
-
-
-class SharedAndPersonal(Population):
-    """Two models a client: row ``c`` is client ``c``'s copy of the shared model, row ``C + c`` its personal model.
-
-    Both train on the client's data in every round that the client takes part in. Shared rows are aggregated; personal
-    rows never leave their client, and their jobs have the client's shared model as the anchor ``"shared"``.
-
-    Args:
-        initial: As in ``Population``.
-        num_clients: As in ``Population``.
-        needs: As in ``Population``.
-        serves: Which of the two is evaluated and tested: ``"personal"`` or ``"shared"``.
-    """
-
-    def __init__(
-        self, initial: Adapter, num_clients: int, needs: JobNeeds = JobNeeds(), serves: str = "personal"
-    ) -> None:
-        super().__init__(initial, num_clients, needs)
-        if serves not in SERVES:
-            raise ConfigError(unknown("value of serves", serves, SERVES))
-        self.serves = serves
-
-    @property
-    def num_rows(self) -> int:
-        """Two for each client."""
-        return 2 * self.num_clients
-
-    def rows_of(self, participant: int) -> tuple[int, ...]:
-        """The client's shared and personal row."""
-        return participant, self.num_clients + participant
-
-    def data_of(self, row: int) -> int | None:
-        """The client's data for both."""
-        return row % self.num_clients
-
-    def served_by(self, client: int) -> int:
-        """See ``serves``."""
-        return client if self.serves == "shared" else self.num_clients + client
-
-    def is_exchanged(self, row: int) -> bool:
-        """Shared rows only."""
-        return row < self.num_clients
-
-    def anchors(self, row: int) -> dict[str, StoredTensors]:
-        """A personal row's anchor is the shared model that its client received."""
-        return {} if self.is_exchanged(row) else {"shared": self.bank.versions[row - self.num_clients]}
-
-
-class _Overlaid(LazyStack):
+class Overlaid(LazyStack):
     """Rows of which some parameters are replaced.
 
     Args:
@@ -375,5 +316,6 @@ class _Overlaid(LazyStack):
         self._above = above
 
     def block(self, name: str, columns: slice) -> Tensor:
+        """See ``LazyStack``."""
         source = self._above if name in self._above.shapes else self._below
         return source.block(name, columns)

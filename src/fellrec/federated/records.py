@@ -6,15 +6,16 @@ Shape letters: N clients of the cohort, U users, C clients.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fellrec.errors import TrainingError
-from fellrec.functional.stacks import AdapterStack, as_lazy
+from fellrec.functional.stacks import AdapterStack, LazyStack, as_lazy, first_row
 from fellrec.state.tensor_store import StoredTensors
 from fellrec.types import Evaluation
 
@@ -139,6 +140,41 @@ class ScoreJob:
 
 
 @dataclass(frozen=True)
+class LoraLayer:
+    """A layer that LoRA adapts: ``scale * B @ A`` is added to its weight ``[out, in]``.
+
+    Attributes:
+        a: Name of the parameter A, ``[rank, in]``.
+        b: Name of the parameter B, ``[out, rank]``.
+        weight: Name of the frozen weight.
+        scale: α / rank.
+        is_transposed: Whether the frozen weight is stored as ``[in, out]``, as in GPT-2's Conv1D.
+    """
+
+    a: str
+    b: str
+    weight: str
+    scale: float
+    is_transposed: bool = False
+
+    def base_change(self, left: Tensor, right: Tensor) -> dict[str, Tensor]:
+        """``left @ right`` ``[out, in]`` as an entry of ``Aggregated.base``; see there.
+
+        Args:
+            left: ``[out, R]``; the scale is not applied here.
+            right: ``[R, in]``.
+
+        Example:
+            >>> layer = LoraLayer("a", "b", "w", 2.0, is_transposed=True)
+            >>> {name: list(t.shape) for name, t in layer.base_change(torch.ones(3, 1), torch.ones(1, 2)).items()}
+            {'w|left': [2, 1], 'w|right': [1, 3]}
+        """
+        if self.is_transposed:
+            left, right = right.T.contiguous(), left.T.contiguous()
+        return {f"{self.weight}|left": left, f"{self.weight}|right": right}
+
+
+@dataclass(frozen=True)
 class Updates:
     """What an aggregation rule sees of a round; row ``n`` of everything belongs to ``clients[n]``.
 
@@ -151,6 +187,9 @@ class Updates:
         start_losses: ``[N]`` float64, losses at the received adapters; ``None`` unless the rule asks for them.
         start_rounds: Round in which each client received its adapter.
         tensors: Tensors of the clients by name: name → parameter → ``[N, *shape]``.
+        num_steps: ``[N]`` float64, optimiser steps that clients took in this round.
+        num_clients: C, clients of the population; 0 if it is not known.
+        layers: Layers that LoRA adapts; none with ``adapter=full``.
     """
 
     clients: tuple[int, ...]
@@ -161,6 +200,9 @@ class Updates:
     start_losses: Tensor | None = None
     start_rounds: tuple[int, ...] = ()
     tensors: Mapping[str, AdapterStack] = field(default_factory=dict)
+    num_steps: Tensor | None = None
+    num_clients: int = 0
+    layers: tuple[LoraLayer, ...] = ()
 
     def check_finite(self, round_index: int) -> None:
         """Refuse adapters with infinite or undefined entries.
@@ -186,14 +228,81 @@ class Updates:
         Returns:
             Name → tensor of the parameter's own shape and type, computed in float64.
         """
-        end = self.end.hidden if isinstance(self.end, SumsOnly) else as_lazy(self.end)
-        wide = weights.double()
-        return {
-            name: torch.cat([(wide @ block.double()).to(block.dtype) for _, block in end.blocks(name)]).reshape(
-                end.shapes[name]
-            )
-            for name in end
-        }
+        end, wide = _visible(self.end), weights.double()
+        return {name: _joined(end, name, lambda _, block: wide @ block.double()) for name in end}
+
+    def moved(self, weights: Tensor) -> dict[str, Tensor]:
+        """``start + sum over n of weights[n] * (end[n] - start[n])``, where all clients have one start.
+
+        Args:
+            weights: ``[N]`` floats, with any sum.
+
+        Returns:
+            As `weighted_sums`.
+        """
+        start, end, wide = _visible(self.start), _visible(self.end), weights.double()
+
+        def block_of(name: str, columns: slice, block: Tensor) -> Tensor:
+            origin = start.block(name, columns).double()
+            return origin[0] + wide @ (block.double() - origin)
+
+        return {name: _joined(end, name, partial(block_of, name)) for name in end}
+
+    def mean_update(self, rule: str, weights: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The common start, and the weighted sum of updates, for a rule with one model.
+
+        Args:
+            rule: Name of the rule.
+            weights: ``[N]`` floats, which sum to 1 for a mean.
+
+        Returns:
+            Two mappings name → tensor of the parameter's shape, both float64.
+
+        Raises:
+            TrainingError: See `check_common_start`.
+        """
+        self.check_common_start(rule)
+        start, end, wide = _visible(self.start), _visible(self.end), weights.double()
+        first = {name: start[name][0].double() for name in end}
+        mean = {name: torch.zeros(start.shapes[name], dtype=torch.float64) for name in end}
+        for name in end:
+            flat = mean[name].view(-1)
+            for columns, block in end.blocks(name):
+                flat[columns] = wide @ (block.double() - start.block(name, columns).double()).cpu()
+        return first, mean
+
+    def like_adapters(self, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One adapter's tensors in the types of the clients' own."""
+        end = _visible(self.end)
+        return {name: tensor.to(end.block(name, slice(0, 1)).dtype) for name, tensor in adapter.items()}
+
+    def check_common_start(self, rule: str) -> None:
+        """Refuse clients that started the round with different adapters.
+
+        Args:
+            rule: Name of the rule that assumes one common start.
+
+        Raises:
+            TrainingError: Naming the rule, a parameter and the clients.
+        """
+        try:
+            first_row(_visible(self.start))
+        except ValueError as error:
+            raise TrainingError(
+                f"aggregation {rule} needs clients that start a round with the same adapter, but {error} differs "
+                f"between clients {list(self.clients)}"
+            ) from None
+
+
+def _visible(stack: AdapterStack) -> LazyStack:
+    """A stack for sums, which may be hidden from the rule."""
+    return stack.hidden if isinstance(stack, SumsOnly) else as_lazy(stack)
+
+
+def _joined(stack: LazyStack, name: str, row_of: Callable[[slice, Tensor], Tensor]) -> Tensor:
+    """One tensor of a parameter's shape and type, from a row of values for each block of columns."""
+    rows = [row_of(columns, block).to(block.dtype) for columns, block in stack.blocks(name)]
+    return torch.cat(rows).reshape(stack.shapes[name]) if rows else torch.empty(stack.shapes[name])
 
 
 class SumsOnly(Mapping[str, Tensor]):
@@ -238,6 +347,9 @@ class Aggregated:
         tensors: Tensors for the clients, as in ``Updates.tensors``; they come with the clients' next jobs.
         base: Change of the frozen base by two factors per weight: ``name|left`` ``[out, R]`` and ``name|right``
             ``[R, in]``, whose product is added to the weight ``name``.
+        metrics: Other figures of the round worth logging, by MLflow-safe names.
+        resets: Parameters whose optimiser state no longer fits their values (after an SVD, a rotation, or a new
+            initialisation): all clients forget it.
     """
 
     adapters: AdapterStack
@@ -245,6 +357,8 @@ class Aggregated:
     per_client: Mapping[str, Tensor] = field(default_factory=dict)
     tensors: Mapping[str, AdapterStack] = field(default_factory=dict)
     base: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    resets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -256,12 +370,14 @@ class Received:
         adapters: As in ``Aggregated``.
         tensors: As in ``Aggregated``.
         base: As in ``Aggregated``.
+        resets: As in ``Aggregated``.
     """
 
     rows: tuple[int, ...]
     adapters: AdapterStack
     tensors: Mapping[str, AdapterStack] = field(default_factory=dict)
     base: Mapping[str, Tensor] = field(default_factory=dict)
+    resets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,52 @@ class _Whole(LazyStack):
         return tensor.reshape(len(tensor), -1)[:, columns]
 
 
+class Repeated(LazyStack):
+    """The same tensors for every client; not copied.
+
+    Args:
+        tensors: Name → tensor of one client.
+        num_rows: N.
+
+    Example:
+        >>> Repeated({"a": torch.tensor([1.0, 2.0])}, 2)["a"]
+        tensor([[1., 2.],
+                [1., 2.]])
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], num_rows: int) -> None:
+        super().__init__({name: tensor.shape for name, tensor in tensors.items()}, num_rows)
+        self.tensors = tensors
+
+    def block(self, name: str, columns: slice) -> Tensor:
+        """A view of these columns."""
+        return self.tensors[name].reshape(1, -1)[:, columns].expand(self.num_rows, -1)
+
+
+def first_row(stack: AdapterStack) -> dict[str, Tensor]:
+    """The tensors that all clients of a stack have in common.
+
+    Raises:
+        ValueError: With the name of a parameter in which they differ.
+
+    Example:
+        >>> first_row({"a": torch.ones(3, 2)})
+        {'a': tensor([1., 1.])}
+    """
+    lazy = as_lazy(stack)
+    if isinstance(lazy, Repeated):
+        return dict(lazy.tensors)
+    found = {}
+    for name in lazy:
+        parts = []
+        for _, block in lazy.blocks(name):
+            if not bool((block == block[:1]).all()):
+                raise ValueError(name)
+            parts.append(block[0])
+        found[name] = torch.cat(parts).reshape(lazy.shapes[name]) if parts else torch.empty(lazy.shapes[name])
+    return found
+
+
 def as_lazy(stack: Mapping[str, Tensor]) -> LazyStack:
     """Wrap a stack so that it can be read in blocks.
 

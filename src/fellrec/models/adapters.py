@@ -11,10 +11,12 @@ from typing import Any, Protocol
 
 import torch
 from peft import LoraConfig, PeftType, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from fellrec.functional.rng import derive_seed
@@ -227,6 +229,25 @@ def name_base(folder: Path, base: Path) -> None:
     if path.is_file():
         config = json.loads(path.read_text())
         write_atomically(path, json.dumps({**config, "base_model_name_or_path": str(base)}, indent=2).encode())
+
+
+def lora_layers(model: nn.Module) -> list[tuple[str, str, str, float, bool]]:
+    """The layers of a model that LoRA adapts.
+
+    Returns:
+        For each: name of A, name of B, name of the frozen weight, α / rank, whether the frozen weight is ``[in, out]``.
+    """
+    return [
+        (
+            f"{name}.lora_A.{ADAPTER_NAME}.weight",
+            f"{name}.lora_B.{ADAPTER_NAME}.weight",
+            f"{name}.base_layer.weight",
+            float(module.scaling[ADAPTER_NAME]),
+            isinstance(module.get_base_layer(), Conv1D),
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and ADAPTER_NAME in module.lora_A
+    ]
 
 
 def adapter_bytes(adapter: Mapping[str, torch.Tensor]) -> int:

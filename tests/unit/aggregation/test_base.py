@@ -40,7 +40,7 @@ def test_a_wrong_matrix_is_refused_in_the_name_of_the_rule(make_updates, matrix,
 
 
 def test_a_rule_that_defines_nothing_is_refused():
-    with pytest.raises(TypeError, match=r"Empty: .*mixing_matrix or aggregate"):
+    with pytest.raises(TypeError, match=r"Empty: .*mixing_matrix, update_weights or aggregate"):
         type("Empty", (AggregationCallback,), {})
 
 

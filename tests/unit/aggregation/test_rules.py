@@ -3,7 +3,8 @@ import torch
 
 from fellrec.aggregation import Centralized, FedAvg, Local, Uniform
 from fellrec.errors import TrainingError
-from fellrec.federated.population import OneForAll, Population
+from fellrec.federated.population import Population
+from fellrec.federated.populations import OneForAll
 from fellrec.federated.records import Updates
 
 

@@ -15,7 +15,8 @@ from fellrec.federated.exchange import Exchange, Transform
 from fellrec.federated.ledger import Ledger
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.participation import Participation
-from fellrec.federated.population import JobNeeds, Population, SharedAndPersonal
+from fellrec.federated.population import JobNeeds, Population
+from fellrec.federated.populations import SharedAndPersonal
 from fellrec.federated.progress import Progress
 from fellrec.federated.records import Failed, Job, ScoreJob, Trained
 from fellrec.federated.selection import Selection

@@ -9,12 +9,12 @@ import pytest
 import torch
 from fakes import FakeExecutor, adapters, fake_loop, resumed
 
-from fellrec.aggregation import FedAvg, Local
+from fellrec.aggregation import FedAvg, FELLRec, Local
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.errors import Preempted, TrainingError
 from fellrec.federated.callback import HOOKS, FederatedCallback
 from fellrec.federated.loop import FederatedLoop
-from fellrec.federated.population import SharedAndPersonal
+from fellrec.federated.populations import SharedAndPersonal
 from fellrec.federated.records import Job, RoundRecord, Trained
 from fellrec.functional.participation import cohort
 
@@ -58,8 +58,9 @@ def test_hooks_are_called_in_order() -> None:
 
 
 def test_the_cohort_is_a_pure_function_and_absent_clients_are_untouched() -> None:
+    """A client's own model stays as it is in a round without the client."""
     recorder = Recorder()
-    loop = fake_loop(num_clients=10, participation={"rate": 0.3}, callbacks=[recorder], num_rounds=2)
+    loop = fake_loop(FELLRec(), num_clients=10, participation={"rate": 0.3}, callbacks=[recorder], num_rounds=2)
     loop.run()
     for record in recorder.records:
         assert tuple(t.row for t in record.trained) == cohort(10, 0.3, 0, record.round_index)
@@ -69,6 +70,20 @@ def test_the_cohort_is_a_pure_function_and_absent_clients_are_untouched() -> Non
     assert loop.population.local_steps == [
         sum(row == t.row for r in recorder.records for t in r.trained) for row in range(10)
     ]
+
+
+def test_every_cohort_starts_from_the_servers_model() -> None:
+    """FedAvg with 3 of 10 clients a round: client c adds c + 1, weighted by c + 1 samples, to one common model."""
+    recorder = Recorder()
+    loop = fake_loop(num_clients=10, participation={"rate": 0.3}, callbacks=[recorder], num_rounds=4)
+    loop.run()
+    expected = 0.0
+    for record in recorder.records:
+        numbers = [t.row + 1 for t in record.trained]
+        assert [float(t.job.adapter.tensors()["a"][0]) for t in record.trained] == pytest.approx([expected] * 3)
+        expected += sum(number**2 for number in numbers) / sum(numbers)
+    assert [adapter["a"] for adapter in adapters(loop)] == [pytest.approx([expected] * 2)] * 10
+    assert len({id(version) for version in loop.population.bank.versions}) == 1, "stored once"
 
 
 def test_a_client_that_fails_ends_the_run_or_is_left_out() -> None:

@@ -18,7 +18,7 @@ from fellrec.errors import ConfigError, TrainingError
 from fellrec.federated.base_change import BaseWeights
 from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.exchange import Transform
-from fellrec.federated.population import SharedAndPersonal
+from fellrec.federated.populations import SharedAndPersonal
 from fellrec.federated.records import Aggregated, Job, RoundRecord, Updates
 from fellrec.state.tensor_store import StoredTensors
 

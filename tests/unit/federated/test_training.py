@@ -23,7 +23,7 @@ from fellrec.experiment import Recommender, build_data, build_federation, build_
 from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.checkpoint import CheckpointFolder
 from fellrec.federated.loop import FederatedLoop
-from fellrec.federated.population import SharedAndPersonal
+from fellrec.federated.populations import SharedAndPersonal
 from fellrec.federated.records import Aggregated, Failed, Job, ScoreJob, Updates
 from fellrec.federated.terms import LocalTerm, TermContext
 from fellrec.functional.rng import derive_seed

@@ -1,10 +1,11 @@
-"""Settings of the aggregation rules that have any: ``aggregation``."""
+"""Settings of the rules that give every client a mixture of its own."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
+from fellrec.aggregation.settings.about import About
 from fellrec.functional.ranges import NotNegative, Positive, Rate, check
 
 
@@ -12,6 +13,13 @@ from fellrec.functional.ranges import NotNegative, Positive, Rate, check
 class FELLRecSettings:
     """FELLRec's dynamic balance strategy (METHOD section 3)."""
 
+    about: ClassVar[About] = About(
+        name="fellrec",
+        family="personalised",
+        summary="each client mixes adapters of similar clients, fewer of them early and at high loss",
+        paper="Zhao et al., A Federated Framework for LLM-based Recommendation, 2024, arXiv:2402.09959",
+        cost="server: N² inner products of adapters",
+    )
     alpha: NotNegative = 0.7
     """α of METHOD (3), the learning speed; 0 is `Local`: no communication."""
     beta: Positive = 5.0
@@ -38,6 +46,13 @@ class FELLRecSettings:
 class UpdateMixingSettings:
     """Mixing of updates instead of adapters (docs/updatemixing.md)."""
 
+    about: ClassVar[About] = About(
+        name="updatemixing",
+        family="personalised",
+        summary="each client adds a mixture of similar clients' updates to its own adapter",
+        paper="this project, docs/updatemixing.md",
+        cost="server: N² inner products of updates",
+    )
     own_share: Rate = 0.0
     """o of (U2): what a client takes of its own update on top; 1 is `Local`."""
     server_learning_rate: Positive = 1.0
@@ -54,6 +69,13 @@ class UpdateMixingSettings:
 class PersistenceSettings:
     """Persistence-weighted mixing (docs/persistence.md)."""
 
+    about: ClassVar[About] = About(
+        name="persistence",
+        family="personalised",
+        summary="each client keeps of its own adapter what its updates repeat over rounds, and takes an average",
+        paper="this project, docs/persistence.md",
+        cost="server: one sketch of 16 kB a client",
+    )
     exponent: Positive = 1.0
     """Of (P2); the smaller, the more a client keeps of its own."""
     others: Literal["similar", "equal", "samples"] = "similar"

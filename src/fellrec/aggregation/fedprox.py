@@ -1,0 +1,43 @@
+"""FedProx (Li et al., MLSys 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fellrec.aggregation.base import AggregationCallback
+from fellrec.aggregation.settings.averages import FedProxSettings
+from fellrec.federated.records import Updates
+from fellrec.federated.terms import LocalTerm, TermContext
+
+
+@dataclass(frozen=True)
+class Proximal(LocalTerm):
+    """The loss ``strength / 2 * ‖v − w‖²``, w the received adapter; its gradient is ``strength * (v − w)``.
+
+    It is 0 at the first step of a round. Inside AdamW the gradient is preconditioned, as that of the data.
+    """
+
+    strength: float
+
+    def loss(self, parameters: Mapping[str, nn.Parameter], context: TermContext) -> Tensor | None:
+        """See ``LocalTerm``; ``None`` for strength 0."""
+        if not self.strength or not parameters:
+            return None
+        squares = [(value - context.received[name]).square().sum() for name, value in parameters.items()]
+        return self.strength / 2 * sum(squares[1:], squares[0])
+
+
+class FedProx(AggregationCallback, FedProxSettings):
+    """FedAvg whose clients are held near the model that they received."""
+
+    def __post_init__(self) -> None:
+        """Make the local term."""
+        super().__post_init__()
+        self.local_terms = [Proximal(self.mu)]
+
+    def update_weights(self, updates: Updates, round_index: int) -> Tensor:
+        """The clients' weights in the mean, ``[N]`` float64."""
+        return self.client_weights(updates, self.weights)

@@ -1,0 +1,16 @@
+"""Settings of all aggregation rules, and what ``fellrec list`` says of them; without PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fellrec.aggregation.settings import averages, mixing
+
+RULES: Mapping[str, Any] = {
+    kind.__name__.removesuffix("Settings"): kind
+    for room in (averages, mixing)
+    for kind in vars(room).values()
+    if isinstance(kind, type) and kind.__module__ == room.__name__
+}
+"""Class name of each rule → the dataclass of its settings, whose ``about`` describes it."""

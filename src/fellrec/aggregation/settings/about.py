@@ -1,0 +1,122 @@
+"""What is known of an aggregation rule before PyTorch is imported: for ``fellrec list`` and for early refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Family = Literal["reference", "average", "LoRA-aware", "fair", "personalised", "robust", "asynchronous"]
+
+_LORA = "LoraAdapter"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a rule cannot be combined with.
+
+    Attributes:
+        needs_lora: It reads the factors A and B: not with ``adapter=full``.
+        whole_model: Not with ``split.transport`` other than ``none``.
+        no_remote_server: Not with ``split.transport=distributed``: it needs to know the layers of the body.
+        one_process: Not with several processes.
+        all_clients: Not with ``participation.rate`` below 1.
+        least_clients: Smallest number of clients in a round.
+        no_transforms: Not with ``exchange.transforms``.
+    """
+
+    needs_lora: bool = False
+    whole_model: bool = False
+    no_remote_server: bool = False
+    one_process: bool = False
+    all_clients: bool = False
+    least_clients: int = 1
+    no_transforms: bool = False
+
+    def texts(self) -> list[str]:
+        """What cannot be combined with the rule, in words.
+
+        Example:
+            >>> Limits(needs_lora=True, least_clients=5).texts()
+            ['adapter=full', 'fewer than 5 clients in a round']
+        """
+        found = {
+            "adapter=full": self.needs_lora,
+            "split.transport other than none": self.whole_model,
+            "split.transport=distributed": self.no_remote_server and not self.whole_model,
+            "several processes": self.one_process,
+            "participation.rate below 1": self.all_clients,
+            f"fewer than {self.least_clients} clients in a round": self.least_clients > 1,
+            "exchange.transforms": self.no_transforms,
+        }
+        return [text for text, applies in found.items() if applies]
+
+    def problems(self, name: str, config: Mapping[str, Any]) -> list[str]:
+        """What of a composed configuration, plain values, the rule ``name`` cannot work with; one line each.
+
+        Example:
+            >>> Limits(all_clients=True).problems("afl", {"participation": {"rate": 0.5}})
+            ['aggregation afl needs every client in every round: participation.rate=0.5 is not allowed, leave it at 1']
+        """
+        return [f"aggregation {name} {problem}" for problem in self._problems(config) if problem]
+
+    def _problems(self, config: Mapping[str, Any]) -> list[str | None]:
+        def get(key: str, default: Any) -> Any:
+            node: Any = config
+            for part in key.split("."):
+                node = node.get(part) if isinstance(node, Mapping) else None
+            return default if node is None else node
+
+        rate, transport = get("participation.rate", 1), get("split.transport", "none")
+        adapter, clients = get("adapter._target_", _LORA), get("partition.num_clients", None)
+        devices, nodes = get("trainer.devices", 1), get("trainer.num_nodes", 1)
+        few = isinstance(clients, int) and isinstance(rate, (int, float)) and max(1, round(rate * clients))
+        return [
+            f"needs every client in every round: participation.rate={rate} is not allowed, leave it at 1"
+            if self.all_clients and rate != 1
+            else None,
+            f"needs LoRA's factors: adapter {adapter.rpartition('.')[2]} is not allowed, use adapter=lora"
+            if self.needs_lora and not adapter.endswith(_LORA)
+            else None,
+            f"needs the whole model in one process: split.transport={transport} is not allowed, use none"
+            if self.whole_model and transport != "none"
+            else None,
+            "needs to know the layers of the server: split.transport=distributed is not allowed, use none or inprocess"
+            if self.no_remote_server and transport == "distributed"
+            else None,
+            f"needs one process: trainer.devices={devices}, trainer.num_nodes={nodes} is not allowed, use 1 and 1"
+            if self.one_process and (devices != 1 or nodes != 1)
+            else None,
+            f"needs at least {self.least_clients} clients in a round: partition.num_clients={clients} with "
+            f"participation.rate={rate} gives {few}"
+            if few and few < self.least_clients
+            else None,
+            "sees adapters that transforms would change: exchange.transforms is not allowed, use []"
+            if self.no_transforms and get("exchange.transforms", [])
+            else None,
+        ]
+
+
+@dataclass(frozen=True)
+class About:
+    """A line of ``fellrec list aggregation``.
+
+    Attributes:
+        name: As in ``aggregation=NAME``.
+        family: What kind of rule it is.
+        summary: What it does, in one sentence.
+        paper: Who proposed it, when and where.
+        sees: What it reads of the clients' adapters, see ``AggregationCallback.sees``.
+        cost: What it costs beyond FedAvg, for clients, server and traffic.
+        limits: What it cannot be combined with.
+        module: Module of ``fellrec.aggregation`` that has the class; ``None``: the class name in lower case.
+    """
+
+    name: str
+    family: Family
+    summary: str
+    paper: str
+    sees: Literal["nothing", "sums", "adapters"] = "adapters"
+    cost: str = "none"
+    limits: Limits = Limits()
+    module: str | None = None

@@ -1,0 +1,197 @@
+"""Settings of references, plain averages, and optimisers at the server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from fellrec.aggregation.settings.about import About
+from fellrec.functional.ranges import NotNegative, Positive, RateBelow1, check
+
+Weights = Literal["samples", "equal"]
+"""How much clients count: by their numbers of training targets, or all the same."""
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """No communication."""
+
+    about: ClassVar[About] = About(
+        name="local",
+        family="reference",
+        summary="every client trains alone, no adapter leaves its client",
+        paper="reference",
+        sees="nothing",
+    )
+
+
+@dataclass(frozen=True)
+class CentralizedSettings:
+    """All data in one place."""
+
+    about: ClassVar[About] = About(
+        name="centralized",
+        family="reference",
+        summary="one model is trained on the pooled data of all clients; not federated",
+        paper="reference",
+        sees="nothing",
+    )
+
+
+@dataclass(frozen=True)
+class FedAvgSettings:
+    """The mean by number of training targets."""
+
+    about: ClassVar[About] = About(
+        name="fedavg",
+        family="average",
+        summary="one model: the mean of the clients' adapters, weighted by number of training targets",
+        paper="McMahan et al., AISTATS 2017, arXiv:1602.05629",
+        sees="sums",
+    )
+
+
+@dataclass(frozen=True)
+class UniformSettings:
+    """The plain mean."""
+
+    about: ClassVar[About] = About(
+        name="uniform",
+        family="average",
+        summary="one model: the plain mean of the clients' adapters",
+        paper="FedAvg with equal weights",
+        sees="sums",
+    )
+
+
+@dataclass(frozen=True)
+class FedProxSettings:
+    """FedAvg with a proximal term in the clients' loss."""
+
+    about: ClassVar[About] = About(
+        name="fedprox",
+        family="average",
+        summary="FedAvg; clients add μ/2 ‖v − w‖², w the received adapter, to their loss",
+        paper="Li et al., MLSys 2020, arXiv:1812.06127",
+        sees="sums",
+    )
+    mu: NotNegative = 0.01
+    """μ, weight of the proximal term; 0 is FedAvg. The paper searches 0.001 to 1."""
+    weights: Weights = "samples"
+    """How much clients count in the mean."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")
+
+
+@dataclass(frozen=True)
+class FedAvgMSettings:
+    """A momentum at the server."""
+
+    about: ClassVar[About] = About(
+        name="fedavgm",
+        family="average",
+        summary="one model, moved by a momentum over the mean updates of all rounds",
+        paper="Hsu et al., 2019, arXiv:1909.06335",
+        sees="sums",
+        cost="server: one more adapter",
+    )
+    server_learning_rate: Positive = 1.0
+    """η_s, what the momentum is multiplied by."""
+    momentum: RateBelow1 = 0.9
+    """β; 0 is FedAvg."""
+    weights: Weights = "samples"
+    """How much clients count in the mean update."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")
+
+
+_FEDOPT = "Reddi et al., Adaptive Federated Optimization, ICLR 2021, arXiv:2003.00295"
+
+
+@dataclass(frozen=True)
+class FedAdagradSettings:
+    """Adagrad at the server."""
+
+    about: ClassVar[About] = About(
+        name="fedadagrad",
+        family="average",
+        summary="one model, moved by Adagrad at the server, with the mean update as gradient",
+        paper=_FEDOPT,
+        sees="sums",
+        cost="server: two more adapters",
+        module="fedopt",
+    )
+    server_learning_rate: Positive = 1e-3
+    """η_s: about the step of every entry, whatever the size of the updates. LoRA updates are 1e-5 to 1e-3."""
+    beta1: RateBelow1 = 0.0
+    """β₁, of the running mean of updates."""
+    tau: Positive = 1e-6
+    """τ, added to the root of the second moment, whose first value is τ²."""
+    weights: Weights = "samples"
+    """How much clients count in the mean update."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")
+
+
+@dataclass(frozen=True)
+class FedAdamSettings:
+    """Adam at the server."""
+
+    about: ClassVar[About] = About(
+        name="fedadam",
+        family="average",
+        summary="one model, moved by Adam at the server, with the mean update as gradient",
+        paper=_FEDOPT,
+        sees="sums",
+        cost="server: two more adapters",
+        module="fedopt",
+    )
+    server_learning_rate: Positive = 1e-3
+    """η_s: about the step of every entry, whatever the size of the updates. LoRA updates are 1e-5 to 1e-3."""
+    beta1: RateBelow1 = 0.9
+    """β₁, of the running mean of updates."""
+    beta2: RateBelow1 = 0.99
+    """β₂, of the running mean of squared updates."""
+    tau: Positive = 1e-6
+    """τ, added to the root of the second moment, whose first value is τ²."""
+    weights: Weights = "samples"
+    """How much clients count in the mean update."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")
+
+
+@dataclass(frozen=True)
+class FedYogiSettings:
+    """Yogi at the server."""
+
+    about: ClassVar[About] = About(
+        name="fedyogi",
+        family="average",
+        summary="one model, moved by Yogi at the server: the second moment changes by at most (1 − β₂) Δ²",
+        paper=_FEDOPT,
+        sees="sums",
+        cost="server: two more adapters",
+        module="fedopt",
+    )
+    server_learning_rate: Positive = 1e-3
+    """η_s: about the step of every entry, whatever the size of the updates. LoRA updates are 1e-5 to 1e-3."""
+    beta1: RateBelow1 = 0.9
+    """β₁, of the running mean of updates."""
+    beta2: RateBelow1 = 0.99
+    """β₂, how fast the second moment changes."""
+    tau: Positive = 1e-6
+    """τ, added to the root of the second moment, whose first value is τ²."""
+    weights: Weights = "samples"
+    """How much clients count in the mean update."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")

@@ -1,0 +1,122 @@
+"""What a user can choose and set, in words: from the dataclasses of settings, without PyTorch."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fellrec.config.paths import conf_dir, group_choices
+from fellrec.config.registry import CHOICES, GROUPS, known_by, plain_default
+from fellrec.errors import ConfigError, unknown
+from fellrec.functional.ranges import ranges
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting.
+
+    Attributes:
+        key: Such as ``aggregation.mu``.
+        default: As a plain value; ``"???"`` if it must be given.
+        allowed: Its range in words; empty if it is not known.
+        text: What it means.
+    """
+
+    key: str
+    default: Any
+    allowed: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One choice of a group, such as ``aggregation=fedprox``.
+
+    Attributes:
+        name: Its name.
+        summary: What it is, in one line; empty if nothing is known.
+        facts: Other things that are known of it, by title.
+        settings: What can be set.
+    """
+
+    name: str
+    summary: str
+    facts: Mapping[str, str]
+    settings: tuple[Setting, ...]
+
+
+def settings_of(kind: type, group: str) -> tuple[Setting, ...]:
+    """The settings of a dataclass.
+
+    Args:
+        kind: The dataclass.
+        group: Where its fields are in a configuration.
+    """
+    texts, known = _descriptions(kind), ranges(kind)
+    return tuple(
+        Setting(
+            key=f"{group}.{field.name}" if group else field.name,
+            default=plain_default(field.default, field.default_factory),
+            allowed=known[field.name].text if field.name in known else "",
+            text=texts.get(field.name, ""),
+        )
+        for field in fields(kind)
+    )
+
+
+def choices(group: str) -> list[Choice]:
+    """The choices of a group, by name.
+
+    Args:
+        group: Such as ``aggregation``.
+
+    Raises:
+        ConfigError: If there is no such group.
+    """
+    names = group_choices()
+    if group not in names:
+        raise ConfigError(unknown("group", group, names))
+    return [_choice(group, name) for name in names[group]]
+
+
+def _choice(group: str, name: str) -> Choice:
+    kinds = {key: kind for key in CHOICES if key.partition(".")[0] == group for kind in _kinds_in(group, name, key)}
+    settings = [setting for key, kind in kinds.items() for setting in settings_of(kind, key)]
+    if group in GROUPS and not kinds:
+        settings = list(settings_of(GROUPS[group], group))
+    about = next((kind.about for kind in kinds.values() if hasattr(kind, "about")), None)
+    if about is None:
+        lines = [(inspect.getdoc(kind) or "").split("\n")[0] for kind in kinds.values()]
+        return Choice(name, " ".join(lines), {}, tuple(settings))
+    facts = {"family": about.family, "paper": about.paper, "sees": about.sees, "extra cost": about.cost}
+    if limits := about.limits.texts():
+        facts["not with"] = "; ".join(limits)
+    return Choice(name, about.summary, facts, tuple(settings))
+
+
+def _kinds_in(group: str, name: str, key: str) -> list[type]:
+    """The dataclass that the file of a choice names, if it is one of ``CHOICES[key]``."""
+    if known_by(key) == "name":
+        return [CHOICES[key][name]] if name in CHOICES[key] else []
+    text = (conf_dir() / group / f"{name}.yaml").read_text(encoding="utf-8").split()
+    named = [kind for kind in CHOICES[key].values() if kind.__name__ in text]
+    return named or [kind for value, kind in CHOICES[key].items() if value in text]
+
+
+def _descriptions(kind: type) -> dict[str, str]:
+    """The docstrings under the fields of a class, as one line each."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(body, ast.ClassDef)
+    found, field = {}, None
+    for node in body.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            field = node.target.id
+        elif field and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            found[field], field = " ".join(str(node.value.value).split()), None
+        else:
+            field = None
+    return found

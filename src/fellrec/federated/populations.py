@@ -1,0 +1,126 @@
+"""Kinds of populations: whose model a row is, on whose data it trains, and who shares it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fellrec.errors import ConfigError, TrainingError, unknown
+from fellrec.federated.population import JobNeeds, Population
+from fellrec.functional.stacks import LazyStack, first_row
+from fellrec.state.tensor_store import StoredTensors
+from fellrec.types import Adapter
+
+
+class OneForAll(Population):
+    """One model for all clients, trained on the pooled data of all of them: centralised training."""
+
+    @property
+    def num_rows(self) -> int:
+        """One."""
+        return 1
+
+    @property
+    def num_participants(self) -> int:
+        """One."""
+        return 1
+
+    def data_of(self, row: int) -> int | None:
+        """The pooled data."""
+        return None
+
+    def served_by(self, client: int) -> int:
+        """The one row."""
+        return 0
+
+
+_NO_NEEDS = JobNeeds()
+SERVES = ("personal", "shared")
+"""Models that `SharedAndPersonal` can evaluate."""
+
+
+class SharedModel(Population):
+    """One model of the server for all clients: every cohort starts from it, clients that missed rounds too.
+
+    Parameters that never leave their clients (``JobNeeds.is_personal``) are the clients' own.
+    """
+
+    def receive_adapters(self, rows: Sequence[int], stack: LazyStack) -> None:
+        """Let all clients have what came back, which is the same for all of the cohort."""
+        share(self, stack)
+
+
+def share(population: Population, stack: LazyStack) -> None:
+    """Let the first C rows of a population have the adapter that all rows of ``stack`` have in common.
+
+    Parameters that are not in ``stack`` are the clients' own if they are personal; otherwise they were not trained in
+    this round, and are the same for all.
+
+    Raises:
+        TrainingError: If the rows differ.
+    """
+    try:
+        shared = first_row(stack)
+    except ValueError as error:
+        raise TrainingError(
+            f"the aggregation returned different adapters ({error}) for clients that have one model in common"
+        ) from None
+    bank, is_personal = population.bank, population.needs.is_personal
+    clients = range(population.num_clients)
+    if is_personal is None or not any(map(is_personal, bank.kinds)):
+        bank.store(0, {**bank.row(0), **shared})
+        bank.versions[: population.num_clients] = [bank.versions[0]] * population.num_clients
+        return
+    for client in clients:
+        bank.store(client, {**bank.row(client), **shared})
+
+
+class SharedAndPersonal(Population):
+    """Two models a client: row ``c`` is client ``c``'s copy of the shared model, row ``C + c`` its personal model.
+
+    Both train on the client's data in every round that the client takes part in. Shared rows are aggregated, and all
+    of them receive the result, see `SharedModel`; personal rows never leave their client, and their jobs have the
+    shared model that the client received as the anchor ``"shared"``.
+
+    Args:
+        initial: As in ``Population``.
+        num_clients: As in ``Population``.
+        needs: As in ``Population``.
+        serves: Which of the two is evaluated and tested: ``"personal"`` or ``"shared"``.
+    """
+
+    def __init__(
+        self, initial: Adapter, num_clients: int, needs: JobNeeds = _NO_NEEDS, serves: str = "personal"
+    ) -> None:
+        super().__init__(initial, num_clients, needs)
+        if serves not in SERVES:
+            raise ConfigError(unknown("value of serves", serves, SERVES))
+        self.serves = serves
+
+    @property
+    def num_rows(self) -> int:
+        """Two for each client."""
+        return 2 * self.num_clients
+
+    def rows_of(self, participant: int) -> tuple[int, ...]:
+        """The client's shared and personal row."""
+        return participant, self.num_clients + participant
+
+    def data_of(self, row: int) -> int | None:
+        """The client's data for both."""
+        return row % self.num_clients
+
+    def served_by(self, client: int) -> int:
+        """See ``serves``."""
+        return client if self.serves == "shared" else self.num_clients + client
+
+    def is_exchanged(self, row: int) -> bool:
+        """Shared rows only."""
+        return row < self.num_clients
+
+    def receive_adapters(self, rows: Sequence[int], stack: LazyStack) -> None:
+        """Let all shared rows have what came back."""
+        share(self, stack)
+
+    def anchors(self, row: int) -> dict[str, StoredTensors]:
+        """A personal row's anchor is the shared model that its client received."""
+        return {} if self.is_exchanged(row) else {"shared": self.bank.versions[row - self.num_clients]}
