@@ -73,6 +73,8 @@ class AggregationCallback(FederatedCallback):
         cls.own_about = about
         if about is not None:
             cls.sees, cls.limits = vars(cls).get("sees", about.sees), vars(cls).get("limits", about.limits)
+        elif "sees" not in vars(cls) and any(name in vars(cls) for name in _WAYS):
+            cls.sees = AggregationCallback.sees  # it may read more than the rule that it is derived from
         if cls.sees not in SEES:
             raise TypeError(f"{cls.__name__}: {unknown('value of sees', cls.sees, SEES)}")
         defined = [name for name in _WAYS if getattr(cls, name) is not getattr(AggregationCallback, name)]
