@@ -73,7 +73,7 @@ class AggregationCallback(FederatedCallback):
         cls.own_about = about
         if about is not None:
             cls.sees, cls.limits = vars(cls).get("sees", about.sees), vars(cls).get("limits", about.limits)
-        elif "sees" not in vars(cls) and any(name in vars(cls) for name in _WAYS):
+        elif "sees" not in vars(cls) and cls.sees == "sums" and cls._changes_a_rule_of_the_package():
             cls.sees = AggregationCallback.sees  # it may read more than the rule that it is derived from
         if cls.sees not in SEES:
             raise TypeError(f"{cls.__name__}: {unknown('value of sees', cls.sees, SEES)}")
@@ -82,6 +82,11 @@ class AggregationCallback(FederatedCallback):
             raise TypeError(f"{cls.__name__}: an aggregation rule defines {', '.join(_WAYS[:-1])} or {_WAYS[-1]}")
         if "update_weights" in defined and cls.population is Population:
             cls.population = SharedModel
+
+    @classmethod
+    def _changes_a_rule_of_the_package(cls) -> bool:
+        is_derived = any(getattr(kind, "own_about", None) is not None for kind in cls.__bases__)
+        return is_derived and any(name in vars(cls) for name in _WAYS)
 
     @property
     def name(self) -> str:
