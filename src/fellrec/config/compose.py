@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -31,6 +32,7 @@ from fellrec.config.registry import (
 )
 from fellrec.config.secrets import secret_settings, settle_tracking
 from fellrec.errors import ConfigError, nearest_first, unknown
+from fellrec.federated.transform_settings import TRANSFORMS
 from fellrec.functional.nested import flatten
 from fellrec.functional.ranges import out_of_range
 
@@ -118,6 +120,7 @@ def composed(overrides: Sequence[str]) -> DictConfig:
     for key in CHOICES:
         if known_by(key) == "_target_" and f"{key}._target_" in given:
             _drop_defaults(config, key, overrides, given)
+    _expand_transforms(config)
     return config
 
 
@@ -171,6 +174,31 @@ def _hydra(overrides: Sequence[str]) -> DictConfig:
         raise (_UnknownKeyError(text, key) if key else ConfigError(text)) from error
     finally:
         GlobalHydra.instance().hydra = around
+
+
+def _expand_transforms(config: DictConfig) -> None:
+    """Replace short names of transforms by their classes and all their settings."""
+    exchange = config.get("exchange")
+    given = OmegaConf.select(config, "exchange.transforms") if OmegaConf.is_dict(exchange) else None
+    if OmegaConf.is_list(given):
+        config.exchange.transforms = [_expanded(node) for node in OmegaConf.to_container(given, resolve=False)]
+
+
+def _expanded(node: Any) -> Any:
+    named = {"name": node} if isinstance(node, str) else node
+    name = named.get("name") if isinstance(named, Mapping) and "_target_" not in named else None
+    if not isinstance(name, str) or ("." in name and isinstance(node, str)):
+        return node
+    if name not in TRANSFORMS:
+        raise ConfigError(unknown("transform", name, TRANSFORMS))
+    target, kind = TRANSFORMS[name]
+    values = {key: value for key, value in named.items() if key != "name"}
+    settings(kind, {key: value for key, value in values.items() if not _is_interpolation(value)}, "exchange.transforms")
+    return {"_target_": target, **defaults_of(kind), **values}
+
+
+def _is_interpolation(value: Any) -> bool:
+    return isinstance(value, str) and "${" in value
 
 
 def _drop_defaults(config: DictConfig, key: str, overrides: Sequence[str], given: Collection[str]) -> None:

@@ -126,8 +126,9 @@ class ParticipationSettings:
 class ExchangeSettings:
     """What is exchanged between clients and server."""
 
-    transforms: Annotated[Sequence[Any], listed("a list, such as [{_target_: my_module.Mine}]")] = ()
-    """Applied to the updates that clients send, in order, such as quantisation or clipping: nodes with ``_target_``."""
+    transforms: Annotated[Sequence[Any], listed("a list, such as [clip,{name: quantise, bits: 4}]")] = ()
+    """Applied to the updates that clients send, in this order: clip, noise, quantise, topk, with settings as in
+    {name: clip, norm: 0.5}, or classes of your own as {_target_: my_module.Mine}."""
 
     def __post_init__(self) -> None:
         """Check all ranges."""
