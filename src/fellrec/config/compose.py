@@ -181,7 +181,9 @@ def _expand_transforms(config: DictConfig) -> None:
     exchange = config.get("exchange")
     given = OmegaConf.select(config, "exchange.transforms") if OmegaConf.is_dict(exchange) else None
     if OmegaConf.is_list(given):
-        config.exchange.transforms = [_expanded(node) for node in OmegaConf.to_container(given, resolve=False)]
+        nodes = OmegaConf.to_container(given, resolve=False)
+        assert isinstance(nodes, list)
+        config.exchange.transforms = [_expanded(node) for node in nodes]
 
 
 def _expanded(node: Any) -> Any:

@@ -160,7 +160,7 @@ class TopK(Transform, TopKSettings):
     def encode(self, payload: Payload, row: int, round_index: int) -> Payload:
         """Entries, places and shape of each parameter."""
         wanted = self._feedback.add(payload, row) if self.error_feedback else payload
-        sent = {}
+        sent: dict[str, Tensor] = {}
         for name, tensor in wanted.items():
             values, places = largest(tensor, self.fraction)
             shape = torch.tensor(tensor.shape, dtype=torch.int32)
