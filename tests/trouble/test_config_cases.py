@@ -490,3 +490,44 @@ def test_a_message_has_little_of_a_file_and_nothing_that_a_terminal_obeys(
     assert len(shown) < 3000
     assert shown.count("\n") == 1
     assert shown.rstrip("\n").isprintable()
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "train"])
+def test_no_entry_of_a_cache_is_written_where_a_run_directory_says(
+    run_dir: Path, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``evaluate`` made folders in ``/etc``, which a stored configuration named."""
+    monkeypatch.setenv("FELLREC_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    config = OmegaConf.load(run_dir / "config.yaml")
+    config.cache_dir = str(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    main(["evaluate", "run"] if verb == "evaluate" else ["train", "resume=run"])
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert len(list((tmp_path / "own" / "data").iterdir())) == 1
+    assert "which has no entries of a cache" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["round_x", "round_", "round_-1", "round_١٢٣٤٥", "round_" + "9" * 200])
+def test_files_beside_checkpoints_are_none(run_dir: Path, name: str) -> None:
+    (run_dir / "checkpoints" / f"{name}.json").write_text("{}")
+    assert CheckpointFolder(run_dir / "checkpoints").rounds() == [1, 2]
+
+
+def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path: Path) -> None:
+    """The first import of the command line, and that of a verb, raise what a signal raises there."""
+    for module in ("fellrec.cli.main", "fellrec.launch.slurm"):
+        (tmp_path / "sitecustomize.py").write_text(
+            "import sys\nclass Finder:\n    def find_spec(self, name, path=None, target=None):\n"
+            f"        if name == {module!r}:\n            raise KeyboardInterrupt\nsys.meta_path.insert(0, Finder())\n"
+        )
+        path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+        found = subprocess.run(
+            [sys.executable, "-m", "fellrec", "doctor"],
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (found.returncode, found.stderr) == (130, "\nfellrec: interrupted\n")

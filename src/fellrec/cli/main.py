@@ -48,7 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     is_whole_process = arguments is None
     if is_whole_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, INTERRUPT)
-    options = _parse(given)
+    try:
+        options = _parse(given)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nfellrec: interrupted\n")
+        sys.exit(130)
     options.arguments = given  # for the processes of the same command
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("fellrec").setLevel(logging.DEBUG if options.debug else logging.NOTSET)

@@ -5,6 +5,8 @@ It is read without interpolation, and may name classes of fellrec only; others m
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,11 @@ from fellrec.config.instantiate import is_own, targets
 from fellrec.config.registry import defaults_of, parts, wrong_groups
 from fellrec.errors import ConfigError
 from fellrec.functional.nested import flatten
+from fellrec.state.cache import has_entries
 from fellrec.state.inside import check_inside
 from fellrec.state.run_folder import CONFIG, which_run
+
+log = logging.getLogger(__name__)
 
 _FORMAT = 1
 """Format of ``config.yaml`` in a run directory; increased when older files can no longer be read."""
@@ -46,6 +51,8 @@ def read_config(run_dir: Path, trusted: Collection[str] = ()) -> DictConfig:
     Raises:
         ConfigError: If the directory is not a run's or has links that leave it, if the file was written by a version
             with other settings or is damaged, or if it names another class.
+
+    A cache folder that is none is replaced by the user's own, with a warning: entries would be written there.
     """
     path = run_dir / CONFIG
     if not path.is_file():
@@ -61,6 +68,7 @@ def read_config(run_dir: Path, trusted: Collection[str] = ()) -> DictConfig:
     plain: Any = OmegaConf.to_container(config)
     _check_shape(plain, path)
     _check_trust(plain, trusted, path)
+    _use_own_cache(config, path)
     for part in parts(plain):
         for name, default in defaults_of(part.kind).items():
             if name not in part.values and default != "???":
@@ -123,15 +131,7 @@ def _load(path: Path) -> DictConfig:
         config = OmegaConf.create(text)
         if not isinstance(config, DictConfig):
             raise ConfigError(f"{path} is not the configuration of a run: it has no settings")
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        yaml.YAMLError,
-        OmegaConfBaseException,
-    ) as error:
+    except _UNREADABLE as error:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     return config
 
@@ -152,6 +152,17 @@ def _check_shape(plain: Mapping[str, Any], path: Path) -> None:
         raise ConfigError(f"{path} is not the configuration of a run: {wrong[0]}")
     if strange := [key for key in flatten(plain) if not all(key.split("."))]:
         raise ConfigError(f"{path} is not the configuration of a run: it has the key {strange[0]!r}")
+
+
+def _use_own_cache(config: DictConfig, path: Path) -> None:
+    """Replace a folder that has no entries of a cache; a run from someone else may name any."""
+    given = config.get("cache_dir")
+    if not isinstance(given, str) or has_entries(Path(given).expanduser()):
+        return
+    own = os.environ.get("FELLREC_CACHE") or "~/.cache/fellrec"
+    if Path(given).expanduser() != Path(own).expanduser():
+        log.warning("%s names cache_dir=%s, which has no entries of a cache; %s is used", path, given, own)
+        config.cache_dir = own
 
 
 def _check_trust(plain: Mapping[str, Any], trusted: Collection[str], path: Path) -> None:

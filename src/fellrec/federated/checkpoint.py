@@ -11,6 +11,7 @@ consistent: a checkpoint is there as a whole or not at all.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -167,7 +168,8 @@ class CheckpointFolder:
         return self.folder / f"{_PREFIX}{number:05d}.json"
 
     def _numbers(self) -> list[int]:
-        return sorted(int(path.stem.removeprefix(_PREFIX)) for path in self.folder.glob(f"{_PREFIX}*.json"))
+        numbers = [path.stem.removeprefix(_PREFIX) for path in self.folder.glob(f"{_PREFIX}*.json")]
+        return sorted(int(number) for number in numbers if re.fullmatch(r"\d{5,9}", number, re.ASCII))
 
     def _read(self, number: int, checked: dict[str, str]) -> dict[str, Any]:
         """A manifest, all of whose files are whole; the checksums that were computed are added to ``checked``."""

@@ -38,6 +38,14 @@ def is_intact(folder: Path) -> bool:
     return True
 
 
+def has_entries(folder: Path) -> bool:
+    """Whether a folder is a cache: one of its kinds of entries has an entry."""
+    try:
+        return any(folder.glob(f"*/*/{_MANIFEST}"))
+    except (OSError, ValueError):
+        return False
+
+
 @contextmanager
 def new_entry(folder: Path) -> Iterator[Path]:
     """Write an entry beside its place and rename it. One that cannot be used is replaced; another process's stays.
