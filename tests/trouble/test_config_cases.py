@@ -245,6 +245,24 @@ def test_ctrl_c_several_times_counts_once() -> None:
     assert done.stderr == "\nfellrec train: interrupted\n"
 
 
+@pytest.mark.parametrize(("body", "status"), [("pass", 0), ("raise FellrecError('wrong')", 1)])
+def test_ctrl_c_after_the_end_does_not_interrupt_exit_handlers(body: str, status: int) -> None:
+    """MLflow has exit handlers; an interrupt there was a traceback, with status 0."""
+    code = (
+        "import atexit, os, signal, sys, time\n"
+        "from fellrec.cli import main, train\n"
+        "from fellrec.errors import FellrecError\n"
+        f"def run(options):\n    {body}\n"
+        "train.run = run\n"
+        "atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(0.02), print('left', flush=True)))\n"
+        "sys.argv = ['fellrec', 'train']\n"
+        "main.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (status, "left\n")
+    assert done.stderr == ("" if status == 0 else "fellrec train: wrong\n")
+
+
 GIT = ["git", "-c", "user.name=x", "-c", "user.email=x@y.z"]
 
 

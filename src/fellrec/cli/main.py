@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _exit(_report(error, options))
     except KeyboardInterrupt as stop:
         if is_whole_process:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process ends, and its exit handlers are not interrupted
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the message is whole
         if options.debug:
             raise
         why = stop if isinstance(stop, Preempted) else "interrupted"
@@ -81,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _exit(stop.code if isinstance(stop.code, int) else 1)
     finally:
         os.umask(umask)
+        if is_whole_process:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # exit handlers, such as MLflow's, are not interrupted
     _exit(0)
 
 
