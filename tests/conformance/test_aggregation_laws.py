@@ -15,7 +15,7 @@ from fellrec.aggregation import AggregationCallback, UpdateMixing
 from fellrec.config.compose import compose
 from fellrec.config.instantiate import instantiate
 from fellrec.config.paths import group_choices
-from fellrec.federated.populations import SharedModel
+from fellrec.federated.populations import SharedAndPersonal, SharedModel
 from fellrec.federated.records import Updates
 
 VARIANTS = [
@@ -35,16 +35,32 @@ def has_matrix(cfg) -> bool:
 
 
 def rule_of(cfg):
-    return instantiate(cfg, "aggregation")
+    """A new rule that has begun."""
+    rule = instantiate(cfg, "aggregation")
+    rule.part_of = {"a": "body", "b": "tail"}.__getitem__
+    rule.begin({"a": torch.zeros(2, 3), "b": torch.zeros(4)})
+    return rule
 
 
-def suited(rule, updates):
-    """The updates with one common start for rules with one model: the same updates, from the first client's start."""
-    if rule.population is not SharedModel:
-        return updates
-    start = {name: p[:1].expand_as(p).clone() for name, p in updates.start.items()}
-    end = {name: start[name] + p - updates.start[name] for name, p in updates.end.items()}
-    return dataclasses.replace(updates, start=start, end=end)
+def has_one_model(rule):
+    """Whether what is aggregated starts from one model of the server."""
+    return issubclass(rule.population, SharedModel | SharedAndPersonal)
+
+
+def suited(rule, updates, round_index):
+    """The updates as the rule gets them in a run.
+
+    For rules with one model: from the first client's start. Only parameters that are exchanged, and tensors of the
+    clients that the rule asks for.
+    """
+    start, end = updates.start, updates.end
+    tensors = {name: {key: p - 0.5 for key, p in end.items()} for name in rule.client_tensors}
+    before = {name: {key: torch.zeros_like(p) for key, p in end.items()} for name in rule.client_tensors}
+    if has_one_model(rule):
+        start = {name: p[:1].expand_as(p).clone() for name, p in start.items()}
+        end = {name: start[name] + p - updates.start[name] for name, p in end.items()}
+    start, end = ({n: p for n, p in stack.items() if rule.exchanges(n, round_index)} for stack in (start, end))
+    return dataclasses.replace(updates, start=start, end=end, tensors=tensors, start_tensors=before)
 
 
 every_rule = pytest.mark.parametrize("cfg", RULES)
@@ -67,9 +83,10 @@ def rounds(draw):
     }
     losses = draw(st.lists(st.floats(0, 20), min_size=num_clients, max_size=num_clients))
     samples = draw(st.lists(st.integers(1, 1000), min_size=num_clients, max_size=num_clients))
-    updates = Updates(
-        tuple(range(num_clients)), start, end, torch.tensor(losses).double(), torch.tensor(samples).double()
-    )
+    steps = draw(st.lists(st.integers(1, 50), min_size=num_clients, max_size=num_clients))
+    numbers = {"num_steps": torch.tensor(steps).double(), "num_clients": num_clients}
+    measured = torch.tensor(losses).double(), torch.tensor(samples).double()
+    updates = Updates(tuple(range(num_clients)), start, end, *measured, **numbers)
     return updates, draw(st.integers(0, 100))
 
 
@@ -87,20 +104,26 @@ def test_rows_sum_to_one_and_no_weight_is_negative(cfg, problem):
 @given(rounds(), st.randoms(use_true_random=False))
 def test_permuting_clients_permutes_the_result(cfg, problem, random):
     rule, (updates, round_index) = rule_of(cfg), problem
-    updates = suited(rule, updates)
+    updates = suited(rule, updates, round_index)
     order = list(range(len(updates.clients)))
     random.shuffle(order)
-    permuted = Updates(
-        tuple(updates.clients[n] for n in order),
-        {name: p[order] for name, p in updates.start.items()},
-        {name: p[order] for name, p in updates.end.items()},
-        updates.losses[order],
-        updates.num_samples[order],
+    permuted = dataclasses.replace(
+        updates,
+        clients=tuple(updates.clients[n] for n in order),
+        start={name: p[order] for name, p in updates.start.items()},
+        end={name: p[order] for name, p in updates.end.items()},
+        losses=updates.losses[order],
+        num_samples=updates.num_samples[order],
+        num_steps=updates.num_steps[order],
+        tensors={name: {key: p[order] for key, p in stack.items()} for name, stack in updates.tensors.items()},
     )
     expected = rule.aggregate(updates, round_index)
     result = rule_of(cfg).aggregate(permuted, round_index)
     for name, parameter in expected.adapters.items():
         torch.testing.assert_close(result.adapters[name], parameter[order], rtol=1e-5, atol=1e-6)
+    for name, stack in expected.tensors.items():
+        for key, tensor in stack.items():
+            torch.testing.assert_close(result.tensors[name][key], tensor[order], rtol=1e-5, atol=1e-6)
     for name, matrix in expected.matrices.items():
         torch.testing.assert_close(result.matrices[name], matrix[order][:, order], rtol=1e-7, atol=1e-9)
     for name, vector in expected.per_client.items():
@@ -121,9 +144,9 @@ def test_equal_inputs_are_a_fixed_point(cfg, problem):
     start = updates.start
     if isinstance(rule, UpdateMixing):
         start = {name: p[:1].expand_as(p).clone() for name, p in start.items()}
-    if rule.population is SharedModel:
+    if has_one_model(rule):
         start = same
-    equal = Updates(updates.clients, start, same, updates.losses, updates.num_samples)
+    equal = suited(rule, dataclasses.replace(updates, start=start, end=same), round_index)
     for name, parameter in rule.aggregate(equal, round_index).adapters.items():
         torch.testing.assert_close(parameter, same[name], rtol=0, atol=0)
 
@@ -132,9 +155,12 @@ def test_equal_inputs_are_a_fixed_point(cfg, problem):
 @quick
 @given(rounds())
 def test_inputs_are_not_changed_and_not_aliased(cfg, problem):
-    """A rule that sees nothing returns no adapters: clients keep what they trained."""
+    """A rule that sees nothing returns no adapters: clients keep what they trained.
+
+    One that sends its clients something else may return none either.
+    """
     rule, (updates, round_index) = rule_of(cfg), problem
-    updates = suited(rule, updates)
+    updates = suited(rule, updates, round_index)
     tensors = [*updates.start.values(), *updates.end.values(), updates.losses, updates.num_samples]
     before = [tensor.clone() for tensor in tensors]
     result = rule.aggregate(updates, round_index)
@@ -142,4 +168,5 @@ def test_inputs_are_not_changed_and_not_aliased(cfg, problem):
         parameter.fill_(np.pi)
     for tensor, copy in zip(tensors, before, strict=True):
         torch.testing.assert_close(tensor, copy, rtol=0, atol=0)
-    assert list(result.adapters) == ([] if rule.sees == "nothing" else list(updates.end))
+    returns_none = rule.sees == "nothing" or (not result.adapters and (result.tensors or result.anchors))
+    assert list(result.adapters) == ([] if returns_none else list(updates.end))

@@ -10,28 +10,42 @@ from fellrec.aggregation.settings import RULES
 if TYPE_CHECKING:
     from fellrec.aggregation.base import AggregationCallback
     from fellrec.aggregation.centralized import Centralized
+    from fellrec.aggregation.cfl import CFL
+    from fellrec.aggregation.ditto import Ditto
+    from fellrec.aggregation.fedamp import FedAMP
     from fellrec.aggregation.fedavg import FedAvg
     from fellrec.aggregation.fedavgm import FedAvgM
+    from fellrec.aggregation.fednova import FedNova
     from fellrec.aggregation.fedopt import FedAdagrad, FedAdam, FedYogi
+    from fellrec.aggregation.fedper import FedPer
     from fellrec.aggregation.fedprox import FedProx
     from fellrec.aggregation.fellrec import FELLRec
     from fellrec.aggregation.local import Local
     from fellrec.aggregation.persistence import Persistence
+    from fellrec.aggregation.pfedme import PFedMe
+    from fellrec.aggregation.scaffold import Scaffold
     from fellrec.aggregation.uniform import Uniform
     from fellrec.aggregation.updatemixing import UpdateMixing
 
 __all__ = [
     "AggregationCallback",
+    "CFL",
     "Centralized",
+    "Ditto",
     "FELLRec",
+    "FedAMP",
     "FedAdagrad",
     "FedAdam",
     "FedAvg",
     "FedAvgM",
+    "FedNova",
+    "FedPer",
     "FedProx",
     "FedYogi",
     "Local",
+    "PFedMe",
     "Persistence",
+    "Scaffold",
     "Uniform",
     "UpdateMixing",
 ]

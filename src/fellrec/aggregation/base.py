@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,10 @@ class AggregationCallback(FederatedCallback):
         serves: With ``SharedAndPersonal``, the model that is evaluated and tested: ``"personal"`` or ``"shared"``.
         needs_start_loss: Whether clients measure their loss at the received adapter, for ``updates.start_losses``.
         local_terms: What is added to the clients' local objective.
+        client_tensors: Names of the clients' tensors that are sent with each update, for ``updates.tensors``; others
+            stay at their client.
+        part_of: Gives the part of the model, ``"head"``, ``"body"`` or ``"tail"``, that a parameter belongs to; set
+            before `begin`, in every process.
         limits: What the rule cannot be combined with; refused before data and models are loaded.
 
     Example:
@@ -60,6 +64,8 @@ class AggregationCallback(FederatedCallback):
     own_about: About | None = None
     local_terms: Sequence[LocalTerm] = ()
     """Made with the rule in every process: what changes from round to round goes to clients as tensors, not here."""
+    client_tensors: Sequence[str] = ()
+    part_of: Callable[[str], str] = staticmethod(lambda name: "body")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a rule that defines no way to aggregate, or an unknown ``sees``; take over what ``about`` says.
@@ -92,6 +98,16 @@ class AggregationCallback(FederatedCallback):
     def name(self) -> str:
         """The rule's name in tables and messages: that of ``about``, or the class name in lower case."""
         return self.own_about.name if self.own_about is not None else type(self).__name__.lower()
+
+    def begin(self, initial: Mapping[str, Tensor]) -> None:
+        """Called before the first round, and before a state is restored.
+
+        Args:
+            initial: The adapter that every client starts from, by parameter; not to be changed.
+
+        Raises:
+            ConfigError: If the rule cannot work with an adapter that has these parameters.
+        """
 
     def trains(self, name: str, round_index: int) -> bool:
         """Whether a parameter of the adapter is trained in a round; the others stay frozen and are not exchanged."""

@@ -11,6 +11,7 @@ from fellrec.aggregation.base import AggregationCallback
 from fellrec.aggregation.settings.averages import FedProxSettings
 from fellrec.federated.records import Updates
 from fellrec.federated.terms import LocalTerm, TermContext
+from fellrec.types import Adapter
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,13 @@ class Proximal(LocalTerm):
         """See ``LocalTerm``; ``None`` for strength 0."""
         if not self.strength or not parameters:
             return None
-        squares = [(value - context.received[name]).square().sum() for name, value in parameters.items()]
-        return self.strength / 2 * sum(squares[1:], squares[0])
+        return self.strength / 2 * squared_distance(parameters, context.received)
+
+
+def squared_distance(parameters: Mapping[str, nn.Parameter], anchor: Adapter) -> Tensor:
+    """``‖v − anchor‖²`` of some parameters, at least one; each term of the sum has one parameter only."""
+    squares = [(value - anchor[name]).square().sum() for name, value in parameters.items()]
+    return sum(squares[1:], squares[0])
 
 
 class FedProx(AggregationCallback, FedProxSettings):

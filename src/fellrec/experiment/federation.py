@@ -104,6 +104,7 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
     """
     rule, ledger, seed = build_rule(config), Ledger(), config.seed
     trainer = settings(TrainerSettings, config.trainer, "trainer")
+    rule.part_of = recommender.module.model.part_of
     num_clients = recommender.data.num_clients
     num_rows = max(num_clients, _population(rule, {}, num_clients, trainer).num_rows)  # whom a message can be about
     server = None
@@ -121,7 +122,9 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
     if recommender.link is not None:
         meters.append(recommender.link.costs)
     initial = {**recommender.initial, **body}
-    population = _population(rule, {name: initial[name] for name in sorted(initial)}, num_clients, trainer)
+    initial = {name: initial[name] for name in sorted(initial)}
+    rule.begin(initial)
+    population = _population(rule, initial, num_clients, trainer)
     transforms = [instantiate(node, "exchange.transforms", of=Transform) for node in config.exchange.transforms]
     return Federation(
         rule=rule,
@@ -163,6 +166,7 @@ def build_serial(
         sharing: This process's part where several train one client together.
     """
     rule = build_rule(config)
+    rule.part_of = recommender.module.model.part_of
     whole = WholeClientModel(recommender.module, recommender.base, rule.local_terms)
     model: ClientModel = whole
     if recommender.link is not None:
@@ -185,8 +189,9 @@ def build_server(config: DictConfig, part: ServerPart, num_rows: int, fabric: Fa
         gradient_dtype=split.gradient_dtype,
         num_rows=num_rows,
     )
-    terms = build_rule(config).local_terms
-    return BodyServer(part.model, part.trainable, server, fabric.autocast, part.base, terms)
+    rule = build_rule(config)
+    rule.part_of = part.model.part_of
+    return BodyServer(part.model, part.trainable, server, fabric.autocast, part.base, rule.local_terms)
 
 
 def _is_at_server(recommender: Recommender) -> Callable[[str], bool]:

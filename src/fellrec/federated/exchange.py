@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,8 @@ class Rule(Protocol):
 
     sees: str
     """What the rule reads: ``"nothing"`` of the adapters, ``"sums"`` of them only, or all ``"adapters"``."""
+    client_tensors: Sequence[str]
+    """Names of the clients' tensors that are sent with each update."""
 
     @property
     def name(self) -> str:
@@ -107,8 +110,6 @@ class Exchange:
         names = [name for name in first if self._leaves(name, trained[0])]
         shapes = {name: first[name].shape for name in names}
         self._sizes = {name: first[name].nbytes for name in names}
-        names_of = [{key.partition("|")[0] for key in t.tensors.tensors()} for t in trained]
-        own = sorted(set.intersection(*names_of))
         start_losses = [t.start_loss for t in trained if t.start_loss is not None]
         updates = Updates(
             clients=tuple(t.row for t in trained),
@@ -118,7 +119,8 @@ class Exchange:
             num_samples=torch.tensor([t.num_samples for t in trained], dtype=torch.float64),
             start_losses=torch.tensor(start_losses, dtype=torch.float64) if start_losses else None,
             start_rounds=tuple(t.job.round_index for t in trained),
-            tensors={name: _stack_of(trained, name) for name in own},
+            tensors={name: _stack_of([t.tensors for t in trained], name) for name in self._sent_tensors(trained)},
+            start_tensors={name: _started(trained, name) for name in self._sent_tensors(trained)},
             num_steps=torch.tensor([t.num_steps for t in trained], dtype=torch.float64),
             num_clients=self.num_clients,
             layers=self.layers,
@@ -140,13 +142,19 @@ class Exchange:
                 f"aggregation {self.rule.name}: aggregate returned {type(aggregated).__name__}; needed is Aggregated"
             )
         received = Received(
-            updates.clients, aggregated.adapters, aggregated.tensors, aggregated.base, aggregated.resets
+            updates.clients,
+            aggregated.adapters,
+            aggregated.tensors,
+            aggregated.base,
+            aggregated.resets,
+            aggregated.anchors,
         )
         if self.rule.sees != "nothing":
             kept = [stack[name] for stack in aggregated.tensors.values() for name in stack if not self.at_server(name)]
             num_bytes = sum(tensor.nbytes // len(tensor) for tensor in kept)
             num_bytes += sum(size for name, size in self._sizes.items() if name in self._sent_back(aggregated))
             num_bytes += _num_bytes(aggregated.base, self.at_server)
+            num_bytes += sum(_num_bytes(anchor, self.at_server) for anchor in aggregated.anchors.values())
             for row, round_index in zip(updates.clients, updates.start_rounds, strict=True):
                 self.ledger.add(row, round_index, "train", "down", "adapter", num_bytes)
         return received
@@ -192,12 +200,17 @@ class Exchange:
                 decoded = transform.decode(decoded)
             arrived = {name: start[name] + self._decoded(decoded, name, start[name]) for name in names}
             opened = StoredTensors(arrived).tensors
-        own = {key.partition("|")[2]: tensor for key, tensor in trained.tensors.tensors().items()}
-        num_bytes = _num_bytes(payload, self.at_server) + _num_bytes(own, self.at_server)
+        num_bytes = _num_bytes(payload, self.at_server)
+        for name in self.rule.client_tensors:
+            num_bytes += _num_bytes(_tensors_of(trained.tensors, name), self.at_server)
         num_scalars = 2 if trained.start_loss is None else 3
         self.ledger.add(row, round_index, "train", "up", "adapter", num_bytes)
         self.ledger.add(row, round_index, "train", "up", "scalar", num_scalars * _SCALAR_BYTES)
         return opened
+
+    def _sent_tensors(self, trained: Sequence[Trained]) -> list[str]:
+        """Names of the tensors that the rule reads and all clients have."""
+        return [name for name in self.rule.client_tensors if all(_tensors_of(t.tensors, name) for t in trained)]
 
     def _decoded(self, decoded: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
         """What the transforms made of a parameter's update."""
@@ -213,13 +226,23 @@ def _num_bytes(payload: Mapping[str, Tensor], is_left_out: Callable[[str], bool]
     return sum(tensor.nbytes for key, tensor in payload.items() if not is_left_out(key.partition("|")[0]))
 
 
-def _stack_of(trained: Sequence[Trained], name: str) -> AdapterStack:
+def _tensors_of(stored: StoredTensors, name: str) -> Adapter:
+    """A client's own tensors of one name, by parameter."""
+    return {key.partition("|")[2]: t for key, t in stored.tensors().items() if key.partition("|")[0] == name}
+
+
+def _stack_of(stored: Sequence[StoredTensors], name: str) -> AdapterStack:
     """The clients' own tensors of one name, parameter → ``[N, *shape]``."""
-
-    def opened(t: Trained) -> Callable[[], Adapter]:
-        return lambda: {
-            key.partition("|")[2]: v for key, v in t.tensors.tensors().items() if key.startswith(f"{name}|")
-        }
-
-    rows = [opened(t) for t in trained]
+    rows = [partial(_tensors_of, tensors, name) for tensors in stored]
     return RowStack({key: tensor.shape for key, tensor in rows[0]().items()}, rows)
+
+
+def _started(trained: Sequence[Trained], name: str) -> AdapterStack:
+    """The same before local training, with zeros for those that are new."""
+
+    def opened(t: Trained) -> Adapter:
+        before = _tensors_of(t.job.tensors, name)
+        return {key: before.get(key, torch.zeros_like(now)) for key, now in _tensors_of(t.tensors, name).items()}
+
+    shapes = {key: tensor.shape for key, tensor in _tensors_of(trained[0].tensors, name).items()}
+    return RowStack(shapes, [partial(opened, t) for t in trained])

@@ -59,6 +59,7 @@ class Population:
         self.base: tuple[StoredTensors, ...] = ()
         self._optimizers: dict[int, StoredTensors] = {}
         self._tensors: dict[int, StoredTensors] = {}
+        self._anchors: dict[str, StoredTensors] = {}
 
     @property
     def num_rows(self) -> int:
@@ -87,7 +88,7 @@ class Population:
         return True
 
     def anchors(self, row: int) -> dict[str, StoredTensors]:
-        """Other adapters that come with a row's job, by name."""
+        """Other adapters that come with a row's job, by name, beside those of the server."""
         return {}
 
     def job(self, row: int, round_index: int) -> Job:
@@ -102,7 +103,7 @@ class Population:
             first_step=self.local_steps[row],
             adapter=self.bank.versions[row],
             optimizer=NOTHING if reset else self._optimizers.get(row, NOTHING),
-            anchors=self.anchors(row),
+            anchors={**self._anchors, **self.anchors(row)},
             tensors=self._tensors.get(row, NOTHING),
             trains=names,
             needs_start_loss=self.needs.start_loss,
@@ -193,6 +194,8 @@ class Population:
             self.base = (*self.base, self.store.put(0, received.base))
         if received.resets:
             self._forget(set(received.resets))
+        for name, anchor in received.anchors.items():
+            self._anchors[name] = self.store.put(0, anchor)
 
     def receive_adapters(self, rows: Sequence[int], stack: LazyStack) -> None:
         """Let some rows have other adapters; ``stack`` may have only some of the parameters."""
@@ -223,6 +226,7 @@ class Population:
             "tensors": {str(row): stored for row, stored in self._tensors.items()},
             "local_steps": self.local_steps,
             "base": list(self.base),
+            "anchors": dict(self._anchors),
             "number": self.store.number,
         }
 
@@ -242,6 +246,7 @@ class Population:
         self._tensors = {int(row): stored for row, stored in state["tensors"].items()}
         self.local_steps = list(state["local_steps"])
         self.base = tuple(state["base"])
+        self._anchors = dict(state["anchors"])
         self.store.number = state["number"]
 
     def optimizer_of(self, row: int) -> Adapter:

@@ -186,7 +186,9 @@ class Updates:
         num_samples: ``[N]`` float64, training targets per client.
         start_losses: ``[N]`` float64, losses at the received adapters; ``None`` unless the rule asks for them.
         start_rounds: Round in which each client received its adapter.
-        tensors: Tensors of the clients by name: name → parameter → ``[N, *shape]``.
+        tensors: Tensors of the clients that the rule reads (``client_tensors``), by name: name → parameter →
+            ``[N, *shape]``.
+        start_tensors: The same before local training; zeros for clients that had none.
         num_steps: ``[N]`` float64, optimiser steps that clients took in this round.
         num_clients: C, clients of the population; 0 if it is not known.
         layers: Layers that LoRA adapts; none with ``adapter=full``.
@@ -200,6 +202,7 @@ class Updates:
     start_losses: Tensor | None = None
     start_rounds: tuple[int, ...] = ()
     tensors: Mapping[str, AdapterStack] = field(default_factory=dict)
+    start_tensors: Mapping[str, AdapterStack] = field(default_factory=dict)
     num_steps: Tensor | None = None
     num_clients: int = 0
     layers: tuple[LoraLayer, ...] = ()
@@ -350,6 +353,8 @@ class Aggregated:
         metrics: Other figures of the round worth logging, by MLflow-safe names.
         resets: Parameters whose optimiser state no longer fits their values (after an SVD, a rotation, or a new
             initialisation): all clients forget it.
+        anchors: Adapters of the server that come with the jobs of all clients from now on, absent ones too, as
+            ``Job.anchors``: name → parameter → tensor. One of the same name replaces the last one.
     """
 
     adapters: AdapterStack
@@ -359,6 +364,7 @@ class Aggregated:
     base: Mapping[str, Tensor] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     resets: tuple[str, ...] = ()
+    anchors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -371,6 +377,7 @@ class Received:
         tensors: As in ``Aggregated``.
         base: As in ``Aggregated``.
         resets: As in ``Aggregated``.
+        anchors: As in ``Aggregated``.
     """
 
     rows: tuple[int, ...]
@@ -378,6 +385,7 @@ class Received:
     tensors: Mapping[str, AdapterStack] = field(default_factory=dict)
     base: Mapping[str, Tensor] = field(default_factory=dict)
     resets: tuple[str, ...] = ()
+    anchors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

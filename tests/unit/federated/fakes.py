@@ -74,15 +74,18 @@ def fake_loop(
     rule = rule or FedAvg()
     settings = TrainerSettings(**{"num_rounds": 3, **trainer})
     has_trains = type(rule).trains is not AggregationCallback.trains
-    needs = JobNeeds(rule.trains if has_trains else None, rule.needs_start_loss)
+    keeps = type(rule).exchanges is not AggregationCallback.exchanges
+    is_personal = (lambda name: not rule.exchanges(name, 0)) if keeps else None
+    needs = JobNeeds(rule.trains if has_trains else None, rule.needs_start_loss, is_personal=is_personal)
     arguments = (rule.serves,) if issubclass(rule.population, SharedAndPersonal) else ()
     initial = {name: torch.zeros(2) for name in NAMES}
+    rule.begin(initial)
     population: Population = rule.population(initial, num_clients, needs, *arguments)
     return FederatedLoop(
         population=population,
         participation=Participation(ParticipationSettings(**(participation or {})), seed=0),
         executor=executor or FakeExecutor(),
-        exchange=Exchange(rule, Ledger(), transforms),
+        exchange=Exchange(rule, Ledger(), transforms, num_clients=num_clients),
         rule=rule,
         selection=Selection(population, settings.metric, settings.select, settings.patience),
         progress=Progress(),

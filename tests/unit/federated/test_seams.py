@@ -75,6 +75,8 @@ def test_tensors_of_a_rule_are_in_checkpoints(tmp_path: Path) -> None:
 class Controls(FedAvg):
     """Sends every client a tensor, and reads what the clients return."""
 
+    client_tensors = ("seen",)
+
     def aggregate(self, updates: Updates, round_index: int) -> Aggregated:
         mixed = super().aggregate(updates, round_index)
         number = torch.full((len(updates.clients), 1), float(round_index))

@@ -415,6 +415,7 @@ class Everything(FedAvg):
 
     needs_start_loss = True
     local_terms = (Pull(), Controls())
+    client_tensors = ("own",)
 
     def __init__(self) -> None:
         self.start_losses: list[float] = []

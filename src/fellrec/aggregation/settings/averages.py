@@ -195,3 +195,44 @@ class FedYogiSettings:
     def __post_init__(self) -> None:
         """Check all ranges."""
         check(self, "aggregation")
+
+
+@dataclass(frozen=True)
+class ScaffoldSettings:
+    """Control variates."""
+
+    about: ClassVar[About] = About(
+        name="scaffold",
+        family="average",
+        summary="one model; control variates c − c_k correct the clients' gradients",
+        paper="Karimireddy et al., ICML 2020, arXiv:1910.06378",
+        sees="sums",
+        cost="traffic: twice FedAvg's; clients: one more adapter; server: one more",
+    )
+    server_learning_rate: Positive = 1.0
+    """η_s, what the mean update is multiplied by."""
+    weights: Weights = "equal"
+    """How much clients count in the mean update; the paper's are equal. Control variates count the same."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")
+
+
+@dataclass(frozen=True)
+class FedNovaSettings:
+    """Updates divided by the clients' numbers of local steps."""
+
+    about: ClassVar[About] = About(
+        name="fednova",
+        family="average",
+        summary="one model: FedAvg of updates per local step, so that clients with more steps do not count more",
+        paper="Wang et al., NeurIPS 2020, arXiv:2007.07481",
+        sees="sums",
+    )
+    weights: Weights = "samples"
+    """How much clients count in the mean."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")

@@ -1,0 +1,140 @@
+"""Settings of rules with a model of its own for every client, or for every cluster of clients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from fellrec.aggregation.settings.about import About, Limits
+from fellrec.aggregation.settings.averages import Weights
+from fellrec.functional.ranges import Count, Fraction, Natural, NotNegative, Positive, Rate, check, items, whole
+
+Layers = Annotated[Sequence[int], items(whole(0), "a list of numbers of layers, each once, such as [0,1]", True)]
+Personal = Literal["tail", "b"] | Layers
+"""The part of the adapter that never leaves its client."""
+
+
+@dataclass(frozen=True)
+class DittoSettings:
+    """A shared model, and a personal one beside it."""
+
+    about: ClassVar[About] = About(
+        name="ditto",
+        family="personalised",
+        summary="FedAvg's model, and a personal one a client with λ/2 ‖v − w‖² added to its loss; that one is tested",
+        paper="Li et al., ICML 2021, arXiv:2012.04221",
+        sees="sums",
+        cost="clients: twice the local training, one more adapter",
+    )
+    lam: NotNegative = 0.1
+    """λ, how much personal models are held near the received shared one; 0 is `Local`. The authors try 0.1, 1, 2."""
+    weights: Weights = "samples"
+    """How much clients count in the shared model."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")
+
+
+@dataclass(frozen=True)
+class FedPerSettings:
+    """A personal part, trained together with the shared one."""
+
+    about: ClassVar[About] = About(
+        name="fedper",
+        family="personalised",
+        summary="FedAvg of a part of the adapter; the other part is trained with it and never leaves its client",
+        paper="Arivazhagan et al., 2019, arXiv:1912.00818",
+        sees="sums",
+        cost="traffic: only the shared part",
+    )
+    personal: Personal = "tail"
+    """What is personal: the tail of the split (``split.tail_layers``), b for LoRA's factors B, or numbers of layers."""
+    weights: Weights = "samples"
+    """How much clients count in the mean."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")
+
+
+@dataclass(frozen=True)
+class FedAMPSettings:
+    """Attention over models by their distance."""
+
+    about: ClassVar[About] = About(
+        name="fedamp",
+        family="personalised",
+        summary="each client is pulled towards a mixture of the models that are near its own",
+        paper="Huang et al., AAAI 2021, arXiv:2007.03797",
+        cost="server: N² inner products of adapters; clients: one more adapter",
+    )
+    mu: NotNegative = 0.1
+    """λ / α_K, strength of the pull towards the mixture; 0 is `Local`."""
+    attention: Rate = 1.0
+    """Largest weight of all other clients together in a mixture."""
+    sigma: Positive = 1.0
+    """σ, in units of the median squared distance of two clients; the smaller, the fewer clients count."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")
+
+
+@dataclass(frozen=True)
+class PFedMeSettings:
+    """Moreau envelopes."""
+
+    about: ClassVar[About] = About(
+        name="pfedme",
+        family="personalised",
+        summary="personal models θ near local ones w_k, which follow θ slowly and are averaged",
+        paper="Dinh et al., NeurIPS 2020, arXiv:2006.08848",
+        sees="sums",
+        cost="clients and server: one more adapter",
+    )
+    lam: Positive = 15.0
+    """λ, how much θ is held near w_k."""
+    inner_steps: Count = 5
+    """K, optimiser steps of θ for each step of w_k."""
+    outer_rate: Fraction = 0.075
+    """η λ, the part of the way to θ that w_k goes. The authors' program has η 0.005 and λ 15."""
+    beta: Fraction = 1.0
+    """β, the part of the way to the mean of all w_k that the shared model goes."""
+    weights: Weights = "samples"
+    """How much clients count in the mean."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")
+
+
+@dataclass(frozen=True)
+class CFLSettings:
+    """Clusters that are split where updates disagree."""
+
+    about: ClassVar[About] = About(
+        name="cfl",
+        family="personalised",
+        summary="FedAvg within clusters, which are split in two where the clients' updates cancel out",
+        paper="Sattler et al., 2020, arXiv:1910.01991",
+        cost="server: N² inner products of updates",
+        limits=Limits(all_clients=True),
+    )
+    eps1: Fraction = 0.4
+    """ε₁: a cluster is split if its mean update is shorter than this part of its longest update."""
+    eps2: NotNegative = 0.1
+    """ε₂: and if its longest update is longer than this part of the longest one of the first round."""
+    first_round: Natural = 3
+    """The first round, from 0, in which clusters are split."""
+    min_clients: Count = 2
+    """Clients of a cluster at least."""
+    linkage: Literal["complete", "single"] = "complete"
+    """How a cluster is split: complete, as in the authors' program, or single, the paper's optimum."""
+    weights: Weights = "samples"
+    """How much clients count in the mean of their cluster."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")

@@ -1,0 +1,62 @@
+"""Clients whose loss is ``h_k / 2 ‖v − t_k‖²``, trained by the real slot with plain SGD: rounds that NumPy can repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from fakes import FakeExecutor
+from torch import nn
+
+from fellrec.aggregation import AggregationCallback
+from fellrec.federated.callback import Events
+from fellrec.federated.records import Failed, Job, Trained
+from fellrec.federated.slot import LocalSlot, SlotState, new_parameters
+from fellrec.state.tensor_store import StoredTensors
+
+RATE = 0.1
+"""The learning rate."""
+TARGETS = [(1.0, -2.0), (3.0, 0.5), (-1.0, 4.0)]
+"""t_k of three clients, the same for both parameters of the fake loop."""
+CURVATURES = [1.0, 0.5, 2.0]
+"""h_k."""
+SAMPLES = [1, 3, 4]
+STEPS = [3, 5, 4]
+
+
+class QuadraticExecutor(FakeExecutor):
+    """Trains with the rule's local terms.
+
+    Args:
+        rule: Has the terms.
+        clip: The gradients are multiplied by it after the terms have changed them.
+    """
+
+    def __init__(self, rule: AggregationCallback, clip: float = 1.0) -> None:
+        super().__init__()
+        self.rule, self.clip = rule, clip
+
+    def train(self, jobs: Sequence[Job], events: Events) -> Iterator[Trained | Failed]:
+        for job in jobs:
+            events.call("on_client_start", job)
+            yield self.train_one(job)
+
+    def train_one(self, job: Job) -> Trained:
+        client, begin = job.client, SlotState.of(job)
+        parameters = new_parameters({name: nn.Parameter(t.clone()) for name, t in begin.adapter.items()}, begin)
+        slot = LocalSlot(parameters, begin, torch.optim.SGD(list(parameters.values()), lr=RATE), self.rule.local_terms)
+        for _ in range(STEPS[client]):
+            slot.before_backward(False, RATE)
+            self.loss(client, parameters).backward()
+            slot.step(self.clip, RATE)
+        state = slot.state()
+        stored = StoredTensors(state.adapter), StoredTensors(state.optimizer)
+        return Trained(job, *stored, loss=1.0, num_samples=SAMPLES[client], num_steps=STEPS[client], seconds=0.0,
+                       tensors=StoredTensors(state.tensors))  # fmt: skip
+
+    @staticmethod
+    def loss(client: int, parameters: dict[str, nn.Parameter]) -> torch.Tensor:
+        """The client's loss over all parameters."""
+        target = torch.tensor(TARGETS[client])
+        total = torch.stack([(value - target).square().sum() for value in parameters.values()]).sum()
+        return CURVATURES[client] / 2 * total
