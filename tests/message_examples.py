@@ -13,7 +13,9 @@ HIDDEN = pack(torch.randn(2, 3, 4), "float32")
 WEIGHTS = {"a.b": torch.randn(2, 3), "c": torch.zeros(())}
 STATE = {"a.b|step": torch.tensor(7.0), "a.b|exp_avg": torch.ones(2, 3)}
 EXAMPLES: list[Message] = [
-    m.OpenSlot(1, 2, "train", WEIGHTS, STATE, {"shared|c": torch.ones(())}, {"variate|c": torch.ones(())}, ("c",), 1),
+    m.OpenSlot(
+        1, 2, "train", WEIGHTS, STATE, {"shared|c": torch.ones(())}, {"variate|c": torch.ones(())}, ("c",), 1, 7
+    ),
     m.CloseSlot(1, 2, "train", keep=False),
     m.SlotClosed(1, 2, "train", WEIGHTS, STATE, {}),
     m.Serve(1, -1, "val", {"a.b": torch.randn(2, 3).bfloat16()}, 1),

@@ -28,9 +28,15 @@ def optimizer_states(loop: FederatedLoop) -> dict[str, Tensor]:
     return {f"{row} {key}": tensor for row in rows for key, tensor in loop.population.optimizer_of(row).items()}
 
 
+def own_tensors(loop: FederatedLoop) -> dict[str, Tensor]:
+    """Tensors of the rows, such as control variates, by row, name and parameter."""
+    rows = range(loop.population.num_rows)
+    return {f"{row} {key}": tensor for row in rows for key, tensor in loop.population.tensors_of(row).items()}
+
+
 def all_tensors(loop: FederatedLoop) -> dict[str, Tensor]:
     """All of these."""
-    return {**adapters(loop), **selected(loop), **optimizer_states(loop)}
+    return {**adapters(loop), **selected(loop), **optimizer_states(loop), **own_tensors(loop)}
 
 
 def assert_same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:

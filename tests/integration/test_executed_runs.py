@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_tensors import adapters, assert_same, optimizer_states, selected
+from run_tensors import adapters, assert_same, optimizer_states, own_tensors, selected
 from torch import Tensor
 
 from fellrec.callbacks.checkpoint import Checkpoint
@@ -95,6 +95,12 @@ class Values(FederatedCallback):
         "aggregation=centralized adapter=lora",
         "objective.item_encoder=encoded adapter=lora trainer.gradient_clip=0.01",
         "split.head_layers=0 split.tail_layers=2 participation.rate=0.5 trainer.reset_optimizer=true",
+        "aggregation=scaffold adapter=lora trainer.gradient_clip=0.5 participation.rate=0.5",
+        "aggregation=ditto",
+        "aggregation=fedper aggregation.personal=b adapter=lora trainer.num_rounds=2",
+        "aggregation=fedrep split.tail_layers=2 trainer.num_rounds=2",
+        "aggregation=fedamp aggregation.mu=1 trainer.gradient_clip=null",
+        "aggregation=pfedme aggregation.inner_steps=2 adapter=lora",
         "adapter=lora adapter.layers=body+tail",
         "adapter.layers=tail",
         "adapter.layers=head adapter=lora",
@@ -114,6 +120,7 @@ def test_a_run_through_the_cut_has_the_same_bits(run: Run, overrides: str) -> No
     assert_same(adapters(whole), adapters(cut))
     assert_same(selected(whole), selected(cut))
     assert_same(optimizer_states(whole), optimizer_states(cut))
+    assert_same(own_tensors(whole), own_tensors(cut))
     assert optimizer_states(whole)
     assert whole.selection.client_rounds == cut.selection.client_rounds
     assert whole.population.local_steps == cut.population.local_steps

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fellrec.aggregation.fedopt import FedAdagrad, FedAdam, FedYogi
     from fellrec.aggregation.fedper import FedPer
     from fellrec.aggregation.fedprox import FedProx
+    from fellrec.aggregation.fedrep import FedRep
     from fellrec.aggregation.fellrec import FELLRec
     from fellrec.aggregation.local import Local
     from fellrec.aggregation.persistence import Persistence
@@ -41,6 +42,7 @@ __all__ = [
     "FedNova",
     "FedPer",
     "FedProx",
+    "FedRep",
     "FedYogi",
     "Local",
     "PFedMe",

@@ -29,14 +29,13 @@ class CutClientModel:
         self._num_changes = 0
 
     @contextmanager
-    def training(self, job: Job) -> Iterator[Slot]:
+    def training(self, job: Job, total_steps: int = 0) -> Iterator[Slot]:
         """See ``ClientModel``; a failure here drops the client's training on the server."""
-        begin, where = SlotState.of(job), (job.row, job.round_index, "train")
+        begin, where = SlotState.of(job, total_steps), (job.row, job.round_index, "train")
         own, body = self._divide(begin)
         self._change_base(job.base)
-        self.link.send(
-            OpenSlot(*where, body.adapter, body.optimizer, body.anchors, body.tensors, body.trains, base=len(job.base))
-        )
+        tensors = body.adapter, body.optimizer, body.anchors, body.tensors
+        self.link.send(OpenSlot(*where, *tensors, body.trains, base=len(job.base), total_steps=total_steps))
         with self.link.on_behalf_of(*where):
             try:
                 with self.client.slot(own) as slot:

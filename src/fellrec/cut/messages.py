@@ -47,7 +47,7 @@ class ClientMessage(Message):
         require(self, self.phase in PHASES, f"phase {self.phase!r} must be one of {', '.join(PHASES)}")
         require(self, self.client >= 0, f"client {self.client} is negative")
         require(self, self.round_index >= -1, f"round {self.round_index} is before the first")
-        for name in ("number", "base", "cache", "source", "target"):
+        for name in ("number", "base", "cache", "source", "target", "total_steps"):
             value = getattr(self, name, None)
             require(self, value is None or value >= 0, f"{name} {value} is negative")
 
@@ -67,6 +67,7 @@ class OpenSlot(ClientMessage):
         tensors: As above.
         trains: As above.
         base: Changes of the frozen base that must be applied.
+        total_steps: See ``SlotState``.
     """
 
     adapter: Mapping[str, Tensor]
@@ -75,6 +76,7 @@ class OpenSlot(ClientMessage):
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     trains: tuple[str, ...] | None = None
     base: int = 0
+    total_steps: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,7 +85,7 @@ class OpenSlot(ClientMessage):
     @property
     def state(self) -> SlotState:
         """What the slot begins with."""
-        return SlotState(self.adapter, self.optimizer, self.anchors, self.tensors, self.trains)
+        return SlotState(self.adapter, self.optimizer, self.anchors, self.tensors, self.trains, self.total_steps)
 
 
 @dataclass(frozen=True)

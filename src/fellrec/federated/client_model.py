@@ -20,8 +20,13 @@ from fellrec.state.tensor_store import StoredTensors
 class ClientModel(Protocol):
     """Puts clients' parameters into the model: all of them here, or head and tail here and the body on a server."""
 
-    def training(self, job: Job) -> AbstractContextManager[Slot]:
-        """While this lasts, the model computes with the job's adapter, and gradients end up in the slot."""
+    def training(self, job: Job, total_steps: int = 0) -> AbstractContextManager[Slot]:
+        """While this lasts, the model computes with the job's adapter, and gradients end up in the slot.
+
+        Args:
+            job: What is trained.
+            total_steps: Optimiser steps that are going to be taken, for local terms.
+        """
 
     def evaluating(self, job: ScoreJob, stage: str, round_index: int) -> AbstractContextManager[None]:
         """While this lasts, the model computes with the job's adapter, without gradients."""
@@ -47,10 +52,10 @@ class WholeClientModel:
         self._weights = {name for name, _ in module.model.model.named_parameters()}
 
     @contextmanager
-    def training(self, job: Job) -> Iterator[LocalSlot]:
+    def training(self, job: Job, total_steps: int = 0) -> Iterator[LocalSlot]:
         """See ``ClientModel``."""
         self.use_base(job.base)
-        with self.slot(SlotState.of(job)) as slot:
+        with self.slot(SlotState.of(job, total_steps)) as slot:
             yield slot
 
     @contextmanager

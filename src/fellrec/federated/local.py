@@ -85,7 +85,7 @@ class LocalTrainer:
             TrainingError: If a loss or the adapter is not finite, or something else fails; names client and round.
         """
         started = time.perf_counter()
-        with self.model.training(job) as slot:
+        with self.model.training(job, self.num_steps(job.data_of)) as slot:
             self._scale_loss(slot)
             with _naming_client(job):
                 start_loss = self._start_loss(job) if job.needs_start_loss else None

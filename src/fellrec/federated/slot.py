@@ -27,6 +27,7 @@ class SlotState:
         anchors: Other adapters by ``name|parameter``.
         tensors: Tensors of the client by ``name|parameter``.
         trains: Parameters that are trained; ``None`` for all.
+        total_steps: Optimiser steps that the round is going to take; 0 if it is not known.
     """
 
     adapter: Adapter
@@ -34,12 +35,15 @@ class SlotState:
     anchors: Adapter = field(default_factory=dict)
     tensors: Adapter = field(default_factory=dict)
     trains: tuple[str, ...] | None = None
+    total_steps: int = 0
 
     @classmethod
-    def of(cls, job: Job) -> SlotState:
+    def of(cls, job: Job, total_steps: int = 0) -> SlotState:
         """What a job begins with."""
         anchors = {f"{name}|{key}": t for name, stored in job.anchors.items() for key, t in stored.tensors().items()}
-        return cls(job.adapter.tensors(), job.optimizer.tensors(), anchors, job.tensors.tensors(), job.trains)
+        return cls(
+            job.adapter.tensors(), job.optimizer.tensors(), anchors, job.tensors.tensors(), job.trains, total_steps
+        )
 
     def part(self, names: Sequence[str]) -> SlotState:
         """The part of one side, which has the parameters ``names``."""
@@ -54,6 +58,7 @@ class SlotState:
             anchors=second(self.anchors),
             tensors=second(self.tensors),
             trains=None if self.trains is None else tuple(name for name in self.trains if name in wanted),
+            total_steps=self.total_steps,
         )
 
     def joined(self, other: SlotState) -> SlotState:
@@ -65,6 +70,7 @@ class SlotState:
             {**self.anchors, **other.anchors},
             {**self.tensors, **other.tensors},
             self.trains,
+            self.total_steps,
         )
 
 
@@ -188,6 +194,9 @@ class LocalSlot:
         with torch.no_grad():
             for term in self.terms:
                 term.correct(gradients, self._context)
+        for name, parameter in self._trained.items():
+            if not all(term.trains(name, self._context) for term in self.terms):
+                parameter.grad = None
 
     def _new_context(self) -> TermContext:
         device = next(iter(self.parameters.values())).device if self.parameters else torch.device("cpu")
@@ -200,7 +209,8 @@ class LocalSlot:
             return dict(found)
 
         received = {name: tensor.to(device) for name, tensor in self._begin.adapter.items()}
-        return TermContext(received, nested(self._begin.anchors), nested(self._begin.tensors))
+        anchors, tensors = nested(self._begin.anchors), nested(self._begin.tensors)
+        return TermContext(received, anchors, tensors, total_steps=self._begin.total_steps)
 
 
 def new_parameters(canonical: Mapping[str, nn.Parameter], begin: SlotState) -> dict[str, nn.Parameter]:

@@ -22,6 +22,7 @@ class TermContext:
         tensors: Tensors of the client, by name and parameter.
         learning_rate: Of the optimiser step that is being taken.
         num_steps: Optimiser steps taken so far in this round.
+        total_steps: Optimiser steps that the round is going to take.
         kept: Tensors that the term keeps from step to step, by name; empty when the round begins.
     """
 
@@ -30,6 +31,7 @@ class TermContext:
     tensors: Mapping[str, Adapter] = field(default_factory=dict)
     learning_rate: float = 0.0
     num_steps: int = 0
+    total_steps: int = 0
     kept: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
@@ -53,6 +55,10 @@ class LocalTerm:
 
     def correct(self, gradients: Mapping[str, Tensor], context: TermContext) -> None:
         """Change the gradients of the step in place, such as by control variates."""
+
+    def trains(self, name: str, context: TermContext) -> bool:
+        """Whether a parameter is trained in the step that is being taken; if not, neither it nor its moments change."""
+        return True
 
     def finish(self, parameters: Mapping[str, nn.Parameter], context: TermContext) -> Mapping[str, Adapter]:
         """The client's tensors after the round, by name and parameter; those that are absent stay as they are."""

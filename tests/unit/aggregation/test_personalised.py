@@ -11,11 +11,13 @@ import pytest
 import torch
 from fakes import fake_loop, resumed
 from quadratic import CURVATURES, RATE, SAMPLES, STEPS, TARGETS, QuadraticExecutor
+from torch import nn
 
-from fellrec.aggregation import CFL, Ditto, FedAMP, FedPer, PFedMe
+from fellrec.aggregation import CFL, Ditto, FedAMP, FedPer, FedRep, PFedMe
 from fellrec.errors import ConfigError, TrainingError
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.records import Updates
+from fellrec.federated.slot import LocalSlot, SlotState, new_parameters
 from fellrec.functional.attention import message_passing, squared_distances
 from fellrec.functional.clusters import bipartition, is_divided
 from fellrec.functional.mixing import gram_matrix
@@ -30,10 +32,10 @@ def quadratic_loop(rule: Any, **how: Any) -> FederatedLoop:
     return fake_loop(rule, QuadraticExecutor(rule), num_clients=3, **how)
 
 
-def trained(start: np.ndarray, k: int, pull: float = 0.0, anchor: Any = 0.0) -> np.ndarray:
+def trained(start: np.ndarray, k: int, pull: float = 0.0, anchor: Any = 0.0, steps: int | None = None) -> np.ndarray:
     """SGD on client k's loss plus ``pull / 2 ‖v − anchor‖²``."""
     v = start.copy()
-    for _ in range(STEPS[k]):
+    for _ in range(STEPS[k] if steps is None else steps):
         v = v - RATE * (H[k] * (v - T[k]) + pull * (v - anchor))
     return v
 
@@ -84,6 +86,35 @@ def test_fedper_averages_the_shared_part_only() -> None:
         np.testing.assert_allclose(row(loop, k, "a"), w, rtol=0, atol=1e-6)
         np.testing.assert_allclose(row(loop, k, "b"), v[k], rtol=0, atol=1e-6)
     assert loop.exchange.ledger.total(round=0, direction="up", kind="adapter") == 3 * 8
+
+
+@pytest.mark.parametrize(("share", "first"), [(0.5, [2, 2, 2]), (0.01, [1, 1, 1]), (0.99, [2, 4, 3])])
+def test_fedrep_trains_the_personal_part_first(share: float, first: list[int]) -> None:
+    """With 3, 5 and 4 steps, of which each part has at least one; the part that waits does not move at all."""
+    loop = quadratic_loop(named(FedRep(personal_share=share)), num_rounds=2)
+    loop.run()
+    w, v = np.zeros(2), np.zeros((3, 2))
+    for _ in range(2):
+        v = np.stack([trained(v[k], k, steps=first[k]) for k in range(3)])
+        w = P @ np.stack([trained(w, k, steps=STEPS[k] - first[k]) for k in range(3)])
+    for k in range(3):
+        np.testing.assert_allclose(row(loop, k, "a"), w, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(row(loop, k, "b"), v[k], rtol=0, atol=1e-6)
+
+
+def test_a_part_that_is_not_trained_in_a_step_keeps_its_moments() -> None:
+    """AdamW with decay: no step, no decay, no count; a round of one step trains both parts."""
+    rule = named(FedRep())
+    for total, moved in ((2, {"b"}), (1, {"a", "b"})):
+        begin = SlotState({"a": torch.ones(2), "b": torch.ones(2)}, total_steps=total)
+        parameters = new_parameters({name: nn.Parameter(t) for name, t in begin.adapter.items()}, begin)
+        slot = LocalSlot(parameters, begin, torch.optim.AdamW(list(parameters.values())), rule.local_terms)
+        torch.stack([value.sum() for value in parameters.values()]).sum().backward()
+        assert set(slot.norms()) == moved
+        slot.step(1.0, 0.1)
+        state = slot.state()
+        assert {name for name, t in state.adapter.items() if not torch.equal(t, torch.ones(2))} == moved
+        assert {key.partition("|")[0] for key in state.optimizer} == moved
 
 
 def test_what_is_personal() -> None:

@@ -66,7 +66,7 @@ def test_no_message_to_the_server_has_a_field_for_what_is_private() -> None:
         for field in dataclasses.fields(kind):
             assert hints[field.name] in allowed, f"{kind.__name__}.{field.name}"
     integers = {f.name for kind in TO_SERVER for f in dataclasses.fields(kind) if "int" in str(f.type)}
-    assert integers == {"client", "round_index", "number", "source", "target", "cache", "base", "version"}
+    assert integers == {"client", "round_index", "number", "source", "target", "cache", "base", "version", "total_steps"}
 
 
 IDS = torch.randint(0, 97, (2, 3, 4))
@@ -87,6 +87,10 @@ IDS = torch.randint(0, 97, (2, 3, 4))
             "its scale has shape",
         ),
         (lambda: m.GradientReply(1, 2, "train", 3, (), ("a",), IDS[0, 0]), "must be a floating vector"),
+        (
+            lambda: m.OpenSlot(1, 2, "train", {}, total_steps=-1),
+            "OpenSlot of client 1 in round 2: total_steps -1 is neg",
+        ),
         (lambda: m.OpenSlot(1, 2, "train", {"ids": IDS}), "OpenSlot of client 1 in round 2: ids must be a floating"),
         (lambda: m.OpenSlot(1, 2, "train", {}, {"ids|step": IDS}), r"ids\|step must be a floating"),
         (lambda: m.OpenSlot(1, 2, "train", {}, {}, {"shared|ids": IDS}), r"shared\|ids must be a floating"),

@@ -42,7 +42,7 @@ class QuadraticExecutor(FakeExecutor):
             yield self.train_one(job)
 
     def train_one(self, job: Job) -> Trained:
-        client, begin = job.client, SlotState.of(job)
+        client, begin = job.client, SlotState.of(job, STEPS[job.client])
         parameters = new_parameters({name: nn.Parameter(t.clone()) for name, t in begin.adapter.items()}, begin)
         slot = LocalSlot(parameters, begin, torch.optim.SGD(list(parameters.values()), lr=RATE), self.rule.local_terms)
         for _ in range(STEPS[client]):

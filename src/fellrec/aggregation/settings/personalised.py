@@ -8,9 +8,10 @@ from typing import Annotated, ClassVar, Literal
 
 from fellrec.aggregation.settings.about import About, Limits
 from fellrec.aggregation.settings.averages import Weights
-from fellrec.functional.ranges import Count, Fraction, Natural, NotNegative, Positive, Rate, check, items, whole
+from fellrec.functional.ranges import Count, Fraction, Natural, NotNegative, Positive, Rate, check, items, number, whole
 
 Layers = Annotated[Sequence[int], items(whole(0), "a list of numbers of layers, each once, such as [0,1]", True)]
+OpenRate = Annotated[float, number(lambda x: 0 < x < 1, "a number between 0 and 1")]
 Personal = Literal["tail", "b"] | Layers
 """The part of the adapter that never leaves its client."""
 
@@ -51,6 +52,30 @@ class FedPerSettings:
     )
     personal: Personal = "tail"
     """What is personal: the tail of the split (``split.tail_layers``), b for LoRA's factors B, or numbers of layers."""
+    weights: Weights = "samples"
+    """How much clients count in the mean."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")
+
+
+@dataclass(frozen=True)
+class FedRepSettings:
+    """A personal part, trained before the shared one."""
+
+    about: ClassVar[About] = About(
+        name="fedrep",
+        family="personalised",
+        summary="as fedper, but in each round first the personal part is trained, then the shared one",
+        paper="Collins et al., ICML 2021, arXiv:2102.07078",
+        sees="sums",
+        cost="traffic: only the shared part",
+    )
+    personal: Personal = "tail"
+    """What is personal: the tail of the split (``split.tail_layers``), b for LoRA's factors B, or numbers of layers."""
+    personal_share: OpenRate = 0.5
+    """Part of a round's optimiser steps that train the personal part. The paper: 10 epochs of 11."""
     weights: Weights = "samples"
     """How much clients count in the mean."""
 
