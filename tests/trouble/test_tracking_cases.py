@@ -157,6 +157,8 @@ def test_a_password_is_in_no_setting(how: str, monkeypatch: pytest.MonkeyPatch) 
         "+callbacks.mine.hooks=[x,[${oc.env:SERVICE_API_KEY}]]",
         f"launcher.environment={{MLFLOW_TRACKING_PASSWORD: {SECRET}}}",
         f"launcher.environment={{MYSQL_PWD: {SECRET}}}",
+        f"launcher.setup=['module load x; export MLFLOW_TRACKING_PASSWORD=\"{SECRET}\"']",
+        f"launcher.container_options=[--env,'HF_TOKEN={SECRET}']",
     ],
 )
 def test_a_secret_in_another_setting_is_refused(override: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +191,7 @@ def test_no_own_setting_has_a_name_of_secrets(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("PWD", str(Path.cwd()))
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     compose([])
+    compose(["launcher.setup=['export HF_TOKEN=$(cat ~/.token)','DB_PASS=\"$DB_PASS\" x','a=b HF_TOKEN= c']"])
     compose(["backbone=hf", "backbone.path=x", f"data.root={Path.cwd()}", "data=ml_1m", "+callbacks.mine.pad_token=x"])
 
 

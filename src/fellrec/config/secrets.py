@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from fellrec.tracking.store import absolute
 
 URI = "tracking.uri"
 _VARIABLES = {"uri": VARIABLE, "experiment": "MLFLOW_EXPERIMENT_NAME"}
+_ASSIGNMENT = re.compile(r"(?<![\w$])([A-Za-z_]\w*)=(?![\s$\"']*\$|\s|$)")
+"""A variable that gets a value in a line of bash or an option, other than that of another variable."""
 
 
 def settle_tracking(config: DictConfig, given: Collection[str]) -> None:
@@ -36,7 +39,13 @@ def secret_settings(config: Mapping[str, Any]) -> Iterator[str]:
     """Which settings have a secret that the run directory or the batch script would show, one message each."""
     for key, value in _leaves(config):
         name = key.rpartition(".")[2]
-        if names_secret(name) and key.startswith("launcher.environment."):
+        assigned = _ASSIGNMENT.findall(str(value)) if key.startswith("launcher.") else []
+        if variable := next(filter(names_secret, assigned), None):
+            yield (
+                f"{key} sets {variable}, which would be written into the batch script: export {variable}, and fellrec "
+                "submit passes it on"
+            )
+        elif names_secret(name) and key.startswith("launcher.environment."):
             yield f"{key} would be written into the batch script: export {name}, and fellrec submit passes it on"
         elif (names_secret(name) and value is not None) or (key != URI and has_secret(str(value))):
             yield f"{key} has a secret, and settings are written into the run directory: read it from the environment"
