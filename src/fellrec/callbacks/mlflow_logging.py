@@ -223,6 +223,7 @@ def round_metrics(record: RoundRecord) -> dict[str, float]:
     """Names and values of one round over all clients, its validation included."""
     losses: Sequence[float] = [trained.loss for trained in record.trained]
     metrics = {"cost/round_seconds": record.seconds, "train/loss/mean": sum(losses) / len(losses), **record.costs}
+    metrics |= {f"aggregation/{k}": v for k, v in record.aggregated.metrics.items() if math.isfinite(v)}
     if record.failed:
         metrics["train/num_dropped_clients"] = len(record.failed)
     return metrics | (evaluation_metrics(record.evaluation) if record.evaluation else {})

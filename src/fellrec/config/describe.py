@@ -93,6 +93,8 @@ def _choice(group: str, name: str) -> Choice:
         lines = [(inspect.getdoc(kind) or "").split("\n")[0] for kind in kinds.values()]
         return Choice(name, " ".join(lines), {}, tuple(settings))
     facts = {"family": about.family, "paper": about.paper, "sees": about.sees, "extra cost": about.cost}
+    if about.is_exact:
+        facts["exact"] = "the clients' mean change of weights"
     if limits := about.limits.texts():
         facts["not with"] = "; ".join(limits)
     return Choice(name, about.summary, facts, tuple(settings))

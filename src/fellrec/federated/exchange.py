@@ -109,7 +109,8 @@ class Exchange:
         round_index, first = trained[0].job.round_index, trained[0].adapter.tensors()
         names = [name for name in first if self._leaves(name, trained[0])]
         shapes = {name: first[name].shape for name in names}
-        self._sizes = {name: first[name].nbytes for name in names}
+        frozen = [name for name in first if name not in names and self.rule.exchanges(name, round_index)]
+        self._sizes = {name: tensor.nbytes for name, tensor in first.items()}
         start_losses = [t.start_loss for t in trained if t.start_loss is not None]
         updates = Updates(
             clients=tuple(t.row for t in trained),
@@ -124,6 +125,7 @@ class Exchange:
             num_steps=torch.tensor([t.num_steps for t in trained], dtype=torch.float64),
             num_clients=self.num_clients,
             layers=self.layers,
+            frozen=RowStack({name: first[name].shape for name in frozen}, [t.job.adapter.tensors for t in trained]),
         )
         updates.check_finite(round_index)
         if self.rule.sees != "sums":

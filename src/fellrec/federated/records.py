@@ -192,6 +192,8 @@ class Updates:
         num_steps: ``[N]`` float64, optimiser steps that clients took in this round.
         num_clients: C, clients of the population; 0 if it is not known.
         layers: Layers that LoRA adapts; none with ``adapter=full``.
+        frozen: Parameters that were not trained in this round and are not personal, as the clients received them; as
+            in ``start``. The server has sent them, so they are not sent again.
     """
 
     clients: tuple[int, ...]
@@ -206,6 +208,7 @@ class Updates:
     num_steps: Tensor | None = None
     num_clients: int = 0
     layers: tuple[LoraLayer, ...] = ()
+    frozen: AdapterStack = field(default_factory=dict)
 
     def check_finite(self, round_index: int) -> None:
         """Refuse adapters with infinite or undefined entries.
@@ -276,8 +279,9 @@ class Updates:
 
     def like_adapters(self, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One adapter's tensors in the types of the clients' own."""
-        end = _visible(self.end)
-        return {name: tensor.to(end.block(name, slice(0, 1)).dtype) for name, tensor in adapter.items()}
+        end, frozen = _visible(self.end), as_lazy(self.frozen)
+        of = {name: end if name in end.shapes else frozen for name in adapter}
+        return {name: tensor.to(of[name].block(name, slice(0, 1)).dtype) for name, tensor in adapter.items()}
 
     def check_common_start(self, rule: str) -> None:
         """Refuse clients that started the round with different adapters.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from fakes import FakeExecutor, adapters, fake_loop, resumed
 from torch import Tensor
 
 from fellrec.aggregation import AggregationCallback, FedAvg, Local
-from fellrec.callbacks.mlflow_logging import ClientMetrics
+from fellrec.callbacks.mlflow_logging import ClientMetrics, round_metrics
 from fellrec.errors import ConfigError, TrainingError
 from fellrec.federated.base_change import BaseWeights
 from fellrec.federated.callback import FederatedCallback
@@ -116,6 +117,29 @@ def test_only_the_trained_parameters_train_travel_and_are_counted() -> None:
     assert adapters(loop) == [{"a": [3.0, 3.0], "b": [3.0, 3.0]}] * 4
     for direction in ("up", "down"):
         assert loop.exchange.ledger.total(round=0, direction=direction, kind="adapter") == 4 * 2 * 4
+
+
+class MovesTheFrozenHalf(Alternating):
+    """FedSVD's pattern: the server changes what the clients did not train."""
+
+    def aggregate(self, updates: Updates, round_index: int) -> Aggregated:
+        mixed = super().aggregate(updates, round_index)
+        (name,) = updates.frozen
+        return Aggregated({**mixed.adapters, name: updates.frozen[name] + 10}, metrics={"moved": 10.0, "no": math.inf})
+
+
+def test_a_rule_knows_what_was_not_trained_and_may_change_it() -> None:
+    """It travels down only: 2 float32 up, 4 down. Finite figures of the rule are among the metrics of the round."""
+    rounds = Rounds()
+    loop = fake_loop(MovesTheFrozenHalf(), num_rounds=2, callbacks=[rounds])
+    loop.run()
+    assert [sorted(updates.frozen) for updates in rounds.updates] == [["a"], ["b"]]
+    assert rounds.updates[1].frozen["b"].tolist() == [[3.0, 3.0]] * 4
+    assert adapters(loop) == [{"a": [13.0, 13.0], "b": [13.0, 13.0]}] * 4
+    sizes = {way: loop.exchange.ledger.total(round=1, direction=way, kind="adapter") for way in ("up", "down")}
+    assert sizes == {"up": 4 * 2 * 4, "down": 4 * 4 * 4}
+    figures = {name: v for name, v in round_metrics(rounds.records[0]).items() if name.startswith("aggregation/")}
+    assert figures == {"aggregation/moved": 10.0}
 
 
 class SharedA(AggregationCallback):

@@ -23,6 +23,7 @@ class Limits:
         all_clients: Not with ``participation.rate`` below 1.
         least_clients: Smallest number of clients in a round.
         no_transforms: Not with ``exchange.transforms``.
+        changes_base: It changes the frozen weights: not with ``backbone.quantize``.
     """
 
     needs_lora: bool = False
@@ -32,6 +33,7 @@ class Limits:
     all_clients: bool = False
     least_clients: int = 1
     no_transforms: bool = False
+    changes_base: bool = False
 
     def texts(self) -> list[str]:
         """What cannot be combined with the rule, in words.
@@ -48,6 +50,7 @@ class Limits:
             "participation.rate below 1": self.all_clients,
             f"fewer than {self.least_clients} clients in a round": self.least_clients > 1,
             "exchange.transforms": self.no_transforms,
+            "backbone.quantize": self.changes_base,
         }
         return [text for text, applies in found.items() if applies]
 
@@ -94,6 +97,10 @@ class Limits:
             "sees adapters that transforms would change: exchange.transforms is not allowed, use []"
             if self.no_transforms and get("exchange.transforms", [])
             else None,
+            f"changes the weights of the backbone: backbone.quantize={get('backbone.quantize', None)} is not allowed, "
+            "leave it out"
+            if self.changes_base and get("backbone.quantize", None)
+            else None,
         ]
 
 
@@ -109,6 +116,8 @@ class About:
         sees: What it reads of the clients' adapters, see ``AggregationCallback.sees``.
         cost: What it costs beyond FedAvg, for clients, server and traffic.
         limits: What it cannot be combined with.
+        is_exact: Whether the weights of the layers that LoRA adapts are afterwards those before plus the mean of the
+            clients' products, ``W + s Σ p_k B_k A_k``, to rounding.
         module: Module of ``fellrec.aggregation`` that has the class; ``None``: the class name in lower case.
     """
 
@@ -119,4 +128,5 @@ class About:
     sees: Literal["nothing", "sums", "adapters"] = "adapters"
     cost: str = "none"
     limits: Limits = Limits()
+    is_exact: bool = False
     module: str | None = None
