@@ -20,8 +20,13 @@ if TYPE_CHECKING:
     from fellrec.aggregation.fedper import FedPer
     from fellrec.aggregation.fedprox import FedProx
     from fellrec.aggregation.fedrep import FedRep
+    from fellrec.aggregation.fedrot_lora import FedRotLoRA
     from fellrec.aggregation.fellrec import FELLRec
     from fellrec.aggregation.local import Local
+    from fellrec.aggregation.lora_base import FedExLoRA, FLoRA
+    from fellrec.aggregation.lora_fair import LoRAFAIR
+    from fellrec.aggregation.lora_halves import FedSALoRA, FFALoRA, RoLoRA
+    from fellrec.aggregation.lora_svd import FedSVD, FlexLoRA
     from fellrec.aggregation.persistence import Persistence
     from fellrec.aggregation.pfedme import PFedMe
     from fellrec.aggregation.scaffold import Scaffold
@@ -34,19 +39,28 @@ __all__ = [
     "Centralized",
     "Ditto",
     "FELLRec",
+    "FFALoRA",
+    "FLoRA",
     "FedAMP",
     "FedAdagrad",
     "FedAdam",
     "FedAvg",
     "FedAvgM",
+    "FedExLoRA",
     "FedNova",
     "FedPer",
     "FedProx",
     "FedRep",
+    "FedRotLoRA",
+    "FedSALoRA",
+    "FedSVD",
     "FedYogi",
+    "FlexLoRA",
+    "LoRAFAIR",
     "Local",
     "PFedMe",
     "Persistence",
+    "RoLoRA",
     "Scaffold",
     "Uniform",
     "UpdateMixing",

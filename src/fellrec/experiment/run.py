@@ -157,6 +157,7 @@ class Run:
             "config": config,
             "data": recommender.data,
             "federation": federation,
+            "layers": federation.exchange.layers,
             "ledger": federation.ledger,
             "log": log,
             "population": federation.population,

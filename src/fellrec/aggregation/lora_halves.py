@@ -1,0 +1,52 @@
+"""FFA-LoRA, RoLoRA and FedSA-LoRA: which of the factors A and B is trained, and which travels."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fellrec.aggregation.base import AggregationCallback
+from fellrec.aggregation.settings.lora import FedSALoRASettings, FFALoRASettings, RoLoRASettings
+from fellrec.federated.records import Updates
+from fellrec.functional.lora import is_factor
+
+
+class FFALoRA(AggregationCallback, FFALoRASettings):
+    """B is trained and averaged; A stays as it was drawn, so that ``Σ p_k B_k A`` is the product of the mean of B."""
+
+    def trains(self, name: str, round_index: int) -> bool:
+        """Everything but A."""
+        return not is_factor(name, "A")
+
+    def update_weights(self, updates: Updates, round_index: int) -> Tensor:
+        """The clients' weights in the mean, ``[N]`` float64."""
+        return self.client_weights(updates, self.weights)
+
+
+class RoLoRA(AggregationCallback, RoLoRASettings):
+    """Even rounds, from 0, train and average B with a common A, odd rounds A with a common B.
+
+    B is first: where B is 0, the gradient of A is 0.
+    """
+
+    def trains(self, name: str, round_index: int) -> bool:
+        """Everything but the factor that is not in turn."""
+        return not is_factor(name, "A" if round_index % 2 == 0 else "B")
+
+    def update_weights(self, updates: Updates, round_index: int) -> Tensor:
+        """The clients' weights in the mean, ``[N]`` float64."""
+        return self.client_weights(updates, self.weights)
+
+
+class FedSALoRA(AggregationCallback, FedSALoRASettings):
+    """Both factors are trained, A is averaged, B stays with its client.
+
+    A client that misses a round finds its B beside an A that has moved.
+    """
+
+    def exchanges(self, name: str, round_index: int) -> bool:
+        """Everything but B."""
+        return not is_factor(name, "B")
+
+    def update_weights(self, updates: Updates, round_index: int) -> Tensor:
+        """The clients' weights in the mean, ``[N]`` float64."""
+        return self.client_weights(updates, self.weights)

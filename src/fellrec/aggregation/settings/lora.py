@@ -1,0 +1,218 @@
+"""Settings of the rules that treat LoRA's factors A and B in different ways."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fellrec.aggregation.settings.about import About, Limits
+from fellrec.aggregation.settings.averages import Weights
+from fellrec.functional.ranges import Positive, Rate, Seed, check
+
+_HALVES = Limits(needs_lora=True)
+_FACTORS = Limits(needs_lora=True, no_remote_server=True)
+_BASE = Limits(needs_lora=True, no_remote_server=True, changes_base=True)
+
+
+@dataclass(frozen=True)
+class FFALoRASettings:
+    """B is trained, A stays as it was drawn."""
+
+    about: ClassVar[About] = About(
+        name="ffa_lora",
+        family="LoRA-aware",
+        summary="one model: A is frozen and the same for all clients, the mean of B is exact",
+        paper="Sun et al., ICLR 2024, arXiv:2403.12313",
+        sees="sums",
+        cost="half the traffic of FedAvg",
+        limits=_HALVES,
+        is_exact=True,
+        module="lora_halves",
+    )
+    weights: Weights = "samples"
+    """How much clients count in the mean."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")
+
+
+@dataclass(frozen=True)
+class RoLoRASettings:
+    """B and A are trained in turns."""
+
+    about: ClassVar[About] = About(
+        name="rolora",
+        family="LoRA-aware",
+        summary="one model: rounds 0, 2, … train and average B, rounds 1, 3, … A; each mean is exact",
+        paper="Chen et al., NeurIPS 2025, arXiv:2502.01755",
+        sees="sums",
+        cost="half the traffic of FedAvg",
+        limits=_HALVES,
+        is_exact=True,
+        module="lora_halves",
+    )
+    weights: Weights = "samples"
+    """How much clients count in the mean."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")
+
+
+@dataclass(frozen=True)
+class FedSALoRASettings:
+    """A is shared, B is personal."""
+
+    about: ClassVar[About] = About(
+        name="fedsa_lora",
+        family="LoRA-aware",
+        summary="all clients share the mean of A, each keeps its own B and is served with it",
+        paper="Guo et al., ICLR 2025, arXiv:2410.01463",
+        sees="sums",
+        cost="half the traffic of FedAvg",
+        limits=_HALVES,
+        module="lora_halves",
+    )
+    weights: Weights = "samples"
+    """How much clients count in the mean."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")
+
+
+@dataclass(frozen=True)
+class LoRAFAIRSettings:
+    """The mean of B is corrected."""
+
+    about: ClassVar[About] = About(
+        name="lora_fair",
+        family="LoRA-aware",
+        summary="one model: means of A and B, with a correction of B towards the mean of products",
+        paper="Bian et al., ICCV 2025, arXiv:2411.14961",
+        cost="server: N·r inner products per layer",
+        limits=_FACTORS,
+        module="lora_fair",
+    )
+    strength: Positive = 0.01
+    """λ, weight of the squared size of the correction; the larger, the nearer to FedAvg."""
+    weights: Weights = "samples"
+    """How much clients count in the means."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")
+
+
+@dataclass(frozen=True)
+class FedRotLoRASettings:
+    """Factors are rotated towards the received ones before they are averaged."""
+
+    about: ClassVar[About] = About(
+        name="fedrot_lora",
+        family="LoRA-aware",
+        summary="one model: means of A and B after each client's pair is rotated, which leaves its product unchanged",
+        paper="Zhang et al., ICML 2026, arXiv:2602.23638",
+        cost="N decompositions of r × r matrices per layer",
+        limits=_FACTORS,
+        module="fedrot_lora",
+    )
+    strength: Rate = 0.5
+    """λ, how far towards the best rotation; 0 is FedAvg, 1 the best rotation."""
+    weights: Weights = "samples"
+    """How much clients count in the means."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")
+
+
+@dataclass(frozen=True)
+class FLoRASettings:
+    """The stacked factors of all clients go into the base."""
+
+    about: ClassVar[About] = About(
+        name="flora",
+        family="LoRA-aware",
+        summary="the exact mean of products is added to the base; every round begins with a new adapter",
+        paper="Wang et al., NeurIPS 2024, arXiv:2409.05976",
+        cost="download N times as large; the base changes and is exported",
+        limits=_BASE,
+        is_exact=True,
+        module="lora_base",
+    )
+    weights: Weights = "samples"
+    """How much clients count in the mean."""
+    seed: Seed = 0
+    """Of the new values of A; a run gives its own."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")
+
+
+@dataclass(frozen=True)
+class FedExLoRASettings:
+    """What the means of factors miss goes into the base."""
+
+    about: ClassVar[About] = About(
+        name="fedex_lora",
+        family="LoRA-aware",
+        summary="means of A and B; what their product misses of the mean of products is added to the base",
+        paper="Singhal et al., ACL 2025, arXiv:2410.09432",
+        cost="download N times as large; the base changes and is exported",
+        limits=_BASE,
+        is_exact=True,
+        module="lora_base",
+    )
+    weights: Weights = "samples"
+    """How much clients count in the means."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")
+
+
+@dataclass(frozen=True)
+class FlexLoRASettings:
+    """The mean of products is decomposed."""
+
+    about: ClassVar[About] = About(
+        name="flexlora",
+        family="LoRA-aware",
+        summary="one model: the product of rank r that is nearest to the mean of products, by SVD",
+        paper="Bai et al., NeurIPS 2024, arXiv:2402.11505",
+        cost="server: a decomposition of size N·r per layer",
+        limits=_FACTORS,
+        module="lora_svd",
+    )
+    weights: Weights = "samples"
+    """How much clients count in the mean."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")
+
+
+@dataclass(frozen=True)
+class FedSVDSettings:
+    """B is trained; the product is decomposed, so that A changes between rounds."""
+
+    about: ClassVar[About] = About(
+        name="fedsvd",
+        family="LoRA-aware",
+        summary="FFA-LoRA whose A becomes the right singular vectors of the product after every round",
+        paper="Lee et al., NeurIPS 2025, arXiv:2505.12805",
+        sees="sums",
+        cost="half the upload of FedAvg; server: a decomposition of size r per layer",
+        limits=_FACTORS,
+        is_exact=True,
+        module="lora_svd",
+    )
+    weights: Weights = "samples"
+    """How much clients count in the mean."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")
