@@ -38,7 +38,8 @@ def build(cfg):
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_choice_builds_the_rule_of_its_name_with_the_defaults_of_its_class(name):
-    rule = build_rule(compose([f"aggregation={name}"]))
+    """With LoRA, which some rules need."""
+    rule = build_rule(compose([f"aggregation={name}", "adapter=lora"]))
     assert rule.name == name
     assert vars(rule) == vars(type(rule)())
 
