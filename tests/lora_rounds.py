@@ -47,24 +47,30 @@ def round_of(
         losses=torch.rand(num_clients, generator=generator, dtype=torch.float64),
         num_samples=torch.randint(1, 100, (num_clients,), generator=generator).double(),
         layers=LAYERS,
-        frozen={name: start[name] for name in start if not rule.trains(name, round_index)},
+        model={name: adapter[name] for name in start if rule.exchanges(name, round_index)},
     )
 
 
 def weights_of(rule: Any, updates: Updates) -> Tensor:
     """The clients' weights in the rule's means."""
-    given: Tensor = rule.client_weights(updates, rule.weights)
+    own = getattr(rule, "rank_weights", None)
+    given: Tensor = own(updates) if own is not None else rule.client_weights(updates, rule.weights)
     return given
 
 
 def products(updates: Updates, weights: Tensor) -> Tensors:
     """``s Σ p_k B_k A_k`` of every layer, ``[out, in]`` float64, from the clients' adapters after training."""
-    ends = {**updates.frozen, **updates.end}
+    ends = {**_model(updates), **updates.end}
     return {
         layer.weight: layer.scale
         * torch.einsum("n,nor,nri->oi", weights, ends[layer.b].double(), ends[layer.a].double())
         for layer in LAYERS
     }
+
+
+def _model(updates: Updates) -> Tensors:
+    """The server's model for each client."""
+    return {name: t.expand(len(updates.clients), *t.shape) for name, t in updates.model.items()}
 
 
 def effective(updates: Updates, result: Aggregated, weights: Mapping[str, Tensor]) -> Tensors:
@@ -74,7 +80,7 @@ def effective(updates: Updates, result: Aggregated, weights: Mapping[str, Tensor
     """
     changed = with_changes(weights, [StoredTensors(result.base)] if result.base else [])
     personal = {name: t[None] for name, t in initial_adapter().items()}
-    known = {**personal, **updates.frozen, **updates.end, **result.adapters}
+    known = {**personal, **_model(updates), **updates.end, **result.adapters}
     adapter = {name: t[0].double() for name, t in known.items()}
     return {
         layer.weight: (changed[layer.weight].T if layer.is_transposed else changed[layer.weight])

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fellrec.aggregation.fedrep import FedRep
     from fellrec.aggregation.fedrot_lora import FedRotLoRA
     from fellrec.aggregation.fellrec import FELLRec
+    from fellrec.aggregation.hetlora import RBLA, HetLoRA
     from fellrec.aggregation.local import Local
     from fellrec.aggregation.lora_base import FedExLoRA, FLoRA
     from fellrec.aggregation.lora_fair import LoRAFAIR
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from fellrec.aggregation.updatemixing import UpdateMixing
 
 __all__ = [
+    "HetLoRA",
+    "RBLA",
     "AggregationCallback",
     "CFL",
     "Centralized",

@@ -34,7 +34,7 @@ class FlexLoRA(AggregationCallback, FlexLoRASettings):
             cut, energy = cut + float(squares[rank:].sum()), energy + float(squares.sum())
             resets += [layer.a, layer.b]
             if not values.any():  # no direction is better than another: keep A
-                adapter[layer.a] = updates.start[layer.a][0]
+                adapter[layer.a] = updates.model[layer.a]
         metrics = {"cut_energy": cut / energy if energy else 0.0}
         return replace(self.shared(updates, adapter, metrics=metrics), resets=tuple(resets))
 
@@ -56,7 +56,7 @@ class FedSVD(AggregationCallback, FedSVDSettings):
         adapter = updates.weighted_sums(self.client_weights(updates, self.weights))
         resets = []
         for layer in updates.layers:
-            b, a = adapter[layer.b].double(), updates.frozen[layer.a][0]
+            b, a = adapter[layer.b].double(), updates.model[layer.a]
             adapter[layer.a] = a
             if b.any():
                 new_a, adapter[layer.b], _ = truncated(b, a.double(), len(a))

@@ -95,6 +95,8 @@ def _choice(group: str, name: str) -> Choice:
     facts = {"family": about.family, "paper": about.paper, "sees": about.sees, "extra cost": about.cost}
     if about.is_exact:
         facts["exact"] = "the clients' mean change of weights"
+    if not about.limits.one_rank:
+        facts["ranks"] = "may differ between clients"
     if limits := about.limits.texts():
         facts["not with"] = "; ".join(limits)
     return Choice(name, about.summary, facts, tuple(settings))

@@ -30,6 +30,7 @@ from fellrec.federated.participation import Participation
 from fellrec.federated.population import JobNeeds, Population
 from fellrec.federated.populations import SharedAndPersonal
 from fellrec.federated.progress import Progress
+from fellrec.federated.ranks import Ranks
 from fellrec.federated.records import LoraLayer
 from fellrec.federated.selection import Selection
 from fellrec.federated.settings import ParticipationSettings, TrainerSettings
@@ -124,7 +125,8 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
     initial = {**recommender.initial, **body}
     initial = {name: initial[name] for name in sorted(initial)}
     rule.begin(initial)
-    population = _population(rule, initial, num_clients, trainer)
+    ranks = _ranks(recommender.adapter, num_clients)
+    population = _population(rule, initial, num_clients, trainer, ranks)
     transforms = [instantiate(node, "exchange.transforms", of=Transform) for node in config.exchange.transforms]
     return Federation(
         rule=rule,
@@ -132,7 +134,7 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
         participation=Participation(settings(ParticipationSettings, config.participation, "participation"), seed),
         executor=executor,
         exchange=Exchange(
-            rule, ledger, transforms, _is_at_server(recommender), meters, _layers(recommender), num_clients
+            rule, ledger, transforms, _is_at_server(recommender), meters, _layers(recommender), num_clients, ranks
         ),
         selection=Selection(population, trainer.metric, trainer.select, trainer.patience),
         progress=Progress(),
@@ -205,8 +207,18 @@ def _layers(recommender: Recommender) -> list[LoraLayer]:
     return [LoraLayer(*found) for model in models for found in lora_layers(model)]
 
 
+def _ranks(adapter: Any, num_clients: int) -> Ranks | None:
+    """The clients' ranks, if the adapter has a list of them."""
+    rank = getattr(adapter, "rank", None)
+    return Ranks(rank, num_clients) if isinstance(rank, Sequence) else None
+
+
 def _population(
-    rule: AggregationCallback, initial: Mapping[str, Tensor], num_clients: int, trainer: TrainerSettings
+    rule: AggregationCallback,
+    initial: Mapping[str, Tensor],
+    num_clients: int,
+    trainer: TrainerSettings,
+    ranks: Ranks | None = None,
 ) -> Population:
     has_trains = type(rule).trains is not AggregationCallback.trains
     keeps = type(rule).exchanges is not AggregationCallback.exchanges
@@ -215,6 +227,7 @@ def _population(
         start_loss=rule.needs_start_loss,
         reset_optimizer=trainer.reset_optimizer,
         is_personal=(lambda name: not rule.exchanges(name, 0)) if keeps else None,
+        ranks=ranks,
     )
     if issubclass(rule.population, SharedAndPersonal):
         return rule.population(initial, num_clients, needs, rule.serves)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fellrec.errors import TrainingError
 from fellrec.federated.ledger import Ledger
+from fellrec.federated.ranks import Ranks
 from fellrec.federated.records import Aggregated, LoraLayer, Received, SumsOnly, Trained, Updates
 from fellrec.functional.stacks import AdapterStack, RowStack, as_lazy
 from fellrec.state.tensor_store import StoredTensors
@@ -79,6 +80,7 @@ class Exchange:
         meters: Give further figures of a round.
         layers: Layers that LoRA adapts, for the rule.
         num_clients: C, for the rule.
+        ranks: LoRA ranks of the clients, if they differ: a client sends and receives the part of its rank.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Exchange:
         meters: Sequence[Meter] = (),
         layers: Sequence[LoraLayer] = (),
         num_clients: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         self.rule = rule
         self.ledger = ledger
@@ -98,10 +101,15 @@ class Exchange:
         self.meters = list(meters)
         self.layers = tuple(layers)
         self.num_clients = num_clients
-        self._sizes: dict[str, int] = {}
+        self.ranks = ranks
+        self._received: Adapter = {}
 
-    def up(self, trained: Sequence[Trained]) -> Updates:
+    def up(self, trained: Sequence[Trained], model: Adapter) -> Updates:
         """What the rule sees of the clients that finished a round; the bytes that they send are recorded.
+
+        Args:
+            trained: What they returned.
+            model: The server's model, which they received; see ``Population.model``.
 
         Raises:
             TrainingError: If an adapter is not finite.
@@ -109,8 +117,7 @@ class Exchange:
         round_index, first = trained[0].job.round_index, trained[0].adapter.tensors()
         names = [name for name in first if self._leaves(name, trained[0])]
         shapes = {name: first[name].shape for name in names}
-        frozen = [name for name in first if name not in names and self.rule.exchanges(name, round_index)]
-        self._sizes = {name: tensor.nbytes for name, tensor in first.items()}
+        self._received = first
         start_losses = [t.start_loss for t in trained if t.start_loss is not None]
         updates = Updates(
             clients=tuple(t.row for t in trained),
@@ -125,7 +132,8 @@ class Exchange:
             num_steps=torch.tensor([t.num_steps for t in trained], dtype=torch.float64),
             num_clients=self.num_clients,
             layers=self.layers,
-            frozen=RowStack({name: first[name].shape for name in frozen}, [t.job.adapter.tensors for t in trained]),
+            model=model,
+            ranks=None if self.ranks is None else torch.tensor([self.ranks.of_row(t.row) for t in trained]),
         )
         updates.check_finite(round_index)
         if self.rule.sees != "sums":
@@ -154,11 +162,11 @@ class Exchange:
         if self.rule.sees != "nothing":
             kept = [stack[name] for stack in aggregated.tensors.values() for name in stack if not self.at_server(name)]
             num_bytes = sum(tensor.nbytes // len(tensor) for tensor in kept)
-            num_bytes += sum(size for name, size in self._sizes.items() if name in self._sent_back(aggregated))
             num_bytes += _num_bytes(aggregated.base, self.at_server)
             num_bytes += sum(_num_bytes(anchor, self.at_server) for anchor in aggregated.anchors.values())
             for row, round_index in zip(updates.clients, updates.start_rounds, strict=True):
-                self.ledger.add(row, round_index, "train", "down", "adapter", num_bytes)
+                part = sum(self._part(row, name, self._received[name]).nbytes for name in self._sent_back(aggregated))
+                self.ledger.add(row, round_index, "train", "down", "adapter", num_bytes + part)
         return received
 
     def costs(self, round_index: int, seconds: float) -> dict[str, float]:
@@ -179,7 +187,11 @@ class Exchange:
 
     def _sent_back(self, aggregated: Aggregated) -> set[str]:
         """Parameters of which clients receive values."""
-        return {name for name in as_lazy(aggregated.adapters) if not self.at_server(name)}
+        return {name for name in as_lazy(aggregated.adapters) if not self.at_server(name)} & set(self._received)
+
+    def _part(self, row: int, name: str, tensor: Tensor) -> Tensor:
+        """What a client sends or receives of a parameter."""
+        return tensor if self.ranks is None else self.ranks.narrow(row, name, tensor)
 
     def _leaves(self, name: str, trained: Trained) -> bool:
         trains = trained.job.trains
@@ -190,17 +202,17 @@ class Exchange:
         if self.rule.sees == "nothing":
             return trained.adapter.tensors
         row, round_index, end = trained.row, trained.job.round_index, trained.adapter.tensors()
-        payload: Mapping[str, Tensor] = {name: end[name] for name in names}
+        payload: Mapping[str, Tensor] = {name: self._part(row, name, end[name]) for name in names}
         opened = trained.adapter.tensors
         if self.transforms:
             start = trained.job.adapter.tensors()
-            payload = {name: end[name] - start[name] for name in names}
+            payload = {name: self._part(row, name, end[name] - start[name]) for name in names}
             for transform in self.transforms:
                 payload = transform.encode(payload, row, round_index)
             decoded = payload
             for transform in reversed(self.transforms):
                 decoded = transform.decode(decoded)
-            arrived = {name: start[name] + self._decoded(decoded, name, start[name]) for name in names}
+            arrived = {name: start[name] + self._decoded(decoded, row, name, start[name]) for name in names}
             opened = StoredTensors(arrived).tensors
         num_bytes = _num_bytes(payload, self.at_server)
         for name in self.rule.client_tensors:
@@ -214,13 +226,15 @@ class Exchange:
         """Names of the tensors that the rule reads and all clients have."""
         return [name for name in self.rule.client_tensors if all(_tensors_of(t.tensors, name) for t in trained)]
 
-    def _decoded(self, decoded: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
-        """What the transforms made of a parameter's update."""
+    def _decoded(self, decoded: Mapping[str, Tensor], row: int, name: str, whole: Tensor) -> Tensor:
+        """What the transforms made of a parameter's update, with zeros beyond the client's rank."""
+        like = self._part(row, name, whole)
         if name not in decoded or decoded[name].shape != like.shape:
             found = f"shape {list(decoded[name].shape)}" if name in decoded else "nothing"
             chain = " and ".join(type(transform).__name__ for transform in self.transforms)
             raise TrainingError(f"{chain} decoded {found} for {name}, expected shape {list(like.shape)}")
-        return decoded[name].to(like.dtype)
+        part = decoded[name].to(like.dtype)
+        return part if self.ranks is None else self.ranks.padded(name, part, whole)
 
 
 def _num_bytes(payload: Mapping[str, Tensor], is_left_out: Callable[[str], bool]) -> int:

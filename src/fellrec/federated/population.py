@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from fellrec.errors import CheckpointError, StorageError, TrainingError
+from fellrec.federated.ranks import Ranks
 from fellrec.federated.records import NOTHING, Job, Received, ScoreJob, Trained
 from fellrec.functional.stacks import LazyStack, as_lazy
 from fellrec.state.bank import AdapterBank
@@ -31,12 +32,14 @@ class JobNeeds:
         start_loss: Whether the loss at the received adapter is measured.
         reset_optimizer: Whether every client forgets its optimiser state at the start of a round.
         is_personal: Whether a parameter never leaves its client; ``None`` if none is.
+        ranks: LoRA ranks of the clients, if they differ: a row trains, and is served with, the part of its rank.
     """
 
     trains: Callable[[str, int], bool] | None = None
     start_loss: bool = False
     reset_optimizer: bool = False
     is_personal: Callable[[str], bool] | None = None
+    ranks: Ranks | None = None
 
 
 class Population:
@@ -101,7 +104,7 @@ class Population:
             data_of=self.data_of(row),
             round_index=round_index,
             first_step=self.local_steps[row],
-            adapter=self.bank.versions[row],
+            adapter=self.part(row),
             optimizer=NOTHING if reset else self._optimizers.get(row, NOTHING),
             anchors={**self._anchors, **self.anchors(row)},
             tensors=self._tensors.get(row, NOTHING),
@@ -112,7 +115,16 @@ class Population:
 
     def score_jobs(self) -> list[ScoreJob]:
         """Every client's users with the adapter that serves them now; one job for each row."""
-        return self.score_jobs_of([self.bank.versions[self.served_by(c)] for c in range(self.num_clients)], self.base)
+        return self.score_jobs_of([self.part(self.served_by(c)) for c in range(self.num_clients)], self.base)
+
+    def part(self, row: int) -> StoredTensors:
+        """What a row trains and is served with: its adapter, or the part of its rank."""
+        version, ranks = self.bank.versions[row], self.needs.ranks
+        return version if ranks is None else ranks.part(row, version)
+
+    def model(self) -> Adapter:
+        """The server's model, of all ranks and without what is personal; empty where rows have models of their own."""
+        return {}
 
     def score_jobs_of(self, adapters: Sequence[StoredTensors], base: tuple[StoredTensors, ...]) -> list[ScoreJob]:
         """The same with other adapters, one for each client."""

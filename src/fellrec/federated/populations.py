@@ -48,6 +48,16 @@ class SharedModel(Population):
         """Let all clients have what came back, which is the same for all of the cohort."""
         share(self, stack)
 
+    def model(self) -> Adapter:
+        """See ``Population``."""
+        return model_of(self)
+
+
+def model_of(population: Population) -> Adapter:
+    """What the first row of a population has in common with the other shared rows, before it trains in a round."""
+    is_personal = population.needs.is_personal
+    return {name: t for name, t in population.bank.row(0).items() if is_personal is None or not is_personal(name)}
+
 
 def share(population: Population, stack: LazyStack) -> None:
     """Let the first C rows of a population have the adapter that all rows of ``stack`` have in common.
@@ -120,6 +130,10 @@ class SharedAndPersonal(Population):
     def receive_adapters(self, rows: Sequence[int], stack: LazyStack) -> None:
         """Let all shared rows have what came back."""
         share(self, stack)
+
+    def model(self) -> Adapter:
+        """See ``Population``."""
+        return model_of(self)
 
     def anchors(self, row: int) -> dict[str, StoredTensors]:
         """A personal row's anchor is the shared model that its client received."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from fellrec.errors import TrainingError
 from fellrec.functional.stacks import AdapterStack, LazyStack, as_lazy, first_row
 from fellrec.state.tensor_store import StoredTensors
-from fellrec.types import Evaluation
+from fellrec.types import Adapter, Evaluation
 
 NOTHING = StoredTensors({})
 """No tensors: the optimiser state before the first step, or a client without tensors of its own."""
@@ -192,8 +192,10 @@ class Updates:
         num_steps: ``[N]`` float64, optimiser steps that clients took in this round.
         num_clients: C, clients of the population; 0 if it is not known.
         layers: Layers that LoRA adapts; none with ``adapter=full``.
-        frozen: Parameters that were not trained in this round and are not personal, as the clients received them; as
-            in ``start``. The server has sent them, so they are not sent again.
+        model: The server's model, which the clients received, also parameters that are not trained in this round, and
+            of all ranks; name → ``[*shape]``. Empty where clients have models of their own.
+        ranks: ``[N]`` integers, LoRA ranks of the clients, beyond which their factors are 0; ``None`` if all have the
+            same.
     """
 
     clients: tuple[int, ...]
@@ -208,7 +210,8 @@ class Updates:
     num_steps: Tensor | None = None
     num_clients: int = 0
     layers: tuple[LoraLayer, ...] = ()
-    frozen: AdapterStack = field(default_factory=dict)
+    model: Adapter = field(default_factory=dict)
+    ranks: Tensor | None = None
 
     def check_finite(self, round_index: int) -> None:
         """Refuse adapters with infinite or undefined entries.
@@ -279,9 +282,9 @@ class Updates:
 
     def like_adapters(self, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One adapter's tensors in the types of the clients' own."""
-        end, frozen = _visible(self.end), as_lazy(self.frozen)
-        of = {name: end if name in end.shapes else frozen for name in adapter}
-        return {name: tensor.to(of[name].block(name, slice(0, 1)).dtype) for name, tensor in adapter.items()}
+        end = _visible(self.end)
+        like = {name: end.block(name, slice(0, 1)) if name in end.shapes else self.model[name] for name in adapter}
+        return {name: tensor.to(like[name].dtype) for name, tensor in adapter.items()}
 
     def check_common_start(self, rule: str) -> None:
         """Refuse clients that started the round with different adapters.

@@ -114,6 +114,37 @@ def factor_error(layers: Iterable[tuple[float, Tensor, Tensor]], weights: Tensor
     return math.sqrt(error / whole) if whole else math.inf
 
 
+def mean_by_rank(
+    factors: Tensor, weights: Tensor, ranks: Tensor, only_present: bool, old: Tensor | None = None
+) -> Tensor:
+    """Means of factors of different ranks, padded with zeros to the largest one, row by row.
+
+    Args:
+        factors: ``[N, r, size]``, A or B transposed; rows from the client's rank on are 0.
+        weights: ``[N]`` with sum 1.
+        ranks: ``[N]`` integers.
+        only_present: Whether the weights of a row are divided by the sum of those of the clients that have it; else
+            clients that do not have it count as zeros.
+        old: ``[r, size]``, rows where no client has weight; ``None`` for zeros.
+
+    Returns:
+        ``[r, size]``.
+
+    Example:
+        >>> factors, half = torch.tensor([[[2.0], [0.0]], [[4.0], [4.0]]]), torch.tensor([0.5, 0.5])
+        >>> [mean_by_rank(factors, half, torch.tensor([1, 2]), only).flatten().tolist() for only in (False, True)]
+        [[3.0, 2.0], [3.0, 4.0]]
+    """
+    has = torch.arange(factors.shape[1], device=factors.device) < ranks.to(factors.device)[:, None]
+    shares = weights.to(factors)[:, None] * has
+    totals = shares.sum(dim=0)
+    means = torch.einsum("nr,nrs->rs", shares, factors)
+    if only_present:
+        means = means / torch.where(totals > 0, totals, 1.0)[:, None]
+    kept = torch.zeros_like(means) if old is None else old.to(means)
+    return torch.where((totals > 0)[:, None], means, kept)
+
+
 def product_norms(a: Tensor, b: Tensor) -> Tensor:
     """Frobenius norm of each client's product ``B_k A_k``, ``[N]``.
 

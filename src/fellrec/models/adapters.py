@@ -139,7 +139,7 @@ class LoraAdapter(LoraSettings):
 
     def _inject(self, model: nn.Module, arch: ArchSpec, seed: int, targets: list[str]) -> None:
         self._config = LoraConfig(
-            r=self.rank,
+            r=self.largest_rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=targets,
@@ -160,7 +160,7 @@ class LoraAdapter(LoraSettings):
         """Give the adapter the values of another one; in a partial model, those of its parts."""
         expected = {
             "peft_type": PeftType.LORA,
-            "r": self.rank,
+            "r": self.largest_rank,
             "lora_alpha": self.alpha,
             "bias": "none",
             **dict.fromkeys(("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"), None),

@@ -48,6 +48,11 @@ def _are_parts(layers: Any) -> bool:
     return isinstance(layers, str) and all(part in PARTS for part in layers.split("+"))
 
 
+def _are_ranks(rank: Any) -> bool:
+    one = whole(1)
+    return one.accepts(rank) or (isinstance(rank, (list, tuple)) and len(rank) > 0 and all(map(one.accepts, rank)))
+
+
 Layers = Annotated[str, Allowed(_are_parts, "head, body or tail, or several of them joined with +")]
 
 
@@ -147,10 +152,10 @@ class HfSettings:
 class LoraSettings:
     """Low-rank adapters of PEFT; the backbone is frozen."""
 
-    rank: Count = 8
-    """Rank r of the update B·A."""
+    rank: Annotated[int | Sequence[int], Allowed(_are_ranks, "a whole number of at least 1, or a list of them")] = 8
+    """Rank r of the update B·A; or a list with that of each client, for rules that allow it."""
     alpha: Count = 16
-    """Scaling numerator; the update is scaled by alpha / r."""
+    """Scaling numerator; the update is scaled by alpha / r, with different ranks for all by the largest one."""
     dropout: RateBelow1 = 0.05
     """Dropout on the input of the adapter."""
     target_modules: str | Sequence[str] | None = None
@@ -166,6 +171,11 @@ class LoraSettings:
     def __post_init__(self) -> None:
         """Check all ranges."""
         check(self, "adapter")
+
+    @property
+    def largest_rank(self) -> int:
+        """The rank, or the largest of the clients' ranks."""
+        return self.rank if isinstance(self.rank, int) else max(self.rank)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from lora_rounds import (
 
 import fellrec.aggregation as aggregation
 from fellrec.aggregation import (
+    RBLA,
     FedAvg,
     FedExLoRA,
     FedRotLoRA,
@@ -30,6 +31,7 @@ from fellrec.aggregation import (
     FFALoRA,
     FlexLoRA,
     FLoRA,
+    HetLoRA,
     LoRAFAIR,
     RoLoRA,
 )
@@ -107,7 +109,7 @@ def test_a_rule_works_where_b_is_still_zero(name: str) -> None:
     zero = replace(updates, end={n: t * ("lora_B" not in n) for n, t in updates.end.items()})
     result = rule.aggregate(zero, 0)
     personal = {name: t[None] for name, t in initial_adapter(zero_b=True).items()}
-    adapter = {**personal, **zero.frozen, **zero.end, **result.adapters}
+    adapter = {**personal, **{n: t[None] for n, t in zero.model.items()}, **zero.end, **result.adapters}
     for layer in LAYERS:
         assert torch.isfinite(adapter[layer.a]).all()
         assert adapter[layer.a].abs().sum(dim=2).min() > 0
@@ -282,7 +284,70 @@ def test_different_starts_are_refused_by_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", LORA)
 def test_all_samples_zero_is_refused(name: str) -> None:
-    rule = rule_of(name)
+    rule = rule_of(name, weights="samples")
     updates = round_of(rule)
     with pytest.raises(TrainingError, match=f"aggregation {rule.name}: num_samples is"):
         rule.aggregate(replace(updates, num_samples=torch.zeros(3)), 0)
+
+
+def with_ranks(updates: Updates, ranks: list[int]) -> Updates:
+    """The same clients with smaller ranks: what is beyond is 0."""
+
+    def cut(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        found = tensor.clone()
+        for client, rank in enumerate(ranks):
+            if "lora_A" in name:
+                found[client, rank:] = 0
+            elif "lora_B" in name:
+                found[client, :, rank:] = 0
+        return found
+
+    start, end = ({n: cut(n, t) for n, t in stack.items()} for stack in (updates.start, updates.end))
+    return replace(updates, start=start, end=end, ranks=torch.tensor(ranks))
+
+
+def test_flora_and_flexlora_with_different_ranks() -> None:
+    """FLoRA is exact with any ranks; FlexLoRA where the sum of ranks is at most the rank of the server."""
+    for rule, ranks in ((FLoRA(), [1, 2, 2]), (FlexLoRA(), [1, 1])):
+        updates = with_ranks(round_of(rule, num_clients=len(ranks)), ranks)
+        assert distance(updates, rule.aggregate(updates, 0), weights_of(rule, updates)) < 1e-4
+
+
+@pytest.mark.parametrize("weights", ["norms", "samples", "equal"])
+@pytest.mark.parametrize("rule", [HetLoRA, RBLA])
+def test_means_of_ranks_are_those_of_a_loop(rule: Any, weights: str) -> None:
+    """Row after row in NumPy: zeros of clients without the row count in HetLoRA, and do not in RBLA."""
+    ranks = [1, 2, 2, 1]
+    updates = with_ranks(round_of(rule(), num_clients=4), ranks)
+    a, b = ([updates.end[getattr(x, half)].double().numpy() for x in LAYERS] for half in "ab")
+    norms = np.sqrt(sum((x.scale * np.linalg.norm(b[i] @ a[i], axis=(1, 2))) ** 2 for i, x in enumerate(LAYERS)))
+    omega = {"norms": norms, "samples": updates.num_samples.numpy(), "equal": np.ones(4)}[weights]
+    omega = omega / omega.sum()
+    result = rule(weights=weights).aggregate(updates, 0)
+    np.testing.assert_allclose(result.per_client["update_weight"], omega, rtol=1e-6)
+    for i, layer in enumerate(LAYERS):
+        for row in range(RANK):
+            have = [n for n in range(4) if ranks[n] > row]
+            total = sum(omega[n] for n in have) if rule is RBLA else 1.0
+            expected_a = sum(omega[n] * a[i][n][row] for n in have) / total
+            expected_b = sum(omega[n] * b[i][n][:, row] for n in have) / total
+            np.testing.assert_allclose(result.adapters[layer.a][0][row], expected_a, atol=1e-6)
+            np.testing.assert_allclose(result.adapters[layer.b][0][:, row], expected_b, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", [HetLoRA(), RBLA()])
+def test_rows_that_no_client_of_the_round_has_stay(rule: Any) -> None:
+    updates = with_ranks(round_of(rule), [1, 1, 1])
+    result = rule.aggregate(updates, 0)
+    for layer in LAYERS:
+        torch.testing.assert_close(result.adapters[layer.a][0][1], updates.model[layer.a][1])
+        torch.testing.assert_close(result.adapters[layer.b][0][:, 1], updates.model[layer.b][:, 1])
+        assert not torch.allclose(result.adapters[layer.a][0][0], updates.model[layer.a][0])
+
+
+def test_hetlora_with_one_rank_and_samples_is_fedavg() -> None:
+    updates = round_of(HetLoRA())
+    expected = FedAvg().aggregate(updates, 0).adapters
+    for rule in (HetLoRA(weights="samples"), RBLA()):
+        for name, tensor in rule.aggregate(updates, 0).adapters.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)

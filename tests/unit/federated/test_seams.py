@@ -124,8 +124,9 @@ class MovesTheFrozenHalf(Alternating):
 
     def aggregate(self, updates: Updates, round_index: int) -> Aggregated:
         mixed = super().aggregate(updates, round_index)
-        (name,) = updates.frozen
-        return Aggregated({**mixed.adapters, name: updates.frozen[name] + 10}, metrics={"moved": 10.0, "no": math.inf})
+        (name,) = updates.model.keys() - updates.end.keys()
+        moved = (updates.model[name] + 10).expand(len(updates.clients), -1)
+        return Aggregated({**mixed.adapters, name: moved}, metrics={"moved": 10.0, "no": math.inf})
 
 
 def test_a_rule_knows_what_was_not_trained_and_may_change_it() -> None:
@@ -133,8 +134,7 @@ def test_a_rule_knows_what_was_not_trained_and_may_change_it() -> None:
     rounds = Rounds()
     loop = fake_loop(MovesTheFrozenHalf(), num_rounds=2, callbacks=[rounds])
     loop.run()
-    assert [sorted(updates.frozen) for updates in rounds.updates] == [["a"], ["b"]]
-    assert rounds.updates[1].frozen["b"].tolist() == [[3.0, 3.0]] * 4
+    assert {n: t.tolist() for n, t in rounds.updates[1].model.items()} == {"a": [10.0, 10.0], "b": [3.0, 3.0]}
     assert adapters(loop) == [{"a": [13.0, 13.0], "b": [13.0, 13.0]}] * 4
     sizes = {way: loop.exchange.ledger.total(round=1, direction=way, kind="adapter") for way in ("up", "down")}
     assert sizes == {"up": 4 * 2 * 4, "down": 4 * 4 * 4}

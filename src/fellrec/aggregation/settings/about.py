@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ class Limits:
         least_clients: Smallest number of clients in a round.
         no_transforms: Not with ``exchange.transforms``.
         changes_base: It changes the frozen weights: not with ``backbone.quantize``.
+        one_rank: Not with different ranks in ``adapter.rank``.
     """
 
     needs_lora: bool = False
@@ -34,6 +35,7 @@ class Limits:
     least_clients: int = 1
     no_transforms: bool = False
     changes_base: bool = False
+    one_rank: bool = True
 
     def texts(self) -> list[str]:
         """What cannot be combined with the rule, in words.
@@ -70,6 +72,7 @@ class Limits:
                 node = node.get(part) if isinstance(node, Mapping) else None
             return default if node is None else node
 
+        ranks = get("adapter.rank", None)
         rate, transport = get("participation.rate", 1), get("split.transport", "none")
         adapter, clients = get("adapter._target_", _LORA), get("partition.num_clients", None)
         devices, nodes = get("trainer.devices", 1), get("trainer.num_nodes", 1)
@@ -100,6 +103,9 @@ class Limits:
             f"changes the weights of the backbone: backbone.quantize={get('backbone.quantize', None)} is not allowed, "
             "leave it out"
             if self.changes_base and get("backbone.quantize", None)
+            else None,
+            f"needs clients with one rank: adapter.rank={list(ranks)} is not allowed, give one number"
+            if self.one_rank and isinstance(ranks, Sequence) and len(set(ranks)) > 1
             else None,
         ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from fellrec.aggregation.settings.about import About
+from fellrec.aggregation.settings.about import About, Limits
 from fellrec.functional.ranges import NotNegative, Positive, RateBelow1, check
 
 Weights = Literal["samples", "equal"]
@@ -22,6 +22,7 @@ class LocalSettings:
         summary="every client trains alone, no adapter leaves its client",
         paper="reference",
         sees="nothing",
+        limits=Limits(one_rank=False),
     )
 
 

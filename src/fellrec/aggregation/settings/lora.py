@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 from fellrec.aggregation.settings.about import About, Limits
 from fellrec.aggregation.settings.averages import Weights
@@ -11,7 +11,11 @@ from fellrec.functional.ranges import Positive, Rate, Seed, check
 
 _HALVES = Limits(needs_lora=True)
 _FACTORS = Limits(needs_lora=True, no_remote_server=True)
+_RANKS = Limits(needs_lora=True, no_remote_server=True, one_rank=False)
 _BASE = Limits(needs_lora=True, no_remote_server=True, changes_base=True)
+
+RankWeights = Literal["norms", "samples", "equal"]
+"""How much clients count: by the norm of their products over all layers, by training targets, or all the same."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ class FLoRASettings:
         summary="the exact mean of products is added to the base; every round begins with a new adapter",
         paper="Wang et al., NeurIPS 2024, arXiv:2409.05976",
         cost="download N times as large; the base changes and is exported",
-        limits=_BASE,
+        limits=replace(_BASE, one_rank=False),
         is_exact=True,
         module="lora_base",
     )
@@ -184,7 +188,7 @@ class FlexLoRASettings:
         summary="one model: the product of rank r that is nearest to the mean of products, by SVD",
         paper="Bai et al., NeurIPS 2024, arXiv:2402.11505",
         cost="server: a decomposition of size N·r per layer",
-        limits=_FACTORS,
+        limits=_RANKS,
         module="lora_svd",
     )
     weights: Weights = "samples"
@@ -212,6 +216,47 @@ class FedSVDSettings:
     )
     weights: Weights = "samples"
     """How much clients count in the mean."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")
+
+
+@dataclass(frozen=True)
+class HetLoRASettings:
+    """Means of factors of different ranks, padded with zeros."""
+
+    about: ClassVar[About] = About(
+        name="hetlora",
+        family="LoRA-aware",
+        summary="means of zero-padded A and B, weighted by the norm of products; each client gets the part of its rank",
+        paper="Cho et al., EMNLP 2024, arXiv:2401.06432",
+        cost="none; less for clients of small ranks",
+        limits=_RANKS,
+    )
+    weights: RankWeights = "norms"
+    """How much clients count in the means: norms (of their products, over all layers), samples or equal."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")
+
+
+@dataclass(frozen=True)
+class RBLASettings:
+    """Means of each row of A, and column of B, over the clients that have it."""
+
+    about: ClassVar[About] = About(
+        name="rbla",
+        family="LoRA-aware",
+        summary="means of each row of A and column of B over the clients that have it; each gets the part of its rank",
+        paper="Chen et al., 2024, arXiv:2408.08699",
+        cost="none; less for clients of small ranks",
+        limits=_RANKS,
+        module="hetlora",
+    )
+    weights: RankWeights = "samples"
+    """How much clients count in the means: norms (of their products, over all layers), samples or equal."""
 
     def __post_init__(self) -> None:
         """Check all ranges."""
