@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import resource
 from collections.abc import Mapping
 from typing import Any, get_type_hints
@@ -13,10 +14,16 @@ from pandas import DataFrame
 from fellrec.cli.main import main
 from fellrec.config.compose import compose
 from fellrec.config.registry import CHOICES, GROUPS
+from fellrec.config.sweep import expand
 from fellrec.data.schema import Catalogue
-from fellrec.errors import ConfigError
+from fellrec.errors import BackboneError, ConfigError
+from fellrec.experiment.build import build_fabric
 from fellrec.experiment.classes import check_classes
+from fellrec.functional.participation import cohort
 from fellrec.functional.ranges import LARGEST, out_of_range, ranges
+from fellrec.models.sasrec import build_sasrec
+from fellrec.models.settings import SasrecSettings, TinySettings
+from fellrec.models.tiny import build_tiny
 
 KINDS = [("", GROUPS[""]), *GROUPS.items(), *((key, kind) for key, kinds in CHOICES.items() for kind in kinds.values())]
 FREE = {("data", "expected"), ("launcher", "options"), ("launcher", "environment"), ("backbone", "pretrain")}
@@ -178,3 +185,52 @@ def test_a_lack_of_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: p
         (line,) = capsys.readouterr().err.splitlines()
         assert stop.value.code == 1
         assert line.startswith(f"fellrec prepare: {start}")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["seed=range(0,0)"], "seed=range(0,0) gives no value, so the sweep has no run"),
+        (["seed=range(0,1000000000)"], "gives more than 10,000 values, which is the limit of a sweep"),
+        (["seed=range(0,1000)", "data.seed=range(0,1000)"], "the sweep has 1,000,000 runs; at most 10,000 are allowed"),
+    ],
+)
+def test_a_sweep_has_runs_but_not_without_end(given: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        expand(given)
+    assert message in str(caught.value)
+
+
+def test_processes_that_the_cores_of_a_node_cannot_run_are_not_started() -> None:
+    """A thousand would fill the memory of any machine before the first one trains."""
+    with pytest.raises(ConfigError, match=r"trainer.devices=1000 is not allowed on the CPU: at most \d+ processes"):
+        build_fabric(compose(["trainer.devices=1000", "trainer.accelerator=cpu"]))
+    assert build_fabric(compose(["trainer.devices=4", "trainer.accelerator=cpu"])).world_size == 4
+
+
+@pytest.mark.parametrize("backbone", ["tiny", "sasrec"])
+def test_a_model_that_does_not_fit_into_the_memory_is_not_built(backbone: str) -> None:
+    """Weights, gradients and two moments in 4 bytes: a layer has 16 D² (Llama) or 6 D² (SASRec) and more."""
+    sizes = TinySettings(hidden_size=65_536) if backbone == "tiny" else SasrecSettings(hidden_size=65_536)
+    with pytest.raises(BackboneError) as caught:
+        build_tiny(["a"], sizes) if isinstance(sizes, TinySettings) else build_sasrec(["a"], sizes)
+    found = re.search(
+        r"hidden_size=65536, backbone.num_layers=(\d): training the model needs ([\d,]+) GB", str(caught.value)
+    )
+    assert found
+    least = 4 * 4 * int(found[1]) * (8 if backbone == "tiny" else 6) * 65_536**2 / 1e9
+    assert least <= float(found[2].replace(",", "")) <= 3 * least
+
+
+@pytest.mark.parametrize("rate", [1e-300, 1e-9, 0.001])
+def test_a_round_has_at_least_one_client(rate: float) -> None:
+    assert [len(cohort(5, rate, seed=0, round_index=number)) for number in range(20)] == [1] * 20
+
+
+def test_waiting_has_an_end() -> None:
+    """Of what a clock can count."""
+    found = problems("trainer.timeout_seconds=1e30")
+    assert "trainer.timeout_seconds=1e+30 is not allowed: a number above 0, at most 1e9" in found
+    assert problems("trainer.plugins=[{}]") == [
+        "trainer.plugins needs a _target_: the name of a class, such as my_module.Mine"
+    ]

@@ -128,7 +128,9 @@ def import_target(name: Any, label: str, of: type | tuple[type, ...] | None = No
         ConfigError: If it cannot be imported, or is not what it must be.
     """
     where = f"{label}._target_={name}"
-    if isinstance(name, str) and _is_never_a_choice(name):
+    if not isinstance(name, str):
+        raise ConfigError(f"{label} needs a _target_: the name of a class, such as my_module.Mine")
+    if _is_never_a_choice(name):
         raise ConfigError(f"{where} is not allowed: a class of fellrec, or one of your own")
     try:
         target = get_object(name)

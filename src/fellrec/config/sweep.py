@@ -8,6 +8,7 @@ Each aggregation rule has its own settings. Where several rules are named togeth
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Sequence
 
@@ -24,6 +25,8 @@ from fellrec.functional.secrets import VARIABLE, has_secret, hide
 _GROUP = "aggregation"
 _RULE = (_GROUP, f"{_GROUP}._target_")
 """Overrides that name the rule."""
+_MOST_RUNS = 10_000
+"""Runs of a sweep; more are a mistake."""
 _INTERPOLATION = re.compile(r"\$\{[^}]*\}")
 """A variable of the environment, say, that is read when the settings are used."""
 
@@ -92,12 +95,28 @@ def _settings_of_rule(overrides: Sequence[str]) -> list[str]:
 def _product(overrides: Sequence[str], only: Sequence[str] = ()) -> list[list[str]]:
     """Every combination of the values of all keys, or of those in ``only``."""
     axes = [
-        [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
+        _values(item)
         if item.is_sweep_override() and (not only or item.key_or_group in only)
         else [str(item.input_line)]
         for item in parse(overrides)
     ]
+    if (count := math.prod(map(len, axes))) > _MOST_RUNS:
+        raise ConfigError(f"the sweep has {count:,} runs; at most {_MOST_RUNS:,} are allowed")
     return [list(combination) for combination in itertools.product(*axes)]
+
+
+def _values(item: Override) -> list[str]:
+    """The overrides of a sweep's one setting.
+
+    Raises:
+        ConfigError: If there are none, or too many.
+    """
+    found = list(itertools.islice(item.sweep_string_iterator(), _MOST_RUNS + 1))
+    if not found:
+        raise ConfigError(f"{item.input_line} gives no value, so the sweep has no run")
+    if len(found) > _MOST_RUNS:
+        raise ConfigError(f"{item.input_line} gives more than {_MOST_RUNS:,} values, which is the limit of a sweep")
+    return [f"{item.get_key_element()}={value}" for value in found]
 
 
 def without_passwords(overrides: Sequence[str]) -> list[str]:

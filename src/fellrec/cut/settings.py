@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fellrec.federated.settings import TrainerSettings
-from fellrec.functional.ranges import Natural, Positive, check
+from fellrec.functional.ranges import Natural, Seconds, check
 
 Packing = Literal["float32", "bfloat16", "int8"]
 """How a tensor is sent: as it is, halved, or one byte a number with a scale for each token."""
@@ -27,7 +27,7 @@ class SplitSettings:
     """How hidden states are sent."""
     gradient_dtype: Packing = "float32"
     """How gradients are sent."""
-    timeout_seconds: Positive = TrainerSettings.timeout_seconds
+    timeout_seconds: Seconds = TrainerSettings.timeout_seconds
     """With ``transport=distributed``: longest time without a message from a process that is waited for."""
 
     def __post_init__(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fellrec.distributed.memory import total_bytes
 from fellrec.distributed.message import (
     LARGEST_HEADER,
     PROTOCOL_VERSION,
@@ -282,7 +282,7 @@ class Channel:
             dist.recv(rest, src=other, group=self._group)
             content = torch.cat([content, rest])
         try:
-            plain, specs = read_header(content[:length].numpy().tobytes(), _largest_payload())
+            plain, specs = read_header(content[:length].numpy().tobytes(), total_bytes())
             return decode(plain, self._receive_tensors(other, specs))
         except SplitError as error:
             raise SplitError(f"{name} sent a {error}" if str(error).startswith("malformed") else str(error)) from error
@@ -338,8 +338,3 @@ def _join(tensors: list[Tensor], device: torch.device) -> Tensor:
     parts = [t.detach().contiguous().view(-1).view(torch.uint8).to(device) for t in tensors if t.numel()]
     aligned = [torch.nn.functional.pad(part, (0, -len(part) % 8)) for part in parts]
     return torch.cat(aligned) if aligned else torch.empty(0, dtype=torch.uint8)
-
-
-def _largest_payload() -> int:
-    """Bytes of tensors that one message may announce: this machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,7 +1,8 @@
-"""How much memory a process has used."""
+"""How much memory a process has used, and how much there is."""
 
 from __future__ import annotations
 
+import os
 import resource
 from pathlib import Path
 
@@ -25,3 +26,8 @@ def anonymous_bytes() -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     raise OSError("/proc/self/status does not tell RssAnon")
+
+
+def total_bytes() -> int:
+    """This machine's memory, in bytes, whatever is used of it."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -27,6 +27,9 @@ _GRACE_SECONDS = 1.0
 _PATIENCE_SECONDS = 20.0
 """How long the processes that this one started may take to end after it is done."""
 
+_PROCESSES_PER_CORE, _LEAST_ALLOWED = 4, 8
+"""Limits of the processes of one node without GPUs; each needs about 1 GB."""
+
 
 def cluster_environment() -> ClusterEnvironment:
     """The cluster environment of torchrun, srun, jsrun (LSF) or mpirun, whichever started this process.
@@ -49,6 +52,21 @@ def external_processes() -> int | None:
     """How many processes torchrun, srun, jsrun (LSF) or mpirun started; ``None`` if none of them did."""
     environment = cluster_environment()
     return None if isinstance(environment, LightningEnvironment) else int(environment.world_size())
+
+
+def check_cores(devices: int) -> None:
+    """Check that processes which share the cores of this node are not too many for its cores and memory.
+
+    Raises:
+        ConfigError: If they are.
+    """
+    cores = os.cpu_count() or 1
+    most = max(_LEAST_ALLOWED, _PROCESSES_PER_CORE * cores)
+    if devices > most:
+        raise ConfigError(
+            f"trainer.devices={devices} is not allowed on the CPU: at most {most} processes on this node, which has "
+            f"{cores} cores"
+        )
 
 
 def launched_devices(devices: int | str, num_nodes: int) -> tuple[int | str, int]:

@@ -30,7 +30,7 @@ from fellrec.data.prepared import PreparedData
 from fellrec.data.schema import Reader
 from fellrec.data.settings import DataSettings
 from fellrec.distributed.meeting import MeetingStrategy
-from fellrec.distributed.processes import cluster_environment, launched_devices
+from fellrec.distributed.processes import check_cores, cluster_environment, launched_devices
 from fellrec.errors import ConfigError
 from fellrec.experiment.backbones import sasrec_backbone, tiny_backbone
 from fellrec.experiment.precision import check_precision, weights_dtype
@@ -128,7 +128,10 @@ def build_data(config: DictConfig) -> PreparedData:
         partition=instantiate(config.partition, "partition", of=Partition),
         cache=cache_dir(config) / "data",
     )
-    check_cutoffs(list(config.trainer.cutoffs), len(data.catalogue))
+    try:
+        check_cutoffs(list(config.trainer.cutoffs), len(data.catalogue))
+    except ConfigError as error:
+        raise ConfigError(f"trainer.cutoffs={list(config.trainer.cutoffs)}: {error}") from error
     return data
 
 
@@ -263,6 +266,8 @@ def build_fabric(config: DictConfig, alone: bool = False) -> Fabric:
             f"trainer.accelerator={trainer.accelerator}, devices={trainer.devices}, num_nodes={trainer.num_nodes}, "
             f"strategy={trainer.get('strategy')}: {str(error).splitlines()[0]}"
         ) from error
+    if fabric.device.type == "cpu" and not alone and isinstance(trainer.devices, int):
+        check_cores(trainer.devices)
     check_precision(config, fabric.device)
     return fabric
 

@@ -13,6 +13,7 @@ from fellrec.functional.ranges import (
     Natural,
     NotNegative,
     Positive,
+    Seconds,
     check,
     items,
     listed,
@@ -84,7 +85,7 @@ class TrainerSettings:
     """Nodes; with more than one, start the processes by srun or torchrun."""
     devices_per_client: Count = 1
     """Processes that train one client together, each on its rows of every batch."""
-    timeout_seconds: Positive = 300
+    timeout_seconds: Seconds = 300
     """Longest time without a message from a process that is waited for."""
     precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"] = "32-true"
     """As in ``lightning.Fabric``. bf16-true: the backbone's weights are in bfloat16, LoRA's matrices in float32.

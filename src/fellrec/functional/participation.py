@@ -10,7 +10,7 @@ from fellrec.functional.rng import derive_seed
 
 
 def cohort(num_clients: int, rate: float, seed: int, round_index: int) -> tuple[int, ...]:
-    """Draw ``ceil(rate · num_clients)`` clients without replacement, from the seed and the round only.
+    """Draw ``ceil(rate · num_clients)`` clients, at least one, without replacement, from the seed and round.
 
     Args:
         num_clients: Size of the population.
@@ -27,6 +27,6 @@ def cohort(num_clients: int, rate: float, seed: int, round_index: int) -> tuple[
         >>> len(cohort(10, 0.25, seed=0, round_index=3))
         3
     """
-    size = min(num_clients, math.ceil(rate * num_clients - 1e-9))
+    size = min(num_clients, max(1, math.ceil(rate * num_clients - 1e-9)))
     generator = np.random.default_rng(derive_seed(seed, "cohort", round_index))
     return tuple(sorted(generator.choice(num_clients, size=size, replace=False).tolist()))

@@ -147,6 +147,7 @@ Name = Annotated[str, line(lambda text: "/" not in text and text[0] != ".", "one
 """A part of file names."""
 Count = Annotated[int, whole(1)]
 Positive = Annotated[float, number(lambda x: x > 0, "a number above 0")]
+Seconds = Annotated[float, number(lambda x: 0 < x <= 1e9, "a number above 0, at most 1e9")]
 NotNegative = Annotated[float, number(lambda x: x >= 0, "a number of at least 0")]
 Fraction = Annotated[float, number(lambda x: 0 < x <= 1, "a number in (0, 1]")]
 """A fraction of something that must not be empty."""

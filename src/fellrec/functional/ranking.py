@@ -155,6 +155,7 @@ def _check_scores_and_targets(scores: Tensor, target_rows: Tensor, target_items:
     if nan_rows.any():
         raise TrainingError(
             f"scores are NaN in {int(nan_rows.sum())} of {len(scores)} rows, first in row {int(nan_rows.nonzero()[0])}"
+            "; the trained parameters are too large or not finite; lower trainer.learning_rate"
         )
     pairs = (target_rows * scores.shape[1] + target_items).sort().values
     twice = (pairs[1:] == pairs[:-1]).nonzero()

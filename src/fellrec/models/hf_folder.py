@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer
 
+from fellrec.distributed.memory import total_bytes
 from fellrec.errors import BackboneError, shorten, unknown
 from fellrec.models.architectures import ARCHITECTURES, ArchSpec, arch_of, check_config, model_of
 from fellrec.models.partial import names_in_files, tensors_in_files
@@ -23,6 +24,8 @@ _log = logging.getLogger(__name__)
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "vocab.bpe", "tekken.json")
 """Files of which a tokenizer has at least one, unless it is one of sentencepiece."""
+_COPIES = 4
+"""Of the weights, in training: themselves, their gradients and two moments."""
 _PROBE = "Heat of the Day, The (1995)"
 _SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
@@ -85,6 +88,21 @@ def empty_model(given: str, config: Any, dtype: torch.dtype | None = None) -> An
             f"{given} cannot be loaded: no model has the sizes in config.json ({type(error).__name__}: "
             f"{_one_line(error)})"
         ) from error
+
+
+def check_fits(config: Any) -> None:
+    """Check that this machine has the memory to train a model that is built here: weights, gradients, AdamW's moments.
+
+    Raises:
+        BackboneError: If not; names the sizes.
+    """
+    sizes = f"backbone.hidden_size={config.hidden_size}, backbone.num_layers={config.num_hidden_layers}"
+    weights = sum(parameter.nbytes for parameter in empty_model(sizes, config).parameters())
+    needed, present = _COPIES * weights, total_bytes()
+    if needed > present:
+        raise BackboneError(
+            f"{sizes}: training the model needs {needed / 1e9:,.0f} GB, and this machine has {present / 1e9:,.0f} GB"
+        )
 
 
 def read_tokenizer(given: str, source: str) -> Any:

@@ -21,6 +21,7 @@ from fellrec.errors import DataError
 from fellrec.functional.rng import derive_seed
 from fellrec.models.architectures import arch_of
 from fellrec.models.backbone import Backbone
+from fellrec.models.hf_folder import check_fits
 from fellrec.models.settings import SasrecSettings
 
 _PAD = "<pad>"
@@ -76,10 +77,12 @@ def build_sasrec(item_ids: Sequence[str], settings: SasrecSettings) -> Backbone:
         settings: Sizes, dropout, and the seed of the weights; the global generator is not changed.
 
     Raises:
+        BackboneError: If the memory is too small for these sizes.
         DataError: If an item id is not a valid token.
     """
     tokenizer = item_tokenizer(item_ids)
     config = sasrec_config(tokenizer, settings)
+    check_fits(config)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(settings.seed, "sasrec"))
         model = GPT2LMHeadModel(config)

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from fellrec.functional.rng import derive_seed
 from fellrec.models.architectures import arch_of
 from fellrec.models.backbone import Backbone
+from fellrec.models.hf_folder import check_fits
 from fellrec.models.settings import TinySettings
 
 _SPECIAL = ("<pad>", "<s>", "</s>")
@@ -63,9 +64,13 @@ def build_tiny(texts: Sequence[str], settings: TinySettings) -> Backbone:
     Args:
         texts: Texts of the catalogue, for the tokenizer.
         settings: Sizes, and the seed of the weights; the global generator is not changed.
+
+    Raises:
+        BackboneError: If the memory is too small for these sizes.
     """
     tokenizer = build_tokenizer(texts, settings.vocab_size)
     config = tiny_config(tokenizer, settings)
+    check_fits(config)
     with torch.random.fork_rng(devices=[]):
         # The weights are drawn on the CPU; torch.manual_seed would also reseed the accelerators.
         torch.default_generator.manual_seed(derive_seed(settings.seed, "tiny"))

@@ -73,7 +73,7 @@ def test_a_rule_of_ones_own_may_have_the_settings_of_a_rule_of_the_package():
         ({"_target_": "fellrec.aggregation.FedAvgg"}, "_target_=fellrec.aggregation.FedAvgg cannot be imported"),
         ({"_target_": "no_such_package.Rule"}, "No module named 'no_such_package'"),
         ({"_target_": "Rule"}, "cannot be imported"),
-        ({}, "aggregation._target_=None cannot be imported"),
+        ({}, "aggregation needs a _target_: the name of a class"),
         ({"_target_": "my_package.not_a_rule"}, "not_a_rule is not a subclass of AggregationCallback"),
         ({"_target_": "fellrec.aggregation.AggregationCallback"}, "is not a subclass"),
         (
