@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fellrec.cli.arguments import add_format, add_overrides, add_show_config
 
@@ -66,15 +66,17 @@ def _report(comparison: Comparison, run_dir: Path, config: DictConfig, output_fo
     from fellrec.experiment.run import table_cutoff
     from fellrec.experiment.store import finish_message
     from fellrec.report.cost_tables import print_cost
+    from fellrec.report.reachable import print_shares
     from fellrec.report.significance import print_significance
     from fellrec.report.tables import print_comparison, results_console
 
     if output_format == "json":
-        sys.stdout.write(json.dumps(comparison.to_dict(), indent=1) + "\n")
+        sys.stdout.write(json.dumps(_plain(comparison, table_cutoff(config)), indent=1) + "\n")
         return
     console = results_console()
     print_comparison(comparison, console, table_cutoff(config))
     print_significance(comparison, console, table_cutoff(config))
+    print_shares(comparison, console, table_cutoff(config))
     if comparison.variants:
         print_cost(comparison, console, table_cutoff(config))
     console.print(finish_message(run_dir, config), highlight=False, markup=False)
@@ -137,7 +139,8 @@ def write_outputs(comparison: Comparison, run_dir: Path, cutoff: int) -> None:
     import torch
 
     from fellrec.report.cost_tables import cost_panels, write_cost
-    from fellrec.report.plots import client_dots, panels, save_png
+    from fellrec.report.plots import client_dots, frontier, panels, save_png
+    from fellrec.report.reachable import write_shares
     from fellrec.report.significance import write_significance
     from fellrec.report.tables import display_name, write_tables
     from fellrec.state.files import write_json
@@ -146,7 +149,8 @@ def write_outputs(comparison: Comparison, run_dir: Path, cutoff: int) -> None:
     folder.mkdir(exist_ok=True)
     write_tables(comparison, folder, cutoff)
     write_significance(comparison, folder)
-    write_json(folder / "comparison.json", comparison.to_dict())
+    write_shares(comparison, folder, cutoff)
+    write_json(folder / "comparison.json", _plain(comparison, cutoff))
     metric = f"ndcg_at_{cutoff}"
     dots = {
         display_name(rule): torch.stack([r.evaluation.per_client[metric] for r in comparison.of_rule(rule)])
@@ -158,9 +162,20 @@ def write_outputs(comparison: Comparison, run_dir: Path, cutoff: int) -> None:
         display_name(rule): comparison.mean_and_sd(rule, f"{metric}/mean")[0] for rule in comparison.rules("reference")
     }
     save_png(client_dots(dots, f"NDCG@{cutoff}", references), folder / "clients.png")
+    points = {
+        display_name(rule): tuple(comparison.mean_and_sd(rule, f"{metric}/{figure}")[0] for figure in ("mean", "std"))
+        for rule in comparison.rules("learned")
+    }
+    save_png(frontier(points, f"NDCG@{cutoff}"), folder / "frontier.png")
     if comparison.variants:
         write_cost(comparison, folder, cutoff)
         save_png(panels(*cost_panels(comparison, cutoff)), folder / "cost.png")
+
+
+def _plain(comparison: Comparison, cutoff: int) -> dict[str, Any]:
+    from fellrec.report.reachable import to_dict
+
+    return {**comparison.to_dict(), "reachable": to_dict(comparison, f"ndcg_at_{cutoff}")}
 
 
 def log_figures(log: RunLog, comparison: Comparison, cutoff: int) -> None:

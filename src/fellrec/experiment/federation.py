@@ -136,7 +136,7 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
         exchange=Exchange(
             rule, ledger, transforms, _is_at_server(recommender), meters, _layers(recommender), num_clients, ranks
         ),
-        selection=Selection(population, trainer.metric, trainer.select, trainer.patience),
+        selection=Selection(population, trainer.metric, trainer.select, trainer.patience, trainer.frontier_floor),
         progress=Progress(),
         ledger=ledger,
         settings=trainer,

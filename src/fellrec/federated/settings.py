@@ -63,8 +63,11 @@ class TrainerSettings:
     """Rounds between evaluations on the validation data; the last round is always evaluated."""
     patience: Count | None = None
     """Evaluations without a gain before the run stops; null: it never stops early."""
-    select: Literal["population", "client"] = "population"
-    """What is tested: the best round of the population's mean, or each client's own best round."""
+    select: Literal["population", "client", "frontier"] = "population"
+    """What is tested: the best round of the population's mean, each client's own best round, or, of the rounds whose
+    mean is at least ``frontier_floor`` of the best, the one with the best worst client."""
+    frontier_floor: Fraction = 0.95
+    """With ``select=frontier``: smallest mean over clients that is accepted, as a fraction of the best round's."""
     metric: str = "ndcg_at_10"
     """What selection and early stopping look at, on the validation data: ndcg, recall, hr or mrr at a cutoff."""
     cutoffs: Cutoffs = (5, 10, 20, 50)

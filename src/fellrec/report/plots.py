@@ -74,6 +74,41 @@ def client_dots(values: Mapping[str, Sequence[float]], metric: str, references: 
     return figure
 
 
+def frontier(points: Mapping[str, tuple[float, ...]], metric: str) -> Figure:
+    """Mean over clients against spread, one point a rule; the rules that no other is better than in both are joined.
+
+    Args:
+        points: Rule → mean and standard deviation over clients.
+        metric: Axis label.
+    """
+    figure, (axes,) = _axes(1, 1, 6.0, 4.4)
+    best = pareto(points)
+    for rule, (mean, spread) in points.items():
+        axes.plot(spread, mean, "o" if rule in best else "x", color="C0" if rule in best else "grey", markersize=6)
+        axes.annotate(rule, (spread, mean), (5, 4), textcoords="offset points", fontsize=8)
+    line = sorted((points[rule][1], points[rule][0]) for rule in best)
+    axes.plot(*zip(*line), "-", color="C0", linewidth=1.0, label="Pareto front: higher mean, smaller spread")
+    axes.set_xlabel(f"standard deviation of {metric} over clients")
+    axes.set_ylabel(f"mean of {metric} over clients")
+    axes.margins(0.12)
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def pareto(points: Mapping[str, tuple[float, ...]]) -> list[str]:
+    """Rules that no other rule is better than in one of mean (higher) and spread (smaller) and as good in the other.
+
+    Example:
+        >>> pareto({"a": (0.5, 0.2), "b": (0.4, 0.1), "c": (0.4, 0.3)})
+        ['a', 'b']
+    """
+
+    def is_better(other: tuple[float, ...], own: tuple[float, ...]) -> bool:
+        return other[0] >= own[0] and other[1] <= own[1] and other != own
+
+    return [rule for rule, own in points.items() if not any(is_better(other, own) for other in points.values())]
+
+
 def panels(axis: str, points: Sequence[str], figures: Mapping[str, Mapping[str, Sequence[float | None]]]) -> Figure:
     """Several figures over the same points, one panel each, one line per series.
 

@@ -87,7 +87,7 @@ def fake_loop(
         executor=executor or FakeExecutor(),
         exchange=Exchange(rule, Ledger(), transforms, num_clients=num_clients),
         rule=rule,
-        selection=Selection(population, settings.metric, settings.select, settings.patience),
+        selection=Selection(population, settings.metric, settings.select, settings.patience, settings.frontier_floor),
         progress=Progress(),
         events=Events([rule, *callbacks]),
         settings=settings,
