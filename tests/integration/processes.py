@@ -204,8 +204,8 @@ def assert_same_run(found: Path, expected: Path, has_same_ledger: bool = True) -
     assert exported
     for name in exported:
         assert_same(load_file(found / name), load_file(expected / name), str(name))
-    matrices = _files(expected, "matrices/**/*.json")
-    assert _files(found, "matrices/**/*.json") == matrices
+    matrices = _files(expected, "matrices.npz")
+    assert _files(found, "matrices.npz") == matrices
     of_users = [Path(name) for name in ("clients.csv", "users.parquet", "rankings.parquet")]
     for name in [*matrices, *of_users, *([Path("ledger.csv")] if has_same_ledger else [])]:
         assert (found / name).read_bytes() == (expected / name).read_bytes(), name

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from mlflow.tracking import MlflowClient
@@ -58,7 +59,7 @@ def test_the_run_directory_is_complete(finished: tuple[Path, str]) -> None:
     names = {path.name for path in run.iterdir()}
     assert names >= {
         *("config.yaml", "versions.json", "data.json", "partition.parquet", "results.json", "users.parquet"),
-        *("clients.csv", "adapters", "checkpoints", "matrices"),
+        *("clients.csv", "adapters", "checkpoints", "matrices.npz", "matrices.png"),
     }
     users = pd.read_parquet(run / "users.parquet")
     results = json.loads((run / "results.json").read_text())
@@ -94,21 +95,31 @@ def test_mlflow_has_everything(finished: tuple[Path, str]) -> None:
     ):
         assert name in run.data.metrics
     files = {item.path for item in client.list_artifacts(run.info.run_id)}
-    assert files >= {"config.yaml", "clients.csv", "clients.json", "results.json", "adapters", "matrices"}
-    matrices = {item.path for item in client.list_artifacts(run.info.run_id, "matrices/round_001")}
-    assert matrices == {
-        f"matrices/round_001/{name}.{kind}" for name in ("mixing", "similarity") for kind in ("json", "png")
+    assert files >= {
+        "config.yaml",
+        "clients.csv",
+        "clients.json",
+        "results.json",
+        "adapters",
+        "matrices.npz",
+        "matrices.png",
     }
+    assert run.data.metrics["aggregation/drift"] > 0
+    assert 1 <= run.data.metrics["aggregation/effective_senders/mean"] <= 3
+    assert -1 <= run.data.metrics["aggregation/cosine_to_mean/client_02"] <= 1
     (dataset,) = run.inputs.dataset_inputs
     assert dataset.dataset.name == "synthetic"
     assert dataset.dataset.digest == json.loads((folder / "run" / "data.json").read_text())["key"]
 
 
 def test_the_logged_mixing_matrix_is_fellrecs(finished: tuple[Path, str]) -> None:
-    folder = finished[0] / "run" / "matrices" / "round_000"
-    rows = json.loads((folder / "mixing.json").read_text())["matrix"]
-    assert all(sum(row) == pytest.approx(1.0, abs=1e-6) for row in rows)
-    assert all(row[i] == max(row) for i, row in enumerate(rows)), "own weight 1 before division"
+    assert not (finished[0] / "run" / "matrices").exists(), "one file for all rounds"
+    found = np.load(finished[0] / "run" / "matrices.npz")
+    assert found["rounds"].tolist() == [0, 1]
+    assert found["similarity"].shape == found["mixing"].shape
+    for rows in found["mixing"]:
+        assert rows.sum(axis=1) == pytest.approx(1.0, abs=1e-6)
+        assert (rows.diagonal() == rows.max(axis=1)).all(), "own weight 1 before division"
 
 
 def test_evaluate_reproduces_the_runs_own_figures(

@@ -89,8 +89,8 @@ def test_whole_numbers_have_an_end(key: str) -> None:
         ("data.core='a\nb'", "a whole number of at least 0"),
         ("trainer.num_rounds='3'", "a whole number of at least 1"),
         ("trainer.num_rounds=null", "a whole number of at least 1"),
-        ("callbacks.mlflow.log_matrices_every=0", "a whole number of at least 1"),
-        ("callbacks.mlflow.log_matrices_every=x", "a whole number of at least 1"),
+        ("callbacks.matrices.heat_maps=[-1]", "a list of rounds, from 0"),
+        ("callbacks.diagnostics.every=0", "a whole number of at least 1"),
     ],
 )  # fmt: skip
 def test_a_value_is_named_with_what_is_allowed_on_one_line(override: str, allowed: str) -> None:

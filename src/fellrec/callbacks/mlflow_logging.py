@@ -1,4 +1,4 @@
-"""What MLflow receives of a run: parameters, metrics of every round, matrices, tables, adapters."""
+"""What MLflow receives of a run: parameters, metrics of every round, tables, adapters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.records import FitResult, FitStart, RoundRecord
 from fellrec.functional.balance import STATISTICS
 from fellrec.functional.nested import flatten
-from fellrec.functional.ranges import Count, Natural
+from fellrec.functional.ranges import Natural
 from fellrec.tracking.run_log import RunLog
 from fellrec.types import Evaluation
 
@@ -57,8 +57,7 @@ class MLflowLogging(FederatedCallback):
         params: The resolved configuration; logged flat, with dotted names.
         dataset: The data set.
         costs: Meter of the run, earlier in the list; what it found is logged when the run is over.
-        log_matrices_every: Rounds between two uploads of mixing and similarity matrices.
-        max_logged_clients: In a larger population no matrix or adapter is uploaded; the run directory has them.
+        max_logged_clients: In a larger population no adapter is uploaded; the run directory has them.
     """
 
     def __init__(
@@ -67,7 +66,6 @@ class MLflowLogging(FederatedCallback):
         params: Mapping[str, Any],
         dataset: DatasetInput,
         costs: CostMeter | None = None,
-        log_matrices_every: Count = 1,
         max_logged_clients: Natural = 100,
     ) -> None:
         self.log = log
@@ -75,7 +73,6 @@ class MLflowLogging(FederatedCallback):
         self.params = params
         self.dataset = dataset
         self.costs = costs
-        self.log_matrices_every = log_matrices_every
         self.max_logged_clients = max_logged_clients
         self._logs_clients = True
 
@@ -101,10 +98,8 @@ class MLflowLogging(FederatedCallback):
             self.log.log_metrics(evaluation_metrics(evaluation), evaluation.round_index, once=evaluation.stage)
 
     def on_round_end(self, record: RoundRecord) -> None:
-        """Log the round, and its matrices."""
+        """Log the round."""
         self.log.log_metrics(round_metrics(record), record.round_index, once="round")
-        if self._logs_clients and record.round_index % self.log_matrices_every == 0:
-            self._log_matrices(record)
 
     def on_fit_end(self, result: FitResult) -> None:
         """Log the costs, the files and the adapters, and close the run."""
@@ -125,20 +120,6 @@ class MLflowLogging(FederatedCallback):
             self.log.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         except FellrecError as second:  # the first error is the one to see
             _log.warning("%s", second)
-
-    def _log_matrices(self, record: RoundRecord) -> None:
-        from fellrec.report.plots import heat_map, save_png
-
-        clients = [trained.row for trained in record.trained]
-        folder = self.run_dir / "matrices" / f"round_{record.round_index:03d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, matrix in record.aggregated.matrices.items():
-            values = matrix.tolist()
-            (folder / f"{name}.json").write_text(json.dumps({"clients": clients, "matrix": values}))
-            title = f"{name}, round {record.round_index}"
-            save_png(heat_map(values, clients, title, is_mixing=name == "mixing"), folder / f"{name}.png")
-        if record.aggregated.matrices:
-            self.log.log_artifact(folder, f"matrices/{folder.name}")
 
 
 class Balance(FederatedCallback):

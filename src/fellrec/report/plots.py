@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,6 +44,40 @@ def heat_map(matrix: Sequence[Sequence[float]], clients: Sequence[int], title: s
             colour = "black" if image.norm(value) > 0.6 else "white"
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
     figure.colorbar(image, ax=axes, shrink=0.85)
+    return figure
+
+
+def matrices_over_rounds(found: Mapping[str, NDArray[Any]]) -> Figure:
+    """Every matrix in the first, the middle and the last round, one scale a matrix.
+
+    A mixing matrix is shown as ``N W[receiver, sender]``: 1 is the weight that every sender has in a plain mean.
+
+    Args:
+        found: ``rounds`` ``[R]``, ``clients`` ``[R, N]`` (-1 for none), and matrices ``[R, N, N]``.
+    """
+    names = [name for name in found if name not in ("rounds", "clients")]
+    places = sorted({0, len(found["rounds"]) // 2, len(found["rounds"]) - 1})
+    figure, grid = _axes(len(names), len(places), 3.4 * len(places) + 0.8, 3.2 * len(names))
+    for index, name in enumerate(names):
+        row = grid[index * len(places) : (index + 1) * len(places)]
+        is_mixing = name.startswith("mixing")
+        sizes = (found["clients"] >= 0).sum(axis=1)
+        shown = [found[name][place][: sizes[place], : sizes[place]] for place in places]
+        shown = [matrix * len(matrix) if is_mixing else matrix for matrix in shown]
+        values = np.concatenate([matrix[np.isfinite(matrix)].ravel() for matrix in shown])
+        low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+        image = None
+        for axes, matrix, place in zip(row, shown, places, strict=True):
+            image = axes.imshow(matrix, cmap="viridis", vmin=low, vmax=max(high, low + 1e-9))
+            axes.set_title(f"{name}{' × N' if is_mixing else ''}, round {found['rounds'][place]}", fontsize=9)
+            clients = found["clients"][place][: sizes[place]]
+            if len(clients) <= _MOST_NUMBERS:
+                axes.set_xticks(range(len(clients)), clients)
+                axes.set_yticks(range(len(clients)), clients)
+            axes.set_xlabel("sender" if is_mixing else "client", fontsize=8)
+            axes.set_ylabel("receiver" if is_mixing else "client", fontsize=8)
+        if image is not None:
+            figure.colorbar(image, ax=row, shrink=0.85)
     return figure
 
 
