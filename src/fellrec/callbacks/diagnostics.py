@@ -28,20 +28,26 @@ class Diagnostics(FederatedCallback):
     Args:
         log: Of the run.
         every: Rounds between two of them.
+        max_logged_clients: In a larger population no figures of single clients are logged.
         max_clients: In a larger cohort nothing is logged: inner products of all pairs are needed.
     """
 
-    def __init__(self, log: RunLog, every: Count = 1, max_clients: Natural = 100) -> None:
+    def __init__(
+        self, log: RunLog, every: Count = 1, max_logged_clients: Natural = 100, max_clients: Natural = 100
+    ) -> None:
         self.log = log
         self.every = every
+        self.max_logged_clients = max_logged_clients
         self.max_clients = max_clients
+        self._names_clients = True
         self._round = 0
         self._metrics: dict[str, float] = {}
         self._clients: tuple[int, ...] = ()
 
     def on_fit_start(self, fit: FitStart) -> None:
-        """Start at the first round of this run, or where it is resumed."""
+        """Count the clients, and start at the first round of this run, or where it is resumed."""
         self._round = fit.round_index
+        self._names_clients = fit.num_clients <= self.max_logged_clients
 
     def on_round_start(self, round_index: int) -> None:
         """Remember the round."""
@@ -72,7 +78,8 @@ class Diagnostics(FederatedCallback):
             self.log.log_metrics(named, self._round, once="diagnostics")
 
     def _per_client(self, name: str, values: Tensor) -> Mapping[str, float]:
-        each = zip(self._clients, values.tolist(), strict=True) if len(values) == len(self._clients) else ()
+        has_each = self._names_clients and len(values) == len(self._clients)
+        each = zip(self._clients, values.tolist(), strict=True) if has_each else ()
         return {f"{name}/mean": float(values.mean()), **{f"{name}/client_{c:02d}": value for c, value in each}}
 
 

@@ -36,14 +36,15 @@ class Matrices(FederatedCallback):
     Args:
         log: Of the run; the files are written to its directory.
         heat_maps: Rounds, from 0, of which each matrix gets a figure of its own.
-        max_clients: In a larger cohort no matrix is kept.
+        max_logged_clients: In a larger population no matrix is kept.
     """
 
-    def __init__(self, log: RunLog, heat_maps: Rounds = (), max_clients: Natural = 100) -> None:
+    def __init__(self, log: RunLog, heat_maps: Rounds = (), max_logged_clients: Natural = 100) -> None:
         self.log = log
         self.run_dir = log.run_dir
         self.heat_maps = list(heat_maps)
-        self.max_clients = max_clients
+        self.max_logged_clients = max_logged_clients
+        self._is_on = True
 
     @property
     def folder(self) -> Path:
@@ -51,7 +52,8 @@ class Matrices(FederatedCallback):
         return self.run_dir / "matrices"
 
     def on_fit_start(self, fit: FitStart) -> None:
-        """Remove what a resumed run will write again."""
+        """Count the clients, and remove what a resumed run will write again."""
+        self._is_on = fit.num_clients <= self.max_logged_clients
         for path in self.folder.glob("*.npz"):
             if int(path.stem) >= fit.round_index:
                 path.unlink()
@@ -59,7 +61,7 @@ class Matrices(FederatedCallback):
     def on_round_end(self, record: RoundRecord) -> None:
         """Keep the round's matrices, and draw them if that was asked for."""
         found = {name: matrix.double().numpy() for name, matrix in record.aggregated.matrices.items()}
-        if not found or len(record.clients) > self.max_clients:
+        if not found or not self._is_on:
             return
         self.folder.mkdir(exist_ok=True)
         path = self.folder / f"{record.round_index:05d}.npz"
