@@ -60,7 +60,7 @@ class Matrices(FederatedCallback):
 
     def on_round_end(self, record: RoundRecord) -> None:
         """Keep the round's matrices, and draw them if that was asked for."""
-        found = {name: matrix.double().numpy() for name, matrix in record.aggregated.matrices.items()}
+        found: dict[str, Any] = {name: matrix.double().numpy() for name, matrix in record.aggregated.matrices.items()}
         if not found or not self._is_on:
             return
         self.folder.mkdir(exist_ok=True)
@@ -76,7 +76,7 @@ class Matrices(FederatedCallback):
             return
         from fellrec.report.plots import matrices_over_rounds, save_png
 
-        found = stacked({int(path.stem): dict(np.load(path)) for path in paths})
+        found: dict[str, Any] = stacked({int(path.stem): dict(np.load(path)) for path in paths})
         np.savez_compressed(self.run_dir / FILE, **found)
         save_png(matrices_over_rounds(found), self.run_dir / FIGURE)
         for name in (FILE, FIGURE):
