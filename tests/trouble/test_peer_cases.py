@@ -9,6 +9,7 @@ import re
 import socket
 import stat
 import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -251,6 +252,22 @@ def test_the_store_listens_on_the_named_address_only() -> None:
     assert listening == [f"0100007F:{port:04X}"], "127.0.0.1, in the byte order of this machine"
     with pytest.raises(SplitError, match=rf"process 0 cannot listen on MASTER_ADDR=127.0.0.1, MASTER_PORT={port}"):
         meeting._store("127.0.0.1", port, 0, 1)
+
+
+def test_a_process_that_ends_before_all_are_connected_is_named(tmp_path: Path) -> None:
+    """Fabric killed all processes, and nothing was said. The second process of this script ends at once."""
+    (tmp_path / "main.py").write_text(
+        "import os, signal, time\n"
+        "if os.environ.get('LOCAL_RANK') == '1':\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from lightning.fabric.plugins.environments import LightningEnvironment\n"
+        "from fellrec.distributed.meeting import WatchingLauncher\n"
+        "WatchingLauncher(LightningEnvironment(), num_processes=2, num_nodes=1).launch(lambda: time.sleep(100))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "main.py"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=90
+    )
+    assert done.stderr == "fellrec: process 1 ended before all processes were connected (signal 9)\n"
+    assert done.returncode == 1
 
 
 def test_the_secret_of_the_environment_must_be_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -14,11 +19,13 @@ from lightning.fabric.plugins.environments import (
     TorchElasticEnvironment,
 )
 from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from fellrec.errors import SplitError
 
 _LOOPBACK = "127.0.0.1"
 _INTERFACE = "GLOO_SOCKET_IFNAME"
+_WATCH_SECONDS = 0.2
 
 
 class MeetingStrategy(DDPStrategy):
@@ -26,6 +33,12 @@ class MeetingStrategy(DDPStrategy):
 
     The store of ``torch.distributed`` listens on all interfaces. Where torchrun has one, that is used instead.
     """
+
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        if isinstance(self._launcher, _SubprocessScriptLauncher):
+            assert self.cluster_environment is not None
+            self._launcher = WatchingLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def _setup_distributed(self) -> None:
         environment = self.cluster_environment
@@ -41,6 +54,31 @@ class MeetingStrategy(DDPStrategy):
             backend = self._get_process_group_backend()
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=self._timeout)
         super()._setup_distributed()
+
+
+class WatchingLauncher(_SubprocessScriptLauncher):
+    """Fabric's launcher; a process that ends before all are connected ends the run with one message.
+
+    Fabric's own observer kills all processes some seconds later and says nothing.
+    """
+
+    def _call_children_scripts(self) -> None:
+        super()._call_children_scripts()
+        threading.Thread(target=_watch, args=(self.procs,), daemon=True, name="watch").start()
+
+
+def _watch(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Look at the processes until the list is emptied: they are connected, and the channel sees who ends."""
+    while children:
+        for number, child in enumerate(list(children), start=1):
+            if status := child.poll():
+                how = f"signal {-status}" if status < 0 else f"status {status}"
+                sys.stderr.write(f"fellrec: process {number} ended before all processes were connected ({how})\n")
+                for other in list(children):
+                    other.kill()
+                sys.stderr.flush()
+                os._exit(1)
+        time.sleep(_WATCH_SECONDS)
 
 
 def is_one_machine(environment: ClusterEnvironment, num_nodes: int) -> bool:
