@@ -258,7 +258,7 @@ class Population:
         self._tensors = {int(row): stored for row, stored in state["tensors"].items()}
         self.local_steps = list(state["local_steps"])
         self.base = tuple(state["base"])
-        self._anchors = dict(state["anchors"])
+        self._anchors = dict(state.get("anchors", {}))
         self.store.number = state["number"]
 
     def optimizer_of(self, row: int) -> Adapter:
