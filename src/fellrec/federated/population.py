@@ -294,8 +294,16 @@ class Population:
         return f"{what}-{job.round_index:05d}"
 
     def _made_from(self, job: Job) -> str:
-        """The files that a job's training starts from, by their contents."""
-        found = job.adapter, self._optimizers.get(job.row), self._tensors.get(job.row), *job.anchors.values()
+        """The files that a job's training starts from, by their contents; of the adapter that of all ranks.
+
+        Called before the row has what the job made.
+        """
+        found = (
+            self.bank.versions[job.row],
+            self._optimizers.get(job.row),
+            self._tensors.get(job.row),
+            *job.anchors.values(),
+        )
         return " ".join(stored.checksum for stored in (*found, *self.base) if stored)
 
     def _check_space(self, folder: Path, cohort_size: int, num_rounds: int) -> None:

@@ -70,6 +70,6 @@ class Ranks:
                 name: self.padded(name, self.narrow(row, name, tensor), tensor)
                 for name, tensor in version.tensors().items()
             }
-            known = version, StoredTensors(tensors, checksum=f"{version.checksum}:{rank}" if version.checksum else "")
+            known = version, StoredTensors(tensors)
             self._parts[rank] = known
         return known[1]

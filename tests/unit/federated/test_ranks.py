@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from fellrec.config.compose import compose
 from fellrec.errors import ConfigError
 from fellrec.experiment import Recommender, build_data, build_federation, build_recommender
+from fellrec.federated.checkpoint import CheckpointFolder
 from fellrec.federated.ranks import Ranks
 
 RANKS = (1, 4, 2)
@@ -99,3 +101,33 @@ def test_a_rank_is_a_number_or_a_list(tiny_overrides: list[str], rank: str) -> N
 def test_there_is_a_rank_for_each_client() -> None:
     with pytest.raises(ConfigError, match=r"adapter.rank=\[1, 2\] has 2 values, and there are 3 clients"):
         Ranks([1, 2], num_clients=3)
+
+
+def test_a_run_that_is_stopped_within_a_round_continues_with_the_same_parts(
+    recommender: Recommender, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    """What is selected is a part, and has a file of its own in checkpoints; what a client finished is found again."""
+    whole = federation(recommender, tiny_overrides, "aggregation=rbla")
+    expected = whole.loop().run()
+
+    def fresh() -> Any:
+        made = federation(recommender, tiny_overrides, "aggregation=rbla")
+        made.population.persist(tmp_path / "checkpoints" / "tensors")
+        return made
+
+    first, second = fresh(), fresh()
+    loop = first.loop()
+    loop.validate(-1)
+    loop.run_round(0)
+    CheckpointFolder(tmp_path / "checkpoints").save(first.persisted, 1)
+    loop.train([first.population.job(row, 1) for row in (0, 1)])
+    CheckpointFolder(tmp_path / "checkpoints").load(second.persisted)
+    assert second.population.recover(second.population.job(0, 1)) is not None
+    assert second.population.recover(second.population.job(2, 1)) is None
+    third = fresh()
+    CheckpointFolder(tmp_path / "checkpoints").load(third.persisted)
+    found = third.loop().run()
+    assert found.evaluation.summary == expected.evaluation.summary
+    for row in range(3):
+        mine, theirs = (made.population.bank.row(row) for made in (third, whole))
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
