@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fellrec.aggregation.fedamp import FedAMP
     from fellrec.aggregation.fedavg import FedAvg
     from fellrec.aggregation.fedavgm import FedAvgM
+    from fellrec.aggregation.fedfomo import FedFomo
     from fellrec.aggregation.fednova import FedNova
     from fellrec.aggregation.fedopt import FedAdagrad, FedAdam, FedYogi
     from fellrec.aggregation.fedper import FedPer
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from fellrec.aggregation.fedrot_lora import FedRotLoRA
     from fellrec.aggregation.fellrec import FELLRec
     from fellrec.aggregation.hetlora import RBLA, HetLoRA
+    from fellrec.aggregation.ifca import IFCA
     from fellrec.aggregation.local import Local
     from fellrec.aggregation.lora_base import FedExLoRA, FLoRA
     from fellrec.aggregation.lora_fair import LoRAFAIR
@@ -50,6 +52,7 @@ __all__ = [
     "FedAvg",
     "FedAvgM",
     "FedExLoRA",
+    "FedFomo",
     "FedNova",
     "FedPer",
     "FedProx",
@@ -59,6 +62,7 @@ __all__ = [
     "FedSVD",
     "FedYogi",
     "FlexLoRA",
+    "IFCA",
     "LoRAFAIR",
     "Local",
     "PFedMe",

@@ -17,6 +17,7 @@ from fellrec.federated.records import Aggregated, Updates
 from fellrec.federated.terms import LocalTerm
 from fellrec.functional.mixing import Mixture, MixtureOfGroups
 from fellrec.functional.stacks import AdapterStack, Repeated
+from fellrec.state.tensor_store import StoredTensors
 
 _WAYS = ("mixing_matrix", "update_weights", "aggregate")
 SEES = ("nothing", "sums", "adapters")
@@ -45,6 +46,8 @@ class AggregationCallback(FederatedCallback):
             stay at their client.
         part_of: Gives the part of the model, ``"head"``, ``"body"`` or ``"tail"``, that a parameter belongs to; set
             before `begin`, in every process.
+        held_out: Fraction of each client's training rows that are not trained on; on them losses of
+            `candidates` are measured, or on the training rows if it is 0.
         limits: What the rule cannot be combined with; refused before data and models are loaded.
 
     Example:
@@ -60,6 +63,7 @@ class AggregationCallback(FederatedCallback):
     population: type[Population] = Population
     serves: str = "personal"
     needs_start_loss: bool = False
+    held_out: float = 0.0
     limits: Limits = Limits()
     own_about: About | None = None
     local_terms: Sequence[LocalTerm] = ()
@@ -108,6 +112,26 @@ class AggregationCallback(FederatedCallback):
         Raises:
             ConfigError: If the rule cannot work with an adapter that has these parameters.
         """
+
+    def candidates(self, row: int, adapters: Sequence[StoredTensors], round_index: int) -> Sequence[StoredTensors]:
+        """Adapters whose losses a client measures before it trains; none by default. See `start`.
+
+        Args:
+            row: Of the client.
+            adapters: The current adapter of each row of the population.
+            round_index: From 0.
+        """
+        return ()
+
+    def start(self, row: int, candidates: Sequence[StoredTensors], losses: Tensor) -> Mapping[str, Tensor]:
+        """What a client trains from, once it has measured.
+
+        Args:
+            row: Of the client.
+            candidates: What was measured.
+            losses: ``[M]`` float64, one for each; NaN where the client failed.
+        """
+        return candidates[0].tensors()
 
     def trains(self, name: str, round_index: int) -> bool:
         """Whether a parameter of the adapter is trained in a round; the others stay frozen and are not exchanged."""

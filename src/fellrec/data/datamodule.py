@@ -30,9 +30,22 @@ Lengths = Callable[[Tensor, Tensor], Tensor | None]
 class _Rows(Dataset[Any]):
     """Training rows, indexed by whole batches."""
 
-    def __init__(self, rows: TrainingRows) -> None:
-        self.items = torch.from_numpy(rows.items)
-        self.is_target = torch.from_numpy(rows.is_target)
+    def __init__(self, items: Tensor, is_target: Tensor) -> None:
+        self.items = items
+        self.is_target = is_target
+
+    @classmethod
+    def of(cls, rows: TrainingRows) -> _Rows:
+        """The rows as tensors."""
+        return cls(torch.from_numpy(rows.items), torch.from_numpy(rows.is_target))
+
+    def part(self, held_out: float, of_held_out: bool = False) -> _Rows:
+        """These rows without a fraction of them, evenly spaced, or that fraction."""
+        if not held_out and not of_held_out:
+            return self
+        counts = (torch.arange(len(self) + 1, dtype=torch.float64) * held_out + 1e-9).floor()
+        index = (counts.diff() > 0) == of_held_out
+        return _Rows(self.items[index], self.is_target[index])
 
     def __len__(self) -> int:
         return len(self.items)
@@ -125,17 +138,26 @@ class FellrecDataModule(LightningDataModule):
         self._users = {stage: _Users(data, stage, evaluated_users(data, stage)) for stage in ("val", "test")}
         self._cache: OrderedDict[int | None, _Rows] = OrderedDict()
 
-    def num_samples(self, client: int | None) -> int:
-        """Number of training targets of one client, or of all clients for ``None``."""
-        return int(self._rows(client).is_target.sum())
+    def num_samples(self, client: int | None, held_out: float = 0.0) -> int:
+        """Number of training targets of one client, or of all clients for ``None``; see `train_loader`."""
+        return int(self._rows(client).part(held_out).is_target.sum())
 
-    def num_batches(self, client: int | None) -> int:
-        """Number of training batches per epoch of one client, or of the pooled data for ``None``."""
-        return -(-len(self._rows(client)) // self.batch_size)
+    def num_batches(self, client: int | None, held_out: float = 0.0) -> int:
+        """Number of training batches per epoch of one client, or of all clients for ``None``; see `train_loader`."""
+        return -(-len(self._rows(client).part(held_out)) // self.batch_size)
 
-    def train_loader(self, client: int | None, seed: int) -> DataLoader[Any]:
-        """Shuffled training batches of one client, or of the pooled data for ``None``."""
-        return self._loader(self._rows(client), seed)
+    def train_loader(
+        self, client: int | None, seed: int, held_out: float = 0.0, of_held_out: bool = False
+    ) -> DataLoader[Any]:
+        """Shuffled training batches.
+
+        Args:
+            client: Whose; ``None`` for the pooled data of all clients.
+            seed: Of the order.
+            held_out: Fraction of the client's rows that are left out, evenly spaced among them.
+            of_held_out: Whether the batches are those of the rows that are left out instead.
+        """
+        return self._loader(self._rows(client).part(held_out, of_held_out), seed)
 
     def longest_batch(self, client: int) -> dict[str, Tensor] | None:
         """The batch of a client's longest rows, ``None`` if batches are not grouped by length.
@@ -153,7 +175,7 @@ class FellrecDataModule(LightningDataModule):
         """Shuffled training batches of the public users. Requires at least one public user."""
         users = np.flatnonzero(self.data.client_of_user < 0)
         rows = self._training_rows(users, np.ones(len(self.data.train.values), dtype=bool))
-        return self._loader(_Rows(rows), seed)
+        return self._loader(_Rows.of(rows), seed)
 
     def eval_loader(self, stage: str, clients: tuple[int, ...] | None = None) -> DataLoader[Any]:
         """Users of the given clients (all for ``None``) with their targets; ``stage`` is ``"val"`` or ``"test"``."""
@@ -177,7 +199,7 @@ class FellrecDataModule(LightningDataModule):
         if client not in self._cache:
             owner = self.data.client_of_user
             users = np.flatnonzero(owner >= 0 if client is None else owner == client)
-            self._cache[client] = _Rows(self._training_rows(users, self.data.train_targets))
+            self._cache[client] = _Rows.of(self._training_rows(users, self.data.train_targets))
             if len(self._cache) > _CACHED_CLIENTS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(client)

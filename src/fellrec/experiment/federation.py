@@ -103,7 +103,7 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
         recommender: What all runs of a comparison share.
         session: The processes of the command (``Session``); ``None`` if there is one.
     """
-    rule, ledger, seed = build_rule(config), Ledger(), config.seed
+    rule, ledger = build_rule(config), Ledger()
     trainer = settings(TrainerSettings, config.trainer, "trainer")
     rule.part_of = recommender.module.model.part_of
     num_clients = recommender.data.num_clients
@@ -131,7 +131,7 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
     return Federation(
         rule=rule,
         population=population,
-        participation=Participation(settings(ParticipationSettings, config.participation, "participation"), seed),
+        participation=_participation(config, population, local.trainer),
         executor=executor,
         exchange=Exchange(
             rule, ledger, transforms, _is_at_server(recommender), meters, _layers(recommender), num_clients, ranks
@@ -177,7 +177,7 @@ def build_serial(
         model = CutClientModel(whole, recommender.link)
     fabric, module, datamodule = recommender.fabric, recommender.module, recommender.datamodule
     how = settings(TrainerSettings, config.trainer, "trainer")
-    trainer = LocalTrainer(fabric, module, datamodule, model, how, config.seed, sharing)
+    trainer = LocalTrainer(fabric, module, datamodule, model, how, config.seed, sharing, rule.held_out)
     return SerialExecutor(trainer, Evaluator(fabric, module, datamodule, model))
 
 
@@ -194,6 +194,14 @@ def build_server(config: DictConfig, part: ServerPart, num_rows: int, fabric: Fa
     rule = build_rule(config)
     rule.part_of = part.model.part_of
     return BodyServer(part.model, part.trainable, server, fabric.autocast, part.base, rule.local_terms)
+
+
+def _participation(config: DictConfig, population: Population, trainer: LocalTrainer) -> Participation:
+    how, samples = settings(ParticipationSettings, config.participation, "participation"), list[int]()
+    if how.candidates is not None:
+        rows = [population.rows_of(participant)[0] for participant in range(population.num_participants)]
+        samples = [trainer.datamodule.num_samples(population.data_of(row), trainer.held_out) for row in rows]
+    return Participation(how, config.seed, samples)
 
 
 def _is_at_server(recommender: Recommender) -> Callable[[str], bool]:

@@ -175,7 +175,7 @@ class Run:
             "save_adapter": self._save_adapter,
             "every": config.trainer.checkpoint_every,
             "keep": config.trainer.checkpoints_kept,
-            "cohort_size": len(federation.participation.rows(federation.population, 0)),
+            "cohort_size": federation.participation.size(federation.population),
         }
         callbacks: dict[str, FederatedCallback] = {}
         for name, node in config.callbacks.items():

@@ -49,7 +49,7 @@ from fellrec.models.partial import fingerprint as fingerprint_of
 from fellrec.models.partial import load_partial
 from fellrec.models.split import SplitModel
 from fellrec.pool.executor import PoolExecutor, Worker
-from fellrec.pool.messages import Begin, Begun, ScoreClients, TrainClient
+from fellrec.pool.messages import Begin, Begun, MeasureLosses, ScoreClients, TrainClient
 from fellrec.pool.pool import COORDINATOR, Pool, process_groups
 
 _AGREED = ("seed", "split", "backbone", "adapter", "aggregation", "objective", "ranker", "trainer", "participation")
@@ -152,6 +152,10 @@ class Session:
                         answer = self._worker.train(message)
                     if self.sharing is None or self.sharing.position == 0:  # one answers for those that train together
                         self.channel.send(COORDINATOR, answer)
+                case MeasureLosses() if self._worker is not None:
+                    with reading(message):
+                        answer = self._worker.measure(message)
+                    self.channel.send(COORDINATOR, answer)
                 case ScoreClients() if self._worker is not None:
                     with reading(message):
                         answer = self._worker.score(message)

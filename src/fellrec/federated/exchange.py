@@ -13,7 +13,7 @@ from torch import Tensor
 from fellrec.errors import TrainingError
 from fellrec.federated.ledger import Ledger
 from fellrec.federated.ranks import Ranks
-from fellrec.federated.records import Aggregated, LoraLayer, Received, SumsOnly, Trained, Updates
+from fellrec.federated.records import Aggregated, LoraLayer, LossJob, Received, SumsOnly, Trained, Updates
 from fellrec.functional.stacks import AdapterStack, RowStack, as_lazy
 from fellrec.state.tensor_store import StoredTensors
 from fellrec.types import Adapter
@@ -103,6 +103,14 @@ class Exchange:
         self.num_clients = num_clients
         self.ranks = ranks
         self._received: Adapter = {}
+
+    def measured(self, jobs: Sequence[LossJob]) -> None:
+        """Record what clients received and returned to measure losses; their own adapter is not sent."""
+        for job in jobs:
+            num_bytes = sum(_num_bytes(adapter.tensors(), self.at_server) for adapter in job.sent)
+            self.ledger.add(job.row, job.round_index, "train", "down", "adapter", num_bytes)
+            num_scalars = len(job.adapters)
+            self.ledger.add(job.row, job.round_index, "train", "up", "scalar", num_scalars * _SCALAR_BYTES)
 
     def up(self, trained: Sequence[Trained], model: Adapter) -> Updates:
         """What the rule sees of the clients that finished a round; the bytes that they send are recorded.

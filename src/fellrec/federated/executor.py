@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -10,7 +11,7 @@ from fellrec.errors import SplitError, TrainingError
 from fellrec.federated.callback import Events
 from fellrec.federated.evaluator import Evaluator
 from fellrec.federated.local import LocalTrainer, OnStep
-from fellrec.federated.records import Failed, Job, ScoreJob, Trained
+from fellrec.federated.records import Failed, Job, LossJob, ScoreJob, Trained
 from fellrec.types import Evaluation
 
 _log = logging.getLogger(__name__)
@@ -25,6 +26,16 @@ class Executor(Protocol):
         Args:
             jobs: What to train.
             events: Told of the start of each client and of each of its steps.
+        """
+
+    def measure(self, jobs: Sequence[LossJob]) -> list[tuple[float, ...]]:
+        """Measure losses.
+
+        Args:
+            jobs: Clients and the adapters that they measure.
+
+        Returns:
+            For each job, in their order, the loss of each of its adapters; NaN for a client that failed.
         """
 
     def score(self, jobs: Sequence[ScoreJob], stage: str, round_index: int) -> Evaluation:
@@ -67,6 +78,20 @@ class SerialExecutor:
         except TrainingError as error:
             _log.debug("a client's training failed", exc_info=error)
             return Failed(job, str(error))
+
+    def measure(self, jobs: Sequence[LossJob]) -> list[tuple[float, ...]]:
+        """See ``Executor``."""
+        return [self.measure_one(job) for job in jobs]
+
+    def measure_one(self, job: LossJob) -> tuple[float, ...]:
+        """Let one client measure here."""
+        try:
+            return self.trainer.measure(job)
+        except SplitError:
+            raise
+        except TrainingError as error:
+            _log.warning("losses of client %d are unknown: %s", job.client, error)
+            return (math.nan,) * len(job.adapters)
 
     def score(self, jobs: Sequence[ScoreJob], stage: str, round_index: int) -> Evaluation:
         """See ``Executor``; before a test, the same adapters' validation chooses what the ranker leaves open."""

@@ -20,7 +20,7 @@ from fellrec.distributed.batch_sharing import BatchSharing
 from fellrec.distributed.memory import peak_bytes
 from fellrec.errors import FellrecError, SplitError, TrainingError
 from fellrec.federated.client_model import ClientModel
-from fellrec.federated.records import Job, Trained, not_finite
+from fellrec.federated.records import Job, LossJob, Trained, not_finite
 from fellrec.federated.settings import TrainerSettings
 from fellrec.federated.slot import LocalSlot, Slot, clip_factor
 from fellrec.functional.rng import derive_seed
@@ -47,6 +47,7 @@ class LocalTrainer:
         settings: How clients train.
         seed: Of the run.
         sharing: This process's part where several processes train one client together; ``None`` to train alone.
+        held_out: Fraction of each client's training rows that are not trained on, for `measure`.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class LocalTrainer:
         settings: TrainerSettings,
         seed: int,
         sharing: BatchSharing | None = None,
+        held_out: float = 0.0,
     ) -> None:
         self.fabric = fabric
         self.module = module
@@ -66,10 +68,11 @@ class LocalTrainer:
         self.settings = settings
         self.seed = seed
         self.sharing = sharing
+        self.held_out = held_out
 
     def num_steps(self, data_of: int | None) -> int:
         """Optimiser steps of one round on a client's data; pooled data may take those of all clients."""
-        batches = self.datamodule.num_batches(data_of)
+        batches = self.datamodule.num_batches(data_of, self.held_out)
         steps = self.settings.local_epochs * -(-batches // self.settings.accumulate_grad_batches)
         clients = 1 if data_of is not None else self.datamodule.data.num_clients
         return min(steps, clients * self.settings.max_local_steps) if self.settings.max_local_steps else steps
@@ -107,7 +110,7 @@ class LocalTrainer:
             adapter=StoredTensors(state.adapter),
             optimizer=StoredTensors(state.optimizer),
             loss=total / max(num_targets, 1),
-            num_samples=self.datamodule.num_samples(job.data_of),
+            num_samples=self.datamodule.num_samples(job.data_of, self.held_out),
             num_steps=steps,
             seconds=time.perf_counter() - started,
             start_loss=start_loss,
@@ -121,7 +124,7 @@ class LocalTrainer:
         left, together = self.num_steps(job.data_of), self.settings.accumulate_grad_batches
         for epoch in range(self.settings.local_epochs):
             seed = derive_seed(self.seed, "order", job.round_index, job.row, epoch)
-            batches = iter(self.datamodule.train_loader(job.data_of, seed))
+            batches = iter(self.datamodule.train_loader(job.data_of, seed, self.held_out))
             while left and (step := [self.fabric.to_device(batch) for batch in islice(batches, together)]):
                 left -= 1
                 yield step
@@ -203,19 +206,42 @@ class LocalTrainer:
             assert isinstance(slot, LocalSlot), "16-mixed needs the whole model in this process"
             slot.scaler = precision.scaler = GradScaler(precision.device)
 
-    @torch.no_grad()
+    def measure(self, job: LossJob) -> tuple[float, ...]:
+        """Mean loss of each adapter of a job, on the same batches, without dropout.
+
+        Measured on the rows that are held out of the training if there are any, otherwise on the training rows. NaN if
+        there are none.
+
+        Raises:
+            TrainingError: If something fails; names client and round.
+        """
+        losses = []
+        for adapter in job.adapters:
+            training = job.training(adapter)
+            with self.model.training(training) as slot, _naming_client(training):
+                total, count = self._sum_of_losses(training, of_held_out=self.held_out > 0)
+                losses.append(total / count if count else math.nan)
+                slot.state()
+        return tuple(losses)
+
     def _start_loss(self, job: Job) -> float:
         """Mean loss over the client's training targets at the received adapter, without dropout."""
+        total, count = self._sum_of_losses(job)
+        return total / max(count, 1)
+
+    @torch.no_grad()
+    def _sum_of_losses(self, job: Job, of_held_out: bool = False) -> tuple[float, int]:
+        """Sum of the losses of the client's training or held-out targets at the received adapter, and their number."""
         self.module.eval()
         total, count = 0.0, 0
         seed = derive_seed(self.seed, "start_loss", job.round_index, job.row)
         with self._random_numbers(job, seed):
-            for batch in self.datamodule.train_loader(job.data_of, seed):
+            for batch in self.datamodule.train_loader(job.data_of, seed, self.held_out, of_held_out):
                 with self.fabric.autocast():
                     output = self.module.training_step(self.fabric.to_device(batch), 0)
                 targets = len(batch["targets"])
                 total, count = total + float(output["loss"]) * targets, count + targets
-        return total / max(count, 1)
+        return total, count
 
     @contextmanager
     def _random_numbers(self, job: Job, seed: int | None = None) -> Iterator[None]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
+
+import torch
+from torch import Tensor
 
 from fellrec.federated.callback import Events
 from fellrec.federated.exchange import Exchange
@@ -18,6 +21,7 @@ from fellrec.federated.records import (
     FitResult,
     FitStart,
     Job,
+    LossJob,
     RoundRecord,
     ScoreJob,
     Trained,
@@ -25,11 +29,18 @@ from fellrec.federated.records import (
 )
 from fellrec.federated.selection import Selection
 from fellrec.federated.settings import TrainerSettings
+from fellrec.state.tensor_store import StoredTensors
 from fellrec.types import Evaluation
 
 
 class AggregationRule(Protocol):
     """What the loop asks of an aggregation rule; see ``fellrec.aggregation.AggregationCallback``."""
+
+    def candidates(self, row: int, adapters: Sequence[StoredTensors], round_index: int) -> Sequence[StoredTensors]:
+        """Adapters whose losses a client measures before it trains."""
+
+    def start(self, row: int, candidates: Sequence[StoredTensors], losses: Tensor) -> Mapping[str, Tensor]:
+        """What it trains from then."""
 
     def aggregate(self, updates: Updates, round_index: int) -> Aggregated:
         """The next adapters of the clients in ``updates``."""
@@ -102,9 +113,11 @@ class FederatedLoop:
         """One round: who trains, with what, where, what leaves the clients, how it is aggregated, what comes back."""
         started = time.perf_counter()
         self.events.call("on_round_start", round_index)
-        rows = self.participation.rows(self.population, round_index)
+        rows = self.participation.rows(
+            self.population, round_index, lambda participants: self.start_losses(participants, round_index)
+        )
         model = self.population.model()
-        outcomes = self.train([self.population.job(row, round_index) for row in rows])
+        outcomes = self.train(self.jobs(rows, round_index))
         trained = self.participation.quorum(outcomes)
         updates = self.exchange.up([t for t in trained if self.population.is_exchanged(t.row)], model)
         self.events.call("on_aggregate_start", updates)
@@ -118,6 +131,39 @@ class FederatedLoop:
         costs = self.exchange.costs(round_index, seconds)
         found = tuple(trained), aggregated, evaluation, seconds, costs, failed, self.is_over, updates.clients
         return RoundRecord(round_index, *found)
+
+    def jobs(self, rows: Sequence[int], round_index: int) -> list[Job]:
+        """What the cohort starts with; clients first measure losses of other adapters if the rule asks for them."""
+        jobs = [self.population.job(row, round_index) for row in rows]
+        adapters = self.population.bank.versions
+        asked = {job.row: tuple(self.rule.candidates(job.row, adapters, round_index)) for job in jobs}
+        measured = self.measure(
+            [
+                LossJob(job.row, job.data_of, round_index, asked[job.row], job.adapter, job.base)
+                for job in jobs
+                if asked[job.row]
+            ]
+        )
+        starts = {row: self.rule.start(row, asked[row], losses) for row, losses in measured.items()}
+        return [self.population.started(job, starts[job.row]) if job.row in starts else job for job in jobs]
+
+    def start_losses(self, participants: Sequence[int], round_index: int) -> dict[int, float]:
+        """The losses of some participants at the model that each would start from, which is sent to them."""
+        jobs = [
+            self.population.job(self.population.rows_of(participant)[0], round_index) for participant in participants
+        ]
+        measured = self.measure(
+            [LossJob(job.row, job.data_of, round_index, (job.adapter,), base=job.base) for job in jobs]
+        )
+        return {participant: float(measured[job.row]) for participant, job in zip(participants, jobs, strict=True)}
+
+    def measure(self, jobs: Sequence[LossJob]) -> dict[int, Tensor]:
+        """The losses that clients measure, by row; the adapters that are sent for it are recorded."""
+        if not jobs:
+            return {}
+        losses = [torch.tensor(found, dtype=torch.float64) for found in self.executor.measure(jobs)]
+        self.exchange.measured(jobs)
+        return {job.row: found for job, found in zip(jobs, losses, strict=True)}
 
     @property
     def is_over(self) -> bool:

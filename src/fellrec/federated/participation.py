@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from fellrec.errors import TrainingError
 from fellrec.federated.population import Population
 from fellrec.federated.records import Failed, Trained
 from fellrec.federated.settings import ParticipationSettings
-from fellrec.functional.participation import cohort
+from fellrec.functional.participation import cohort, cohort_size, largest, weighted_draw
+
+Measure = Callable[[Sequence[int]], Mapping[int, float]]
+"""Gives each participant's loss."""
 
 
 class Participation:
@@ -18,15 +21,34 @@ class Participation:
     Args:
         settings: Fraction of the clients, quorum, and what happens if a client fails.
         seed: Of the run.
+        num_samples: Training targets of each participant, for ``participation.candidates``.
     """
 
-    def __init__(self, settings: ParticipationSettings, seed: int) -> None:
+    def __init__(self, settings: ParticipationSettings, seed: int, num_samples: Sequence[int] = ()) -> None:
         self.settings = settings
         self.seed = seed
+        self.num_samples = num_samples
 
-    def rows(self, population: Population, round_index: int) -> tuple[int, ...]:
-        """Rows of the population that train in a round, ascending."""
-        drawn = cohort(population.num_participants, self.settings.rate, self.seed, round_index)
+    def size(self, population: Population) -> int:
+        """Participants of a round."""
+        return cohort_size(population.num_participants, self.settings.rate)
+
+    def rows(self, population: Population, round_index: int, measure: Measure | None = None) -> tuple[int, ...]:
+        """Rows of the population that train in a round, ascending.
+
+        Args:
+            population: Of the run.
+            round_index: From 0.
+            measure: Lets participants measure the losses of the models that they would start from; not needed without
+                ``participation.candidates``.
+        """
+        num, wider = population.num_participants, self.settings.candidates
+        if wider is None:
+            drawn = cohort(num, self.settings.rate, self.seed, round_index)
+        else:
+            assert measure is not None, "participation.candidates needs losses"
+            candidates = weighted_draw(self.num_samples, cohort_size(num, wider), self.seed, round_index)
+            drawn = largest(measure(candidates), self.size(population))
         return tuple(sorted(row for participant in drawn for row in population.rows_of(participant)))
 
     def quorum(self, outcomes: Sequence[Trained | Failed]) -> list[Trained]:

@@ -113,6 +113,10 @@ class Population:
             base=self.base,
         )
 
+    def started(self, job: Job, adapter: Mapping[str, Tensor]) -> Job:
+        """A job that starts from another adapter; the row keeps its own until it has trained."""
+        return replace(job, adapter=self.store.put(job.row, {name: adapter[name] for name in self.bank.kinds}))
+
     def score_jobs(self) -> list[ScoreJob]:
         """Every client's users with the adapter that serves them now; one job for each row."""
         return self.score_jobs_of([self.part(self.served_by(c)) for c in range(self.num_clients)], self.base)

@@ -123,6 +123,41 @@ class Failed:
 
 
 @dataclass(frozen=True)
+class LossJob:
+    """Adapters whose mean loss one client measures before a round, without training.
+
+    Attributes:
+        row: Row of the population.
+        data_of: As in ``Job``.
+        round_index: From 0.
+        adapters: What is measured, in this order.
+        own: The client's own adapter, which need not be sent if it is one of them.
+        base: As in ``Job``.
+    """
+
+    row: int
+    data_of: int | None
+    round_index: int
+    adapters: tuple[StoredTensors, ...]
+    own: StoredTensors | None = None
+    base: tuple[StoredTensors, ...] = ()
+
+    @property
+    def sent(self) -> list[StoredTensors]:
+        """Adapters that the client does not have."""
+        return [adapter for adapter in self.adapters if adapter is not self.own]
+
+    @property
+    def client(self) -> int:
+        """The client that measures; 0 for the pooled data."""
+        return self.data_of or 0
+
+    def training(self, adapter: StoredTensors) -> Job:
+        """The job of a training with one of the adapters in which nothing is trained."""
+        return Job(self.row, self.data_of, self.round_index, 0, adapter, trains=(), base=self.base)
+
+
+@dataclass(frozen=True)
 class ScoreJob:
     """The users of some clients, to be ranked with one adapter.
 

@@ -17,6 +17,7 @@ from fellrec.functional.ranges import (
     check,
     items,
     listed,
+    not_allowed,
     one_of,
     ranges,
     whole,
@@ -116,6 +117,10 @@ class ParticipationSettings:
 
     rate: Fraction = 1.0
     """Fraction of the clients in each round's cohort, in (0, 1]."""
+    candidates: Fraction | None = None
+    """Power of choice (arXiv:2010.01243): fraction of the clients that are drawn, by number of training targets, to
+    measure the loss of the model that they would start from; those with the largest losses take part. null: the cohort
+    is drawn at random."""
     on_failure: Literal["stop", "skip"] = "stop"
     """stop: end the run when a client's training fails. skip: leave it out of the round, which the result reports."""
     quorum: Fraction = 0.5
@@ -123,7 +128,14 @@ class ParticipationSettings:
 
     def __post_init__(self) -> None:
         """Check all ranges."""
-        check(self, "participation")
+        check(self, "participation", self._too_few)
+
+    @property
+    def _too_few(self) -> str | None:
+        if not isinstance(self.candidates, float | int) or not isinstance(self.rate, float | int):
+            return None
+        key, allowed = "participation.candidates", f"null, or at least participation.rate={self.rate}"
+        return not_allowed(key, self.candidates, allowed) if self.candidates < self.rate else None
 
 
 @dataclass(frozen=True)

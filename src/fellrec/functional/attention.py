@@ -52,3 +52,29 @@ def message_passing(gram: Tensor, attention: float, sigma: float) -> Tensor:
     closeness = torch.exp(-distances / scale) if scale > 0 else (distances == 0).double()
     weights = (attention / (num_clients - 1) * closeness).fill_diagonal_(0)
     return weights + torch.diag(1 - weights.sum(dim=1))
+
+
+def first_order_weights(losses: Tensor, distances: Tensor) -> Tensor:
+    """FedFomo's weights of a client's own model, which is the first, and of others.
+
+    ``max(0, (losses[0] − losses[j]) / distances[j])`` for the others, divided by their sum; the own weight is then 0.
+    Models with a loss that is not a number, or at distance 0, have weight 0; if all have, the own weight is 1.
+
+    Args:
+        losses: ``[M]``.
+        distances: ``[M]`` to the own model.
+
+    Returns:
+        ``[M]`` float64, sum 1.
+
+    Example:
+        >>> first_order_weights(torch.tensor([3.0, 1.0, 2.0, 4.0]), torch.tensor([0.0, 1.0, 0.5, 1.0])).tolist()
+        [0.0, 0.5, 0.5, 0.0]
+        >>> first_order_weights(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0])).tolist()
+        [1.0, 0.0]
+    """
+    gains = (losses[0] - losses).double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp_min(0)
+    weights = torch.where(distances > 0, gains / torch.where(distances > 0, distances, 1.0), 0.0)
+    if weights.sum() > 0:
+        return weights / weights.sum()
+    return torch.eye(len(losses), dtype=torch.float64)[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from scipy.cluster.hierarchy import fcluster, linkage
@@ -70,3 +72,29 @@ def within_clusters(clusters: Tensor, weights: Tensor) -> Tensor:
     found = same * weights.double()[None, :]
     sums = found.sum(dim=1, keepdim=True)
     return torch.where(sums > 0, found / torch.where(sums > 0, sums, 1.0), same / same.sum(dim=1, keepdim=True))
+
+
+def perturbed(adapter: Mapping[str, Tensor], noise: float, generator: torch.Generator) -> dict[str, Tensor]:
+    """An adapter with Gaussian noise.
+
+    Args:
+        adapter: By parameter.
+        noise: Standard deviation, as a part of the root mean square of the parameter; of all parameters together where
+            that is 0, as for LoRA's factors B before training.
+        generator: Of the noise.
+
+    Example:
+        >>> start = {"a": torch.full((1000,), 2.0), "b": torch.zeros(1000)}
+        >>> found = perturbed(start, 0.1, torch.Generator().manual_seed(0))
+        >>> {name: round(float((tensor - start[name]).std()), 2) for name, tensor in found.items()}
+        {'a': 0.2, 'b': 0.14}
+    """
+    squares = {name: tensor.double().square().sum() for name, tensor in adapter.items()}
+    whole = (sum(squares.values()) / max(1, sum(tensor.numel() for tensor in adapter.values()))) ** 0.5
+    found = {}
+    for name in sorted(adapter):
+        tensor = adapter[name]
+        own = (squares[name] / max(1, tensor.numel())) ** 0.5
+        values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        found[name] = tensor + (noise * float(own or whole) * values).to(tensor.dtype)
+    return found

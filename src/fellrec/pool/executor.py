@@ -5,6 +5,7 @@ Results do not depend on which process does what: a client's training is a funct
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,9 +19,17 @@ from fellrec.errors import SplitError
 from fellrec.federated.callback import Events
 from fellrec.federated.executor import SerialExecutor
 from fellrec.federated.ledger import Ledger
-from fellrec.federated.records import SCALARS, Failed, Job, ScoreJob, Trained
+from fellrec.federated.records import SCALARS, Failed, Job, LossJob, ScoreJob, Trained
 from fellrec.functional.placement import estimate_seconds
-from fellrec.pool.messages import ClientFailed, ClientTrained, ScoreClients, Scored, TrainClient
+from fellrec.pool.messages import (
+    ClientFailed,
+    ClientTrained,
+    LossesMeasured,
+    MeasureLosses,
+    ScoreClients,
+    Scored,
+    TrainClient,
+)
 from fellrec.pool.pool import Pool, Task
 from fellrec.state.tensor_store import StoredTensors
 from fellrec.types import Evaluation
@@ -55,6 +64,12 @@ class PoolExecutor:
                 self._busy_seconds += outcome.seconds
                 self._peak_bytes = max(self._peak_bytes, outcome.peak_bytes)
             yield outcome
+
+    def measure(self, jobs: Sequence[LossJob]) -> list[tuple[float, ...]]:
+        """See ``Executor``."""
+        costs = [float(self.local.trainer.num_steps(job.data_of) * len(job.adapters)) for job in jobs]
+        found: dict[int, tuple[float, ...]] = dict(self.pool.run([self._measuring(job) for job in jobs], costs))
+        return [found[job.row] for job in jobs]
 
     def score(self, jobs: Sequence[ScoreJob], stage: str, round_index: int) -> Evaluation:
         """See ``Executor``; if there are more processes than jobs, several divide a job's users."""
@@ -156,6 +171,28 @@ class PoolExecutor:
         scalars = {name: getattr(answer, name) for name in SCALARS}
         return Trained(job=job, adapter=adapter, optimizer=optimizer, tensors=tensors, **scalars)
 
+    def _measuring(self, job: LossJob) -> Task:
+        def result(answer: Message) -> tuple[int, tuple[float, ...]]:
+            is_fitting = isinstance(answer, LossesMeasured) and len(answer.losses) == len(job.adapters)
+            if not isinstance(answer, LossesMeasured) or not is_fitting or answer.row != job.row:
+                raise SplitError(f"unexpected message {type(answer).__name__} for the losses of client {job.client}")
+            self.ledger.merge(answer.ledger)
+            return job.row, answer.losses
+
+        def message(process: int) -> MeasureLosses:
+            data_of = -1 if job.data_of is None else job.data_of
+            adapters = tuple(adapter.tensors() for adapter in job.adapters)
+            changes = self._new_changes(job.base, process)
+            return MeasureLosses(job.row, data_of, job.round_index, adapters, len(job.base), changes)
+
+        return Task(
+            message=message,
+            run=lambda: (job.row, self.local.measure_one(job)),
+            result=result,
+            lost=lambda reason: (job.row, (math.nan,) * len(job.adapters)),
+            activity=f"measuring losses of client {job.client} in round {job.round_index}",
+        )
+
     def _scoring(self, job: ScoreJob, stage: str, round_index: int, part: int, num_parts: int) -> Task:
         evaluator = self.local.evaluator
 
@@ -238,6 +275,15 @@ class Worker:
             step_losses=tuple(losses),
             ledger=self._rows(),
         )
+
+    def measure(self, message: MeasureLosses) -> Message:
+        """Let one client measure losses."""
+        self._report(f" while this process was measuring losses of client {message.row}")
+        self._changes += [StoredTensors(factors) for factors in message.changes]
+        base, adapters = tuple(self._changes[: message.base]), tuple(map(StoredTensors, message.adapters))
+        data_of = None if message.data_of < 0 else message.data_of
+        losses = self.local.measure_one(LossJob(message.row, data_of, message.round_index, adapters, base=base))
+        return LossesMeasured(message.row, losses, self._rows())
 
     def score(self, message: ScoreClients) -> Message:
         """Rank for the users of some clients."""

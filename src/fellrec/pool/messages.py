@@ -140,6 +140,50 @@ class ClientFailed(Message):
 
 
 @dataclass(frozen=True)
+class MeasureLosses(Message):
+    """To a worker: measure the loss of these adapters; ``LossesMeasured`` answers. See ``LossJob``.
+
+    Attributes:
+        row: Row of the population.
+        data_of: As in ``TrainClient``.
+        round_index: From 0.
+        adapters: Each by parameter.
+        base: As in ``TrainClient``.
+        changes: As in ``TrainClient``.
+    """
+
+    row: int
+    data_of: int
+    round_index: int
+    adapters: tuple[Mapping[str, Tensor], ...]
+    base: int
+    changes: tuple[Mapping[str, Tensor], ...]
+
+    def __post_init__(self) -> None:
+        require(self, self.data_of >= -1, f"data of client {self.data_of}")
+        require(self, min(self.row, self.round_index, self.base) >= 0, "its numbers are negative")
+
+
+@dataclass(frozen=True)
+class LossesMeasured(Message):
+    """Losses of adapters.
+
+    Attributes:
+        row: Row of the population.
+        losses: In the order of ``MeasureLosses.adapters``; NaN if the client failed.
+        ledger: As in ``ClientTrained``.
+    """
+
+    row: int
+    losses: tuple[float, ...]
+    ledger: Rows = ()
+
+    def __post_init__(self) -> None:
+        require(self, self.row >= 0, "its row is negative")
+        require(self, check_rows(self.ledger), "its rows are none of a ledger")
+
+
+@dataclass(frozen=True)
 class ScoreClients(Message):
     """To a worker: rank all items for the users of some clients; ``Scored`` answers. See ``ScoreJob``.
 

@@ -13,15 +13,16 @@ from fakes import fake_loop, resumed
 from quadratic import CURVATURES, RATE, SAMPLES, STEPS, TARGETS, QuadraticExecutor
 from torch import nn
 
-from fellrec.aggregation import CFL, Ditto, FedAMP, FedPer, FedRep, PFedMe
+from fellrec.aggregation import CFL, IFCA, Ditto, FedAMP, FedFomo, FedPer, FedRep, PFedMe
 from fellrec.errors import ConfigError, TrainingError
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.records import Updates
 from fellrec.federated.slot import LocalSlot, SlotState, new_parameters
-from fellrec.functional.attention import message_passing, squared_distances
+from fellrec.functional.attention import first_order_weights, message_passing, squared_distances
 from fellrec.functional.clusters import bipartition, is_divided
 from fellrec.functional.mixing import gram_matrix
 from fellrec.functional.participation import cohort
+from fellrec.state.tensor_store import StoredTensors
 
 Make = Callable[..., Updates]
 T, H = np.array(TARGETS), CURVATURES
@@ -302,3 +303,105 @@ def test_ditto_refuses_different_shared_starts(make_updates: Make) -> None:
     updates.start["a"][1] += 1
     with pytest.raises(TrainingError, match="aggregation ditto needs clients that start a round with the same adapter"):
         Ditto().aggregate(updates, 0)
+
+
+def loss(k: int, v: np.ndarray) -> float:
+    """Of client k, with v for both parameters."""
+    return float(H[k] * ((v - T[k]) ** 2).sum())
+
+
+def test_ifca_trains_the_model_that_fits_best(tmp_path: Path) -> None:
+    """Two models, over partial cohorts and a stop: one without clients stays, an absent client keeps what it has."""
+    how: dict[str, Any] = {"participation": {"rate": 0.6}}
+    settings = {"noise": 1.0, "seed": 3}
+    probe = IFCA(**settings)
+    probe.begin({name: torch.zeros(2) for name in "ab"} | {"b": torch.ones(2)})
+    starts = [probe.state_dict()["models"][str(m)] for m in range(2)]
+    assert torch.equal(starts[0]["b"], torch.ones(2))
+    assert not torch.equal(starts[1]["b"], torch.ones(2))
+
+    def given(rule: IFCA) -> IFCA:
+        """All parameters are 0 in the fake loop, and noise in proportion to 0 is 0: other models are given."""
+        begin = rule.begin
+        rule.begin = lambda initial: (begin(initial), rule.load_state_dict(models))[0]  # type: ignore[method-assign]
+        return rule
+
+    models = {"models": {m: {n: torch.tensor(v) for n in "ab"} for m, v in (("0", [0.0, 0.0]), ("1", [-1.0, 3.0]))},
+              "clusters": {}}  # fmt: skip
+    first = quadratic_loop(given(IFCA()), num_rounds=2, **how)
+    first.run()
+    rule = given(IFCA())
+    loop = resumed(first, tmp_path, rule=rule, executor=QuadraticExecutor(rule), num_clients=3, num_rounds=4, **how)
+    loop.run()
+    w, own, cluster = np.array([[0.0, 0.0], [-1.0, 3.0]]), np.zeros((3, 2)), {}
+    for round_index in range(4):
+        clients = cohort(3, 0.6, 0, round_index)
+        for k in clients:
+            cluster[k] = int(np.argmin([loss(k, v) for v in w]))
+            own[k] = trained(w[cluster[k]], k)
+        for m in range(2):
+            if members := [k for k in clients if cluster[k] == m]:
+                w[m] = own[members].mean(0)
+                own[members] = w[m]
+    assert set(cluster.values()) == {0, 1}
+    for k in range(3):
+        np.testing.assert_allclose(row(loop, k), own[k], rtol=0, atol=1e-6)
+    for m in range(2):
+        np.testing.assert_allclose(rule.state_dict()["models"][str(m)]["b"], w[m], rtol=0, atol=1e-6)
+    assert loop.exchange.ledger.total(round=3, direction="down", kind="adapter") == 2 * (2 + 1) * 16
+
+
+def test_ifca_takes_no_model_whose_loss_is_not_a_number() -> None:
+    rule = IFCA(num_clusters=3)
+    rule.begin({"a": torch.ones(2)})
+    models = rule.candidates(0, [], 0)
+    nan = float("nan")
+    for losses, chosen in (([nan, 2.0, 1.0], 2), ([1.0, 1.0, nan], 0), ([nan, nan, nan], 0)):
+        assert rule.start(0, models, torch.tensor(losses).double()) is models[chosen].tensors()
+
+
+def test_fedfomo_is_the_papers_formula(tmp_path: Path) -> None:
+    """One model of two others a round, the most useful so far; in NumPy, with a stop in the middle."""
+    first = quadratic_loop(FedFomo(num_models=1), num_rounds=2)
+    first.run()
+    rule = FedFomo(num_models=1)
+    loop = resumed(first, tmp_path, rule=rule, executor=QuadraticExecutor(rule), num_clients=3, num_rounds=5)
+    loop.run()
+    w, affinity, asked = np.zeros((3, 2)), np.zeros((3, 3)), np.zeros((3, 3))
+    for round_index in range(5):
+        start = w.copy()
+        for k in range(3) if round_index else ():
+            j = min(((k + 1) % 3, (k + 2) % 3), key=lambda j: (-affinity[k, j], asked[k, j]))
+            asked[k, j] += 1
+            if loss(k, w[j]) < loss(k, w[k]):
+                affinity[k, j] += 1.0  # one weight, divided by itself
+                start[k] = w[j]
+        w = np.stack([trained(start[k], k) for k in range(3)])
+    for k in range(3):
+        np.testing.assert_allclose(row(loop, k), w[k], rtol=0, atol=1e-6)
+    assert loop.exchange.ledger.total(round=0, direction="down", kind="adapter") == 0
+    assert loop.exchange.ledger.total(round=1, direction="down", kind="adapter") == 3 * 16
+
+
+def test_fedfomos_weights() -> None:
+    """In NumPy; a model that is no better, equal to the own one, or of unknown loss counts nothing."""
+    losses, distances = np.array([2.0, 1.0, 1.5, 3.0, 1.0, np.nan]), np.array([0.0, 2.0, 0.5, 1.0, 0.0, 1.0])
+    expected = np.array([0.0, 0.5, 1.0, 0.0, 0.0, 0.0])
+    found = first_order_weights(torch.tensor(losses), torch.tensor(distances))
+    np.testing.assert_allclose(found, expected / expected.sum())
+    own = [1.0, 0.0, 0.0]
+    assert first_order_weights(torch.tensor([float("nan"), 1.0, 2.0]), torch.tensor([0.0, 1.0, 1.0])).tolist() == own
+    assert first_order_weights(torch.zeros(3), torch.tensor([0.0, 1.0, 1.0])).tolist() == own
+
+
+def test_fedfomo_asks_in_turn_while_nobody_is_useful() -> None:
+    rule, adapters = FedFomo(num_models=2), [StoredTensors({"a": torch.tensor([float(k)])}) for k in range(5)]
+    asked = []
+    for round_index in range(1, 5):
+        candidates = rule.candidates(3, adapters, round_index)
+        assert candidates[0] is adapters[3]
+        asked.append([int(c.tensors()["a"]) for c in candidates[1:]])
+        start = rule.start(3, candidates, torch.tensor([0.0, 1.0, 1.0]))
+        assert start["a"].item() == 3.0
+    assert asked == [[4, 0], [1, 2], [4, 0], [1, 2]]
+    assert rule.candidates(0, adapters[:1], 3) == (), "one client has nobody to ask"

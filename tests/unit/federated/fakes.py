@@ -18,7 +18,7 @@ from fellrec.federated.participation import Participation
 from fellrec.federated.population import JobNeeds, Population
 from fellrec.federated.populations import SharedAndPersonal
 from fellrec.federated.progress import Progress
-from fellrec.federated.records import Failed, Job, ScoreJob, Trained
+from fellrec.federated.records import Failed, Job, LossJob, ScoreJob, Trained
 from fellrec.federated.selection import Selection
 from fellrec.federated.settings import ParticipationSettings, TrainerSettings
 from fellrec.metrics import summarise
@@ -40,6 +40,10 @@ class FakeExecutor:
         for job in jobs:
             events.call("on_client_start", job)
             yield Failed(job, f"client {job.row} failed") if self.fails(job) else trained(job, self.has_tensors)
+
+    def measure(self, jobs: Sequence[LossJob]) -> list[tuple[float, ...]]:
+        """The mean of each adapter, negated."""
+        return [tuple(-float(adapter.tensors()["a"].mean()) for adapter in job.adapters) for job in jobs]
 
     def score(self, jobs: Sequence[ScoreJob], stage: str, round_index: int) -> Evaluation:
         self.scored.append(stage)
@@ -83,7 +87,9 @@ def fake_loop(
     population: Population = rule.population(initial, num_clients, needs, *arguments)
     return FederatedLoop(
         population=population,
-        participation=Participation(ParticipationSettings(**(participation or {})), seed=0),
+        participation=Participation(
+            ParticipationSettings(**(participation or {})), 0, [client + 1 for client in range(num_clients)]
+        ),
         executor=executor or FakeExecutor(),
         exchange=Exchange(rule, Ledger(), transforms, num_clients=num_clients),
         rule=rule,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,8 +20,10 @@ from fellrec.errors import ConfigError, TrainingError
 from fellrec.federated.base_change import BaseWeights
 from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.exchange import Transform
+from fellrec.federated.population import Population
 from fellrec.federated.populations import SharedAndPersonal
 from fellrec.federated.records import Aggregated, Job, RoundRecord, Updates
+from fellrec.functional.participation import weighted_draw
 from fellrec.state.tensor_store import StoredTensors
 
 
@@ -243,6 +246,74 @@ def test_the_loss_at_the_received_adapter_is_measured_on_request() -> None:
     assert asked.updates[0].start_losses is not None
     assert asked.updates[0].start_losses.tolist() == [2.0] * 4
     assert not_asked.updates[0].start_losses is None
+
+
+class BestOfAll(FedAvg):
+    """Clients train the best of all clients' current adapters, by their own losses."""
+
+    population = Population
+
+    def candidates(self, row: int, adapters: Any, round_index: int) -> Any:
+        return () if round_index == 0 or row == 1 else adapters
+
+    def start(self, row: int, candidates: Any, losses: Tensor) -> Mapping[str, Tensor]:
+        assert losses.tolist() == [-float(adapter.tensors()["a"].mean()) for adapter in candidates]
+        return candidates[int(losses.argmin())].tensors()
+
+    def aggregate(self, updates: Updates, round_index: int) -> Aggregated:
+        return Aggregated({})
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_clients_measure_losses_of_adapters_and_start_from_what_the_rule_makes_of_them(
+    on_disk: bool, tmp_path: Path
+) -> None:
+    """After the first round client 3 has the largest adapter, 4: the others but client 1 start from it."""
+    rounds = Rounds()
+    loop = fake_loop(BestOfAll(), callbacks=[rounds], num_rounds=2)
+    if on_disk:
+        loop.population.persist(tmp_path)
+    loop.run()
+    assert [row["a"][0] for row in adapters(loop)] == [5.0, 4.0, 7.0, 8.0]
+    assert rounds.updates[1].start["a"][:, 0].tolist() == [4.0, 2.0, 4.0, 4.0]
+    ledger = loop.exchange.ledger
+    for client, num_candidates in ((0, 3), (1, 0), (3, 3)):  # its own is not sent
+        where = {"client": client, "round": 1}
+        assert ledger.total(**where, direction="down", kind="adapter") == num_candidates * 16
+        assert ledger.total(**where, direction="up", kind="scalar") == 16 + (32 if num_candidates else 0)
+
+
+def test_a_client_that_fails_keeps_its_own_adapter_and_not_what_it_started_from() -> None:
+    fails = FakeExecutor(fails=lambda job: (job.row, job.round_index) == (0, 1))
+    loop = fake_loop(BestOfAll(), fails, num_rounds=2, participation={"on_failure": "skip"})
+    loop.run()
+    assert [row["a"][0] for row in adapters(loop)] == [1.0, 4.0, 7.0, 8.0]
+
+
+def test_power_of_choice_trains_the_clients_with_the_largest_losses() -> None:
+    """All four clients measure; the loss is minus the adapter, which is smallest for those that have trained least."""
+    rounds = Rounds()
+    how = {"participation": {"rate": 0.5, "candidates": 1.0}, "num_rounds": 3}
+    loop = fake_loop(Local(), callbacks=[rounds], **how)
+    loop.run()
+    cohorts = [updates.clients for updates in rounds.updates]
+    assert cohorts == [(0, 1), (2, 3), (0, 1)], "ties by number, then the untrained ones, then the adapters 1 and 2"
+    with pytest.raises(
+        ConfigError, match=r"participation.candidates=0.25 is not allowed: null, or at least .*rate=0.5"
+    ):
+        fake_loop(participation={"rate": 0.5, "candidates": 0.25})
+
+
+def test_candidates_are_drawn_by_their_numbers_of_targets() -> None:
+    """Against the probabilities of two draws without replacement with weights 1, 2, 3 and 4."""
+    weights = [1.0, 2.0, 3.0, 4.0]
+    counts = dict.fromkeys(itertools.combinations(range(4), 2), 0)
+    for round_index in range(4000):
+        counts[weighted_draw(weights, 2, 0, round_index)] += 1  # type: ignore[index]
+    for (i, j), count in counts.items():
+        p, q = weights[i] / 10, weights[j] / 10
+        expected = p * q / (1 - p) + q * p / (1 - q)
+        assert abs(count / 4000 - expected) < 4 * (expected * (1 - expected) / 4000) ** 0.5
 
 
 class ChangesTheBase(Local):
@@ -495,8 +566,8 @@ def test_callbacks_have_states_too(tmp_path: Path) -> None:
     assert part.found["nested"]["stored"][0].tensors()["x"].tolist() == [1, 1]
 
 
-def test_an_executor_needs_three_methods() -> None:
-    assert {name for name in vars(FakeExecutor) if not name.startswith("_")} == {"train", "score", "close"}
+def test_an_executor_needs_four_methods() -> None:
+    assert {name for name in vars(FakeExecutor) if not name.startswith("_")} == {"train", "measure", "score", "close"}
 
 
 def test_a_rule_that_forgets_to_return_is_refused_by_name() -> None:

@@ -8,7 +8,19 @@ from typing import Annotated, ClassVar, Literal
 
 from fellrec.aggregation.settings.about import About, Limits
 from fellrec.aggregation.settings.averages import Weights
-from fellrec.functional.ranges import Count, Fraction, Natural, NotNegative, Positive, Rate, check, items, number, whole
+from fellrec.functional.ranges import (
+    Count,
+    Fraction,
+    Natural,
+    NotNegative,
+    Positive,
+    Rate,
+    Seed,
+    check,
+    items,
+    number,
+    whole,
+)
 
 Layers = Annotated[Sequence[int], items(whole(0), "a list of numbers of layers, each once, such as [0,1]", True)]
 OpenRate = Annotated[float, number(lambda x: 0 < x < 1, "a number between 0 and 1")]
@@ -159,6 +171,52 @@ class CFLSettings:
     """How a cluster is split: complete, as in the authors' program, or single, the paper's optimum."""
     weights: Weights = "samples"
     """How much clients count in the mean of their cluster."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")
+
+
+@dataclass(frozen=True)
+class IFCASettings:
+    """Clusters that clients choose."""
+
+    about: ClassVar[About] = About(
+        name="ifca",
+        family="personalised",
+        summary="the server has several models; each client trains that with the lowest loss on its data",
+        paper="Ghosh et al., NeurIPS 2020, arXiv:2006.04088",
+        cost="traffic: all models down; clients: a pass over the training data for each",
+    )
+    num_clusters: Count = 2
+    """M, models of the server; 1 is FedAvg."""
+    noise: Positive = 0.1
+    """Standard deviation of what the models differ by at first, as a part of the root mean square of each parameter."""
+    seed: Seed = 0
+    """Of that noise."""
+    weights: Weights = "equal"
+    """How much clients count in the mean of their cluster; the paper's are equal."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")
+
+
+@dataclass(frozen=True)
+class FedFomoSettings:
+    """First-order model optimisation."""
+
+    about: ClassVar[About] = About(
+        name="fedfomo",
+        family="personalised",
+        summary="before training, each client moves towards the models of others that have a lower loss on its data",
+        paper="Zhang et al., ICLR 2021, arXiv:2012.08565",
+        cost="traffic: M models down; clients: M + 1 passes over held-out rows, and fewer rows to train on",
+    )
+    num_models: Count = 5
+    """M, models of others that a client asks for in a round."""
+    held_out: OpenRate = 0.2
+    """Fraction of each client's training rows that measure losses and are not trained on."""
 
     def __post_init__(self) -> None:
         """Check all ranges."""
