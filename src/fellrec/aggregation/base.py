@@ -40,6 +40,7 @@ class AggregationCallback(FederatedCallback):
             ``SharedModel`` (the server's, which every cohort starts from; the default of rules that define
             `update_weights`), ``SharedAndPersonal`` (both), or ``OneForAll`` (trained on pooled data).
         serves: With ``SharedAndPersonal``, the model that is evaluated and tested: ``"personal"`` or ``"shared"``.
+        keeps_trained: Whether clients keep the adapter that they trained, whatever else it is used for.
         needs_start_loss: Whether clients measure their loss at the received adapter, for ``updates.start_losses``.
         local_terms: What is added to the clients' local objective.
         client_tensors: Names of the clients' tensors that are sent with each update, for ``updates.tensors``; others
@@ -62,6 +63,7 @@ class AggregationCallback(FederatedCallback):
     sees: str = "adapters"
     population: type[Population] = Population
     serves: str = "personal"
+    keeps_trained: bool = False
     needs_start_loss: bool = False
     held_out: float = 0.0
     limits: Limits = Limits()

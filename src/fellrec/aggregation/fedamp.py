@@ -40,6 +40,8 @@ class FedAMP(AggregationCallback, FedAMPSettings):
     attention 1 that is the largest step size for which no weight can become negative.
     """
 
+    keeps_trained = True
+
     def __post_init__(self) -> None:
         """Make the local term."""
         super().__post_init__()

@@ -24,6 +24,8 @@ class FedFomo(AggregationCallback, FedFomoSettings):
     far; of equal ones, those that it asked for least often, then the next by number.
     """
 
+    keeps_trained = True
+
     def __post_init__(self) -> None:
         """Start without affinities."""
         super().__post_init__()

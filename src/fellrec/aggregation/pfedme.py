@@ -67,6 +67,7 @@ class PFedMe(AggregationCallback, PFedMeSettings):
     """
 
     client_tensors = (LOCAL,)
+    keeps_trained = True
 
     def __post_init__(self) -> None:
         """Make the local term."""
