@@ -231,8 +231,12 @@ def _shown(value: Any) -> str:
 
 @cache
 def ranges(kind: type) -> Mapping[str, Allowed]:
-    """The range of each field of a dataclass that has one, by name."""
-    hints = get_type_hints(kind, include_extras=True)
+    """The range of each field of a dataclass that has one, by name.
+
+    A class derived from a dataclass has its ranges, whatever its other bases say of attributes of the same names.
+    """
+    declaring = next(base for base in kind.__mro__ if "__dataclass_fields__" in vars(base))
+    hints = get_type_hints(declaring, include_extras=True)
     found = {field.name: range_of(hints[field.name]) for field in fields(kind)}
     return {name: allowed for name, allowed in found.items() if allowed is not None}
 

@@ -11,7 +11,7 @@ import torch
 
 from fellrec.aggregation import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, Uniform
 from fellrec.aggregation.fedprox import Proximal
-from fellrec.errors import TrainingError
+from fellrec.errors import ConfigError, TrainingError
 from fellrec.federated.records import Updates
 from fellrec.federated.terms import TermContext
 
@@ -105,3 +105,9 @@ def test_state_goes_through_a_checkpoint(rule: Any, make_updates: Make) -> None:
     for name in results[0]:
         assert torch.equal(results[0][name], results[1][name])
     assert not torch.equal(rule().aggregate(make_updates(seed=2), 1).adapters["a"], results[0]["a"])
+
+
+@pytest.mark.parametrize("setting", ["beta1", "server_learning_rate", "tau"])
+def test_settings_that_a_common_base_names_have_their_ranges(setting: str) -> None:
+    with pytest.raises(ConfigError, match=rf"aggregation.{setting}=-1.0 is not allowed"):
+        FedAdam(**{setting: -1.0})
