@@ -16,7 +16,7 @@ from fellrec.federated.populations import SharedModel
 from fellrec.federated.records import Aggregated, Updates
 from fellrec.federated.terms import LocalTerm
 from fellrec.functional.mixing import Mixture, MixtureOfGroups
-from fellrec.functional.stacks import AdapterStack, Repeated
+from fellrec.functional.stacks import AdapterStack, Repeated, as_lazy, first_row
 from fellrec.state.tensor_store import StoredTensors
 
 _WAYS = ("mixing_matrix", "update_weights", "aggregate")
@@ -216,6 +216,22 @@ class AggregationCallback(FederatedCallback):
             )
         return samples / samples.sum()
 
+    def received_losses(self, updates: Updates) -> Tensor:
+        """The clients' losses at the adapters that they received, ``[N]`` float64, for rules with ``needs_start_loss``.
+
+        Raises:
+            TrainingError: If they were not measured, or one is not finite or negative.
+        """
+        losses = updates.start_losses
+        if losses is None or losses.shape != (len(updates.clients),):
+            raise TrainingError(f"aggregation {self.name} needs the clients' losses at the adapters that they received")
+        if not bool((losses.isfinite() & (losses >= 0)).all()):
+            raise TrainingError(
+                f"aggregation {self.name}: losses at the received adapter are {losses.tolist()} for clients "
+                f"{list(updates.clients)}; needed are finite numbers of at least 0"
+            )
+        return losses.double()
+
     def client_weights(self, updates: Updates, weights: str) -> Tensor:
         """Each client's weight in a mean, ``[N]`` float64 with sum 1: its share of all samples, or the same for all.
 
@@ -262,6 +278,34 @@ class AggregationCallback(FederatedCallback):
         updates.check_common_start(self.name)
         vectors = {"update_weight": weights.double(), **(per_client or {})}
         return self.shared(updates, updates.moved(weights), vectors, metrics)
+
+    def moved_by(
+        self,
+        updates: Updates,
+        steps: AdapterStack,
+        per_client: Mapping[str, Tensor] | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> Aggregated:
+        """Move the shared model by a sum of steps, for a rule whose step is not a weighted sum of updates.
+
+        Args:
+            updates: All updates of the round.
+            steps: Name → ``[any, *shape]``; their sum is added to the clients' common start.
+            per_client: Vectors worth logging.
+            metrics: Figures worth logging.
+
+        Raises:
+            TrainingError: If clients started the round with different adapters.
+        """
+        updates.check_common_start(self.name)
+        start, lazy = first_row(updates.start), as_lazy(steps)
+        moved = {}
+        for name in lazy:
+            flat = start[name].double().cpu().reshape(-1).clone()
+            for columns, block in lazy.blocks(name):
+                flat[columns] += block.sum(dim=0)
+            moved[name] = flat.reshape(lazy.shapes[name])
+        return self.shared(updates, moved, per_client, metrics)
 
     def shared(
         self,

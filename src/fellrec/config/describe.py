@@ -56,7 +56,8 @@ def settings_of(kind: type, group: str) -> tuple[Setting, ...]:
         kind: The dataclass.
         group: Where its fields are in a configuration.
     """
-    texts, known = _descriptions(kind), ranges(kind)
+    known = ranges(kind)
+    texts = {name: text for base in reversed(kind.__mro__[:-1]) for name, text in _descriptions(base).items()}
     return tuple(
         Setting(
             key=f"{group}.{field.name}" if group else field.name,

@@ -118,6 +118,72 @@ class Repeated(LazyStack):
         return self.tensors[name].reshape(1, -1)[:, columns].expand(self.num_rows, -1)
 
 
+class Differences(LazyStack):
+    """The clients' updates, in float64.
+
+    Args:
+        end: Adapters after local training, name → ``[N, *shape]``.
+        start: Adapters before, same names and shapes.
+
+    Example:
+        >>> Differences({"a": torch.tensor([[3.0]])}, {"a": torch.tensor([[1.0]])})["a"]
+        tensor([[2.]], dtype=torch.float64)
+    """
+
+    def __init__(self, end: AdapterStack, start: AdapterStack) -> None:
+        self._end, self._start = as_lazy(end), as_lazy(start)
+        super().__init__(self._end.shapes, self._end.num_rows)
+
+    def block(self, name: str, columns: slice) -> Tensor:
+        """See ``LazyStack``; on the CPU."""
+        return self._end.block(name, columns).cpu().double() - self._start.block(name, columns).cpu().double()
+
+
+class Combinations(LazyStack):
+    """Linear combinations of the rows of a stack, in float64.
+
+    Args:
+        matrix: ``[R, N]``; row r of the result takes ``matrix[r, n]`` of row n.
+        stack: Name → ``[N, *shape]``.
+
+    Example:
+        >>> Combinations(torch.tensor([[1.0, 2.0]]), {"a": torch.tensor([[3.0], [4.0]])})["a"]
+        tensor([[11.]], dtype=torch.float64)
+    """
+
+    def __init__(self, matrix: Tensor, stack: AdapterStack) -> None:
+        self._matrix, self._source = matrix.double(), as_lazy(stack)
+        super().__init__(self._source.shapes, len(matrix))
+
+    def block(self, name: str, columns: slice) -> Tensor:
+        """See ``LazyStack``; on the CPU."""
+        return self._matrix @ self._source.block(name, columns).cpu().double()
+
+
+class Appended(LazyStack):
+    """Rows below those of a stack, in float64.
+
+    Args:
+        stack: Name → ``[N, *shape]``.
+        rows: Further rows by name; what they do not have is 0 in them, what the stack does not have is left out.
+
+    Example:
+        >>> Appended({"a": torch.ones(1, 2)}, [{"a": torch.zeros(2)}, {}]).num_rows
+        3
+    """
+
+    def __init__(self, stack: AdapterStack, rows: Sequence[Mapping[str, Tensor]]) -> None:
+        self._above, self._rows = as_lazy(stack), rows
+        super().__init__(self._above.shapes, self._above.num_rows + len(rows))
+
+    def block(self, name: str, columns: slice) -> Tensor:
+        """See ``LazyStack``; on the CPU."""
+        above = self._above.block(name, columns).cpu().double()
+        missing = torch.zeros(above.shape[1], dtype=torch.float64)
+        rows = [row[name].reshape(-1)[columns].cpu().double() if name in row else missing for row in self._rows]
+        return torch.cat([above, *(row[None] for row in rows)])
+
+
 def first_row(stack: AdapterStack) -> dict[str, Tensor]:
     """The tensors that all clients of a stack have in common.
 
