@@ -9,8 +9,11 @@ from fellrec.aggregation.settings import RULES
 
 if TYPE_CHECKING:
     from fellrec.aggregation.base import AggregationCallback
+    from fellrec.aggregation.bulyan import Bulyan
     from fellrec.aggregation.centralized import Centralized
     from fellrec.aggregation.cfl import CFL
+    from fellrec.aggregation.clipping import CenteredClipping, NormClipping
+    from fellrec.aggregation.coordinatewise import CoordinateMedian, TrimmedMean
     from fellrec.aggregation.ditto import Ditto
     from fellrec.aggregation.fedamp import FedAMP
     from fellrec.aggregation.fedavg import FedAvg
@@ -23,8 +26,10 @@ if TYPE_CHECKING:
     from fellrec.aggregation.fedrep import FedRep
     from fellrec.aggregation.fedrot_lora import FedRotLoRA
     from fellrec.aggregation.fellrec import FELLRec
+    from fellrec.aggregation.geometricmedian import GeometricMedian
     from fellrec.aggregation.hetlora import RBLA, HetLoRA
     from fellrec.aggregation.ifca import IFCA
+    from fellrec.aggregation.krum import Krum, MultiKrum
     from fellrec.aggregation.local import Local
     from fellrec.aggregation.lora_base import FedExLoRA, FLoRA
     from fellrec.aggregation.lora_fair import LoRAFAIR
@@ -37,11 +42,12 @@ if TYPE_CHECKING:
     from fellrec.aggregation.updatemixing import UpdateMixing
 
 __all__ = [
-    "HetLoRA",
-    "RBLA",
     "AggregationCallback",
+    "Bulyan",
     "CFL",
+    "CenteredClipping",
     "Centralized",
+    "CoordinateMedian",
     "Ditto",
     "FELLRec",
     "FFALoRA",
@@ -62,13 +68,20 @@ __all__ = [
     "FedSVD",
     "FedYogi",
     "FlexLoRA",
+    "GeometricMedian",
+    "HetLoRA",
     "IFCA",
+    "Krum",
     "LoRAFAIR",
     "Local",
+    "MultiKrum",
+    "NormClipping",
     "PFedMe",
     "Persistence",
+    "RBLA",
     "RoLoRA",
     "Scaffold",
+    "TrimmedMean",
     "Uniform",
     "UpdateMixing",
 ]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fellrec.aggregation.settings import averages, lora, mixing, personalised
+from fellrec.aggregation.settings import averages, lora, mixing, personalised, robust
 
 RULES: Mapping[str, Any] = {
     kind.__name__.removesuffix("Settings"): kind
-    for room in (averages, lora, mixing, personalised)
+    for room in (averages, lora, mixing, personalised, robust)
     for kind in vars(room).values()
     if isinstance(kind, type) and kind.__module__ == room.__name__
 }

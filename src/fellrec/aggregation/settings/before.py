@@ -1,0 +1,30 @@
+"""Settings of what is done to updates before a robust rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from fellrec.functional.ranges import Count, Seed, check, distinct
+
+STEPS = ("nnm", "bucketing", "arc")
+"""Nearest-neighbour mixing (Allouah et al., AISTATS 2023, arXiv:2302.01772), bucketing (Karimireddy et al., ICLR 2022,
+arXiv:2006.09365), adaptive robust clipping (Allouah et al., ICLR 2025, arXiv:2405.14432)."""
+
+
+@dataclass(frozen=True)
+class BeforeSettings:
+    """Steps before a robust rule."""
+
+    before: Annotated[Sequence[str], distinct(STEPS)] = ()
+    """Steps before the rule, in their order: nnm (each update becomes the mean of the N − f nearest), bucketing (means
+    of random groups) and arc (the longest updates are shortened)."""
+    bucket_size: Count = 2
+    """Clients in a group of bucketing."""
+    bucket_seed: Seed = 0
+    """Of bucketing's groups, which change from round to round."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "aggregation")
