@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fellrec.aggregation.settings import RULES
 
 if TYPE_CHECKING:
+    from fellrec.aggregation.afl import AFL
     from fellrec.aggregation.base import AggregationCallback
     from fellrec.aggregation.bulyan import Bulyan
     from fellrec.aggregation.centralized import Centralized
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from fellrec.aggregation.fedavg import FedAvg
     from fellrec.aggregation.fedavgm import FedAvgM
     from fellrec.aggregation.fedfomo import FedFomo
+    from fellrec.aggregation.fedfv import FedFV
+    from fellrec.aggregation.fedheal import FedHEAL
+    from fellrec.aggregation.fedmgda import FedMGDA
     from fellrec.aggregation.fednova import FedNova
     from fellrec.aggregation.fedopt import FedAdagrad, FedAdam, FedYogi
     from fellrec.aggregation.fedper import FedPer
@@ -37,11 +41,14 @@ if TYPE_CHECKING:
     from fellrec.aggregation.lora_svd import FedSVD, FlexLoRA
     from fellrec.aggregation.persistence import Persistence
     from fellrec.aggregation.pfedme import PFedMe
+    from fellrec.aggregation.qfedavg import QFedAvg
     from fellrec.aggregation.scaffold import Scaffold
+    from fellrec.aggregation.term import TERM
     from fellrec.aggregation.uniform import Uniform
     from fellrec.aggregation.updatemixing import UpdateMixing
 
 __all__ = [
+    "AFL",
     "AggregationCallback",
     "Bulyan",
     "CFL",
@@ -58,7 +65,10 @@ __all__ = [
     "FedAvg",
     "FedAvgM",
     "FedExLoRA",
+    "FedFV",
     "FedFomo",
+    "FedHEAL",
+    "FedMGDA",
     "FedNova",
     "FedPer",
     "FedProx",
@@ -78,9 +88,11 @@ __all__ = [
     "NormClipping",
     "PFedMe",
     "Persistence",
+    "QFedAvg",
     "RBLA",
     "RoLoRA",
     "Scaffold",
+    "TERM",
     "TrimmedMean",
     "Uniform",
     "UpdateMixing",

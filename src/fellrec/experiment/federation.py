@@ -128,6 +128,7 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
     ranks = _ranks(recommender.adapter, num_clients)
     population = _population(rule, initial, num_clients, trainer, ranks)
     transforms = [instantiate(node, "exchange.transforms", of=Transform) for node in config.exchange.transforms]
+    trained = [row for participant in range(population.num_participants) for row in population.rows_of(participant)]
     return Federation(
         rule=rule,
         population=population,
@@ -140,7 +141,7 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
         progress=Progress(),
         ledger=ledger,
         settings=trainer,
-        steps_per_round=sum(local.trainer.num_steps(population.data_of(row)) for row in range(population.num_rows)),
+        steps_per_round=sum(local.trainer.num_steps(population.data_of(row)) for row in trained),
     )
 
 

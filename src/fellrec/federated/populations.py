@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fellrec.errors import ConfigError, TrainingError, unknown
 from fellrec.federated.population import JobNeeds, Population
@@ -82,6 +83,44 @@ def share(population: Population, stack: LazyStack) -> None:
         return
     for client in clients:
         bank.store(client, {**bank.row(client), **shared})
+
+
+class AveragedModel(SharedModel):
+    """A `SharedModel` of which the mean over all rounds is evaluated and tested; clients start from its last state.
+
+    Row C is the mean; it does not train.
+    """
+
+    def __init__(self, initial: Adapter, num_clients: int, needs: JobNeeds = _NO_NEEDS) -> None:
+        super().__init__(initial, num_clients, needs)
+        self._num_averaged = 0
+
+    @property
+    def num_rows(self) -> int:
+        """One for each client, and the mean."""
+        return self.num_clients + 1
+
+    def served_by(self, client: int) -> int:
+        """The mean."""
+        return self.num_clients
+
+    def receive_adapters(self, rows: Sequence[int], stack: LazyStack) -> None:
+        """Let all clients have what came back, and add it to the mean."""
+        super().receive_adapters(rows, stack)
+        self._num_averaged += 1
+        mean, latest = self.bank.row(self.num_clients), self.bank.row(0)
+        weight = 1 / self._num_averaged
+        averaged = {n: (mean[n].double() + weight * (latest[n].double() - mean[n].double())).to(mean[n]) for n in mean}
+        self.bank.store(self.num_clients, averaged)
+
+    def state_dict(self) -> dict[str, Any]:
+        """With the number of rounds in the mean."""
+        return {**super().state_dict(), "num_averaged": self._num_averaged}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore it."""
+        super().load_state_dict(state)
+        self._num_averaged = state["num_averaged"]
 
 
 class SharedAndPersonal(Population):

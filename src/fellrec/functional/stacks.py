@@ -184,6 +184,21 @@ class Appended(LazyStack):
         return torch.cat([above, *(row[None] for row in rows)])
 
 
+def squared_norms(stack: AdapterStack) -> dict[str, Tensor]:
+    """Each client's sum of squares of each parameter, name → ``[N]`` float64.
+
+    Example:
+        >>> squared_norms({"a": torch.tensor([[3.0, 4.0], [0.0, 1.0]])})
+        {'a': tensor([25.,  1.], dtype=torch.float64)}
+    """
+    lazy = as_lazy(stack)
+    found = {name: torch.zeros(lazy.num_rows, dtype=torch.float64) for name in lazy}
+    for name in found:
+        for _, block in lazy.blocks(name):
+            found[name] += block.cpu().double().square().sum(dim=1)
+    return found
+
+
 def first_row(stack: AdapterStack) -> dict[str, Tensor]:
     """The tensors that all clients of a stack have in common.
 
