@@ -51,7 +51,7 @@ class FedHEAL(AggregationCallback, FedHEALSettings):
         return result
 
     def _next_weights(self, clients: Sequence[str], distances: Tensor) -> Tensor:
-        """The clients' weights ``[N]`` with their growth by this round; no client moved: they grow by what is left."""
+        """The clients' weights ``[N]`` after this round; where no client moved, no distance is added."""
         shares = distances / distances.sum() if float(distances.sum()) > 0 else torch.zeros_like(distances)
         for client, share in zip(clients, shares.tolist()):
             self._growth[client] = (1 - self.beta) * self._growth.get(client, 0.0) + self.beta * share
@@ -84,7 +84,7 @@ class FedHEAL(AggregationCallback, FedHEALSettings):
 
 
 class Masked(LazyStack):
-    """Updates whose entries are 0 where they do not go on in the client's usual direction.
+    """Updates whose entries are 0 where they do not keep the client's usual direction.
 
     Args:
         moved: The updates.

@@ -4,6 +4,10 @@ Known differences from other packages. Flower's and the authors' q-FedAvg have L
 setting. FLGo's FedMGDA+ steps by η_s itself (``step_length=fixed``). FLGo's FedFV takes this round's own clients for
 τ = 1, and divides by a norm of 0. The authors' FedHEAL counts rounds that a client missed. The authors' AFL
 takes gradients of one batch and no local training.
+
+flwr 1.42.0's ``aggregate_qffl`` was compared by hand (difference 1e-18; its requirements conflict with ours), and 200
+quadratic programs of FedMGDA+ of 2 to 24 clients with quadprog 0.1.14: objectives within 2e-12, weights within 1e-15
+where the vectors are independent. The conditions of the optimum, tested here, need no package.
 """
 
 from __future__ import annotations

@@ -28,3 +28,4 @@ class BeforeSettings:
     def __post_init__(self) -> None:
         """Check all ranges."""
         check(self, "aggregation")
+        object.__setattr__(self, "before", tuple(self.before))  # a list in a configuration
