@@ -39,8 +39,8 @@ def build(cfg):
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_choice_builds_the_rule_of_its_name_with_the_defaults_of_its_class(name):
-    """With LoRA, which some rules need."""
-    rule = build_rule(compose([f"aggregation={name}", "adapter=lora"]))
+    """With LoRA and more than five clients, which some rules need."""
+    rule = build_rule(compose([f"aggregation={name}", "adapter=lora", "partition.num_clients=20"]))
     assert rule.name == name
     assert vars(rule) == vars(type(rule)())
 
