@@ -28,10 +28,6 @@ PARTS = {
     "the number of threads": re.compile(r"\b\d+ threads?\b|\bthreads not recorded"),
     "the seeds": re.compile(r"\bseeds? \d|\bseeds?,? not recorded"),
 }
-AWAITED = {
-    ("docs/does_fellrec_help.md", section) for section in ("## MovieLens-1M", "## Amazon Games", "## Observations")
-}
-"""Pages and sections whose tables get their lines when they are measured again with one thread."""
 
 
 @dataclass(frozen=True)
@@ -93,20 +89,18 @@ def paragraph(lines: list[str]) -> str:
     return " ".join(found)
 
 
-def problems(page: str, history: Collection[str] | None, awaited: Collection[str] = ()) -> list[str]:
+def problems(page: str, history: Collection[str] | None) -> list[str]:
     """What the lines below the tables of results lack.
 
     Args:
         page: Markdown.
         history: All commits; ``None`` if they are not known.
-        awaited: Sections that need no lines yet.
     """
     found = []
     for table in tables(page):
         where = f"line {table.line}, {table.section}"
         if not table.below.startswith(MEASURED):
-            if table.section not in awaited:
-                found.append(f"{where}: no paragraph that begins with {MEASURED} below the table")
+            found.append(f"{where}: no paragraph that begins with {MEASURED} below the table")
             continue
         found += [f"{where}: {MEASURED} lacks {name}" for name, form in PARTS.items() if not form.search(table.below)]
         if "-dirty" in table.below:
@@ -143,8 +137,7 @@ def history() -> list[str] | None:
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_table_of_results_says_how_it_was_measured(path: Path, history: list[str] | None) -> None:
     name = str(path.relative_to(ROOT))
-    awaited = {section for page, section in AWAITED if page == name}
-    assert not problems(path.read_text(encoding="utf-8"), history, awaited), name
+    assert not problems(path.read_text(encoding="utf-8"), history), name
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
