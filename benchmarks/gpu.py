@@ -168,7 +168,7 @@ def _tokens(loop: FederatedLoop, recommender: Recommender, round_index: int) -> 
     assert isinstance(executor, SerialExecutor)
     return sum(
         ids.numel()
-        for row in loop.participation.rows(loop.population, round_index)
+        for row in loop.participation.draw(loop.population, round_index).rows
         for batches in executor.trainer.batches(loop.population.job(row, round_index))
         for batch in batches
         for ids in objective.inputs(drawn(objective, batch, streams))

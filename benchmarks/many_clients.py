@@ -97,7 +97,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     try:
         federation = build_federation(config, recommender)
         population = federation.population
-        cohort = federation.participation.rows(population, 0)
+        cohort = federation.participation.draw(population, 0).rows
         checkpoint = Checkpoint(folder, federation.persisted, population, cohort_size=len(cohort))
         federation.loop([checkpoint, Meter()]).run()
         disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

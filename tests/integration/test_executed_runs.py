@@ -102,7 +102,7 @@ class Values(FederatedCallback):
         "aggregation=fedamp aggregation.mu=1 trainer.gradient_clip=null",
         "aggregation=ifca aggregation.noise=0.5",
         "aggregation=fedfomo aggregation.num_models=1 adapter=lora",
-        "aggregation=fedavg participation.rate=0.3 participation.candidates=0.6",
+        "aggregation=fedavg participation=power_of_choice participation.rate=0.3",
         "aggregation=pfedme aggregation.inner_steps=2 adapter=lora",
         "adapter=lora adapter.layers=body+tail",
         "adapter.layers=tail",

@@ -20,8 +20,9 @@ pytestmark = pytest.mark.slow
 
 CLIENTS = ["partition.num_clients=5", "trainer.timeout_seconds=100"]
 MIXED = (
-    "aggregation=fellrec,updatemixing,centralized,scaffold,ifca adapter=lora adapter.dropout=0.2 trainer.accumulate_grad_batches=2 "
-    "participation.rate=0.7 participation.on_failure=skip objective._target_=fragile.Fragile"
+    "aggregation=fellrec,updatemixing,centralized,scaffold,ifca,fedbuff adapter=lora adapter.dropout=0.2 "
+    "trainer.accumulate_grad_batches=2 participation.rate=0.7 participation.on_failure=skip participation.slowdown=4 "
+    "objective._target_=fragile.Fragile"
 )
 FRAGILE = """
 from fellrec.models.objectives.retrieval import RetrievalObjective
@@ -77,7 +78,7 @@ def long_run(common: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_three_processes_that_fabric_starts_give_the_bits_of_one(
     common: str, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dropout, accumulated gradients, absent clients, one that fails, losses before a round; process 0 alone prints anything."""
+    """Dropout, accumulated gradients, absent, late and failing clients, losses before a round; process 0 alone prints."""
     (tmp_path / "fragile.py").write_text(FRAGILE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.syspath_prepend(tmp_path)
@@ -85,7 +86,7 @@ def test_three_processes_that_fabric_starts_give_the_bits_of_one(
     command = arguments("compare", f"{common} {MIXED} trainer.devices=3", tmp_path / "three")
     processes = start([*FELLREC, *command], are_one_run=False)
     assert processes.wait() == [0], processes.output()
-    for rule in ("fellrec", "updatemixing", "centralized", "scaffold", "ifca"):
+    for rule in ("fellrec", "updatemixing", "centralized", "scaffold", "ifca", "fedbuff"):
         assert_same_run(tmp_path / "three" / f"{rule}-s0", tmp_path / "one" / f"{rule}-s0")
     assert results(tmp_path / "three" / "fellrec-s0")["dropped_clients"] == {"0": [3], "1": [3]}
     assert processes.output().count("NDCG@10 and Recall@10:") == 1, "one table"

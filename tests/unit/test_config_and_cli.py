@@ -25,6 +25,7 @@ NEEDS = {
     ("data", "ml_10m"): ["data.root=x"],
     ("data", "micro_lens"): ["data.root=x"],
     ("backbone", "hf"): ["backbone.path=x"],
+    ("participation", "trace"): ["participation.sampler.path=x"],
     ("partition", "attribute"): ["partition.column=x"],
     ("ranker", "likelihood"): ["objective=generative"],
     ("ranker", "grounding"): ["objective=generative"],

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from fellrec.aggregation.coordinatewise import CoordinateMedian, TrimmedMean
     from fellrec.aggregation.ditto import Ditto
     from fellrec.aggregation.fedamp import FedAMP
+    from fellrec.aggregation.fedasync import FedAsync
     from fellrec.aggregation.fedavg import FedAvg
     from fellrec.aggregation.fedavgm import FedAvgM
+    from fellrec.aggregation.fedbuff import FedBuff
     from fellrec.aggregation.fedfomo import FedFomo
     from fellrec.aggregation.fedfv import FedFV
     from fellrec.aggregation.fedheal import FedHEAL
@@ -62,8 +64,10 @@ __all__ = [
     "FedAMP",
     "FedAdagrad",
     "FedAdam",
+    "FedAsync",
     "FedAvg",
     "FedAvgM",
+    "FedBuff",
     "FedExLoRA",
     "FedFV",
     "FedFomo",

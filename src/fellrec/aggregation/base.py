@@ -38,7 +38,8 @@ class AggregationCallback(FederatedCallback):
             another, and none leaves its client.
         population: Models of the population: ``Population`` (one a client; clients that miss a round keep theirs),
             ``SharedModel`` (the server's, which every cohort starts from; the default of rules that define
-            `update_weights`), ``SharedAndPersonal`` (both), or ``OneForAll`` (trained on pooled data).
+            `update_weights`), ``ModelVersions`` (the server's, for asynchronous rules, see `buffer_of`),
+            ``SharedAndPersonal`` (both), or ``OneForAll`` (trained on pooled data).
         serves: With ``SharedAndPersonal``, the model that is evaluated and tested: ``"personal"`` or ``"shared"``.
         keeps_trained: Whether clients keep the adapter that they trained, whatever else it is used for.
         needs_start_loss: Whether clients measure their loss at the received adapter, for ``updates.start_losses``.
@@ -134,6 +135,14 @@ class AggregationCallback(FederatedCallback):
             losses: ``[M]`` float64, one for each; NaN where the client failed.
         """
         return candidates[0].tensors()
+
+    def buffer_of(self, num_training: int) -> int | None:
+        """Updates after which the server's model changes, if the rule is asynchronous; ``None`` if it is not.
+
+        Args:
+            num_training: Clients that train at the same time.
+        """
+        return None
 
     def trains(self, name: str, round_index: int) -> bool:
         """Whether a parameter of the adapter is trained in a round; the others stay frozen and are not exchanged."""
@@ -252,6 +261,7 @@ class AggregationCallback(FederatedCallback):
         weights: Tensor,
         per_client: Mapping[str, Tensor] | None = None,
         metrics: Mapping[str, float] | None = None,
+        model: Mapping[str, Tensor] | None = None,
     ) -> Aggregated:
         """Move the shared model by a weighted sum of updates, and record the weights as ``update_weight``.
 
@@ -260,6 +270,8 @@ class AggregationCallback(FederatedCallback):
             weights: ``[N]``, see `update_weights`.
             per_client: Other vectors worth logging.
             metrics: Figures worth logging.
+            model: The server's model, of which clients may have received earlier versions; ``None`` for the model that
+                all of them received.
 
         Raises:
             TrainingError: If the weights cannot be used, or clients started the round with different adapters; the
@@ -275,9 +287,10 @@ class AggregationCallback(FederatedCallback):
                 f"aggregation {self.name}: the weights of updates are not finite: {weights.tolist()} for clients "
                 f"{list(updates.clients)}"
             )
-        updates.check_common_start(self.name)
+        if model is None:
+            updates.check_common_start(self.name)
         vectors = {"update_weight": weights.double(), **(per_client or {})}
-        return self.shared(updates, updates.moved(weights), vectors, metrics)
+        return self.shared(updates, updates.moved(weights, model), vectors, metrics)
 
     def moved_by(
         self,

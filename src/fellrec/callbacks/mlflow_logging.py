@@ -205,6 +205,8 @@ def round_metrics(record: RoundRecord) -> dict[str, float]:
     losses: Sequence[float] = [trained.loss for trained in record.trained]
     metrics = {"cost/round_seconds": record.seconds, "train/loss/mean": sum(losses) / len(losses), **record.costs}
     metrics |= {f"aggregation/{k}": v for k, v in record.aggregated.metrics.items() if math.isfinite(v)}
+    if record.cohort is not None:
+        metrics |= record.cohort.metrics
     if record.failed:
         metrics["train/num_dropped_clients"] = len(record.failed)
     return metrics | (evaluation_metrics(record.evaluation) if record.evaluation else {})

@@ -241,10 +241,10 @@ def _make_paths_absolute(config: DictConfig) -> None:
     """A run directory's configuration must mean the same from any folder."""
     if config.data.root is not None:
         config.data.root = str(Path(config.data.root).expanduser().resolve())
-    for group, key in (("backbone", "path"), ("backbone", "config"), ("adapter", "path")):
-        value = config[group].get(key)
+    for key in ("backbone.path", "backbone.config", "adapter.path", "participation.sampler.path"):
+        value = OmegaConf.select(config, key)
         if value and Path(str(value)).expanduser().exists():
-            config[group][key] = str(Path(str(value)).expanduser().resolve())
+            OmegaConf.update(config, key, str(Path(str(value)).expanduser().resolve()))
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:

@@ -6,12 +6,15 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
+
+import yaml
 
 from fellrec.config.paths import conf_dir, group_choices
 from fellrec.config.registry import CHOICES, GROUPS, known_by, plain_default
 from fellrec.errors import ConfigError, unknown
+from fellrec.functional.nested import flatten
 from fellrec.functional.ranges import ranges
 
 
@@ -21,7 +24,7 @@ class Setting:
 
     Attributes:
         key: Such as ``aggregation.mu``.
-        default: As a plain value; ``"???"`` if it must be given.
+        default: As a plain value, that of the choice if it has its own; ``"???"`` if it must be given.
         allowed: Its range in words; empty if it is not known.
         text: What it means.
     """
@@ -87,8 +90,10 @@ def choices(group: str) -> list[Choice]:
 def _choice(group: str, name: str) -> Choice:
     kinds = {key: kind for key in CHOICES if key.partition(".")[0] == group for kind in _kinds_in(group, name, key)}
     settings = [setting for key, kind in kinds.items() for setting in settings_of(kind, key)]
-    if group in GROUPS and not kinds:
-        settings = list(settings_of(GROUPS[group], group))
+    if group in GROUPS:
+        settings += list(settings_of(GROUPS[group], group))
+    own = _own_values(group, name)
+    settings = [replace(setting, default=own.get(setting.key, setting.default)) for setting in settings]
     about = next((kind.about for kind in kinds.values() if hasattr(kind, "about")), None)
     if about is None:
         lines = [(inspect.getdoc(kind) or "").split("\n")[0] for kind in kinds.values()]
@@ -101,6 +106,12 @@ def _choice(group: str, name: str) -> Choice:
     if limits := about.limits.texts():
         facts["not with"] = "; ".join(limits)
     return Choice(name, about.summary, facts, tuple(settings))
+
+
+def _own_values(group: str, name: str) -> dict[str, Any]:
+    """What the file of a choice sets, by key."""
+    node = yaml.safe_load((conf_dir() / group / f"{name}.yaml").read_text(encoding="utf-8"))
+    return flatten({group: node or {}})
 
 
 def _kinds_in(group: str, name: str, key: str) -> list[type]:

@@ -29,7 +29,15 @@ from fellrec.data.settings import (
     SyntheticSettings,
 )
 from fellrec.errors import unknown
-from fellrec.federated.settings import ExchangeSettings, ParticipationSettings, TrainerSettings
+from fellrec.federated.settings import (
+    BySizeSamplerSettings,
+    ExchangeSettings,
+    ParticipationSettings,
+    PowerOfChoiceSamplerSettings,
+    TraceSamplerSettings,
+    TrainerSettings,
+    UniformSamplerSettings,
+)
 from fellrec.functional.ranges import Line, Seed, check
 from fellrec.launch.settings import LauncherSettings
 from fellrec.models.settings import (
@@ -76,7 +84,7 @@ GROUPS: Mapping[str, type] = {
 }
 """Groups whose settings are the same for every choice."""
 
-_READERS = "fellrec.data.readers"
+_READERS, _SAMPLERS = "fellrec.data.readers", "fellrec.federated.samplers"
 CHOICES: Mapping[str, Mapping[str, type]] = {
     "data.reader": {
         f"{_READERS}.AtomicReader": AtomicSettings,
@@ -107,6 +115,12 @@ CHOICES: Mapping[str, Mapping[str, type]] = {
         "fellrec.models.adapters.FullAdapter": FullSettings,
         "fellrec.models.adapters.LoraAdapter": LoraSettings,
     },
+    "participation.sampler": {
+        f"{_SAMPLERS}.BySizeSampler": BySizeSamplerSettings,
+        f"{_SAMPLERS}.PowerOfChoiceSampler": PowerOfChoiceSamplerSettings,
+        f"{_SAMPLERS}.TraceSampler": TraceSamplerSettings,
+        f"{_SAMPLERS}.UniformSampler": UniformSamplerSettings,
+    },
     "ranker": {
         "fellrec.rankers.constrained.ConstrainedRanker": ConstrainedSettings,
         "fellrec.rankers.grounding.GroundingRanker": GroundingSettings,
@@ -115,6 +129,12 @@ CHOICES: Mapping[str, Mapping[str, type]] = {
     "aggregation": {f"fellrec.aggregation.{name}": kind for name, kind in RULES.items()},
 }
 """Groups whose choices have settings of their own, by ``_target_``, or for a backbone by its name."""
+
+NEWER: Mapping[str, Mapping[str, Any]] = {
+    "exchange": {},
+    "participation.sampler": {"_target_": f"{_SAMPLERS}.UniformSampler"},
+}
+"""Groups and choices that runs of earlier versions do not have in their configuration, with what these runs did."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +156,16 @@ class Part:
         return f"{self.key}.{name}" if self.key else name
 
 
+def own_settings(node: Mapping[str, Any], group: str) -> dict[str, Any]:
+    """The settings of a group, plain values, without those of a choice in it, such as ``data.reader``.
+
+    Example:
+        >>> own_settings({"rate": 0.5, "sampler": {"_target_": "a.B"}}, "participation")
+        {'rate': 0.5}
+    """
+    return {name: value for name, value in node.items() if f"{group}.{name}" not in CHOICES}
+
+
 def known_by(key: str) -> str:
     """The setting that tells a choice of ``CHOICES[key]`` from the others."""
     return "name" if key == "backbone" else "_target_"
@@ -151,7 +181,7 @@ def parts(config: Mapping[str, Any]) -> Iterator[Part]:
     yield Part("", RunSettings, {name: value for name, value in config.items() if not isinstance(value, Mapping)})
     for group, kind in GROUPS.items():
         if group and group in config:
-            yield Part(group, kind, {name: value for name, value in config[group].items() if name != "reader"})
+            yield Part(group, kind, own_settings(config[group], group))
     for key, kinds in CHOICES.items():
         node = config
         for name in key.split("."):

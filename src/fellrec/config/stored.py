@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fellrec.config.compose import check
 from fellrec.config.instantiate import is_own, targets
-from fellrec.config.registry import defaults_of, parts, wrong_groups
+from fellrec.config.registry import NEWER, defaults_of, parts, wrong_groups
 from fellrec.errors import ConfigError
 from fellrec.functional.nested import flatten
 from fellrec.state.cache import has_entries
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 _FORMAT = 1
 """Format of ``config.yaml`` in a run directory; increased when older files can no longer be read."""
-PLACES = ("data.root", "backbone.path", "cache_dir")
+PLACES = ("data.root", "backbone.path", "cache_dir", "participation.sampler.path")
 """Settings that say where something is; what is there must be what the run was started with."""
 _UNREADABLE = (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError, OmegaConfBaseException)
 """What reading a damaged file raises."""
@@ -65,6 +65,7 @@ def read_config(run_dir: Path, trusted: Collection[str] = ()) -> DictConfig:
             f"{path} has format {found or 0}, this version of fellrec reads format {_FORMAT}: the run was made by "
             "another version and cannot be resumed or evaluated by this one; its results and adapters stay readable"
         )
+    _add_newer(config)
     plain: Any = OmegaConf.to_container(config)
     _check_shape(plain, path)
     _check_trust(plain, trusted, path)
@@ -144,6 +145,16 @@ def _check_events(text: str, path: Path) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent) or depth > _MOST_DEPTH:
             raise ConfigError(f"{path} is not the configuration of a run: it has aliases, or too many levels")
+
+
+def _add_newer(config: DictConfig) -> None:
+    """Add what did not exist when the run was made, as it was then."""
+    for key, node in NEWER.items():
+        group, _, name = key.partition(".")
+        if group in config and name and OmegaConf.is_dict(config[group]) and name not in config[group]:
+            config[group][name] = dict(node)
+        elif group not in config and not name:
+            config[group] = dict(node)
 
 
 def _check_shape(plain: Mapping[str, Any], path: Path) -> None:

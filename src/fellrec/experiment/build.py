@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fellrec.aggregation.base import AggregationCallback
 from fellrec.config.instantiate import as_dict, instantiate, settings
+from fellrec.config.registry import own_settings
 from fellrec.cut.link import ServerLink
 from fellrec.data.cold import ColdStart
 from fellrec.data.datamodule import FellrecDataModule
@@ -35,6 +36,7 @@ from fellrec.errors import ConfigError
 from fellrec.experiment.backbones import sasrec_backbone, tiny_backbone
 from fellrec.experiment.precision import check_precision, weights_dtype
 from fellrec.federated.base_change import BaseWeights
+from fellrec.federated.samplers import Sampler
 from fellrec.functional.candidates import SampledCandidates
 from fellrec.functional.ranges import refuse
 from fellrec.functional.ranking import check_cutoffs
@@ -120,7 +122,7 @@ def build_data(config: DictConfig) -> PreparedData:
         DataError: If the data cannot be used.
         ConfigError: If a cutoff is larger than the catalogue.
     """
-    shaping = {name: value for name, value in as_dict(config.data).items() if name != "reader"}
+    shaping = own_settings(as_dict(config.data), "data")
     data = prepare(
         reader=instantiate(config.data.reader, "data.reader", of=Reader),
         settings=settings(DataSettings, shaping, "data"),
@@ -200,6 +202,17 @@ def build_recommender(config: DictConfig, data: PreparedData, fabric: Fabric | N
         link=link,
         server=None if body is None else attach_server(config, body, fabric),
     )
+
+
+def build_sampler(config: DictConfig) -> Sampler:
+    """Who is drawn for a round.
+
+    Raises:
+        ConfigError: If it is not a subclass of `Sampler`, or does not take its settings.
+        DataError: If its file cannot be used.
+    """
+    sampler: Sampler = instantiate(config.participation.sampler, "participation.sampler", of=Sampler)
+    return sampler
 
 
 def build_rule(config: DictConfig) -> AggregationCallback:

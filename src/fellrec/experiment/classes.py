@@ -12,9 +12,10 @@ from fellrec.data.holdout import Holdout
 from fellrec.data.partition import Partition
 from fellrec.data.schema import Reader
 from fellrec.errors import ConfigError
-from fellrec.experiment.build import PLUGINS, build_rule
+from fellrec.experiment.build import PLUGINS, build_rule, build_sampler
 from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.exchange import Transform
+from fellrec.federated.samplers import Sampler
 from fellrec.models.adapters import AdapterKind
 from fellrec.models.module import Objective, Ranker
 
@@ -24,17 +25,19 @@ KINDS: Mapping[str, type] = {
     "partition": Partition,
     "objective": Objective,
     "adapter": AdapterKind,
+    "participation.sampler": Sampler,
     "ranker": Ranker,
 }
 """The protocols, by the key of the node that names a class."""
 
 
 def check_classes(config: DictConfig) -> None:
-    """Import every class that the configuration names, and build the rule, before data or models are loaded.
+    """Import every class that the configuration names, and build rule and sampler, before data or models are loaded.
 
     Raises:
         ConfigError: If a class cannot be imported or is not what its place takes, or the rule does not take its
             settings, or there is no such setting.
+        DataError: If the sampler's file cannot be used.
     """
     for key, node, kind in _places(config):
         check_settings(node, key, kind)
@@ -42,6 +45,7 @@ def check_classes(config: DictConfig) -> None:
         if "run_dir" in (node or {}):
             raise ConfigError(f"callbacks.{name}.run_dir is not allowed: a callback is given the directory of its run")
     build_rule(config)
+    build_sampler(config)
 
 
 def _places(config: DictConfig) -> Iterator[tuple[str, Any, type | tuple[type, ...]]]:

@@ -11,12 +11,14 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from fellrec.aggregation.base import AggregationCallback
-from fellrec.config.instantiate import instantiate, settings
+from fellrec.config.instantiate import as_dict, instantiate, settings
+from fellrec.config.registry import own_settings
 from fellrec.cut.client_model import CutClientModel
 from fellrec.cut.link import InProcess, Transport
 from fellrec.cut.server import BodyServer, ServerSettings
 from fellrec.distributed.batch_sharing import BatchSharing
-from fellrec.experiment.build import Recommender, ServerPart, build_rule
+from fellrec.experiment.build import Recommender, ServerPart, build_rule, build_sampler
+from fellrec.federated.arrivals import Arrivals
 from fellrec.federated.callback import Events, FederatedCallback
 from fellrec.federated.checkpoint import Persisted
 from fellrec.federated.client_model import ClientModel, WholeClientModel
@@ -26,7 +28,7 @@ from fellrec.federated.executor import Executor, SerialExecutor
 from fellrec.federated.ledger import Ledger
 from fellrec.federated.local import LocalTrainer
 from fellrec.federated.loop import FederatedLoop
-from fellrec.federated.participation import Participation
+from fellrec.federated.participation import AllAtOnce, Clients, Participation
 from fellrec.federated.population import JobNeeds, Population
 from fellrec.federated.populations import SharedAndPersonal
 from fellrec.federated.progress import Progress
@@ -34,6 +36,7 @@ from fellrec.federated.ranks import Ranks
 from fellrec.federated.records import LoraLayer
 from fellrec.federated.selection import Selection
 from fellrec.federated.settings import ParticipationSettings, TrainerSettings
+from fellrec.functional.participation import cohort_size
 from fellrec.models.adapters import lora_layers
 from fellrec.models.module import OptimizerSettings
 
@@ -72,6 +75,7 @@ class Federation:
         parts: dict[str, Any] = {
             "progress": self.progress,
             "population": self.population,
+            "participation": self.participation,
             "selection": self.selection,
             "rule": self.rule,
             "exchange": self.exchange,
@@ -132,7 +136,7 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
     return Federation(
         rule=rule,
         population=population,
-        participation=_participation(config, population, local.trainer),
+        participation=_participation(config, rule, population, local.trainer),
         executor=executor,
         exchange=Exchange(
             rule, ledger, transforms, _is_at_server(recommender), meters, _layers(recommender), num_clients, ranks
@@ -197,14 +201,6 @@ def build_server(config: DictConfig, part: ServerPart, num_rows: int, fabric: Fa
     return BodyServer(part.model, part.trainable, server, fabric.autocast, part.base, rule.local_terms)
 
 
-def _participation(config: DictConfig, population: Population, trainer: LocalTrainer) -> Participation:
-    how, samples = settings(ParticipationSettings, config.participation, "participation"), list[int]()
-    if how.candidates is not None:
-        rows = [population.rows_of(participant)[0] for participant in range(population.num_participants)]
-        samples = [trainer.datamodule.num_samples(population.data_of(row), trainer.held_out) for row in rows]
-    return Participation(how, config.seed, samples)
-
-
 def _is_at_server(recommender: Recommender) -> Callable[[str], bool]:
     model, is_cut = recommender.module.model, recommender.link is not None
     return lambda name: is_cut and model.part_of(name) == "body"
@@ -220,6 +216,26 @@ def _ranks(adapter: Any, num_clients: int) -> Ranks | None:
     """The clients' ranks, if the adapter has a list of them."""
     rank = getattr(adapter, "rank", None)
     return Ranks(rank, num_clients) if isinstance(rank, Sequence) else None
+
+
+def _participation(
+    config: DictConfig, rule: AggregationCallback, population: Population, trainer: LocalTrainer
+) -> Participation:
+    """Who trains when; a run in which a round would have too few clients is refused."""
+    how = settings(ParticipationSettings, own_settings(as_dict(config.participation), "participation"), "participation")
+    rows = [population.rows_of(participant) for participant in range(population.num_participants)]
+    num_steps = [sum(trainer.num_steps(population.data_of(row)) for row in own) for own in rows]
+    if population.data_of(0) is None:
+        return AllAtOnce(how, config.seed, num_steps)
+    sizes = [trainer.datamodule.num_samples(population.data_of(own[0]), trainer.held_out) for own in rows]
+    clients, sampler = Clients(how, config.seed, sizes, num_steps), build_sampler(config)
+    participation = (
+        Participation(how, config.seed, clients, sampler)
+        if (buffer_size := rule.buffer_of(cohort_size(clients.num, how.rate))) is None
+        else Arrivals(how, config.seed, clients, sampler, buffer_size)
+    )
+    participation.check(config.trainer.num_rounds, rule.limits.least_clients)
+    return participation
 
 
 def _population(

@@ -18,7 +18,7 @@ from fellrec.callbacks.preemption import Preemption
 from fellrec.config.compose import without_launcher
 from fellrec.config.instantiate import as_dict, instantiate, settings
 from fellrec.distributed.memory import peak_bytes
-from fellrec.errors import ConfigError
+from fellrec.errors import ConfigError, shorten
 from fellrec.experiment.build import (
     Recommender,
     build_data,
@@ -59,6 +59,9 @@ from fellrec.state.lock import hold
 from fellrec.state.tensor_store import StoredTensors
 from fellrec.tracking.run_log import NewRun, RunLog, open_log
 from fellrec.types import Evaluation
+
+_MOST_LINES = 10
+"""Rounds that a message names."""
 
 
 class Run:
@@ -175,7 +178,7 @@ class Run:
             "save_adapter": self._save_adapter,
             "every": config.trainer.checkpoint_every,
             "keep": config.trainer.checkpoints_kept,
-            "cohort_size": federation.participation.size(federation.population),
+            "cohort_size": federation.participation.num_aggregated * len(federation.population.rows_of(0)),
         }
         callbacks: dict[str, FederatedCallback] = {}
         for name, node in config.callbacks.items():
@@ -315,11 +318,15 @@ class _States:
 
 
 def failure_message(result: FitResult) -> str:
-    """Which clients did not finish which rounds, for people; empty if all did."""
-    return "\n".join(
-        f"Round {round_index} was aggregated without clients {', '.join(map(str, clients))}."
-        for round_index, clients in result.failed_clients.items()
-    )
+    """Which clients did not finish the first of the rounds that some did not finish, for people; empty if all did."""
+    rounds = list(result.failed_clients.items())
+    lines = [
+        f"Round {round_index} was aggregated without clients {shorten(', '.join(map(str, clients)))}."
+        for round_index, clients in rounds[:_MOST_LINES]
+    ]
+    if more := len(rounds) - len(lines):
+        lines.append(f"{more} more rounds were aggregated without some clients: results.json has all of them.")
+    return "\n".join(lines)
 
 
 def rule_name(config: DictConfig) -> str:

@@ -103,6 +103,7 @@ class Exchange:
         self.num_clients = num_clients
         self.ranks = ranks
         self._received: Adapter = {}
+        self._arrived: set[tuple[int, int]] = set()
 
     def measured(self, jobs: Sequence[LossJob]) -> None:
         """Record what clients received and returned to measure losses; their own adapter is not sent."""
@@ -117,7 +118,8 @@ class Exchange:
 
         Args:
             trained: What they returned.
-            model: The server's model, which they received; see ``Population.model``.
+            model: The server's model, which they received, or of which they received earlier versions; see
+                ``Population.model``.
 
         Raises:
             TrainingError: If an adapter is not finite.
@@ -143,6 +145,7 @@ class Exchange:
             model=model,
             ranks=None if self.ranks is None else torch.tensor([self.ranks.of_row(t.row) for t in trained]),
         )
+        self._arrived = {(t.row, t.job.round_index) for t in trained}
         updates.check_finite(round_index)
         if self.rule.sees != "sums":
             return updates
@@ -182,7 +185,7 @@ class Exchange:
         figures: dict[str, float] = {}
         for meter in self.meters:
             figures |= meter(seconds)
-        return figures | self.ledger.metrics(round_index)
+        return figures | self.ledger.metrics(round_index, self._arrived)
 
     def state_dict(self) -> dict[str, Any]:
         """See ``Persisted``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -81,15 +81,24 @@ class Ledger:
         """All rows as a table."""
         return pd.DataFrame(self.rows(), columns=[*_COLUMNS, "messages", "bytes"])
 
-    def metrics(self, round_index: int) -> dict[str, float]:
-        """Figures of a round for MLflow, such as ``cost/train/up_bytes``; before the round is moved to a file."""
+    def metrics(self, round_index: int, arrived: Collection[tuple[int, int]] = ()) -> dict[str, float]:
+        """Figures of a round for MLflow, such as ``cost/train/up_bytes``; before the round is moved to a file.
+
+        Args:
+            round_index: The round.
+            arrived: Clients, each with the earlier round that its training began in, whose updates arrived in this one.
+        """
         figures: defaultdict[str, float] = defaultdict(float)
-        for (_, round_, phase, direction, kind), num_bytes in self._bytes.items():
-            if round_ == round_index:
+
+        def belongs(client: int, round_: int, phase: str) -> bool:
+            return round_ == round_index or (phase == "train" and (client, round_) in arrived)
+
+        for (client, round_, phase, direction, kind), num_bytes in self._bytes.items():
+            if belongs(client, round_, phase):
                 figures[f"cost/{phase}/{direction}_bytes"] += num_bytes
                 figures[f"cost/{phase}/{kind}_bytes"] += num_bytes
-        for (_, round_, phase, *_rest), messages in self._messages.items():
-            if round_ == round_index:
+        for (client, round_, phase, *_rest), messages in self._messages.items():
+            if belongs(client, round_, phase):
                 figures[f"cost/{phase}/messages"] += messages
         return dict(figures)
 

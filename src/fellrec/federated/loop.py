@@ -17,6 +17,7 @@ from fellrec.federated.population import Population
 from fellrec.federated.progress import Progress
 from fellrec.federated.records import (
     Aggregated,
+    Cohort,
     Failed,
     FitResult,
     FitStart,
@@ -113,12 +114,12 @@ class FederatedLoop:
         """One round: who trains, with what, where, what leaves the clients, how it is aggregated, what comes back."""
         started = time.perf_counter()
         self.events.call("on_round_start", round_index)
-        rows = self.participation.rows(
+        cohort = self.participation.draw(
             self.population, round_index, lambda participants: self.start_losses(participants, round_index)
         )
         model = self.population.model()
-        outcomes = self.train(self.jobs(rows, round_index))
-        trained = self.participation.quorum(outcomes)
+        outcomes = self.train(self.jobs(cohort))
+        trained = self.participation.quorum(cohort, outcomes)
         updates = self.exchange.up([t for t in trained if self.population.is_exchanged(t.row)], model)
         self.events.call("on_aggregate_start", updates)
         aggregated = self.rule.aggregate(updates, round_index)
@@ -126,15 +127,16 @@ class FederatedLoop:
         self.events.call("on_aggregate_end", aggregated)
         seconds = time.perf_counter() - started
         failed = tuple(outcome for outcome in outcomes if isinstance(outcome, Failed))
-        self.progress.finish(round_index, failed)
+        self.participation.finish(cohort)
+        self.progress.finish(round_index, failed, cohort.dropped)
         evaluation = self.validate(round_index) if self.is_evaluated(round_index) else None
         costs = self.exchange.costs(round_index, seconds)
-        found = tuple(trained), aggregated, evaluation, seconds, costs, failed, self.is_over, updates.clients
+        found = tuple(trained), aggregated, evaluation, seconds, costs, failed, self.is_over, updates.clients, cohort
         return RoundRecord(round_index, *found)
 
-    def jobs(self, rows: Sequence[int], round_index: int) -> list[Job]:
+    def jobs(self, cohort: Cohort) -> list[Job]:
         """What the cohort starts with; clients first measure losses of other adapters if the rule asks for them."""
-        jobs = [self.population.job(row, round_index) for row in rows]
+        round_index, jobs = cohort.round_index, self.population.jobs(cohort)
         adapters = self.population.bank.versions
         asked = {job.row: tuple(self.rule.candidates(job.row, adapters, round_index)) for job in jobs}
         measured = self.measure(
@@ -218,7 +220,8 @@ class FederatedLoop:
         return self.executor.score(self.population.score_jobs_of(adapters, ()), stage, -1)
 
     def _start(self) -> FitStart:
-        steps = int(self.steps_per_round * self.settings.num_rounds * self.participation.settings.rate)
+        share = self.participation.num_aggregated / self.participation.clients.num
+        steps = int(self.steps_per_round * self.settings.num_rounds * share)
         return FitStart(
             num_rounds=self.settings.num_rounds,
             round_index=self.progress.round_index,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fellrec.errors import CheckpointError, StorageError, TrainingError
 from fellrec.federated.ranks import Ranks
-from fellrec.federated.records import NOTHING, Job, Received, ScoreJob, Trained
+from fellrec.federated.records import NOTHING, Cohort, Job, Received, ScoreJob, Trained
 from fellrec.functional.stacks import LazyStack, as_lazy
 from fellrec.state.bank import AdapterBank
 from fellrec.state.tensor_store import StoredTensors, TensorSpecs, TensorStore, check_file, open_store
@@ -93,6 +93,10 @@ class Population:
     def anchors(self, row: int) -> dict[str, StoredTensors]:
         """Other adapters that come with a row's job, by name, beside those of the server."""
         return {}
+
+    def jobs(self, cohort: Cohort) -> list[Job]:
+        """What the rows of a cohort start with."""
+        return [self.job(row, start) for row, start in zip(cohort.rows, cohort.start_rounds, strict=True)]
 
     def job(self, row: int, round_index: int) -> Job:
         """What a row starts a round with."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fellrec.errors import ConfigError, TrainingError, unknown
 from fellrec.federated.population import JobNeeds, Population
+from fellrec.federated.records import Cohort, Job
 from fellrec.functional.stacks import LazyStack, first_row
 from fellrec.state.tensor_store import StoredTensors
 from fellrec.types import Adapter
@@ -58,6 +60,36 @@ def model_of(population: Population) -> Adapter:
     """What the first row of a population has in common with the other shared rows, before it trains in a round."""
     is_personal = population.needs.is_personal
     return {name: t for name, t in population.bank.row(0).items() if is_personal is None or not is_personal(name)}
+
+
+class ModelVersions(SharedModel):
+    """One model of the server, of which clients train earlier versions too: for asynchronous rules.
+
+    Versions are numbered by the round at whose start they were the server's model. They are kept as long as a client
+    may still be training from them.
+    """
+
+    def __init__(self, initial: Adapter, num_clients: int, needs: JobNeeds = _NO_NEEDS) -> None:
+        super().__init__(initial, num_clients, needs)
+        self._versions: dict[int, StoredTensors] = {}
+
+    def jobs(self, cohort: Cohort) -> list[Job]:
+        """See ``Population``; each with the version that its client received."""
+        # Rows become what their clients trained before they receive the next version: now they are all the server's.
+        self._versions[cohort.round_index] = self.bank.versions[0]
+        jobs = [replace(job, adapter=self._versions[job.round_index]) for job in super().jobs(cohort)]
+        self._versions = {number: kept for number, kept in self._versions.items() if number >= cohort.oldest}
+        return jobs
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``Persisted``."""
+        versions = {str(number): stored for number, stored in self._versions.items()}
+        return {**super().state_dict(), "versions": versions}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See ``Persisted``."""
+        super().load_state_dict(state)
+        self._versions = {int(number): stored for number, stored in state["versions"].items()}
 
 
 def share(population: Population, stack: LazyStack) -> None:

@@ -13,18 +13,19 @@ class Progress:
 
     Attributes:
         round_index: The next round, from 0.
-        failed_clients: Round → clients that did not finish it; keys are text, as in JSON.
+        failed_clients: Round → clients that did not finish it, because they failed or dropped out; keys are text, as
+            in JSON.
     """
 
     def __init__(self) -> None:
         self.round_index = 0
         self.failed_clients: dict[str, list[int]] = {}
 
-    def finish(self, round_index: int, failed: Sequence[Failed]) -> None:
+    def finish(self, round_index: int, failed: Sequence[Failed], dropped: Sequence[int] = ()) -> None:
         """A round is trained and aggregated."""
         self.round_index = round_index + 1
-        if failed:
-            self.failed_clients[str(round_index)] = sorted({outcome.job.client for outcome in failed})
+        if failed or dropped:
+            self.failed_clients[str(round_index)] = sorted({*(outcome.job.client for outcome in failed), *dropped})
 
     def state_dict(self) -> dict[str, Any]:
         """See ``Persisted``."""

@@ -24,6 +24,49 @@ NOTHING = StoredTensors({})
 
 
 @dataclass(frozen=True)
+class Cohort:
+    """Who trains in a round, and when on the simulated clock.
+
+    Attributes:
+        round_index: From 0.
+        rows: Rows of the population that train, ascending.
+        start_rounds: For each, the round whose model it received: this one, or an earlier one if the rule is
+            asynchronous.
+        num_needed: Clients of whom a quorum must finish.
+        begun: Simulated seconds from the start of the run to that of the round.
+        seconds: Simulated seconds from the start of the run to the end of the round.
+        dropped: Clients that were drawn and dropped out.
+        late: Clients that were drawn, and would have finished after the cohort was complete.
+        oldest: The oldest round whose model a client may still be training from when this round is over.
+        measured: Clients that measured their loss, to be chosen by it.
+    """
+
+    round_index: int
+    rows: tuple[int, ...]
+    start_rounds: tuple[int, ...]
+    num_needed: int
+    begun: float = 0.0
+    seconds: float = 0.0
+    dropped: tuple[int, ...] = ()
+    late: tuple[int, ...] = ()
+    oldest: int = 0
+    measured: tuple[int, ...] = ()
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Figures worth logging, by MLflow-safe names."""
+        staleness = [self.round_index - start for start in self.start_rounds]
+        return {
+            "participation/simulated_seconds": self.seconds,
+            "participation/num_models": float(len(self.rows)),
+            "participation/num_dropped": float(len(self.dropped)),
+            "participation/num_late": float(len(self.late)),
+            "participation/staleness_mean": sum(staleness) / max(1, len(staleness)),
+            "participation/staleness_max": float(max(staleness, default=0)),
+        }
+
+
+@dataclass(frozen=True)
 class Job:
     """The local training of one row of the population in one round.
 
@@ -227,8 +270,9 @@ class Updates:
         num_steps: ``[N]`` float64, optimiser steps that clients took in this round.
         num_clients: C, clients of the population; 0 if it is not known.
         layers: Layers that LoRA adapts; none with ``adapter=full``.
-        model: The server's model, which the clients received, also parameters that are not trained in this round, and
-            of all ranks; name → ``[*shape]``. Empty where clients have models of their own.
+        model: The server's model now, which the clients received, or with an asynchronous rule earlier versions of it;
+            also parameters that are not trained in this round, and of all ranks; name → ``[*shape]``. Empty where
+            clients have models of their own.
         ranks: ``[N]`` integers, LoRA ranks of the clients, beyond which their factors are 0; ``None`` if all have the
             same.
     """
@@ -247,6 +291,11 @@ class Updates:
     layers: tuple[LoraLayer, ...] = ()
     model: Adapter = field(default_factory=dict)
     ranks: Tensor | None = None
+
+    def staleness(self, round_index: int) -> Tensor:
+        """``[N]`` int64, rounds since each client received its start; 0 for all where that is not known."""
+        starts = self.start_rounds or (round_index,) * len(self.clients)
+        return round_index - torch.tensor(starts)
 
     def check_finite(self, round_index: int) -> None:
         """Refuse adapters with infinite or undefined entries.
@@ -275,11 +324,12 @@ class Updates:
         end, wide = _visible(self.end), weights.double()
         return {name: _joined(end, name, lambda _, block: wide @ block.double()) for name in end}
 
-    def moved(self, weights: Tensor) -> dict[str, Tensor]:
-        """``start + sum over n of weights[n] * (end[n] - start[n])``, where all clients have one start.
+    def moved(self, weights: Tensor, model: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """``model + sum over n of weights[n] * (end[n] - start[n])``.
 
         Args:
             weights: ``[N]`` floats, with any sum.
+            model: What is moved; ``None`` for the clients' common start.
 
         Returns:
             As `weighted_sums`.
@@ -288,7 +338,25 @@ class Updates:
 
         def block_of(name: str, columns: slice, block: Tensor) -> Tensor:
             origin = start.block(name, columns).double()
-            return origin[0] + wide @ (block.double() - origin)
+            return _model_block(model, start, name, columns) + wide @ (block.double() - origin)
+
+        return {name: _joined(end, name, partial(block_of, name)) for name in end}
+
+    def mixed(self, weights: Tensor, model: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """``(1 - sum of weights) * model + sum over n of weights[n] * end[n]``.
+
+        Args:
+            weights: ``[N]`` floats.
+            model: As for `moved`.
+
+        Returns:
+            As `weighted_sums`.
+        """
+        start, end, wide = _visible(self.start), _visible(self.end), weights.double()
+
+        def block_of(name: str, columns: slice, block: Tensor) -> Tensor:
+            before = _model_block(model, start, name, columns)
+            return before + wide @ (block.double() - before)
 
         return {name: _joined(end, name, partial(block_of, name)) for name in end}
 
@@ -342,6 +410,13 @@ class Updates:
 def _visible(stack: AdapterStack) -> LazyStack:
     """A stack for sums, which may be hidden from the rule."""
     return stack.hidden if isinstance(stack, SumsOnly) else as_lazy(stack)
+
+
+def _model_block(model: Mapping[str, Tensor] | None, start: LazyStack, name: str, columns: slice) -> Tensor:
+    """Entries of a model, or of the first start, float64."""
+    block = start.block(name, columns)
+    found = block[0] if model is None else model[name].reshape(-1)[columns]
+    return found.to(block.device).double()
 
 
 def _joined(stack: LazyStack, name: str, row_of: Callable[[slice, Tensor], Tensor]) -> Tensor:
@@ -444,6 +519,7 @@ class RoundRecord:
         costs: Bytes that were exchanged and figures of the processes, under MLflow-safe names.
         is_last: Whether the run ends with this round.
         clients: Rows that were aggregated, as in ``Updates``: those of the matrices and of ``per_client``.
+        cohort: Who was drawn, and when on the simulated clock.
     """
 
     round_index: int
@@ -455,6 +531,7 @@ class RoundRecord:
     failed: tuple[Failed, ...] = ()
     is_last: bool = False
     clients: tuple[int, ...] = ()
+    cohort: Cohort | None = None
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,13 @@ from fellrec.functional.ranges import (
     Natural,
     NotNegative,
     Positive,
+    RateBelow1,
     Seconds,
     check,
     items,
+    line,
     listed,
-    not_allowed,
+    number,
     one_of,
     ranges,
     whole,
@@ -111,31 +113,70 @@ class TrainerSettings:
         return None if self.metric in metrics else unknown("trainer.metric", self.metric, metrics)
 
 
+AtLeast1 = Annotated[float, number(lambda x: x >= 1, "a number of at least 1")]
+
+
 @dataclass(frozen=True)
 class ParticipationSettings:
-    """Which clients take part in a round, and what happens if one fails."""
+    """Which clients take part in a round, how long they take on the simulated clock, and what happens if one fails."""
 
     rate: Fraction = 1.0
-    """Fraction of the clients in each round's cohort, in (0, 1]."""
-    candidates: Fraction | None = None
-    """Power of choice (arXiv:2010.01243): fraction of the clients that are drawn, by number of training targets, to
-    measure the loss of the model that they would start from; those with the largest losses take part. null: the cohort
-    is drawn at random."""
+    """Fraction of the clients in each round's cohort, in (0, 1]; of an asynchronous rule, that trains at any time."""
     on_failure: Literal["stop", "skip"] = "stop"
     """stop: end the run when a client's training fails. skip: leave it out of the round, which the result reports."""
     quorum: Fraction = 0.5
     """Fraction of the cohort that must finish a round, in (0, 1]."""
+    over_selection: AtLeast1 = 1.0
+    """Clients that are drawn for each one that the cohort needs; the first to finish by the simulated clock are kept,
+    and the others are not trained."""
+    dropout: RateBelow1 = 0.0
+    """Probability that a client that was drawn drops out of the round: it sends nothing, and is not trained."""
+    slowdown: AtLeast1 = 1.0
+    """How much slower than the fastest a client can be: each has a factor of its own, log-uniform from 1 to this."""
+    step_seconds: Positive = 1.0
+    """Simulated seconds of a local step of the fastest clients."""
 
     def __post_init__(self) -> None:
         """Check all ranges."""
-        check(self, "participation", self._too_few)
+        check(self, "participation")
 
-    @property
-    def _too_few(self) -> str | None:
-        if not isinstance(self.candidates, float | int) or not isinstance(self.rate, float | int):
-            return None
-        key, allowed = "participation.candidates", f"null, or at least participation.rate={self.rate}"
-        return not_allowed(key, self.candidates, allowed) if self.candidates < self.rate else None
+
+@dataclass(frozen=True)
+class UniformSamplerSettings:
+    """Clients are drawn uniformly, without replacement."""
+
+
+@dataclass(frozen=True)
+class BySizeSamplerSettings:
+    """Clients are drawn by size, without replacement, with probabilities proportional to their training targets."""
+
+
+@dataclass(frozen=True)
+class TraceSamplerSettings:
+    """Clients are drawn uniformly among those that a file says are available at the simulated time."""
+
+    path: Annotated[str, line(text="a comma-separated file with the columns client, start and end")]
+    """Comma-separated file with a line ``client,start,end`` for each time in which a client, from 0, can be drawn:
+    simulated seconds since the start of the run, ``end`` excluded. Clients without a line never take part."""
+    period: Positive | None = None
+    """Simulated seconds after which the file begins again, such as 86400 for a day; null: it does not."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "participation.sampler")
+
+
+@dataclass(frozen=True)
+class PowerOfChoiceSamplerSettings:
+    """Candidates are drawn by size; of these, the clients with the largest loss at the received model take part."""
+
+    num_candidates: Count | None = None
+    """Candidates of a round, which receive the model and measure their loss; null: twice as many as clients are needed,
+    or all if they are fewer."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "participation.sampler")
 
 
 @dataclass(frozen=True)

@@ -1,55 +1,21 @@
-"""Sampling of the clients that take part in a round."""
+"""Sampling of the clients that take part in a round, and how long they take on the simulated clock."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fellrec.functional.rng import derive_seed
 
 
-def weighted_draw(weights: Sequence[float], size: int, seed: int, round_index: int) -> tuple[int, ...]:
-    """Draw clients without replacement, each next one with a probability that is proportional to its weight.
-
-    Args:
-        weights: Of each client, not negative; clients of weight 0 are drawn last.
-        size: How many.
-        seed: Seed of the run.
-        round_index: Round, from 0.
-
-    Returns:
-        Client indices, ascending.
-
-    Example:
-        >>> weighted_draw([1.0, 0.0, 5.0], 2, seed=0, round_index=0)
-        (0, 2)
-    """
-    generator = np.random.default_rng(derive_seed(seed, "candidates", round_index))
-    # The first arrivals of independent exponential clocks are such a draw.
-    with np.errstate(divide="ignore"):
-        arrivals = generator.exponential(size=len(weights)) / np.asarray(weights, dtype=float)
-    return tuple(sorted(np.lexsort((np.arange(len(weights)), arrivals))[:size].tolist()))
-
-
-def largest(losses: Mapping[int, float], size: int) -> tuple[int, ...]:
-    """The clients with the largest losses; of equal ones those with lower numbers, and NaN counts as the largest.
-
-    Example:
-        >>> largest({3: 0.5, 5: 0.9, 8: 0.9, 9: float("nan")}, 2)
-        (5, 9)
-    """
-    ordered = sorted(losses, key=lambda client: (not math.isnan(losses[client]), -losses[client], client))
-    return tuple(sorted(ordered[:size]))
-
-
 def cohort_size(num_clients: int, rate: float) -> int:
-    """``ceil(rate · num_clients)``, at least 1, safe from rounding.
+    """``ceil(rate · num_clients)``, at least one, and at most all of them.
 
     Example:
-        >>> cohort_size(10, 0.25), cohort_size(10, 0.3)
-        (3, 3)
+        >>> cohort_size(10, 0.25), cohort_size(10, 0.3), cohort_size(10, 1.0)
+        (3, 3, 10)
     """
     return min(num_clients, max(1, math.ceil(rate * num_clients - 1e-9)))
 
@@ -72,6 +38,68 @@ def cohort(num_clients: int, rate: float, seed: int, round_index: int) -> tuple[
         >>> len(cohort(10, 0.25, seed=0, round_index=3))
         3
     """
-    size = cohort_size(num_clients, rate)
     generator = np.random.default_rng(derive_seed(seed, "cohort", round_index))
-    return tuple(sorted(generator.choice(num_clients, size=size, replace=False).tolist()))
+    return tuple(sorted(generator.choice(num_clients, cohort_size(num_clients, rate), replace=False).tolist()))
+
+
+def draw_by_weight(weights: NDArray[np.float64], size: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """Draw indices without replacement, one after the other, each with a probability proportional to its weight.
+
+    By the Gumbel trick: the largest of ``log(weight) + Gumbel noise``. Indices of weight 0 come after all others, in
+    random order.
+
+    Args:
+        weights: ``[C]`` floats of at least 0.
+        size: How many, at most C.
+        generator: Of the random numbers.
+
+    Returns:
+        ``[size]`` distinct indices, in the order in which they were drawn.
+
+    Example:
+        >>> draw_by_weight(np.array([0.0, 1.0, 0.0]), 1, np.random.default_rng(0)).tolist()
+        [1]
+    """
+    noise = generator.gumbel(size=len(weights))
+    is_zero = weights <= 0
+    keys = np.log(np.where(is_zero, 1.0, weights)) + noise
+    order = np.lexsort((-keys, is_zero))
+    return order[:size].astype(np.int64)
+
+
+def slowdowns(num_clients: int, largest: float, seed: int) -> NDArray[np.float64]:
+    """By which factor each client is slower than the fastest possible: log-uniform from 1 to ``largest``.
+
+    Args:
+        num_clients: C.
+        largest: At least 1.
+        seed: Of the run.
+
+    Returns:
+        ``[C]`` floats.
+
+    Example:
+        >>> slowdowns(3, 1.0, seed=0).tolist()
+        [1.0, 1.0, 1.0]
+    """
+    generator = np.random.default_rng(derive_seed(seed, "slowdown"))
+    return np.exp(generator.random(num_clients) * math.log(largest))
+
+
+def drops_out(num_clients: int, rate: float, seed: int, draw: int) -> NDArray[np.bool_]:
+    """Which clients would drop out of one draw, each with probability ``rate``: from the seed and the draw only.
+
+    Args:
+        num_clients: C.
+        rate: In [0, 1).
+        seed: Of the run.
+        draw: Number of the draw, from 0.
+
+    Returns:
+        ``[C]`` booleans.
+
+    Example:
+        >>> drops_out(3, 0.0, seed=0, draw=0).tolist()
+        [False, False, False]
+    """
+    return np.random.default_rng(derive_seed(seed, "dropout", draw)).random(num_clients) < rate

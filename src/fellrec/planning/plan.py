@@ -16,7 +16,7 @@ from fellrec.experiment.build import build_adapter
 from fellrec.federated.populations import OneForAll
 from fellrec.federated.settings import TrainerSettings
 from fellrec.functional.cost import PartCost, Traffic, TrafficSettings, checkpoint_bytes, fraction, total_cost, traffic
-from fellrec.functional.participation import cohort
+from fellrec.functional.participation import cohort_size
 from fellrec.models.module import Objective
 from fellrec.models.settings import EVERY_STEP
 from fellrec.models.split import SplitModel
@@ -188,19 +188,20 @@ class Planner:
         objective.check(model)
         load = self._load(config, objective, batches)
         parts = measure_parts(model, build_adapter(config), objective, load.largest_batch)
-        cohort_size = len(cohort(data.num_clients, config.participation.rate, config.seed, round_index=0))
+        rule = build_rule(config)
+        num_training = cohort_size(data.num_clients, config.participation.rate)
+        num_updates = rule.buffer_of(num_training) or num_training
         seconds = None
         if probe_steps is not None:
             per_step = seconds_per_step(config, data, load.largest_client, probe_steps)
-            seconds = per_step * load.mean.num_steps * cohort_size
-        rule = build_rule(config)
+            seconds = per_step * load.mean.num_steps * num_updates
         rows, tokens = objective.inputs(load.largest_batch)[0].shape
         return Plan(
             data=data.name,
             backbone=backbone.name,
             num_parameters=num_parameters,
             num_clients=data.num_clients,
-            cohort_size=cohort_size,
+            cohort_size=num_updates,
             **parts,
             load=load,
             traffic=traffic(

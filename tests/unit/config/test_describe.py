@@ -10,10 +10,12 @@ from dataclasses import fields
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 import fellrec.aggregation as rules
 from fellrec.aggregation.settings import RULES
 from fellrec.cli.main import main
+from fellrec.config.compose import compose
 from fellrec.config.describe import choices
 from fellrec.config.paths import conf_dir, group_choices
 from fellrec.config.registry import CHOICES
@@ -40,6 +42,18 @@ def test_every_setting_of_every_choice_has_a_description_and_a_default() -> None
         for kind in set(kinds.values()):
             for field in fields(kind):
                 assert described[f"{key}.{field.name}"].text, f"{kind.__name__}.{field.name}"
+
+
+def test_the_list_has_the_values_that_a_choice_sets() -> None:
+    """As composed, beside the settings that all choices of the group have."""
+    for choice in choices("participation"):
+        needed = ["participation.sampler.path=t.csv"] if choice.name == "trace" else []
+        config = compose([f"participation={choice.name}", *needed])
+        shown = {setting.key: setting.default for setting in choice.settings}
+        expected = {key: OmegaConf.select(config, key) for key in shown}
+        assert {**shown, **({"participation.sampler.path": "t.csv"} if needed else {})} == expected
+        assert {"participation.rate", "participation.dropout", "participation.quorum"} <= shown.keys()
+        assert choice.summary
 
 
 def test_the_list_of_rules(capsys: pytest.CaptureFixture[str]) -> None:

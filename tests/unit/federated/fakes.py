@@ -9,16 +9,18 @@ from typing import Any
 import torch
 
 from fellrec.aggregation import AggregationCallback, FedAvg
+from fellrec.federated.arrivals import Arrivals
 from fellrec.federated.callback import Events, FederatedCallback
 from fellrec.federated.checkpoint import CheckpointFolder
 from fellrec.federated.exchange import Exchange, Transform
 from fellrec.federated.ledger import Ledger
 from fellrec.federated.loop import FederatedLoop
-from fellrec.federated.participation import Participation
+from fellrec.federated.participation import Clients, Participation
 from fellrec.federated.population import JobNeeds, Population
 from fellrec.federated.populations import SharedAndPersonal
 from fellrec.federated.progress import Progress
 from fellrec.federated.records import Failed, Job, LossJob, ScoreJob, Trained
+from fellrec.federated.samplers import Sampler
 from fellrec.federated.selection import Selection
 from fellrec.federated.settings import ParticipationSettings, TrainerSettings
 from fellrec.metrics import summarise
@@ -72,6 +74,7 @@ def fake_loop(
     callbacks: Sequence[FederatedCallback] = (),
     participation: dict[str, Any] | None = None,
     transforms: Sequence[Transform] = (),
+    sampler: Sampler | None = None,
     **trainer: Any,
 ) -> FederatedLoop:
     """A loop over adapters of two parameters."""
@@ -87,9 +90,7 @@ def fake_loop(
     population: Population = rule.population(initial, num_clients, needs, *arguments)
     return FederatedLoop(
         population=population,
-        participation=Participation(
-            ParticipationSettings(**(participation or {})), 0, [client + 1 for client in range(num_clients)]
-        ),
+        participation=participation_of(rule, num_clients, participation or {}, sampler),
         executor=executor or FakeExecutor(),
         exchange=Exchange(rule, Ledger(), transforms, num_clients=num_clients),
         rule=rule,
@@ -100,10 +101,22 @@ def fake_loop(
     )
 
 
+def participation_of(
+    rule: AggregationCallback, num_clients: int, how: dict[str, Any], sampler: Sampler | None = None
+) -> Participation:
+    """Client c has c + 1 training targets and takes one step."""
+    settings = ParticipationSettings(**how)
+    clients = Clients(settings, 0, range(1, num_clients + 1), [1] * num_clients)
+    plain = Participation(settings, 0, clients, sampler)
+    buffer_size = rule.buffer_of(plain.num_needed)
+    return plain if buffer_size is None else Arrivals(settings, 0, clients, sampler, buffer_size)
+
+
 def parts(loop: FederatedLoop) -> dict[str, Any]:
     """What a checkpoint of the loop holds."""
     return {
-        "progress": loop.progress, "population": loop.population, "selection": loop.selection,
+        "progress": loop.progress, "population": loop.population, "participation": loop.participation,
+        "selection": loop.selection,
         "rule": loop.rule, "exchange": loop.exchange, "ledger": loop.exchange.ledger,
     }  # fmt: skip
 

@@ -69,7 +69,7 @@ def test_moments_are_forgotten_where_factors_are_new(make: Make, rule: str, reme
     loop = made.loop()
     loop.run_round(0)
     loop.run_round(1)
-    rows = [row for row in range(3) if row in made.participation.rows(made.population, 1)]
+    rows = [row for row in range(3) if row in made.participation.draw(made.population, 1).rows]
     assert len(rows) < 3
     for row in range(3):
         found = {factor(key) for key in made.population.optimizer_of(row)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,7 +22,8 @@ from fellrec.federated.exchange import Transform
 from fellrec.federated.population import Population
 from fellrec.federated.populations import SharedAndPersonal
 from fellrec.federated.records import Aggregated, Job, RoundRecord, Updates
-from fellrec.functional.participation import weighted_draw
+from fellrec.federated.samplers import PowerOfChoiceSampler
+from fellrec.federated.settings import PowerOfChoiceSamplerSettings
 from fellrec.state.tensor_store import StoredTensors
 
 
@@ -293,27 +293,11 @@ def test_a_client_that_fails_keeps_its_own_adapter_and_not_what_it_started_from(
 def test_power_of_choice_trains_the_clients_with_the_largest_losses() -> None:
     """All four clients measure; the loss is minus the adapter, which is smallest for those that have trained least."""
     rounds = Rounds()
-    how = {"participation": {"rate": 0.5, "candidates": 1.0}, "num_rounds": 3}
-    loop = fake_loop(Local(), callbacks=[rounds], **how)
+    sampler = PowerOfChoiceSampler(PowerOfChoiceSamplerSettings(num_candidates=4))
+    loop = fake_loop(Local(), callbacks=[rounds], participation={"rate": 0.5}, sampler=sampler, num_rounds=3)
     loop.run()
     cohorts = [updates.clients for updates in rounds.updates]
     assert cohorts == [(0, 1), (2, 3), (0, 1)], "ties by number, then the untrained ones, then the adapters 1 and 2"
-    with pytest.raises(
-        ConfigError, match=r"participation.candidates=0.25 is not allowed: null, or at least .*rate=0.5"
-    ):
-        fake_loop(participation={"rate": 0.5, "candidates": 0.25})
-
-
-def test_candidates_are_drawn_by_their_numbers_of_targets() -> None:
-    """Against the probabilities of two draws without replacement with weights 1, 2, 3 and 4."""
-    weights = [1.0, 2.0, 3.0, 4.0]
-    counts = dict.fromkeys(itertools.combinations(range(4), 2), 0)
-    for round_index in range(4000):
-        counts[weighted_draw(weights, 2, 0, round_index)] += 1  # type: ignore[index]
-    for (i, j), count in counts.items():
-        p, q = weights[i] / 10, weights[j] / 10
-        expected = p * q / (1 - p) + q * p / (1 - q)
-        assert abs(count / 4000 - expected) < 4 * (expected * (1 - expected) / 4000) ** 0.5
 
 
 class ChangesTheBase(Local):

@@ -34,7 +34,7 @@ def test_planned_peak_memory_equals_the_profile(overrides: list[str], tiny_overr
     config = compose([*tiny_overrides, *shape, *how, *overrides])
     plan = Planner().plan(config)
     loop = build_loop(config, build_recommender(config, build_data(config)), ())
-    job = loop.population.job(loop.participation.rows(loop.population, 0)[0], 0)
+    job = loop.population.job(loop.participation.draw(loop.population, 0).rows[0], 0)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
         loop.train([job])
     weights = plan.client.weight_bytes + plan.server.weight_bytes

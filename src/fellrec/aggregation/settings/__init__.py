@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fellrec.aggregation.settings import averages, fairness, lora, mixing, personalised, robust
+from fellrec.aggregation.settings import asynchronous, averages, fairness, lora, mixing, personalised, robust
 
 RULES: Mapping[str, Any] = {
     kind.__name__.removesuffix("Settings"): kind
-    for room in (averages, fairness, lora, mixing, personalised, robust)
+    for room in (averages, fairness, lora, mixing, personalised, robust, asynchronous)
     for kind in vars(room).values()
     if isinstance(kind, type) and kind.__module__ == room.__name__
 }

@@ -25,6 +25,8 @@ class Limits:
         no_transforms: Not with ``exchange.transforms``.
         changes_base: It changes the frozen weights: not with ``backbone.quantize``.
         one_rank: Not with different ranks in ``adapter.rank``.
+        asynchronous: Not with what needs a cohort that is drawn at once: ``participation=power_of_choice`` and
+            ``participation.over_selection``.
     """
 
     needs_lora: bool = False
@@ -36,6 +38,7 @@ class Limits:
     no_transforms: bool = False
     changes_base: bool = False
     one_rank: bool = True
+    asynchronous: bool = False
 
     def texts(self) -> list[str]:
         """What cannot be combined with the rule, in words.
@@ -49,10 +52,11 @@ class Limits:
             "split.transport other than none": self.whole_model,
             "split.transport=distributed": self.no_remote_server and not self.whole_model,
             "several processes": self.one_process,
-            "participation.rate below 1": self.all_clients,
+            "participation.rate below 1, participation.dropout and participation=trace": self.all_clients,
             f"fewer than {self.least_clients} clients in a round": self.least_clients > 1,
             "exchange.transforms": self.no_transforms,
             "backbone.quantize": self.changes_base,
+            "participation=power_of_choice and participation.over_selection": self.asynchronous,
         }
         return [text for text, applies in found.items() if applies]
 
@@ -76,10 +80,25 @@ class Limits:
         rate, transport = get("participation.rate", 1), get("split.transport", "none")
         adapter, clients = get("adapter._target_", _LORA), get("partition.num_clients", None)
         devices, nodes = get("trainer.devices", 1), get("trainer.num_nodes", 1)
+        dropout, over = get("participation.dropout", 0), get("participation.over_selection", 1)
+        sampler = str(get("participation.sampler._target_", "")).rpartition(".")[2]
         few = isinstance(clients, int) and isinstance(rate, (int, float)) and max(1, round(rate * clients))
         return [
             f"needs every client in every round: participation.rate={rate} is not allowed, leave it at 1"
             if self.all_clients and rate != 1
+            else None,
+            f"needs every client in every round: participation.dropout={dropout} is not allowed, leave it at 0"
+            if self.all_clients and dropout
+            else None,
+            "needs every client in every round: participation=trace is not allowed, use default"
+            if self.all_clients and sampler == "TraceSampler"
+            else None,
+            "is asynchronous and has no cohort to choose by loss: participation=power_of_choice is not allowed, use "
+            "default, by_size or trace"
+            if self.asynchronous and sampler == "PowerOfChoiceSampler"
+            else None,
+            f"is asynchronous and waits for nobody: participation.over_selection={over} is not allowed, leave it at 1"
+            if self.asynchronous and over != 1
             else None,
             f"needs LoRA's factors: adapter {adapter.rpartition('.')[2]} is not allowed, use adapter=lora"
             if self.needs_lora and not adapter.endswith(_LORA)
