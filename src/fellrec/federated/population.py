@@ -308,6 +308,7 @@ class Population:
         """
         found = (
             self.bank.versions[job.row],
+            job.adapter,  # another one if the rule chose what to start from
             self._optimizers.get(job.row),
             self._tensors.get(job.row),
             *job.anchors.values(),

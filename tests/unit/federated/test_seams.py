@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import FakeExecutor, adapters, fake_loop, resumed
+from fakes import FakeExecutor, adapters, fake_loop, parts, resumed, trained
 from torch import Tensor
 
 from fellrec.aggregation import AggregationCallback, FedAvg, Local
@@ -18,6 +18,7 @@ from fellrec.callbacks.mlflow_logging import ClientMetrics, round_metrics
 from fellrec.errors import ConfigError, TrainingError
 from fellrec.federated.base_change import BaseWeights
 from fellrec.federated.callback import FederatedCallback
+from fellrec.federated.checkpoint import CheckpointFolder
 from fellrec.federated.exchange import Transform
 from fellrec.federated.population import Population
 from fellrec.federated.populations import SharedAndPersonal
@@ -283,6 +284,22 @@ def test_clients_measure_losses_of_adapters_and_start_from_what_the_rule_makes_o
         assert ledger.total(**where, direction="up", kind="scalar") == 16 + (32 if num_candidates else 0)
 
 
+@pytest.mark.parametrize("is_same", [True, False])
+def test_what_was_trained_from_another_start_is_not_taken_after_a_stop(is_same: bool, tmp_path: Path) -> None:
+    """Client 0 starts round 1 from client 3's adapter; it trains again if that is another one."""
+    first = fake_loop(BestOfAll())
+    first.population.persist(tmp_path / "checkpoints" / "tensors")
+    first.run_round(0)
+    CheckpointFolder(tmp_path / "checkpoints").save(parts(first), 1)
+    first.population.keep(trained(first.jobs([0], 1)[0]))
+    second = fake_loop(BestOfAll())
+    second.population.persist(tmp_path / "checkpoints" / "tensors")
+    CheckpointFolder(tmp_path / "checkpoints").load(parts(second))
+    if not is_same:
+        second.population.bank.store(3, {name: torch.full((2,), 9.0) for name in "ab"})
+    assert (second.population.recover(second.jobs([0], 1)[0]) is not None) == is_same
+
+
 def test_a_client_that_fails_keeps_its_own_adapter_and_not_what_it_started_from() -> None:
     fails = FakeExecutor(fails=lambda job: (job.row, job.round_index) == (0, 1))
     loop = fake_loop(BestOfAll(), fails, num_rounds=2, participation={"on_failure": "skip"})
@@ -524,7 +541,6 @@ def test_a_start_round_comes_with_every_update() -> None:
 
 def test_callbacks_have_states_too(tmp_path: Path) -> None:
     """JSON, tensors and stored versions come back as they were, wherever they are in a state."""
-    from fellrec.federated.checkpoint import CheckpointFolder
     from fellrec.state.tensor_store import StoredTensors
 
     class Part:
