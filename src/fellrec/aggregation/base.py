@@ -11,8 +11,9 @@ from torch import Tensor
 from fellrec.aggregation.settings.about import About, Limits
 from fellrec.errors import TrainingError, unknown
 from fellrec.federated.callback import FederatedCallback
-from fellrec.federated.population import Population
-from fellrec.federated.populations import SharedModel
+from fellrec.federated.population import JobNeeds, Population
+from fellrec.federated.populations import SharedAndPersonal, SharedModel
+from fellrec.federated.ranks import Ranks
 from fellrec.federated.records import Aggregated, Updates
 from fellrec.federated.terms import LocalTerm
 from fellrec.functional.mixing import Mixture, MixtureOfGroups
@@ -51,6 +52,7 @@ class AggregationCallback(FederatedCallback):
         held_out: Fraction of each client's training rows that are not trained on; on them losses of
             `candidates` are measured, or on the training rows if it is 0.
         limits: What the rule cannot be combined with; refused before data and models are loaded.
+        waived_laws: Laws of ``fellrec check-rule`` that cannot hold for the rule: name of the law → why.
 
     Example:
         >>> class FirstClient(AggregationCallback):
@@ -68,6 +70,7 @@ class AggregationCallback(FederatedCallback):
     needs_start_loss: bool = False
     held_out: float = 0.0
     limits: Limits = Limits()
+    waived_laws: Mapping[str, str] = {}
     own_about: About | None = None
     local_terms: Sequence[LocalTerm] = ()
     """Made with the rule in every process: what changes from round to round goes to clients as tensors, not here."""
@@ -143,6 +146,34 @@ class AggregationCallback(FederatedCallback):
             num_training: Clients that train at the same time.
         """
         return None
+
+    def new_population(
+        self,
+        initial: Mapping[str, Tensor],
+        num_clients: int,
+        reset_optimizer: bool = False,
+        ranks: Ranks | None = None,
+    ) -> Population:
+        """The models of a run before its first round, with what this rule needs of every job.
+
+        Args:
+            initial: Adapter that every row starts from, by parameter.
+            num_clients: C.
+            reset_optimizer: Whether clients forget their optimiser state at the start of a round.
+            ranks: LoRA ranks of the clients, if they differ.
+        """
+        has_trains = type(self).trains is not AggregationCallback.trains
+        keeps = type(self).exchanges is not AggregationCallback.exchanges
+        needs = JobNeeds(
+            trains=self.trains if has_trains else None,
+            start_loss=self.needs_start_loss,
+            reset_optimizer=reset_optimizer,
+            is_personal=(lambda name: not self.exchanges(name, 0)) if keeps else None,
+            ranks=ranks,
+        )
+        if issubclass(self.population, SharedAndPersonal):
+            return self.population(initial, num_clients, needs, self.serves)
+        return self.population(initial, num_clients, needs)
 
     def trains(self, name: str, round_index: int) -> bool:
         """Whether a parameter of the adapter is trained in a round; the others stay frozen and are not exchanged."""

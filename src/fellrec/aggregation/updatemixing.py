@@ -25,6 +25,13 @@ class UpdateMixing(AggregationCallback, UpdateMixingSettings):
     What others learn in a round in which a client is absent never reaches it.
     """
 
+    def __post_init__(self) -> None:
+        """Declare which laws cannot hold."""
+        super().__post_init__()
+        self.waived_laws = {"equal_ends": "updates are mixed, not adapters"}
+        if self.server_learning_rate != 1:
+            self.waived_laws["fixed_point"] = f"server_learning_rate={self.server_learning_rate:g} scales all updates"
+
     def mixing_matrix(self, updates: Updates, round_index: int) -> Tensor:
         """(U2), ``[N, N]`` float64: how updates are mixed."""
         return self._matrix(self._similarity(updates))

@@ -28,8 +28,21 @@ _PLACES = (
 )
 """Variables with this process's number on its node: of torchrun, srun, jsrun, and mpirun of Open MPI and MPICH."""
 
-VERBS = ("prepare", "train", "compare", "evaluate", "export", "plan", "submit", "ui", "sync", "list", "doctor")
-"""Each is a module of this package with ``PURPOSE``, ``EXAMPLES``, ``add_arguments(parser)`` and ``run(options)``."""
+VERBS = (
+    "prepare",
+    "train",
+    "compare",
+    "evaluate",
+    "export",
+    "plan",
+    "submit",
+    "ui",
+    "sync",
+    "list",
+    "check-rule",
+    "doctor",
+)
+"""Each is a module of this package, with ``_`` for ``-``, that has ``PURPOSE``, ``EXAMPLES``, ``add_arguments(parser)`` and ``run(options)``."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -60,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _keep_secrets()
     umask = os.umask(0o077)
     try:
-        command = importlib.import_module(f"fellrec.cli.{options.verb}")
+        command = importlib.import_module(_module(options.verb))
         command.run(options)
     except Exception as raised:
         error = raised if options.debug else _of_memory(raised) or raised
@@ -84,6 +97,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if is_whole_process:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # exit handlers, such as MLflow's, are not interrupted
     _exit(0)
+
+
+def _module(verb: str) -> str:
+    """The module of a verb."""
+    return f"fellrec.cli.{verb.replace('-', '_')}"
 
 
 def _of_memory(error: Exception) -> FellrecError | None:
@@ -128,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name in VERBS:
-        verb = importlib.import_module(f"fellrec.cli.{name}")
+        verb = importlib.import_module(_module(name))
         sub = verbs.add_parser(
             name,
             help=verb.PURPOSE,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +29,7 @@ from fellrec.federated.ledger import Ledger
 from fellrec.federated.local import LocalTrainer
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.participation import AllAtOnce, Clients, Participation
-from fellrec.federated.population import JobNeeds, Population
-from fellrec.federated.populations import SharedAndPersonal
+from fellrec.federated.population import Population
 from fellrec.federated.progress import Progress
 from fellrec.federated.ranks import Ranks
 from fellrec.federated.records import LoraLayer
@@ -111,7 +110,7 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
     trainer = settings(TrainerSettings, config.trainer, "trainer")
     rule.part_of = recommender.module.model.part_of
     num_clients = recommender.data.num_clients
-    num_rows = max(num_clients, _population(rule, {}, num_clients, trainer).num_rows)  # whom a message can be about
+    num_rows = max(num_clients, rule.new_population({}, num_clients).num_rows)  # whom a message can be about
     server = None
     if recommender.server is not None:
         server = build_server(config, recommender.server, num_rows, recommender.fabric)
@@ -130,7 +129,7 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
     initial = {name: initial[name] for name in sorted(initial)}
     rule.begin(initial)
     ranks = _ranks(recommender.adapter, num_clients)
-    population = _population(rule, initial, num_clients, trainer, ranks)
+    population = rule.new_population(initial, num_clients, trainer.reset_optimizer, ranks)
     transforms = [instantiate(node, "exchange.transforms", of=Transform) for node in config.exchange.transforms]
     trained = [row for participant in range(population.num_participants) for row in population.rows_of(participant)]
     return Federation(
@@ -236,24 +235,3 @@ def _participation(
     )
     participation.check(config.trainer.num_rounds, rule.limits.least_clients)
     return participation
-
-
-def _population(
-    rule: AggregationCallback,
-    initial: Mapping[str, Tensor],
-    num_clients: int,
-    trainer: TrainerSettings,
-    ranks: Ranks | None = None,
-) -> Population:
-    has_trains = type(rule).trains is not AggregationCallback.trains
-    keeps = type(rule).exchanges is not AggregationCallback.exchanges
-    needs = JobNeeds(
-        trains=rule.trains if has_trains else None,
-        start_loss=rule.needs_start_loss,
-        reset_optimizer=trainer.reset_optimizer,
-        is_personal=(lambda name: not rule.exchanges(name, 0)) if keeps else None,
-        ranks=ranks,
-    )
-    if issubclass(rule.population, SharedAndPersonal):
-        return rule.population(initial, num_clients, needs, rule.serves)
-    return rule.population(initial, num_clients, needs)

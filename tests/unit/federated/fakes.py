@@ -16,8 +16,6 @@ from fellrec.federated.exchange import Exchange, Transform
 from fellrec.federated.ledger import Ledger
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.participation import Clients, Participation
-from fellrec.federated.population import JobNeeds, Population
-from fellrec.federated.populations import SharedAndPersonal
 from fellrec.federated.progress import Progress
 from fellrec.federated.records import Failed, Job, LossJob, ScoreJob, Trained
 from fellrec.federated.samplers import Sampler
@@ -80,14 +78,9 @@ def fake_loop(
     """A loop over adapters of two parameters."""
     rule = rule or FedAvg()
     settings = TrainerSettings(**{"num_rounds": 3, **trainer})
-    has_trains = type(rule).trains is not AggregationCallback.trains
-    keeps = type(rule).exchanges is not AggregationCallback.exchanges
-    is_personal = (lambda name: not rule.exchanges(name, 0)) if keeps else None
-    needs = JobNeeds(rule.trains if has_trains else None, rule.needs_start_loss, is_personal=is_personal)
-    arguments = (rule.serves,) if issubclass(rule.population, SharedAndPersonal) else ()
     initial = {name: torch.zeros(2) for name in NAMES}
     rule.begin(initial)
-    population: Population = rule.population(initial, num_clients, needs, *arguments)
+    population = rule.new_population(initial, num_clients)
     return FederatedLoop(
         population=population,
         participation=participation_of(rule, num_clients, participation or {}, sampler),

@@ -1,0 +1,274 @@
+"""A federation without a language model and without data, in which aggregation rules are checked in milliseconds.
+
+Population, exchange, local slot and loop are those of real runs. A client's loss is ``1/2 ‖v − t‖²`` with a target t of
+its own, which it minimises by a few steps of SGD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fellrec.aggregation.base import AggregationCallback
+from fellrec.federated.callback import Events
+from fellrec.federated.exchange import Exchange
+from fellrec.federated.ledger import Ledger
+from fellrec.federated.loop import FederatedLoop
+from fellrec.federated.participation import Participation
+from fellrec.federated.progress import Progress
+from fellrec.federated.records import Aggregated, Failed, Job, LoraLayer, ScoreJob, Trained, Updates
+from fellrec.federated.selection import Selection
+from fellrec.federated.settings import ParticipationSettings, TrainerSettings
+from fellrec.federated.slot import LocalSlot, SlotState, new_parameters
+from fellrec.functional.rng import derive_seed
+from fellrec.metrics.summary import summarise
+from fellrec.state.tensor_store import StoredTensors
+from fellrec.types import Adapter, Evaluation
+
+RANK, RATE, MOMENTUM = 2, 0.1, 0.5
+"""Rank of the factors; learning rate and momentum of the clients' SGD."""
+LAYERS = tuple(
+    LoraLayer(f"{name}.lora_A.default.weight", f"{name}.lora_B.default.weight", f"{name}.base_layer.weight", scale, t)
+    for name, scale, t in (("layers.0.q", 0.5, False), ("layers.1.v", 3.0, True))
+)
+"""Two layers that LoRA adapts; the weight of the second one is stored as ``[in, out]``."""
+_SIZES = {"layers.0.q": (3, 4), "layers.1.v": (5, 3)}
+"""Out, in."""
+PLAIN = {"norm.weight": (4,), "score.weight": (2, 3)}
+"""Parameters without factors and their shapes."""
+
+
+def shapes(with_lora: bool = True) -> dict[str, tuple[int, ...]]:
+    """Shapes of the toy adapter's parameters, by name."""
+    found: dict[str, tuple[int, ...]] = dict(PLAIN)
+    for layer in LAYERS if with_lora else ():
+        out, into = _SIZES[layer.a.partition(".lora_A")[0]]
+        found |= {layer.a: (RANK, into), layer.b: (out, RANK)}
+    return {name: found[name] for name in sorted(found)}
+
+
+def random_adapter(label: str, seed: int, with_lora: bool = True, scale: float = 1.0) -> dict[str, Tensor]:
+    """Normally distributed values that depend on label and seed only, float32."""
+    random = np.random.default_rng(derive_seed(seed, "toy", label))
+    return {
+        name: torch.from_numpy(scale * random.standard_normal(shape)).float()
+        for name, shape in shapes(with_lora).items()
+    }
+
+
+@dataclass(frozen=True)
+class ToyClient:
+    """What a client trains on.
+
+    Attributes:
+        target: What its parameters move to, by name.
+        num_samples: Training targets.
+        num_steps: Steps of a round.
+        loss: Reported instead of the loss that was measured; also at the received adapter.
+    """
+
+    target: Mapping[str, Tensor]
+    num_samples: int = 10
+    num_steps: int = 2
+    loss: float | None = None
+
+
+def random_clients(num_clients: int, seed: int, with_lora: bool = True) -> list[ToyClient]:
+    """Clients with targets, numbers of samples and of steps of their own."""
+    random = np.random.default_rng(derive_seed(seed, "toy", "clients"))
+    return [
+        ToyClient(
+            random_adapter(f"target {client}", seed, with_lora),
+            num_samples=int(random.integers(1, 100)),
+            num_steps=int(random.integers(1, 4)),
+        )
+        for client in range(num_clients)
+    ]
+
+
+def train(job: Job, client: ToyClient, rule: AggregationCallback) -> Trained:
+    """A client's local training, with the rule's local terms."""
+    begin = SlotState.of(job)
+    parameters = new_parameters({name: nn.Parameter(value) for name, value in begin.adapter.items()}, begin)
+    trained = [value for value in parameters.values() if value.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=RATE, momentum=MOMENTUM) if trained else None
+    slot = LocalSlot(parameters, begin, optimizer, rule.local_terms)
+    losses = []
+    for _ in range(client.num_steps):
+        loss = _distance(parameters, client.target)
+        slot.before_backward(False, RATE)
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+        slot.step(1.0, RATE)
+        losses.append(float(loss.detach()))
+    found, measured = slot.state(), sum(losses) / len(losses)
+    start_loss = (losses[0] if client.loss is None else client.loss) if job.needs_start_loss else None
+    return Trained(
+        job=job,
+        adapter=StoredTensors(found.adapter),
+        optimizer=StoredTensors(found.optimizer),
+        loss=measured if client.loss is None else client.loss,
+        num_samples=client.num_samples,
+        num_steps=client.num_steps,
+        seconds=0.0,
+        start_loss=start_loss,
+        tensors=StoredTensors(found.tensors),
+    )
+
+
+def _distance(parameters: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
+    parts = [(value.float() - target[name].float()).square().sum() / 2 for name, value in parameters.items()]
+    return torch.stack(parts).sum()
+
+
+@dataclass(frozen=True)
+class ToyRound:
+    """A round.
+
+    Attributes:
+        updates: What the rule saw.
+        aggregated: What it returned.
+    """
+
+    updates: Updates
+    aggregated: Aggregated
+
+
+@dataclass
+class ToyFederation:
+    """A rule, its population, and clients.
+
+    Attributes:
+        rule: The rule, which belongs to this federation alone.
+        clients: C of them.
+        initial: Adapter that all clients start from.
+    """
+
+    rule: AggregationCallback
+    clients: Sequence[ToyClient]
+    initial: Mapping[str, Tensor] = field(default_factory=lambda: random_adapter("initial", 0))
+
+    def __post_init__(self) -> None:
+        """Make population and exchange."""
+        layers = [layer for layer in LAYERS if layer.a in self.initial]
+        self.population = self.rule.new_population(self.initial, len(self.clients))
+        self.exchange = Exchange(self.rule, Ledger(), layers=layers, num_clients=len(self.clients))
+
+    def trained(self, round_index: int, cohort: Collection[int] | None = None) -> list[Trained]:
+        """Let the cohort train, everybody by default; gives the results of the rows that are exchanged."""
+        participants = sorted(range(self.population.num_participants) if cohort is None else cohort)
+        rows = [row for participant in participants for row in self.population.rows_of(participant)]
+        jobs = [self.population.job(row, round_index) for row in sorted(rows)]
+        found = [self.population.keep(train(job, self.clients[job.client], self.rule)) for job in jobs]
+        return [result for result in found if self.population.is_exchanged(result.row)]
+
+    def updates(
+        self, round_index: int, cohort: Collection[int] | None = None, order: Sequence[int] | None = None
+    ) -> Updates:
+        """What the rule sees of a round; ``order`` are places of the cohort."""
+        trained = self.trained(round_index, cohort)
+        return self.exchange.up(trained if order is None else [trained[place] for place in order])
+
+    def finish(self, updates: Updates, round_index: int) -> Aggregated:
+        """Aggregate, and let the clients have the result."""
+        aggregated = self.rule.aggregate(updates, round_index)
+        self.population.receive(self.exchange.down(updates, aggregated))
+        return aggregated
+
+    def round(self, round_index: int, cohort: Collection[int] | None = None) -> ToyRound:
+        """One round of the cohort, of everybody by default."""
+        updates = self.updates(round_index, cohort)
+        return ToyRound(updates, self.finish(updates, round_index))
+
+    def adapter(self, row: int) -> Adapter:
+        """A row's adapter, by parameter."""
+        return self.population.bank.versions[row].tensors()
+
+    def model(self, row: int) -> dict[str, Tensor]:
+        """What a row's model computes with: plain parameters, and the change of each weight ``[out, in]``, float64.
+
+        The change is that of the adapter, ``scale * B @ A``, and of the frozen base together.
+        """
+        adapter, base = self.adapter(row), self.population.base
+        found = {name: value.double() for name, value in adapter.items() if "lora_" not in name}
+        for layer in self.exchange.layers:
+            weight = layer.scale * adapter[layer.b].double() @ adapter[layer.a].double()
+            for change in base:
+                found_of = change.tensors()
+                if f"{layer.weight}|left" in found_of:
+                    added = found_of[f"{layer.weight}|left"].double() @ found_of[f"{layer.weight}|right"].double()
+                    weight = weight + (added.T if layer.is_transposed else added)
+            found[layer.weight] = weight
+        return found
+
+
+class ToyExecutor:
+    """Trains and evaluates the clients of a toy federation; a client's metric is ``1 / (1 + distance to the target)``.
+
+    Args:
+        rule: Has the local terms.
+        clients: All of them.
+    """
+
+    def __init__(self, rule: AggregationCallback, clients: Sequence[ToyClient]) -> None:
+        self.rule, self.clients = rule, clients
+
+    def train(self, jobs: Sequence[Job], events: Events) -> Iterator[Trained | Failed]:
+        """See ``Executor``."""
+        for job in jobs:
+            events.call("on_client_start", job)
+            yield train(job, self.clients[job.client], self.rule)
+
+    def score(self, jobs: Sequence[ScoreJob], stage: str, round_index: int) -> Evaluation:
+        """See ``Executor``."""
+        found = {
+            client: 1 / (1 + float(_distance(job.adapter.tensors(), self.clients[client].target)))
+            for job in jobs
+            for client in job.clients
+        }
+        values = torch.tensor([found[client] for client in sorted(found)], dtype=torch.float64)
+        return summarise({"ndcg_at_10": values}, torch.arange(len(values)), len(values), stage, round_index)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def toy_loop(
+    rule: AggregationCallback, clients: Sequence[ToyClient], initial: Adapter, num_rounds: int, rate: float
+) -> FederatedLoop:
+    """The loop of a real run over toy clients."""
+    federation = ToyFederation(rule, clients, initial)
+    settings = TrainerSettings(num_rounds=num_rounds)
+    return FederatedLoop(
+        population=federation.population,
+        participation=Participation(ParticipationSettings(rate=rate), seed=0),
+        executor=ToyExecutor(rule, clients),
+        exchange=federation.exchange,
+        rule=rule,
+        selection=Selection(federation.population, settings.metric),
+        progress=Progress(),
+        events=Events([rule]),
+        settings=settings,
+    )
+
+
+def parts_of(loop: FederatedLoop) -> dict[str, Any]:
+    """What a checkpoint of a loop holds, as in a real run."""
+    return {
+        "progress": loop.progress,
+        "population": loop.population,
+        "selection": loop.selection,
+        "rule": loop.rule,
+        "exchange": loop.exchange,
+        "ledger": loop.exchange.ledger,
+    }
+
+
+def with_loss(clients: Sequence[ToyClient], loss: float) -> list[ToyClient]:
+    """The same clients, which all report one loss."""
+    return [replace(client, loss=loss) for client in clients]
