@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fellrec.aggregation.base import AggregationCallback
-from fellrec.aggregation.laws import FIRST, LAWS, Law, LawBrokenError, NotApplicableError, Subject
+from fellrec.aggregation.examples import LawBrokenError, NotApplicableError
+from fellrec.aggregation.laws import FIRST, LAWS, Law, Subject
 from fellrec.errors import ConfigError, unknown
 
 Outcome = Literal["passed", "failed", "not applicable", "not checked"]

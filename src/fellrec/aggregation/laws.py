@@ -9,18 +9,30 @@ from __future__ import annotations
 import math
 import re
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fellrec.aggregation.base import AggregationCallback
+from fellrec.aggregation.examples import (
+    LawBrokenError,
+    NotApplicableError,
+    check_close,
+    check_round,
+    check_same_bits,
+    check_same_figures,
+    check_same_models,
+    check_unchanged,
+    dense,
+    example,
+    numbers_of,
+    tensors_in,
+    text_of,
+)
 from fellrec.aggregation.settings.about import Limits
 from fellrec.aggregation.toy import (
     ToyClient,
@@ -36,24 +48,12 @@ from fellrec.errors import TrainingError
 from fellrec.federated.checkpoint import CheckpointFolder
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.populations import OneForAll, SharedAndPersonal, SharedModel
-from fellrec.federated.records import SumsOnly, Updates
-from fellrec.functional.stacks import LazyStack, as_lazy
+from fellrec.federated.records import Updates
 from fellrec.state.tensor_store import StoredTensors
 
 SIZES = (2, 4)
 """Numbers of clients that laws are checked with, or the smallest number that the rule allows."""
 MANY = 100
-RELATIVE, ABSOLUTE = 1e-5, 1e-6
-"""Tolerances of figures that are computed in another order."""
-_METRIC_NAME = re.compile(r"[\w./: -]+")
-
-
-class LawBrokenError(Exception):
-    """A law does not hold; the message is the smallest example that was found."""
-
-
-class NotApplicableError(Exception):
-    """A law says nothing about a rule; the message is what the rule declares."""
 
 
 @dataclass(frozen=True)
@@ -129,18 +129,16 @@ FIRST = ("sees", "rows_sum_to_1", "rounds")
 """Laws without which the others cannot be checked."""
 
 
-def law(text: str) -> Callable[[Check], Check]:
-    """Add a function to the laws, under its own name."""
-
-    def add(check: Check) -> Check:
-        LAWS[check.__name__] = Law(check.__name__, text, check)
-        return check
-
-    return add
+def law(check: Check) -> Check:
+    """Add a function to the laws, under its own name; the first line of its docstring says what holds."""
+    text = (check.__doc__ or "").split("\n")[0].rstrip(".")
+    LAWS[check.__name__] = Law(check.__name__, text[:1].lower() + text[1:], check)
+    return check
 
 
-@law("a rule that declares sums or nothing reads and returns no single adapter")
+@law
 def sees(subject: Subject) -> None:
+    """A rule that declares sums or nothing reads and returns no single adapter."""
     if subject.rule.sees == "adapters":
         raise NotApplicableError("it declares sees='adapters'")
     for size, seed in subject.cases():
@@ -151,37 +149,41 @@ def sees(subject: Subject) -> None:
                 raise LawBrokenError(f"it declares sees='nothing' and returned {', '.join(result.adapters)}")
 
 
-@law("each row of a mixing matrix sums to 1")
+@law
 def rows_sum_to_1(subject: Subject) -> None:
+    """Each row of a mixing matrix sums to 1."""
     for where, updates, matrix in _matrices(subject):
         sums = matrix.double().sum(dim=1)
         row = int((sums - 1).abs().argmax())
         if abs(float(sums[row]) - 1) > 1e-6:
-            found = f"row {row} is {_text(matrix[row])} and sums to {float(sums[row]):.8g}; {_numbers(updates)}"
+            found = f"row {row} is {text_of(matrix[row])} and sums to {float(sums[row]):.8g}; {numbers_of(updates)}"
             raise LawBrokenError(f"{where}: {found}")
 
 
-@law("two rounds give adapters, matrices and figures of the right shapes, all finite")
+@law
 def rounds(subject: Subject) -> None:
+    """Two rounds give adapters, matrices and figures of the right shapes, all finite."""
     for size, seed in subject.cases():
         federation = subject.federation(random_clients(size, seed), seed)
         for index in range(2):
             with example(size, index, seed):
-                _check_round(federation.round(index), federation)
+                check_round(federation.round(index), federation)
 
 
-@law("no entry of a mixing matrix is negative")
+@law
 def weights_not_negative(subject: Subject) -> None:
+    """No entry of a mixing matrix is negative."""
     for where, updates, matrix in _matrices(subject):
         row, column = divmod(int(matrix.argmin()), matrix.shape[1])
         if matrix[row, column] < 0:
             raise LawBrokenError(
-                f"{where}: receiver {row}, sender {column}: {matrix[row, column]:.6g}; {_numbers(updates)}"
+                f"{where}: receiver {row}, sender {column}: {matrix[row, column]:.6g}; {numbers_of(updates)}"
             )
 
 
-@law("the order of clients in a round changes nothing")
+@law
 def order(subject: Subject) -> None:
+    """The order of clients in a round changes nothing."""
     _needs_clients(subject)
     for size, seed in subject.cases():
         reversed_order = list(range(size))[::-1]
@@ -192,12 +194,13 @@ def order(subject: Subject) -> None:
                 expected = plain.round(index)
                 updates = other.updates(index, order=reversed_order)
                 found = ToyRound(updates, other.finish(updates, index))
-                _same_figures(expected, found, reversed_order)
-                _same_models(plain, other, list(range(plain.population.num_rows)), expected.updates)
+                check_same_figures(expected, found, reversed_order)
+                check_same_models(plain, other, list(range(plain.population.num_rows)), expected.updates)
 
 
-@law("if clients change their numbers, their results change with them")
+@law
 def permutation(subject: Subject) -> None:
+    """If clients change their numbers, their results change with them."""
     _needs_clients(subject)
     for size, seed in subject.cases():
         clients = random_clients(size, seed)
@@ -208,12 +211,13 @@ def permutation(subject: Subject) -> None:
         for index in range(2):
             with example(size, index, seed):
                 expected, found = plain.round(index), other.round(index)
-                _same_figures(expected, found, places)
-                _same_models(plain, other, rows, expected.updates)
+                check_same_figures(expected, found, places)
+                check_same_models(plain, other, rows, expected.updates)
 
 
-@law("the same round gives the same bits again")
+@law
 def repeatable(subject: Subject) -> None:
+    """The same round gives the same bits again."""
     for size, seed in subject.cases():
         clients = random_clients(size, seed)
         first, second = subject.federation(clients, seed), subject.federation(clients, seed)
@@ -221,11 +225,12 @@ def repeatable(subject: Subject) -> None:
             with example(size, index, seed):
                 first.round(index)
                 second.round(index)
-                _same_bits(_persisted(first), _persisted(second))
+                check_same_bits(_persisted(first), _persisted(second))
 
 
-@law("where no client moves, no model moves")
+@law
 def no_movement(subject: Subject) -> None:
+    """Where no client moves, no model moves."""
     for size, seed in subject.cases():
         initial = random_adapter("initial", seed)
         clients = [ToyClient(initial, num_samples=n + 1, loss=1.0 + n) for n in range(size)]
@@ -234,11 +239,12 @@ def no_movement(subject: Subject) -> None:
         with example(size, 0, seed):
             updates = federation.round(0).updates
             for row in range(federation.population.num_rows):
-                _close(before, federation.model(row), f"row {row}", _numbers(updates))
+                check_close(before, federation.model(row), f"row {row}", numbers_of(updates))
 
 
-@law("clients that start and end with the same adapter all get it")
+@law
 def fixed_point(subject: Subject) -> None:
+    """Clients that start and end with the same adapter all get it."""
     if subject.is_shared and not subject.has_matrix:
         raise NotApplicableError("the server's model moves by something else than a mean of adapters")
     for size, seed in subject.cases():
@@ -250,11 +256,12 @@ def fixed_point(subject: Subject) -> None:
             expected = federation.model(0)
             federation.finish(updates, 0)
             for row in range(federation.population.num_clients if not subject.is_pooled else 1):
-                _close(expected, federation.model(row), f"client {row}", _numbers(updates))
+                check_close(expected, federation.model(row), f"client {row}", numbers_of(updates))
 
 
-@law("clients that end with the same adapter all get it, wherever they started")
+@law
 def equal_ends(subject: Subject) -> None:
+    """Clients that end with the same adapter all get it, wherever they started."""
     if subject.is_shared or subject.is_pooled:
         raise NotApplicableError("all clients start from one model")
     if subject.rule.sees == "nothing":
@@ -262,32 +269,34 @@ def equal_ends(subject: Subject) -> None:
     for size, seed in subject.cases():
         federation = subject.federation(random_clients(size, seed), seed)
         federation.round(0)
-        updates = _dense(federation.updates(1))
+        updates = dense(federation.updates(1))
         same = {name: value[:1].repeat(size, *[1] * (value.ndim - 1)) for name, value in updates.end.items()}
         with example(size, 1, seed):
-            result = federation.rule.aggregate(replace(updates, end=same), 1)
-            _close(same, dict(result.adapters), "", _numbers(updates))
+            result = federation.rule.aggregate(replace(updates, start=updates.end, end=same), 1)
+            check_close(same, dict(result.adapters), "", numbers_of(updates))
 
 
-@law("what a rule is given is neither changed nor handed on")
+@law
 def inputs(subject: Subject) -> None:
+    """What a rule is given is neither changed nor handed on."""
     for size, seed in subject.cases():
         for index in range(2):
             federation = subject.federation(random_clients(size, seed), seed)
             for earlier in range(index):
                 federation.round(earlier)
-            updates = _dense(federation.updates(index))
-            before = {where: value.clone() for where, value in _tensors(updates)}
+            updates = dense(federation.updates(index))
+            before = {where: value.clone() for where, value in tensors_in(updates)}
             with example(size, index, seed):
                 result = federation.rule.aggregate(updates, index)
-                _unchanged(before, updates, "changed")
+                check_unchanged(before, updates, "changed")
                 for value in dict(result.adapters).values():
                     value.fill_(math.pi)
-                _unchanged(before, updates, "is returned itself, not a copy: what is done to the result changes")
+                check_unchanged(before, updates, "is returned itself, not a copy: what is done to the result changes")
 
 
-@law("saved in the middle of a run and loaded, a rule continues bit for bit")
+@law
 def state(subject: Subject) -> None:
+    """Saved in the middle of a run and loaded, a rule continues bit for bit."""
     for size, seed in subject.cases(2):
         clients, cohorts = random_clients(size + 1, seed), _cohorts(subject, size + 1)
         whole, first = subject.federation(clients, seed), subject.federation(clients, seed)
@@ -302,54 +311,58 @@ def state(subject: Subject) -> None:
             CheckpointFolder(Path(folder)).load(_parts(second))
             for index, cohort in list(enumerate(cohorts))[2:]:
                 second.round(index, cohort)
-            _same_bits(_persisted(whole), _persisted(second))
+            check_same_bits(_persisted(whole), _persisted(second))
 
 
-@law("clients that miss a round keep their own parameters, moments, tensors and what the rule remembers of them")
+@law
 def absent(subject: Subject) -> None:
+    """Clients that miss a round keep their own parameters, moments, tensors and what the rule remembers of them."""
     _needs_parts(subject)
     for size, seed in subject.cases(2):
-        size += 1
-        federation = subject.federation(random_clients(size, seed), seed)
+        federation, last = subject.federation(random_clients(size + 1, seed), seed), size
         federation.round(0)
-        before = _of_client(federation, size - 1)
+        before = _of_client(federation, last)
         for index in (1, 2):
-            with example(size, index, seed):
-                federation.round(index, range(size - 1))
-                _same_bits(before, _of_client(federation, size - 1), f"client {size - 1}, which is absent, has another")
+            with example(size + 1, index, seed):
+                federation.round(index, range(size))
+                check_same_bits(before, _of_client(federation, last), f"client {last}, which is absent, has another")
 
 
-@law("every round may have another cohort, also of clients that missed all rounds before")
+@law
 def cohorts(subject: Subject) -> None:
+    """Every round may have another cohort, also of clients that missed all rounds before."""
     _needs_parts(subject)
     for size, seed in subject.cases(2):
         federation = subject.federation(random_clients(2 * size, seed), seed)
         for index, cohort in enumerate([range(size), range(size, 2 * size), range(0, 2 * size, 2), range(2 * size)]):
             with example(2 * size, index, seed):
-                _check_round(federation.round(index, cohort), federation)
+                check_round(federation.round(index, cohort), federation)
 
 
-@law("a round may have one client")
+@law
 def one_client(subject: Subject) -> None:
+    """A round may have one client."""
     if subject.least > 1:
         raise NotApplicableError(f"limits.least_clients={subject.least}")
     federation = subject.federation(random_clients(1, 0))
     for index in range(2):
         with example(1, index, 0):
-            _check_round(federation.round(index), federation)
+            check_round(federation.round(index), federation)
 
 
-@law("a round may have 100 clients")
+@law
 def many_clients(subject: Subject) -> None:
+    """A round may have 100 clients."""
     _needs_clients(subject)
     clients = [replace(client, num_steps=1) for client in random_clients(MANY, 0)]
     federation = subject.federation(clients)
     with example(MANY, 0, 0):
-        _check_round(federation.round(0), federation)
+        check_round(federation.round(0), federation)
 
 
-@law("a client whose adapter is not finite is refused by its number")
+@law
 def undefined_adapter(subject: Subject) -> None:
+    """A client whose adapter is not finite is refused by its number."""
     for size, seed in subject.cases():
         federation = subject.federation(random_clients(size, seed), seed)
         trained = federation.trained(0)
@@ -367,8 +380,9 @@ def undefined_adapter(subject: Subject) -> None:
             raise LawBrokenError(f"{size} clients, client {last.row} has NaN, and the round went through")
 
 
-@law("a loss that is not finite is refused, or has no effect on adapters")
+@law
 def undefined_loss(subject: Subject) -> None:
+    """A loss that is not finite is refused, or has no effect on adapters."""
     for size, seed in subject.cases():
         federation = subject.federation(random_clients(size, seed), seed)
         updates = federation.updates(0)
@@ -381,32 +395,35 @@ def undefined_loss(subject: Subject) -> None:
             continue
         for name, value in dict(result.adapters).items():
             if not bool(value.isfinite().all()):
-                raise LawBrokenError(f"{size} clients, losses {_text(losses)}: {name} is not finite")
+                raise LawBrokenError(f"{size} clients, losses {text_of(losses)}: {name} is not finite")
 
 
-@law("losses may all be 0, or all the same")
+@law
 def equal_losses(subject: Subject) -> None:
+    """Losses may all be 0, or all the same."""
     for size, seed in subject.cases(2):
         for loss in (0.0, 1.0, 1e4):
             federation = subject.federation(with_loss(random_clients(size, seed), loss), seed)
             for index in range(2):
                 with example(size, index, seed, f"all losses are {loss:g}"):
-                    _check_round(federation.round(index), federation)
+                    check_round(federation.round(index), federation)
 
 
-@law("adapters keep their types, where parameters are float32 and bfloat16")
+@law
 def mixed_types(subject: Subject) -> None:
+    """Adapters keep their types, where parameters are float32 and bfloat16."""
     for size, seed in subject.cases():
         initial = random_adapter("initial", seed)
         initial = {name: value.bfloat16() if "lora_" in name else value for name, value in initial.items()}
         federation = subject.federation(random_clients(size, seed), seed, initial)
         for index in range(2):
             with example(size, index, seed):
-                _check_round(federation.round(index), federation)
+                check_round(federation.round(index), federation)
 
 
-@law("adapters without LoRA's factors are aggregated")
+@law
 def without_lora(subject: Subject) -> None:
+    """Adapters without LoRA's factors are aggregated."""
     if subject.rule.limits.needs_lora:
         raise NotApplicableError("limits.needs_lora")
     for size, seed in subject.cases():
@@ -414,7 +431,7 @@ def without_lora(subject: Subject) -> None:
         federation = subject.federation(clients, seed, random_adapter("initial", seed, with_lora=False))
         for index in range(2):
             with example(size, index, seed, "no LoRA"):
-                _check_round(federation.round(index), federation)
+                check_round(federation.round(index), federation)
 
 
 EXCLUDED: Mapping[str, Mapping[str, Any]] = {
@@ -430,8 +447,9 @@ EXCLUDED: Mapping[str, Mapping[str, Any]] = {
 """For each field of `Limits`, settings that it excludes."""
 
 
-@law("what limits exclude is refused with the rule's name, and nothing else is")
+@law
 def limits(subject: Subject) -> None:
+    """What limits exclude is refused with the rule's name, and nothing else is."""
     declared = subject.rule.limits
     name, default = subject.rule.name, Limits()
     claimed = [field.name for field in fields(Limits) if getattr(declared, field.name) != getattr(default, field.name)]
@@ -445,8 +463,9 @@ def limits(subject: Subject) -> None:
             raise LawBrokenError(f"limits.{field} does not refuse {EXCLUDED[field]}: {found}")
 
 
-@law("a run of the real loop that is stopped and resumed ends as one that is not, bit for bit")
+@law
 def run(subject: Subject) -> None:
+    """A run of the real loop that is stopped and resumed ends as one that is not, bit for bit."""
     rate = 1.0 if subject.rule.limits.all_clients else 0.5
     size = max(3, subject.least) if rate == 1.0 else 2 * max(2, subject.least)
     clients = random_clients(size, 0)
@@ -461,27 +480,7 @@ def run(subject: Subject) -> None:
         CheckpointFolder(Path(folder)).save(parts_of(first), 2)
         CheckpointFolder(Path(folder)).load(parts_of(second))
         second.run()
-        _same_bits(*(_ended(loop) for loop in (whole, second)))
-
-
-@contextmanager
-def example(num_clients: int, round_index: int, seed: int, more: str = "") -> Iterator[None]:
-    """Name the example in whatever is raised; other errors than ours break the law."""
-    where = f"{num_clients} client{'s' * (num_clients != 1)}, round {round_index}, seed {seed}"
-    where = f"{where}, {more}" if more else where
-    try:
-        yield
-    except LawBrokenError as error:
-        raise LawBrokenError(f"{where}: {error}") from error
-    except Exception as error:
-        raise LawBrokenError(f"{where}: {type(error).__name__}: {error}{_place(error)}") from error
-
-
-def _place(error: Exception) -> str:
-    """The last line of code outside this package and other libraries, in brackets; empty if there is none."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not ({"fellrec", "site-packages"} & set(Path(frame.filename).parts))]
-    return f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+        check_same_bits(_ended(whole), _ended(second))
 
 
 def _needs_clients(subject: Subject) -> None:
@@ -556,116 +555,3 @@ def _entries(value: Any, key: str) -> Any:
         return None
     found = {name: item if name == key else _entries(item, key) for name, item in value.items()}
     return {name: item for name, item in found.items() if item is not None} or None
-
-
-def _check_round(found: ToyRound, federation: ToyFederation) -> None:
-    """Refuse a result with a wrong shape or type, or a figure that is not finite."""
-    updates, aggregated = found.updates, found.aggregated
-    size, kinds = len(updates.clients), federation.initial
-    numbers = _numbers(updates)
-    for name, value in dict(aggregated.adapters).items():
-        if name not in kinds:
-            raise LawBrokenError(f"{name} is returned, which is not a parameter of the adapter")
-        if tuple(value.shape) != (size, *kinds[name].shape):
-            raise LawBrokenError(f"{name} is {list(value.shape)}, needed is {[size, *kinds[name].shape]}")
-        if value.dtype != kinds[name].dtype:
-            raise LawBrokenError(f"{name} is {value.dtype}, needed is {kinds[name].dtype}")
-        if not bool(value.isfinite().all()):
-            raise LawBrokenError(f"{name} is not finite: {_text(value)}; {numbers}")
-    figures = [(name, value, (size, size)) for name, value in aggregated.matrices.items()]
-    for name, value, shape in [*figures, *((n, v, (size,)) for n, v in aggregated.per_client.items())]:
-        if tuple(value.shape) != shape:
-            raise LawBrokenError(f"{name} is {list(value.shape)}, needed is {list(shape)}")
-        if not bool(value.isfinite().all()):
-            raise LawBrokenError(f"{name} is not finite: {_text(value)}; {numbers}")
-    for name, figure in aggregated.metrics.items():
-        if not _METRIC_NAME.fullmatch(name) or not math.isfinite(figure):
-            raise LawBrokenError(f"the metric {name!r} is {figure}: needed is a finite number with a name for MLflow")
-
-
-def _same_figures(expected: ToyRound, found: ToyRound, places: Sequence[int]) -> None:
-    """Refuse matrices and vectors that did not move with the clients; client n of ``found`` is ``places[n]``."""
-    for name, matrix in expected.aggregated.matrices.items():
-        wanted = {name: matrix[places][:, places]}
-        _close(wanted, {name: found.aggregated.matrices[name]}, "", _numbers(expected.updates))
-    for name, vector in expected.aggregated.per_client.items():
-        _close({name: vector[places]}, {name: found.aggregated.per_client[name]}, "", _numbers(expected.updates))
-
-
-def _same_models(plain: ToyFederation, other: ToyFederation, rows: Sequence[int], updates: Updates) -> None:
-    """Refuse models that differ; row n of ``other`` is ``rows[n]`` of ``plain``."""
-    for row, place in enumerate(rows):
-        _close(plain.model(place), other.model(row), f"client {place % len(plain.clients)}", _numbers(updates))
-
-
-def _close(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str, numbers: str) -> None:
-    """Refuse figures that differ by more than rounding, naming the one that differs most."""
-    for name, value in expected.items():
-        if name not in found:
-            continue  # a parameter that is not returned stays as it was trained
-        wanted, got = value.double(), found[name].double()
-        excess = (got - wanted).abs() - ABSOLUTE - RELATIVE * wanted.abs()
-        if not bool((excess <= 0).all()):
-            place = int(excess.nan_to_num(torch.inf).argmax())
-            index = [int(i) for i in torch.unravel_index(torch.tensor(place), wanted.shape)]
-            figures = f"{float(got.reshape(-1)[place]):.6g}, expected {float(wanted.reshape(-1)[place]):.6g}"
-            raise LawBrokenError(f"{where}{where and ', '}{name}{index}: {figures}; {numbers}")
-
-
-def _same_bits(expected: Any, found: Any, what: str = "", where: str = "") -> None:
-    """Refuse states that differ."""
-    what = what or "another"
-    if isinstance(expected, StoredTensors) and isinstance(found, StoredTensors):
-        return _same_bits(expected.tensors(), found.tensors(), what, where)
-    if isinstance(expected, Mapping) and isinstance(found, Mapping) and expected.keys() == found.keys():
-        for key in expected:
-            _same_bits(expected[key], found[key], what, f"{where}/{key}" if where else str(key))
-    elif isinstance(expected, list | tuple) and isinstance(found, list | tuple) and len(expected) == len(found):
-        for place, item in enumerate(expected):
-            _same_bits(item, found[place], what, f"{where}/{place}")
-    elif isinstance(expected, Tensor) and isinstance(found, Tensor):
-        if not torch.equal(expected, found):
-            raise LawBrokenError(f"{what} {where}: {_text(found)}, expected {_text(expected)}")
-    elif not (type(expected) is type(found) and (expected == found or expected != expected)):
-        raise LawBrokenError(f"{what} {where}: {found!r}, expected {expected!r}")
-    return None
-
-
-def _dense(value: Any) -> Any:
-    """The same with tensors in memory instead of stacks that are read."""
-    if isinstance(value, Updates):
-        return replace(value, **{field.name: _dense(getattr(value, field.name)) for field in fields(value)})
-    if isinstance(value, SumsOnly):
-        return SumsOnly(dict(value.hidden), value.rule)
-    if isinstance(value, LazyStack):
-        return dict(value)
-    return {name: _dense(item) for name, item in value.items()} if isinstance(value, Mapping) else value
-
-
-def _tensors(value: Any, where: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors in updates, by what they are."""
-    if isinstance(value, Tensor):
-        yield where, value
-    elif isinstance(value, Updates):
-        for field in fields(value):
-            yield from _tensors(getattr(value, field.name), field.name)
-    elif isinstance(value, SumsOnly):
-        yield from ((f"{where} {name}", value.hidden.block(name, slice(None))) for name in value.hidden)
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _tensors(item, f"{where} {name}")
-
-
-def _unchanged(before: Mapping[str, Tensor], updates: Updates, how: str) -> None:
-    for where, value in _tensors(updates):
-        if not torch.equal(value, before[where]):
-            raise LawBrokenError(f"updates.{where} {how}: {_text(value)}, was {_text(before[where])}")
-
-
-def _numbers(updates: Updates) -> str:
-    return f"losses {_text(updates.losses)}, samples {_text(updates.num_samples)}"
-
-
-def _text(values: Tensor) -> str:
-    shown = [f"{value:.4g}" for value in values.double().reshape(-1)[:6].tolist()]
-    return f"[{', '.join([*shown, *['…'] * (values.numel() > len(shown))])}]"

@@ -6,7 +6,7 @@ its own, which it minimises by a few steps of SGD.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -103,7 +103,7 @@ def train(job: Job, client: ToyClient, rule: AggregationCallback) -> Trained:
         loss = _distance(parameters, client.target)
         slot.before_backward(False, RATE)
         if loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         slot.step(1.0, RATE)
         losses.append(float(loss.detach()))
     found, measured = slot.state(), sum(losses) / len(losses)

@@ -42,7 +42,8 @@ VERBS = (
     "check-rule",
     "doctor",
 )
-"""Each is a module of this package, with ``_`` for ``-``, that has ``PURPOSE``, ``EXAMPLES``, ``add_arguments(parser)`` and ``run(options)``."""
+"""Each is a module of this package, with ``_`` for ``-``, and has ``PURPOSE``, ``EXAMPLES``,
+``add_arguments(parser)`` and ``run(options)``."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 from lightning import Fabric
 from omegaconf import DictConfig
-from torch import Tensor
 
 from fellrec.aggregation.base import AggregationCallback
 from fellrec.config.instantiate import as_dict, instantiate, settings
