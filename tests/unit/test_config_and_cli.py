@@ -80,23 +80,24 @@ def test_the_data_decides_the_prompt_unless_it_is_given(data: str, template: str
     assert compose([*overrides, "objective.template=product-1"]).objective.template == "product-1"
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "seed=3",
-        "run_dir=x",
-        "trainer.num_rounds=3",
-        "trainer.local_epochs=2",
-        "trainer.batch_size=8",
-        "data.max_train_samples=100",
-        "data.max_users=50",
-        "partition.num_clients=4",
-    ],
-)
+SCRIPTS = [
+    "seed=3",
+    "run_dir=x",
+    "trainer.num_rounds=3",
+    "trainer.local_epochs=2",
+    "trainer.batch_size=8",
+    "data.max_train_samples=100",
+    "data.max_users=50",
+    "partition.num_clients=4",
+]
+"""Settings that scripts can rely on, with values."""
+
+
 @pytest.mark.parametrize("rule", ["fellrec", "fedavg", "local", "uniform", "centralized"])
-def test_the_keys_that_scripts_rely_on(rule: str, override: str) -> None:
-    key, _, value = override.partition("=")
-    assert str(OmegaConf.select(compose([f"aggregation={rule}", override]), key)) == value
+def test_the_keys_that_scripts_rely_on(rule: str) -> None:
+    config = compose([f"aggregation={rule}", *SCRIPTS])
+    given = [override.partition("=") for override in SCRIPTS]
+    assert {key: str(OmegaConf.select(config, key)) for key, _, _ in given} == {key: value for key, _, value in given}
 
 
 @pytest.mark.parametrize("override", ["aggregation.alpha=0.3", "aggregation.beta=2", "aggregation.temperature=0.1"])

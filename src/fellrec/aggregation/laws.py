@@ -372,7 +372,7 @@ def undefined_adapter(subject: Subject) -> None:
             value.view(-1)[-1] = float("nan")
         trained[-1] = replace(last, adapter=StoredTensors(bad))
         try:
-            federation.finish(federation.exchange.up(trained), 0)
+            federation.finish(federation.up(trained), 0)
         except TrainingError as error:
             if not re.search(rf"\b{last.row}\b", str(error)):
                 raise LawBrokenError(f"{size} clients, client {last.row} has NaN, the message is: {error}") from error
@@ -443,6 +443,7 @@ EXCLUDED: Mapping[str, Mapping[str, Any]] = {
     "least_clients": {"partition": {"num_clients": 1}},
     "no_transforms": {"exchange": {"transforms": [{"_target_": "my.Transform"}]}},
     "changes_base": {"backbone": {"quantize": "nf4"}},
+    "one_rank": {"adapter": {"rank": [2, 4]}},
 }
 """For each field of `Limits`, settings that it excludes."""
 
@@ -451,8 +452,9 @@ EXCLUDED: Mapping[str, Mapping[str, Any]] = {
 def limits(subject: Subject) -> None:
     """What limits exclude is refused with the rule's name, and nothing else is."""
     declared = subject.rule.limits
-    name, default = subject.rule.name, Limits()
-    claimed = [field.name for field in fields(Limits) if getattr(declared, field.name) != getattr(default, field.name)]
+    name = subject.rule.name
+    values = {field.name: getattr(declared, field.name) for field in fields(Limits)}
+    claimed = [key for key, value in values.items() if value is True or (not isinstance(value, bool) and value > 1)]
     if not claimed:
         raise NotApplicableError("it declares no limits")
     if found := declared.problems(name, {}):

@@ -52,6 +52,11 @@ def shapes(with_lora: bool = True) -> dict[str, tuple[int, ...]]:
     return {name: found[name] for name in sorted(found)}
 
 
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to: the score is the tail."""
+    return "tail" if name.startswith("score") else "body"
+
+
 def random_adapter(label: str, seed: int, with_lora: bool = True, scale: float = 1.0) -> dict[str, Tensor]:
     """Normally distributed values that depend on label and seed only, float32."""
     random = np.random.default_rng(derive_seed(seed, "toy", label))
@@ -154,8 +159,11 @@ class ToyFederation:
     initial: Mapping[str, Tensor] = field(default_factory=lambda: random_adapter("initial", 0))
 
     def __post_init__(self) -> None:
-        """Make population and exchange."""
+        """Begin, and make population and exchange."""
+        self.sent: Adapter = {}
         layers = [layer for layer in LAYERS if layer.a in self.initial]
+        self.rule.part_of = part_of
+        self.rule.begin(self.initial)
         self.population = self.rule.new_population(self.initial, len(self.clients))
         self.exchange = Exchange(self.rule, Ledger(), layers=layers, num_clients=len(self.clients))
 
@@ -164,6 +172,7 @@ class ToyFederation:
         participants = sorted(range(self.population.num_participants) if cohort is None else cohort)
         rows = [row for participant in participants for row in self.population.rows_of(participant)]
         jobs = [self.population.job(row, round_index) for row in sorted(rows)]
+        self.sent = self.population.model()
         found = [self.population.keep(train(job, self.clients[job.client], self.rule)) for job in jobs]
         return [result for result in found if self.population.is_exchanged(result.row)]
 
@@ -172,7 +181,11 @@ class ToyFederation:
     ) -> Updates:
         """What the rule sees of a round; ``order`` are places of the cohort."""
         trained = self.trained(round_index, cohort)
-        return self.exchange.up(trained if order is None else [trained[place] for place in order])
+        return self.up(trained if order is None else [trained[place] for place in order])
+
+    def up(self, trained: Sequence[Trained]) -> Updates:
+        """What the rule sees of results of `trained`."""
+        return self.exchange.up(trained, self.sent)
 
     def finish(self, updates: Updates, round_index: int) -> Aggregated:
         """Aggregate, and let the clients have the result."""
