@@ -9,12 +9,16 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from fellrec.aggregation.conformance import check_rule
 
 TUTORIAL = Path(__file__).resolve().parents[2] / "docs" / "tutorial_rule.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TUTORIAL.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 MODULES = {code.split()[1]: code for language, code in BLOCKS if language == "python"}
+MISTAKES = re.findall(r"^\| `(.+?)` \| `(.+?)` \| `(\w+)` \|$", TUTORIAL.read_text(encoding="utf-8"), re.MULTILINE)
 COMMANDS = [line for language, code in BLOCKS if language == "sh" for line in code.splitlines()]
 ON_THE_SIDE = {"check-rule": []}
 """Verbs that take no settings of a run."""
@@ -47,6 +51,15 @@ def outputs(tmp_path_factory: pytest.TempPathFactory, tiny_overrides: list[str])
 def test_the_code_is_under_60_lines() -> None:
     assert list(MODULES) == ["my_rules.py", "my_callbacks.py"]
     assert sum(len(code.splitlines()) for code in MODULES.values()) < 60
+
+
+@pytest.mark.parametrize(("right", "wrong", "law"), MISTAKES)
+def test_a_mistake_of_the_tutorial_breaks_the_law_that_it_names(right: str, wrong: str, law: str) -> None:
+    code = MODULES["my_rules.py"]
+    assert code.count(right) == 1
+    found: dict[str, Any] = {}
+    exec(code.replace(right, wrong), found)
+    assert law in {result.law for result in check_rule(found["MedianOfFriends"]) if result.outcome == "failed"}
 
 
 def test_every_command_succeeds_and_all_laws_are_kept(outputs: tuple[Path, dict[str, str]]) -> None:

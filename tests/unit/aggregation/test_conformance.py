@@ -422,3 +422,10 @@ def test_a_rule_that_cannot_be_made_is_one_message(
         main(["check-rule", *given])
     assert stop.value.code == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_documentation_has_every_law() -> None:
+    text = (Path(__file__).resolve().parents[3] / "docs" / "extending.md").read_text(encoding="utf-8")
+    assert [
+        line for line in text.splitlines() if line in {f"| `{law.name}` | {law.text} |" for law in LAWS.values()}
+    ] == [f"| `{law.name}` | {law.text} |" for law in LAWS.values()]
