@@ -262,6 +262,8 @@ def fixed_point(subject: Subject) -> None:
 @law
 def equal_ends(subject: Subject) -> None:
     """Clients that end with the same adapter all get it, wherever they started."""
+    if subject.rule.keeps_trained:
+        raise NotApplicableError("keeps_trained: clients keep what they trained")
     if subject.is_shared or subject.is_pooled:
         raise NotApplicableError("all clients start from one model")
     if subject.rule.sees == "nothing":
@@ -370,7 +372,8 @@ def undefined_adapter(subject: Subject) -> None:
         bad = {name: value.clone() for name, value in last.adapter.tensors().items()}
         for value in bad.values():
             value.view(-1)[-1] = float("nan")
-        trained[-1] = replace(last, adapter=StoredTensors(bad))
+        own = {key: value.new_full(value.shape, float("nan")) for key, value in last.tensors.tensors().items()}
+        trained[-1] = replace(last, adapter=StoredTensors(bad), tensors=StoredTensors(own))
         try:
             federation.finish(federation.up(trained), 0)
         except TrainingError as error:

@@ -21,7 +21,7 @@ from fellrec.federated.ledger import Ledger
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.participation import Participation
 from fellrec.federated.progress import Progress
-from fellrec.federated.records import Aggregated, Failed, Job, LoraLayer, ScoreJob, Trained, Updates
+from fellrec.federated.records import Aggregated, Failed, Job, LoraLayer, LossJob, ScoreJob, Trained, Updates
 from fellrec.federated.selection import Selection
 from fellrec.federated.settings import ParticipationSettings, TrainerSettings
 from fellrec.federated.slot import LocalSlot, SlotState, new_parameters
@@ -161,20 +161,16 @@ class ToyFederation:
     def __post_init__(self) -> None:
         """Begin, and make population and exchange."""
         self.sent: Adapter = {}
-        layers = [layer for layer in LAYERS if layer.a in self.initial]
-        self.rule.part_of = part_of
-        self.rule.begin(self.initial)
-        self.population = self.rule.new_population(self.initial, len(self.clients))
-        self.exchange = Exchange(self.rule, Ledger(), layers=layers, num_clients=len(self.clients))
+        self.loop = toy_loop(self.rule, self.clients, self.initial)
+        self.population, self.exchange = self.loop.population, self.loop.exchange
 
     def trained(self, round_index: int, cohort: Collection[int] | None = None) -> list[Trained]:
         """Let the cohort train, everybody by default; gives the results of the rows that are exchanged."""
         participants = sorted(range(self.population.num_participants) if cohort is None else cohort)
-        rows = [row for participant in participants for row in self.population.rows_of(participant)]
-        jobs = [self.population.job(row, round_index) for row in sorted(rows)]
+        rows = sorted(row for participant in participants for row in self.population.rows_of(participant))
         self.sent = self.population.model()
-        found = [self.population.keep(train(job, self.clients[job.client], self.rule)) for job in jobs]
-        return [result for result in found if self.population.is_exchanged(result.row)]
+        found = self.loop.train(self.loop.jobs(rows, round_index))
+        return [result for result in found if isinstance(result, Trained) and self.population.is_exchanged(result.row)]
 
     def updates(
         self, round_index: int, cohort: Collection[int] | None = None, order: Sequence[int] | None = None
@@ -237,6 +233,18 @@ class ToyExecutor:
             events.call("on_client_start", job)
             yield train(job, self.clients[job.client], self.rule)
 
+    def measure(self, jobs: Sequence[LossJob]) -> list[tuple[float, ...]]:
+        """See ``Executor``."""
+        return [
+            tuple(
+                float(_distance(adapter.tensors(), self.clients[job.client].target))
+                if self.clients[job.client].loss is None
+                else float(self.clients[job.client].loss or 0)
+                for adapter in job.adapters
+            )
+            for job in jobs
+        ]
+
     def score(self, jobs: Sequence[ScoreJob], stage: str, round_index: int) -> Evaluation:
         """See ``Executor``."""
         found = {
@@ -252,18 +260,24 @@ class ToyExecutor:
 
 
 def toy_loop(
-    rule: AggregationCallback, clients: Sequence[ToyClient], initial: Adapter, num_rounds: int, rate: float
+    rule: AggregationCallback,
+    clients: Sequence[ToyClient],
+    initial: Mapping[str, Tensor],
+    num_rounds: int = 1,
+    rate: float = 1.0,
 ) -> FederatedLoop:
     """The loop of a real run over toy clients."""
-    federation = ToyFederation(rule, clients, initial)
-    settings = TrainerSettings(num_rounds=num_rounds)
+    rule.part_of = part_of
+    rule.begin(initial)
+    population, settings = rule.new_population(initial, len(clients)), TrainerSettings(num_rounds=num_rounds)
+    layers = [layer for layer in LAYERS if layer.a in initial]
     return FederatedLoop(
-        population=federation.population,
-        participation=Participation(ParticipationSettings(rate=rate), seed=0),
+        population=population,
+        participation=Participation(ParticipationSettings(rate=rate), 0, [client.num_samples for client in clients]),
         executor=ToyExecutor(rule, clients),
-        exchange=federation.exchange,
+        exchange=Exchange(rule, Ledger(), layers=layers, num_clients=len(clients)),
         rule=rule,
-        selection=Selection(federation.population, settings.metric),
+        selection=Selection(population, settings.metric),
         progress=Progress(),
         events=Events([rule]),
         settings=settings,

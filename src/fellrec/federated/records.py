@@ -298,19 +298,13 @@ class Updates:
         return round_index - torch.tensor(starts)
 
     def check_finite(self, round_index: int) -> None:
-        """Refuse adapters with infinite or undefined entries.
+        """Refuse adapters, and tensors of clients, with infinite or undefined entries.
 
         Raises:
             TrainingError: Naming the parameter, the client and the round.
         """
-        end = as_lazy(self.end)
-        for name in end:
-            finite = torch.ones(end.num_rows, dtype=torch.bool)
-            for _, block in end.blocks(name):
-                finite &= block.isfinite().all(dim=1).cpu()
-            if not bool(finite.all()):
-                client = self.clients[int(finite.logical_not().nonzero()[0])]
-                raise TrainingError(not_finite(name, client, round_index))
+        for stack in (self.end, *self.tensors.values()):
+            _check_finite(as_lazy(stack), self.clients, round_index)
 
     def weighted_sums(self, weights: Tensor) -> dict[str, Tensor]:
         """``sum over n of weights[n] * end[n]`` for each parameter: all that a rule may read that sees sums only.
@@ -405,6 +399,16 @@ class Updates:
                 f"aggregation {rule} needs clients that start a round with the same adapter, but {error} differs "
                 f"between clients {list(self.clients)}"
             ) from None
+
+
+def _check_finite(stack: LazyStack, clients: Sequence[int], round_index: int) -> None:
+    for name in stack:
+        finite = torch.ones(stack.num_rows, dtype=torch.bool)
+        for _, block in stack.blocks(name):
+            finite &= block.isfinite().all(dim=1).cpu()
+        if not bool(finite.all()):
+            client = clients[int(finite.logical_not().nonzero()[0])]
+            raise TrainingError(not_finite(name, client, round_index))
 
 
 def _visible(stack: AdapterStack) -> LazyStack:
