@@ -555,8 +555,10 @@ def _of_client(federation: ToyFederation, client: int) -> dict[str, Any]:
 
 
 def _entries(value: Any, key: str) -> Any:
-    """Entries of a state under a client's number, at any depth."""
+    """Entries of a state under a client's number; those of other clients may be about it too, and are left out."""
     if not isinstance(value, Mapping):
         return None
-    found = {name: item if name == key else _entries(item, key) for name, item in value.items()}
+    if value and all(str(name).isdigit() for name in value):
+        return {key: value[key]} if key in value else None
+    found = {name: _entries(item, key) for name, item in value.items()}
     return {name: item for name, item in found.items() if item is not None} or None
