@@ -86,9 +86,9 @@ def check_same_figures(expected: ToyRound, found: ToyRound, places: Sequence[int
         check_close({name: vector[places]}, {name: found.aggregated.per_client[name]}, "", numbers_of(expected.updates))
 
 
-def check_same_models(plain: ToyFederation, other: ToyFederation, rows: Sequence[int], updates: Updates) -> None:
+def check_same_models(plain: ToyFederation, other: ToyFederation, rows: Mapping[int, int], updates: Updates) -> None:
     """Refuse models that differ; row n of ``other`` is ``rows[n]`` of ``plain``."""
-    for row, place in enumerate(rows):
+    for row, place in rows.items():
         check_close(plain.model(place), other.model(row), f"client {place % len(plain.clients)}", numbers_of(updates))
 
 

@@ -195,7 +195,9 @@ def order(subject: Subject) -> None:
                 updates = other.updates(index, order=reversed_order)
                 found = ToyRound(updates, other.finish(updates, index))
                 check_same_figures(expected, found, reversed_order)
-                check_same_models(plain, other, list(range(plain.population.num_rows)), expected.updates)
+                check_same_models(
+                    plain, other, {row: row for row in range(plain.population.num_rows)}, expected.updates
+                )
 
 
 @law
@@ -207,7 +209,8 @@ def permutation(subject: Subject) -> None:
         places = [(place + 1) % size for place in range(size)]  # client ``places[n]`` becomes client n
         plain = subject.federation(clients, seed)
         other = subject.federation([clients[place] for place in places], seed)
-        rows = [size * (row // size) + places[row % size] for row in range(plain.population.num_rows)]
+        rows_of = plain.population.rows_of
+        rows = {row: was for n, place in enumerate(places) for row, was in zip(rows_of(n), rows_of(place), strict=True)}
         for index in range(2):
             with example(size, index, seed):
                 expected, found = plain.round(index), other.round(index)
