@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from fellrec.aggregation.base import AggregationCallback
+from fellrec.federated.arrivals import Arrivals
 from fellrec.federated.callback import Events
 from fellrec.federated.exchange import Exchange
 from fellrec.federated.ledger import Ledger
 from fellrec.federated.loop import FederatedLoop
-from fellrec.federated.participation import Participation
+from fellrec.federated.participation import AllAtOnce, Clients, Participation
+from fellrec.federated.population import Population
 from fellrec.federated.progress import Progress
-from fellrec.federated.records import Aggregated, Failed, Job, LoraLayer, LossJob, ScoreJob, Trained, Updates
+from fellrec.federated.records import Aggregated, Cohort, Failed, Job, LoraLayer, LossJob, ScoreJob, Trained, Updates
 from fellrec.federated.selection import Selection
 from fellrec.federated.settings import ParticipationSettings, TrainerSettings
 from fellrec.federated.slot import LocalSlot, SlotState, new_parameters
@@ -169,7 +171,8 @@ class ToyFederation:
         participants = sorted(range(self.population.num_participants) if cohort is None else cohort)
         rows = sorted(row for participant in participants for row in self.population.rows_of(participant))
         self.sent = self.population.model()
-        found = self.loop.train(self.loop.jobs(rows, round_index))
+        drawn = Cohort(round_index, tuple(rows), (round_index,) * len(rows), len(participants), oldest=round_index)
+        found = self.loop.train(self.loop.jobs(drawn))
         return [result for result in found if isinstance(result, Trained) and self.population.is_exchanged(result.row)]
 
     def updates(
@@ -273,7 +276,7 @@ def toy_loop(
     layers = [layer for layer in LAYERS if layer.a in initial]
     return FederatedLoop(
         population=population,
-        participation=Participation(ParticipationSettings(rate=rate), 0, [client.num_samples for client in clients]),
+        participation=_participation(rule, population, clients, rate),
         executor=ToyExecutor(rule, clients),
         exchange=Exchange(rule, Ledger(), layers=layers, num_clients=len(clients)),
         rule=rule,
@@ -284,11 +287,25 @@ def toy_loop(
     )
 
 
+def _participation(
+    rule: AggregationCallback, population: Population, clients: Sequence[ToyClient], rate: float
+) -> Participation:
+    """Who trains when, as in a real run with this rule."""
+    how, num_steps = ParticipationSettings(rate=rate), [client.num_steps for client in clients]
+    if population.data_of(0) is None:
+        return AllAtOnce(how, 0, num_steps[:1])
+    known = Clients(how, 0, [client.num_samples for client in clients], num_steps)
+    plain = Participation(how, 0, known)
+    buffer_size = rule.buffer_of(plain.num_needed)
+    return plain if buffer_size is None else Arrivals(how, 0, known, None, buffer_size)
+
+
 def parts_of(loop: FederatedLoop) -> dict[str, Any]:
     """What a checkpoint of a loop holds, as in a real run."""
     return {
         "progress": loop.progress,
         "population": loop.population,
+        "participation": loop.participation,
         "selection": loop.selection,
         "rule": loop.rule,
         "exchange": loop.exchange,
