@@ -449,6 +449,7 @@ EXCLUDED: Mapping[str, Mapping[str, Any]] = {
     "least_clients": {"partition": {"num_clients": 1}},
     "no_transforms": {"exchange": {"transforms": [{"_target_": "my.Transform"}]}},
     "changes_base": {"backbone": {"quantize": "nf4"}},
+    "asynchronous": {"participation": {"over_selection": 2}},
     "one_rank": {"adapter": {"rank": [2, 4]}},
 }
 """For each field of `Limits`, settings that it excludes."""
