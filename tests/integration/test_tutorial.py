@@ -72,7 +72,7 @@ def test_every_command_succeeds_and_all_laws_are_kept(outputs: tuple[Path, dict[
 def test_the_comparison_has_the_rule_with_both_settings(outputs: tuple[Path, dict[str, str]]) -> None:
     _, found = outputs
     (table,) = [text for line, text in found.items() if line.startswith("fellrec compare")]
-    assert {"local", "fedavg", "fellrec", "medianoffriends"} <= set(table.split())
+    assert {"local", "FedAvg", "FELLRec", "medianoffriends"} <= set(table.split())
     assert len(re.findall("friends=[23]", table)) >= 2
 
 
