@@ -55,6 +55,8 @@ class RobustRule(AggregationCallback):
         least = self.least_rows()
         if "bucketing" in self.before:
             least = self.bucket_size * (least - 1) + 1
+            groups = "groups of bucketing are drawn by the numbers of clients"
+            self.waived_laws = {**self.waived_laws, "permutation": groups}
         self.limits = replace(self.limits, least_clients=least)
 
     def least_rows(self) -> int:
