@@ -139,7 +139,7 @@ def test_the_settings_of_fellrec_that_scripts_rely_on(override: str) -> None:
         (["data=ml_1m"], "data.root needs a value: give data.root="),
         (["~trainer.num_rounds"], "trainer.num_rounds needs a value: give trainer.num_rounds="),
         (["backbone.name=tny"], "unknown backbone.name 'tny'; choose from: tiny, "),
-        (["aggregation=null"], "unknown aggregation 'null'; choose from: centralized, "),
+        (["aggregation=null"], "unknown aggregation 'null'; choose from: "),
         (["backbone=hf"], "backbone.path needs a value: give backbone.path="),
         (["a=b=[c"], "cannot"),
     ],

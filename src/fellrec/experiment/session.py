@@ -223,6 +223,7 @@ class Session:
         return {key: repr(value) for key, value in plain.items()} | {"protocol version": str(PROTOCOL_VERSION)}
 
     def _fingerprint(self, recommender: Recommender, folder: Path | None) -> dict[str, str]:
+        recommender.base.use([])  # the last run of a comparison may have changed it
         own = fingerprint(recommender.data, recommender.backbone.model, recommender.fabric.device)
         files = {} if folder is None else {"backbone's files": fingerprint_of(folder)}
         return own | files

@@ -306,9 +306,11 @@ class Population:
 
         Called before the row has what the job made.
         """
+        # Another one than the row's if the rule chose what to start from; the part of a rank follows from the version.
+        chosen = (job.adapter,) if self.needs.ranks is None else ()
         found = (
             self.bank.versions[job.row],
-            job.adapter,  # another one if the rule chose what to start from
+            *chosen,
             self._optimizers.get(job.row),
             self._tensors.get(job.row),
             *job.anchors.values(),

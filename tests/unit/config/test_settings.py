@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from fellrec.config.compose import compose
+from fellrec.config.describe import settings_of
 from fellrec.config.instantiate import as_dict, import_target, settings, settings_class
 from fellrec.config.paths import conf_dir
 from fellrec.config.registry import CHOICES, GROUPS, defaults_of, known_by, own_settings
@@ -48,17 +47,7 @@ def choices() -> Iterator[tuple[str, str, type]]:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_every_setting_has_a_description_below_it(kind: type) -> None:
-    (body,) = ast.parse(inspect.getsource(kind)).body
-    assert isinstance(body, ast.ClassDef)
-    described = {
-        node.target.id
-        for node, after in zip(body.body, body.body[1:])
-        if isinstance(node, ast.AnnAssign)
-        and isinstance(node.target, ast.Name)
-        and isinstance(after, ast.Expr)
-        and isinstance(after.value, ast.Constant)
-        and isinstance(after.value.value, str)
-    }
+    described = {setting.key for setting in settings_of(kind, "") if setting.text}
     assert described == {field.name for field in fields(kind)}
 
 

@@ -22,7 +22,7 @@ from fellrec.federated.checkpoint import CheckpointFolder
 from fellrec.federated.exchange import Transform
 from fellrec.federated.population import Population
 from fellrec.federated.populations import SharedAndPersonal
-from fellrec.federated.records import Aggregated, Job, RoundRecord, Updates
+from fellrec.federated.records import Aggregated, Cohort, Job, RoundRecord, Updates
 from fellrec.federated.samplers import PowerOfChoiceSampler
 from fellrec.federated.settings import PowerOfChoiceSamplerSettings
 from fellrec.state.tensor_store import StoredTensors
@@ -291,13 +291,14 @@ def test_what_was_trained_from_another_start_is_not_taken_after_a_stop(is_same: 
     first.population.persist(tmp_path / "checkpoints" / "tensors")
     first.run_round(0)
     CheckpointFolder(tmp_path / "checkpoints").save(parts(first), 1)
-    first.population.keep(trained(first.jobs([0], 1)[0]))
+    cohort = Cohort(round_index=1, rows=(0,), start_rounds=(1,), num_needed=1)
+    first.population.keep(trained(first.jobs(cohort)[0]))
     second = fake_loop(BestOfAll())
     second.population.persist(tmp_path / "checkpoints" / "tensors")
     CheckpointFolder(tmp_path / "checkpoints").load(parts(second))
     if not is_same:
         second.population.bank.store(3, {name: torch.full((2,), 9.0) for name in "ab"})
-    assert (second.population.recover(second.jobs([0], 1)[0]) is not None) == is_same
+    assert (second.population.recover(second.jobs(cohort)[0]) is not None) == is_same
 
 
 def test_a_client_that_fails_keeps_its_own_adapter_and_not_what_it_started_from() -> None:
