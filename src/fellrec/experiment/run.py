@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from fellrec.aggregation.settings import RULES
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.callbacks.costs import CostMeter
 from fellrec.callbacks.mlflow_logging import DatasetInput
@@ -330,8 +331,9 @@ def failure_message(result: FitResult) -> str:
 
 
 def rule_name(config: DictConfig) -> str:
-    """The rule's name in tables: its class's name in lower case."""
-    return str(config.aggregation["_target_"]).rpartition(".")[2].lower()
+    """The rule's name in tables: that of its choice, or its class's name in lower case."""
+    package, _, name = str(config.aggregation["_target_"]).rpartition(".")
+    return RULES[name].about.name if package == "fellrec.aggregation" and name in RULES else name.lower()
 
 
 def run_name(rule: str, variant: str, seed: int) -> str:

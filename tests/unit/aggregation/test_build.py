@@ -12,6 +12,7 @@ from fellrec.config.paths import conf_dir, group_choices
 from fellrec.config.registry import CHOICES, defaults_of
 from fellrec.errors import ConfigError
 from fellrec.experiment import build_rule
+from fellrec.experiment.run import rule_name
 
 RULES = group_choices()["aggregation"]
 
@@ -106,3 +107,9 @@ def test_bad_configurations_are_refused(cfg, message):
 
 def test_fedavg_from_a_plain_mapping():
     assert isinstance(build({"_target_": "fellrec.aggregation.FedAvg"}), FedAvg)
+
+
+@pytest.mark.parametrize("name", ["fedex_lora", "median", "fellrec"])
+def test_a_run_is_called_after_the_choice(name):
+    assert rule_name(compose([f"aggregation={name}"])) == name
+    assert rule_name(compose(["aggregation._target_=my_package.Hotter"])) == "hotter"
