@@ -112,7 +112,7 @@ def cosines_to_mean(changes: Tensor) -> Tensor:
         ``[N]`` in [-1, 1].
 
     Example:
-        >>> cosines_to_mean(torch.tensor([[1.0, 0.0], [0.0, 1.0]])).numpy().round(4).tolist()
+        >>> cosines_to_mean(torch.eye(2).double()).numpy().round(4).tolist()
         [0.7071, 0.7071]
     """
     product = changes.mean(dim=1)

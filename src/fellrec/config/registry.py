@@ -227,7 +227,7 @@ def defaults_of(kind: type) -> dict[str, Any]:
 
     Example:
         >>> defaults_of(AttributeSettings)
-        {'column': '???', 'num_clients': None}
+        {'column': '???', 'on_missing': 'error', 'num_clients': None}
     """
     return {field.name: plain_default(field.default, field.default_factory) for field in fields(kind)}
 
