@@ -178,8 +178,11 @@ def _hydra(overrides: Sequence[str]) -> DictConfig:
 
 def _expand_transforms(config: DictConfig) -> None:
     """Replace short names of transforms by their classes and all their settings."""
-    exchange = config.get("exchange")
-    given = OmegaConf.select(config, "exchange.transforms") if OmegaConf.is_dict(exchange) else None
+    try:
+        exchange = config.get("exchange")
+        given = OmegaConf.select(config, "exchange.transforms") if OmegaConf.is_dict(exchange) else None
+    except OmegaConfBaseException:  # an interpolation that cannot be resolved, which `check` reports
+        return
     if OmegaConf.is_list(given):
         nodes = OmegaConf.to_container(given, resolve=False)
         assert isinstance(nodes, list)

@@ -195,6 +195,8 @@ def test_names_stand_for_classes_and_all_their_settings() -> None:
             "[{name: clip, nrom: 1}]",
             "unknown setting 'exchange.transforms.nrom'; choose from: exchange.transforms.norm",
         ),
+        ("${oc.env:NOT_THERE}", "NOT_THERE"),
+        ("${oc.env:NOT_THERE", "exchange.transforms"),
         ("[{name: topk, fraction: 0}]", r"exchange.transforms.fraction=0 is not allowed: a number in \(0, 1\]"),
     ],
 )
