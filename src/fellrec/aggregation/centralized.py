@@ -12,7 +12,7 @@ from fellrec.federated.records import Updates
 
 
 class Centralized(AggregationCallback, CentralizedSettings):
-    """The loop trains one client that holds everybody's data, and serves every client with its adapter.
+    """The loop trains one client that holds the data of all clients, and serves every client with its adapter.
 
     Not federated: it shows what could be reached if interactions could leave the clients.
     """

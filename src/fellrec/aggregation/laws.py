@@ -522,10 +522,10 @@ def _matrices(subject: Subject) -> Iterator[tuple[str, Updates, Tensor]]:
 
 def _cohorts(subject: Subject, size: int) -> list[Sequence[int]]:
     """Of four rounds; clients are absent where the rule and the population allow it."""
-    everybody = range(size)
+    all_rows = range(size)
     if subject.is_pooled or subject.rule.limits.all_clients:
-        return [range(1) if subject.is_pooled else everybody] * 4
-    return [everybody, range(size - 1), range(1, size), everybody]
+        return [range(1) if subject.is_pooled else all_rows] * 4
+    return [all_rows, range(size - 1), range(1, size), all_rows]
 
 
 def _parts(federation: ToyFederation) -> dict[str, Any]:

@@ -47,8 +47,8 @@ class Scaffold(AggregationCallback, ScaffoldSettings):
     """``w ← w + η_s Σ p_k Δ_k`` and ``c ← c + Σ_S (c_k⁺ − c_k) / C``; clients that are absent keep c_k.
 
     The paper's c_k⁺ by option II, ``c_k − c + (w − w_k) / (K η)``, holds for SGD with one learning rate. With AdamW,
-    clipping or a schedule it is no gradient; here c_k⁺ is the mean of the local gradients, which for plain SGD is the
-    same. (Option I takes the gradient at the received model instead, for another pass over the data.)
+    clipping or a schedule it is not a gradient; here c_k⁺ is the mean of the local gradients, which for plain SGD is
+    the same. (Option I takes the gradient at the received model instead, for another pass over the data.)
     """
 
     population = SharedModel

@@ -167,7 +167,7 @@ class ToyFederation:
         self.population, self.exchange = self.loop.population, self.loop.exchange
 
     def trained(self, round_index: int, cohort: Collection[int] | None = None) -> list[Trained]:
-        """Let the cohort train, everybody by default; gives the results of the rows that are exchanged."""
+        """Let the cohort train, all clients by default; gives the results of the rows that are exchanged."""
         participants = sorted(range(self.population.num_participants) if cohort is None else cohort)
         rows = sorted(row for participant in participants for row in self.population.rows_of(participant))
         self.sent = self.population.model()
@@ -193,7 +193,7 @@ class ToyFederation:
         return aggregated
 
     def round(self, round_index: int, cohort: Collection[int] | None = None) -> ToyRound:
-        """One round of the cohort, of everybody by default."""
+        """One round of the cohort, of all clients by default."""
         updates = self.updates(round_index, cohort)
         return ToyRound(updates, self.finish(updates, round_index))
 

@@ -50,6 +50,6 @@ class UpdateMixing(AggregationCallback, UpdateMixingSettings):
 
     def _matrix(self, similarity: Tensor) -> Tensor:
         """(U2), ``[N, N]`` float64."""
-        everybody = torch.ones(len(similarity), dtype=torch.float64)
-        average = mixing.mixing_matrix(similarity if self.attention else torch.ones_like(similarity), everybody)
-        return (1 - self.own_share) * average + self.own_share * torch.diag(everybody)
+        ones = torch.ones(len(similarity), dtype=torch.float64)
+        average = mixing.mixing_matrix(similarity if self.attention else torch.ones_like(similarity), ones)
+        return (1 - self.own_share) * average + self.own_share * torch.diag(ones)

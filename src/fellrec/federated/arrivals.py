@@ -113,7 +113,7 @@ class _Simulation:
                 yield self._round()
 
     def _fill(self) -> None:
-        """Let clients begin until as many train as should, or nobody else can before the next update arrives."""
+        """Let clients begin until as many train as should, or no other client can before the next update arrives."""
         while (missing := self.how.num_needed - len(self.training)) > 0:
             if len(idle := self._idle(self.now)):
                 self._begin(idle, min(missing, len(idle)))

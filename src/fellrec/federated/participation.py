@@ -222,7 +222,7 @@ class Participation:
 
 
 class AllAtOnce(Participation):
-    """Everybody in every round, such as the one model that is trained on pooled data: nobody is absent or slow.
+    """All participants in every round, such as the one model that is trained on pooled data: none is absent or slow.
 
     Args:
         settings: What happens if a training fails.

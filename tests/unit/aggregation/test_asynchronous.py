@@ -107,4 +107,6 @@ def test_combinations_that_need_a_cohort_are_refused() -> None:
     config = {"participation": {"sampler": sampler, "over_selection": 1.3}}
     found = "\n".join(FedBuff.limits.problems("fedbuff", config))
     assert "aggregation fedbuff is asynchronous and has no cohort to choose by loss: participation=power_of" in found
-    assert "aggregation fedbuff is asynchronous and waits for nobody: participation.over_selection=1.3" in found
+    assert (
+        "aggregation fedbuff is asynchronous, the server waits for no cohort: participation.over_selection=1.3" in found
+    )

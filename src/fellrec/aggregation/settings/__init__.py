@@ -11,6 +11,6 @@ RULES: Mapping[str, Any] = {
     kind.__name__.removesuffix("Settings"): kind
     for room in (averages, fairness, lora, mixing, personalised, robust, asynchronous)
     for kind in vars(room).values()
-    if isinstance(kind, type) and kind.__module__ == room.__name__
+    if isinstance(kind, type) and "about" in vars(kind)
 }
 """Class name of each rule → the dataclass of its settings, whose ``about`` describes it."""

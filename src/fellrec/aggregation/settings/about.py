@@ -97,7 +97,8 @@ class Limits:
             "default, by_size or trace"
             if self.asynchronous and sampler == "PowerOfChoiceSampler"
             else None,
-            f"is asynchronous and waits for nobody: participation.over_selection={over} is not allowed, leave it at 1"
+            f"is asynchronous, the server waits for no cohort: participation.over_selection={over} is not allowed, "
+            "leave it at 1"
             if self.asynchronous and over != 1
             else None,
             f"needs LoRA's factors: adapter {adapter.rpartition('.')[2]} is not allowed, use adapter=lora"

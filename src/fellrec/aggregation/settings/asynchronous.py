@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fellrec.aggregation.settings.about import About, Limits
-from fellrec.functional.ranges import Count, Fraction, Natural, NotNegative, Positive, check
+from fellrec.aggregation.settings.base import RuleSettings
+from fellrec.functional.ranges import Count, Fraction, Natural, NotNegative, Positive
 
 _LIMITS = Limits(asynchronous=True)
 
 
 @dataclass(frozen=True)
-class FedAsyncSettings:
+class FedAsyncSettings(RuleSettings):
     """Each update changes the server's model when it arrives."""
 
     about: ClassVar[About] = About(
@@ -36,13 +37,9 @@ class FedAsyncSettings:
     mu: NotNegative = 0.005
     """Weight of the proximal term μ/2 ‖v − w‖² in the clients' loss, w the received adapter; 0: none."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class FedBuffSettings:
+class FedBuffSettings(RuleSettings):
     """The server's model changes when K updates have arrived."""
 
     about: ClassVar[About] = About(
@@ -61,7 +58,3 @@ class FedBuffSettings:
     """η_s, the server's step size."""
     exponent: NotNegative = 0.5
     """s(d) = (1 + d)^-exponent; 0 counts all updates the same."""
-
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")

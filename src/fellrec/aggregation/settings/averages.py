@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fellrec.aggregation.settings.about import About, Limits
-from fellrec.functional.ranges import NotNegative, Positive, RateBelow1, check
+from fellrec.aggregation.settings.base import RuleSettings
+from fellrec.functional.ranges import NotNegative, Positive, RateBelow1
 
 Weights = Literal["samples", "equal"]
 """How much clients count: by their numbers of training targets, or all the same."""
 
 
 @dataclass(frozen=True)
-class LocalSettings:
+class LocalSettings(RuleSettings):
     """No communication."""
 
     about: ClassVar[About] = About(
@@ -27,7 +28,7 @@ class LocalSettings:
 
 
 @dataclass(frozen=True)
-class CentralizedSettings:
+class CentralizedSettings(RuleSettings):
     """All data in one place."""
 
     about: ClassVar[About] = About(
@@ -40,7 +41,7 @@ class CentralizedSettings:
 
 
 @dataclass(frozen=True)
-class FedAvgSettings:
+class FedAvgSettings(RuleSettings):
     """The mean by number of training targets."""
 
     about: ClassVar[About] = About(
@@ -53,7 +54,7 @@ class FedAvgSettings:
 
 
 @dataclass(frozen=True)
-class UniformSettings:
+class UniformSettings(RuleSettings):
     """The plain mean."""
 
     about: ClassVar[About] = About(
@@ -66,7 +67,7 @@ class UniformSettings:
 
 
 @dataclass(frozen=True)
-class FedProxSettings:
+class FedProxSettings(RuleSettings):
     """FedAvg with a proximal term in the clients' loss."""
 
     about: ClassVar[About] = About(
@@ -81,13 +82,9 @@ class FedProxSettings:
     weights: Weights = "samples"
     """How much clients count in the mean."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class FedAvgMSettings:
+class FedAvgMSettings(RuleSettings):
     """A momentum at the server."""
 
     about: ClassVar[About] = About(
@@ -105,101 +102,68 @@ class FedAvgMSettings:
     weights: Weights = "samples"
     """How much clients count in the mean update."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
+
+@dataclass(frozen=True)
+class FedOptSettings(RuleSettings):
+    """What the adaptive optimisers at the server have in common."""
+
+    server_learning_rate: Positive = 1e-3
+    """η_s: about the step of every entry, whatever the size of the updates. LoRA updates are 1e-5 to 1e-3."""
+    beta1: RateBelow1 = 0.9
+    """β₁, of the running mean of updates."""
+    tau: Positive = 1e-6
+    """τ, added to the root of the second moment, whose first value is τ²."""
+    weights: Weights = "samples"
+    """How much clients count in the mean update."""
 
 
-_FEDOPT = "Reddi et al., Adaptive Federated Optimization, ICLR 2021, arXiv:2003.00295"
+def _fedopt(name: str, summary: str) -> About:
+    return About(
+        name=name,
+        family="average",
+        summary=summary,
+        paper="Reddi et al., Adaptive Federated Optimization, ICLR 2021, arXiv:2003.00295",
+        sees="sums",
+        cost="server: two more adapters",
+        module="fedopt",
+    )
 
 
 @dataclass(frozen=True)
-class FedAdagradSettings:
+class FedAdagradSettings(FedOptSettings):
     """Adagrad at the server."""
 
-    about: ClassVar[About] = About(
-        name="fedadagrad",
-        family="average",
-        summary="one model, moved by Adagrad at the server, with the mean update as gradient",
-        paper=_FEDOPT,
-        sees="sums",
-        cost="server: two more adapters",
-        module="fedopt",
+    about: ClassVar[About] = _fedopt(
+        "fedadagrad", "one model, moved by Adagrad at the server, with the mean update as gradient"
     )
-    server_learning_rate: Positive = 1e-3
-    """η_s: about the step of every entry, whatever the size of the updates. LoRA updates are 1e-5 to 1e-3."""
     beta1: RateBelow1 = 0.0
     """β₁, of the running mean of updates."""
-    tau: Positive = 1e-6
-    """τ, added to the root of the second moment, whose first value is τ²."""
-    weights: Weights = "samples"
-    """How much clients count in the mean update."""
-
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
 
 
 @dataclass(frozen=True)
-class FedAdamSettings:
+class FedAdamSettings(FedOptSettings):
     """Adam at the server."""
 
-    about: ClassVar[About] = About(
-        name="fedadam",
-        family="average",
-        summary="one model, moved by Adam at the server, with the mean update as gradient",
-        paper=_FEDOPT,
-        sees="sums",
-        cost="server: two more adapters",
-        module="fedopt",
+    about: ClassVar[About] = _fedopt(
+        "fedadam", "one model, moved by Adam at the server, with the mean update as gradient"
     )
-    server_learning_rate: Positive = 1e-3
-    """η_s: about the step of every entry, whatever the size of the updates. LoRA updates are 1e-5 to 1e-3."""
-    beta1: RateBelow1 = 0.9
-    """β₁, of the running mean of updates."""
     beta2: RateBelow1 = 0.99
     """β₂, of the running mean of squared updates."""
-    tau: Positive = 1e-6
-    """τ, added to the root of the second moment, whose first value is τ²."""
-    weights: Weights = "samples"
-    """How much clients count in the mean update."""
-
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
 
 
 @dataclass(frozen=True)
-class FedYogiSettings:
+class FedYogiSettings(FedOptSettings):
     """Yogi at the server."""
 
-    about: ClassVar[About] = About(
-        name="fedyogi",
-        family="average",
-        summary="one model, moved by Yogi at the server: the second moment changes by at most (1 − β₂) Δ²",
-        paper=_FEDOPT,
-        sees="sums",
-        cost="server: two more adapters",
-        module="fedopt",
+    about: ClassVar[About] = _fedopt(
+        "fedyogi", "one model, moved by Yogi at the server: the second moment changes by at most (1 − β₂) Δ²"
     )
-    server_learning_rate: Positive = 1e-3
-    """η_s: about the step of every entry, whatever the size of the updates. LoRA updates are 1e-5 to 1e-3."""
-    beta1: RateBelow1 = 0.9
-    """β₁, of the running mean of updates."""
     beta2: RateBelow1 = 0.99
     """β₂, how fast the second moment changes."""
-    tau: Positive = 1e-6
-    """τ, added to the root of the second moment, whose first value is τ²."""
-    weights: Weights = "samples"
-    """How much clients count in the mean update."""
-
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
 
 
 @dataclass(frozen=True)
-class ScaffoldSettings:
+class ScaffoldSettings(RuleSettings):
     """Control variates."""
 
     about: ClassVar[About] = About(
@@ -215,13 +179,9 @@ class ScaffoldSettings:
     weights: Weights = "equal"
     """How much clients count in the mean update; the paper's are equal. Control variates count the same."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class FedNovaSettings:
+class FedNovaSettings(RuleSettings):
     """Updates divided by the clients' numbers of local steps."""
 
     about: ClassVar[About] = About(
@@ -233,7 +193,3 @@ class FedNovaSettings:
     )
     weights: Weights = "samples"
     """How much clients count in the mean."""
-
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")

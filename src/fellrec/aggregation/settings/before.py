@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from fellrec.functional.ranges import Count, Seed, check, distinct
+from fellrec.aggregation.settings.base import RuleSettings
+from fellrec.functional.ranges import Count, Seed, distinct
 
 STEPS = ("nnm", "bucketing", "arc")
 """Nearest-neighbour mixing (Allouah et al., AISTATS 2023, arXiv:2302.01772), bucketing (Karimireddy et al., ICLR 2022,
@@ -14,7 +15,7 @@ arXiv:2006.09365), adaptive robust clipping (Allouah et al., ICLR 2025, arXiv:24
 
 
 @dataclass(frozen=True)
-class BeforeSettings:
+class BeforeSettings(RuleSettings):
     """Steps before a robust rule."""
 
     before: Annotated[Sequence[str], distinct(STEPS)] = ()
@@ -27,5 +28,5 @@ class BeforeSettings:
 
     def __post_init__(self) -> None:
         """Check all ranges."""
-        check(self, "aggregation")
+        super().__post_init__()
         object.__setattr__(self, "before", tuple(self.before))  # a list in a configuration

@@ -7,13 +7,14 @@ from typing import ClassVar, Literal
 
 from fellrec.aggregation.settings.about import About, Limits
 from fellrec.aggregation.settings.averages import Weights
-from fellrec.functional.ranges import Natural, NotNegative, Positive, Rate, check
+from fellrec.aggregation.settings.base import RuleSettings
+from fellrec.functional.ranges import Natural, NotNegative, Positive, Rate
 
 _START_LOSS = "clients: one pass over their training data"
 
 
 @dataclass(frozen=True)
-class QFedAvgSettings:
+class QFedAvgSettings(RuleSettings):
     """Clients with larger losses count more."""
 
     about: ClassVar[About] = About(
@@ -28,13 +29,9 @@ class QFedAvgSettings:
     lipschitz: Positive = 1.0
     """L, updates times which are gradients: the larger, the shorter the step. The paper has 1 / learning rate."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class AFLSettings:
+class AFLSettings(RuleSettings):
     """The worst mixture of clients."""
 
     about: ClassVar[About] = About(
@@ -50,13 +47,9 @@ class AFLSettings:
     gamma: NotNegative = 0.01
     """γ, how fast the clients' weights follow their losses; 0 keeps them equal. The paper has 0.01 to 0.1."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class FedMGDASettings:
+class FedMGDASettings(RuleSettings):
     """A direction that is good for every client."""
 
     about: ClassVar[About] = About(
@@ -76,13 +69,9 @@ class FedMGDASettings:
     weights: Weights = "samples"
     """The clients' shares: by samples or equal."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class FedFVSettings:
+class FedFVSettings(RuleSettings):
     """Updates without conflicts."""
 
     about: ClassVar[About] = About(
@@ -97,13 +86,9 @@ class FedFVSettings:
     tau: Natural = 1
     """τ, rounds for which an absent client's last update counts. The paper has 0 to 10."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class TERMSettings:
+class TERMSettings(RuleSettings):
     """Exponential weights by loss."""
 
     about: ClassVar[About] = About(
@@ -119,13 +104,9 @@ class TERMSettings:
     weights: Weights = "samples"
     """The clients' shares, which are multiplied by the exponential."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class FedHEALSettings:
+class FedHEALSettings(RuleSettings):
     """Entries that a client moves the same way again and again."""
 
     about: ClassVar[About] = About(
@@ -139,7 +120,3 @@ class FedHEALSettings:
     """θ: an entry counts if more than this share of the client's earlier updates moved it in the same direction."""
     beta: Rate = 0.4
     """β, weight of this round in the running mean of the clients' distances; 0 keeps equal weights."""
-
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")

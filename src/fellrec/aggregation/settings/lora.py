@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 
 from fellrec.aggregation.settings.about import About, Limits
 from fellrec.aggregation.settings.averages import Weights
-from fellrec.functional.ranges import Positive, Rate, Seed, check
+from fellrec.aggregation.settings.base import RuleSettings
+from fellrec.functional.ranges import Positive, Rate, Seed
 
 _HALVES = Limits(needs_lora=True)
 _FACTORS = Limits(needs_lora=True, no_remote_server=True)
@@ -19,7 +20,7 @@ RankWeights = Literal["norms", "samples", "equal"]
 
 
 @dataclass(frozen=True)
-class FFALoRASettings:
+class FFALoRASettings(RuleSettings):
     """B is trained, A stays as it was drawn."""
 
     about: ClassVar[About] = About(
@@ -36,13 +37,9 @@ class FFALoRASettings:
     weights: Weights = "samples"
     """How much clients count in the mean."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class RoLoRASettings:
+class RoLoRASettings(RuleSettings):
     """B and A are trained in turns."""
 
     about: ClassVar[About] = About(
@@ -59,13 +56,9 @@ class RoLoRASettings:
     weights: Weights = "samples"
     """How much clients count in the mean."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class FedSALoRASettings:
+class FedSALoRASettings(RuleSettings):
     """A is shared, B is personal."""
 
     about: ClassVar[About] = About(
@@ -81,13 +74,9 @@ class FedSALoRASettings:
     weights: Weights = "samples"
     """How much clients count in the mean."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class LoRAFAIRSettings:
+class LoRAFAIRSettings(RuleSettings):
     """The mean of B is corrected."""
 
     about: ClassVar[About] = About(
@@ -104,13 +93,9 @@ class LoRAFAIRSettings:
     weights: Weights = "samples"
     """How much clients count in the means."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class FedRotLoRASettings:
+class FedRotLoRASettings(RuleSettings):
     """Factors are rotated towards the received ones before they are averaged."""
 
     about: ClassVar[About] = About(
@@ -127,13 +112,9 @@ class FedRotLoRASettings:
     weights: Weights = "samples"
     """How much clients count in the means."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class FLoRASettings:
+class FLoRASettings(RuleSettings):
     """The stacked factors of all clients go into the base."""
 
     about: ClassVar[About] = About(
@@ -151,13 +132,9 @@ class FLoRASettings:
     seed: Seed = 0
     """Of the new values of A; a run gives its own."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class FedExLoRASettings:
+class FedExLoRASettings(RuleSettings):
     """What the means of factors miss goes into the base."""
 
     about: ClassVar[About] = About(
@@ -173,13 +150,9 @@ class FedExLoRASettings:
     weights: Weights = "samples"
     """How much clients count in the means."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class FlexLoRASettings:
+class FlexLoRASettings(RuleSettings):
     """The mean of products is decomposed."""
 
     about: ClassVar[About] = About(
@@ -194,13 +167,9 @@ class FlexLoRASettings:
     weights: Weights = "samples"
     """How much clients count in the mean."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class FedSVDSettings:
+class FedSVDSettings(RuleSettings):
     """B is trained; the product is decomposed, so that A changes between rounds."""
 
     about: ClassVar[About] = About(
@@ -217,13 +186,9 @@ class FedSVDSettings:
     weights: Weights = "samples"
     """How much clients count in the mean."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class HetLoRASettings:
+class HetLoRASettings(RuleSettings):
     """Means of factors of different ranks, padded with zeros."""
 
     about: ClassVar[About] = About(
@@ -237,13 +202,9 @@ class HetLoRASettings:
     weights: RankWeights = "norms"
     """How much clients count in the means: norms (of their products, over all layers), samples or equal."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class RBLASettings:
+class RBLASettings(RuleSettings):
     """Means of each row of A, and column of B, over the clients that have it."""
 
     about: ClassVar[About] = About(
@@ -257,7 +218,3 @@ class RBLASettings:
     )
     weights: RankWeights = "samples"
     """How much clients count in the means: norms (of their products, over all layers), samples or equal."""
-
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")

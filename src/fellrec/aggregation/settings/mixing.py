@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fellrec.aggregation.settings.about import About
-from fellrec.functional.ranges import NotNegative, Positive, Rate, check
+from fellrec.aggregation.settings.base import RuleSettings
+from fellrec.functional.ranges import NotNegative, Positive, Rate
 
 
 @dataclass(frozen=True)
-class FELLRecSettings:
+class FELLRecSettings(RuleSettings):
     """FELLRec's dynamic balance strategy (METHOD section 3)."""
 
     about: ClassVar[About] = About(
@@ -37,13 +38,9 @@ class FELLRecSettings:
     ``beta = 1``, raw parameters compared whatever ``similarity`` is, and mixing in place in client order. The weights
     are computed before anything is mixed."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class UpdateMixingSettings:
+class UpdateMixingSettings(RuleSettings):
     """Mixing of updates instead of adapters (docs/updatemixing.md)."""
 
     about: ClassVar[About] = About(
@@ -60,13 +57,9 @@ class UpdateMixingSettings:
     attention: bool = True
     """Whether similarities weigh the senders, (U1)."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class PersistenceSettings:
+class PersistenceSettings(RuleSettings):
     """Persistence-weighted mixing (docs/persistence.md)."""
 
     about: ClassVar[About] = About(
@@ -81,7 +74,3 @@ class PersistenceSettings:
     others: Literal["similar", "equal", "samples"] = "similar"
     """The average that a client's own is mixed with: METHOD (1) of round updates with rows divided by their sums,
     ``1 / N``, or FedAvg's weights."""
-
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")

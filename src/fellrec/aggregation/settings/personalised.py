@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from fellrec.aggregation.settings.about import About, Limits
 from fellrec.aggregation.settings.averages import Weights
+from fellrec.aggregation.settings.base import RuleSettings
 from fellrec.functional.ranges import (
     Count,
     Fraction,
@@ -16,7 +17,6 @@ from fellrec.functional.ranges import (
     Positive,
     Rate,
     Seed,
-    check,
     items,
     number,
     whole,
@@ -29,7 +29,7 @@ Personal = Literal["tail", "b"] | Layers
 
 
 @dataclass(frozen=True)
-class DittoSettings:
+class DittoSettings(RuleSettings):
     """A shared model, and a personal one beside it."""
 
     about: ClassVar[About] = About(
@@ -45,13 +45,9 @@ class DittoSettings:
     weights: Weights = "samples"
     """How much clients count in the shared model."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class FedPerSettings:
+class FedPerSettings(RuleSettings):
     """A personal part, trained together with the shared one."""
 
     about: ClassVar[About] = About(
@@ -67,13 +63,9 @@ class FedPerSettings:
     weights: Weights = "samples"
     """How much clients count in the mean."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class FedRepSettings:
+class FedRepSettings(RuleSettings):
     """A personal part, trained before the shared one."""
 
     about: ClassVar[About] = About(
@@ -91,13 +83,9 @@ class FedRepSettings:
     weights: Weights = "samples"
     """How much clients count in the mean."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class FedAMPSettings:
+class FedAMPSettings(RuleSettings):
     """Attention over models by their distance."""
 
     about: ClassVar[About] = About(
@@ -114,13 +102,9 @@ class FedAMPSettings:
     sigma: Positive = 1.0
     """σ, in units of the median squared distance of two clients; the smaller, the fewer clients count."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class PFedMeSettings:
+class PFedMeSettings(RuleSettings):
     """Moreau envelopes."""
 
     about: ClassVar[About] = About(
@@ -142,13 +126,9 @@ class PFedMeSettings:
     weights: Weights = "samples"
     """How much clients count in the mean."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class CFLSettings:
+class CFLSettings(RuleSettings):
     """Clusters that are split where updates disagree."""
 
     about: ClassVar[About] = About(
@@ -172,13 +152,9 @@ class CFLSettings:
     weights: Weights = "samples"
     """How much clients count in the mean of their cluster."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class IFCASettings:
+class IFCASettings(RuleSettings):
     """Clusters that clients choose."""
 
     about: ClassVar[About] = About(
@@ -197,13 +173,9 @@ class IFCASettings:
     weights: Weights = "equal"
     """How much clients count in the mean of their cluster; the paper's are equal."""
 
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")
-
 
 @dataclass(frozen=True)
-class FedFomoSettings:
+class FedFomoSettings(RuleSettings):
     """First-order model optimisation."""
 
     about: ClassVar[About] = About(
@@ -217,7 +189,3 @@ class FedFomoSettings:
     """M, models of others that a client asks for in a round."""
     held_out: OpenRate = 0.2
     """Fraction of each client's training rows that measure losses and are not trained on."""
-
-    def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "aggregation")

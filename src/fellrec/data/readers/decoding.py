@@ -1,4 +1,4 @@
-"""The text of a file: its encoding, and files that are no text."""
+"""The text of a file: its encoding, and files that are not text."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def decode(path: Path, encodings: Sequence[str]) -> str:
         encodings: The first that fits is used; only the last may fit any bytes.
 
     Raises:
-        DataError: If it cannot be read, is no text, or has none of the encodings; names the first line that is wrong.
+        DataError: If it cannot be read, is not text, or has none of the encodings; names the first line that is wrong.
     """
     try:
         raw = path.read_bytes()
