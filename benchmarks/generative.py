@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fellrec.config.compose import compose
 from fellrec.data.text import pad_left
-from fellrec.experiment import build_data, build_recommender
+from fellrec.experiment.build import build_data, build_recommender
 from fellrec.models.split import SplitModel
 from fellrec.rankers.constrained import ConstrainedRanker
 from fellrec.rankers.grounding import GroundingRanker

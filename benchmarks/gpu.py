@@ -30,7 +30,8 @@ from transformers import AutoModelForCausalLM
 
 from fellrec.config.compose import compose
 from fellrec.distributed.memory import peak_bytes
-from fellrec.experiment import Recommender, build_data, build_loop, build_recommender
+from fellrec.experiment.build import Recommender, build_data, build_recommender
+from fellrec.experiment.federation import build_loop
 from fellrec.federated.executor import SerialExecutor
 from fellrec.federated.loop import FederatedLoop
 from fellrec.functional.cost import human_bytes, training_flops

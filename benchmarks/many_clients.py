@@ -69,7 +69,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     from fellrec.callbacks.checkpoint import Checkpoint
     from fellrec.config.compose import compose
-    from fellrec.experiment import build_data, build_recommender
+    from fellrec.experiment.build import build_data, build_recommender
     from fellrec.experiment.federation import build_federation
     from fellrec.federated.callback import FederatedCallback
 

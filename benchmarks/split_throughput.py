@@ -22,7 +22,8 @@ from statistics import median
 import pandas as pd
 
 from fellrec.config.compose import compose
-from fellrec.experiment import build_data, build_loop, build_recommender
+from fellrec.experiment.build import build_data, build_recommender
+from fellrec.experiment.federation import build_loop
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.records import RoundRecord
 from fellrec.report.costs import Rounds

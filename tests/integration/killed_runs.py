@@ -20,7 +20,7 @@ from run_tensors import adapters, optimizer_states, selected
 
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.config.compose import compose
-from fellrec.experiment import Recommender, build_data, build_recommender
+from fellrec.experiment.build import Recommender, build_data, build_recommender
 from fellrec.experiment.federation import build_federation
 from fellrec.experiment.run_dir import write_evaluation
 from fellrec.federated.callback import Events, FederatedCallback

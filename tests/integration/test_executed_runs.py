@@ -19,7 +19,7 @@ from fellrec.cut.messages import HiddenState, OpenSlot, SelectRows, Serve
 from fellrec.cut.server import BodyServer
 from fellrec.distributed.message import Message
 from fellrec.errors import TrainingError
-from fellrec.experiment import build_data, build_recommender
+from fellrec.experiment.build import build_data, build_recommender
 from fellrec.experiment.federation import Federation, build_federation
 from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.loop import FederatedLoop

@@ -14,7 +14,7 @@ import torch
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.config.compose import compose
 from fellrec.errors import StorageError
-from fellrec.experiment import Recommender, build_data, build_recommender
+from fellrec.experiment.build import Recommender, build_data, build_recommender
 from fellrec.experiment.federation import build_federation
 from fellrec.experiment.run_dir import write_evaluation
 from fellrec.federated.callback import FederatedCallback

@@ -12,8 +12,9 @@ from mlflow.tracking import MlflowClient
 from fellrec.cli.main import main
 from fellrec.config.compose import compose
 from fellrec.data.prompts import TEMPLATES
-from fellrec.experiment import backbones as pretrained
-from fellrec.experiment import build_data, build_loop, build_recommender
+from fellrec.experiment.build import backbones as pretrained
+from fellrec.experiment.build import build_data, build_recommender
+from fellrec.experiment.federation import build_loop
 from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.settings import TrainerSettings

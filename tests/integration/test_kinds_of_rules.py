@@ -11,7 +11,7 @@ from torch import Tensor
 import fellrec.aggregation
 from fellrec.aggregation.settings import RULES
 from fellrec.config.compose import compose
-from fellrec.experiment import build_data, build_recommender
+from fellrec.experiment.build import build_data, build_recommender
 from fellrec.experiment.federation import Federation, build_federation
 from fellrec.federated.checkpoint import CheckpointFolder
 from fellrec.federated.loop import FederatedLoop

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.config.compose import compose
-from fellrec.experiment import build_data, build_recommender
+from fellrec.experiment.build import build_data, build_recommender
 from fellrec.experiment.federation import Federation, build_federation
 from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.loop import FederatedLoop

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fellrec.config.stored import read_config
-from fellrec.experiment import build_data, build_recommender
+from fellrec.experiment.build import build_data, build_recommender
 
 from .processes import FELLREC, TORCHRUN, Processes, adapters, alone, assert_same_run, results
 

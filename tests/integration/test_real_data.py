@@ -9,7 +9,7 @@ import pytest
 
 from fellrec.cli.prepare import verify
 from fellrec.config.compose import compose
-from fellrec.experiment import build_data
+from fellrec.experiment.build import build_data
 
 
 def checks(overrides: list[str], cache: Path) -> list[str]:

@@ -13,7 +13,7 @@ from shop import COMMON
 from fellrec.cli.main import main
 from fellrec.config.compose import compose
 from fellrec.data.prepared import PreparedData
-from fellrec.experiment import build_data
+from fellrec.experiment.build import build_data
 
 
 @pytest.fixture(scope="session")

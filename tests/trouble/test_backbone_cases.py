@@ -21,7 +21,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaMode
 from fellrec.cli.main import main
 from fellrec.config.compose import compose
 from fellrec.errors import BackboneError, ConfigError
-from fellrec.experiment import build_data, build_loop, build_recommender
+from fellrec.experiment.build import build_data, build_recommender
+from fellrec.experiment.federation import build_loop
 from fellrec.experiment.precision import check_precision
 from fellrec.models.backbone import load_hf
 from fellrec.models.partial import load_partial

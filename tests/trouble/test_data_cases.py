@@ -14,7 +14,7 @@ from shop import COMMON, NOUNS, TITLES, Row, inter, items, shop, write
 from fellrec.cli.main import main
 from fellrec.config.compose import compose
 from fellrec.data.prepared import PreparedData
-from fellrec.experiment import build_data
+from fellrec.experiment.build import build_data
 
 TRAIN = [
     "trainer.num_rounds=1",

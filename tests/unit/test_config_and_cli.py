@@ -255,6 +255,24 @@ def test_help_starts_at_once() -> None:
         assert f"'{module}'" not in loaded
 
 
+def test_mistakes_are_found_without_heavy_imports() -> None:
+    """A wrong choice is refused by every verb that takes settings before PyTorch is imported."""
+    code = """
+import sys
+from fellrec.cli.main import main
+for words in ("train", "compare", "plan", "submit", "prepare", "check-rule fedavg"):
+    try:
+        main([*words.split(), "backbone=tinny"])
+    except SystemExit as stop:
+        assert stop.code == 1, words
+    heavy = {"torch", "lightning", "transformers", "mlflow", "pandas"} & sys.modules.keys()
+    assert not heavy, (words, heavy)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("unknown backbone 'tinny'") == 6
+
+
 @pytest.mark.parametrize("arguments", [["trian"], ["train", "--frmat", "json"], ["evaluate"], []])
 def test_wrong_words_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:

@@ -37,6 +37,8 @@ def run(options: argparse.Namespace) -> None:
         ConfigError: If the rule cannot be imported or does not take its settings.
         FellrecError: If a law is broken.
     """
+    node = _node(options.rule, options.overrides)
+
     import torch
 
     from fellrec.aggregation.base import AggregationCallback
@@ -45,7 +47,6 @@ def run(options: argparse.Namespace) -> None:
     from fellrec.errors import FellrecError
 
     torch.set_num_threads(1)  # the tensors are tiny
-    node = _node(options.rule, options.overrides)
     results = check_rule(lambda: instantiate(node, "aggregation", of=AggregationCallback))
     if options.format == "json":
         found = [asdict(result) for result in results]

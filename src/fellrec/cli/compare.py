@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from fellrec.data.prepared import PreparedData
-    from fellrec.experiment import Recommender
+    from fellrec.experiment.build import Recommender
     from fellrec.experiment.session import Session
     from fellrec.experiment.variants import Label
     from fellrec.report.comparison import Comparison, RuleResult
@@ -50,7 +50,6 @@ def run(options: argparse.Namespace) -> None:
     """Entry point of the verb."""
     from omegaconf import OmegaConf
 
-    from fellrec.experiment.session import run_processes
     from fellrec.experiment.variants import check_comparable, configurations
 
     configs = configurations(options.overrides, options.run or ())
@@ -59,11 +58,13 @@ def run(options: argparse.Namespace) -> None:
         return
 
     check_comparable(configs)
+    from fellrec.experiment.session import run_processes
+
     run_processes(configs, lambda session: _report(*compare(configs, session), configs[0], options.format))
 
 
 def _report(comparison: Comparison, run_dir: Path, config: DictConfig, output_format: str) -> None:
-    from fellrec.experiment.run import table_cutoff
+    from fellrec.experiment.names import table_cutoff
     from fellrec.experiment.store import finish_message
     from fellrec.report.cost_tables import print_cost
     from fellrec.report.reachable import print_shares
@@ -95,9 +96,11 @@ def compare(configs: Sequence[DictConfig], session: Session | None = None) -> tu
     Raises:
         ConfigError: If a rule's settings are not allowed.
     """
-    from fellrec.experiment import build_data, build_loop, log_notes
+    from fellrec.experiment.build import build_data, log_notes
     from fellrec.experiment.classes import check_classes
-    from fellrec.experiment.run import collect, reference_results, table_cutoff
+    from fellrec.experiment.federation import build_loop
+    from fellrec.experiment.names import table_cutoff
+    from fellrec.experiment.run import collect, reference_results
     from fellrec.experiment.run_dir import check_new, new_run_dir, provenance
     from fellrec.experiment.store import check_store, store_of
     from fellrec.experiment.variants import labels
@@ -210,7 +213,7 @@ class _Recommenders:
 
     def of(self, config: DictConfig) -> Recommender:
         """The recommender of a configuration; the backbone is loaded again only if more than the rule changed."""
-        from fellrec.experiment import build_recommender, recommender_key
+        from fellrec.experiment.build import build_recommender, recommender_key
 
         key = recommender_key(config)
         if self._current is None or self._current[0] != key:

@@ -36,16 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Entry point of the verb."""
     from fellrec.config.stored import moved, read_config
-    from fellrec.experiment.run import table_cutoff
-    from fellrec.report.tables import print_comparison, results_console
 
     run_dir = Path(options.run_dir)
     config = moved(read_config(run_dir, options.trust), options.overrides)
     comparison = evaluate(run_dir, options.stage, config)
     if options.format == "json":
         sys.stdout.write(json.dumps(comparison.to_dict(), indent=1) + "\n")
-    else:
-        print_comparison(comparison, results_console(), table_cutoff(config))
+        return
+    from fellrec.experiment.names import table_cutoff
+    from fellrec.report.tables import print_comparison, results_console
+
+    print_comparison(comparison, results_console(), table_cutoff(config))
 
 
 def evaluate(run_dir: Path, stage: str, config: DictConfig | None = None) -> Comparison:
@@ -61,9 +62,11 @@ def evaluate(run_dir: Path, stage: str, config: DictConfig | None = None) -> Com
             training.
     """
     from fellrec.config.stored import read_config
-    from fellrec.experiment import build_data, build_federation, build_recommender
+    from fellrec.experiment.build import build_data, build_recommender
     from fellrec.experiment.classes import check_classes
-    from fellrec.experiment.run import collect, reference_results, rule_name
+    from fellrec.experiment.federation import build_federation
+    from fellrec.experiment.names import rule_name
+    from fellrec.experiment.run import collect, reference_results
     from fellrec.experiment.run_dir import check_backbone, check_finished, check_prompt, check_same_data
     from fellrec.federated.checkpoint import CHECKPOINTS, CheckpointFolder
     from fellrec.report.comparison import RuleResult

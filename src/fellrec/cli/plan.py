@@ -36,16 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Entry point of the verb."""
-    from rich.console import Console
-
-    from fellrec.planning.table import print_plans
-    from fellrec.report.tables import PLAIN
-
     rows = plan(options.overrides, options.probe)
     if options.format == "json":
         found = [{"values": row.values, **row.plan.to_dict()} for row in rows]
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
         return
+    from rich.console import Console
+
+    from fellrec.planning.table import print_plans
+    from fellrec.report.tables import PLAIN
+
     console = Console(**PLAIN)
     print_plans(rows, console if console.is_terminal else Console(width=_WIDTH, **PLAIN))
 
@@ -64,13 +64,14 @@ def plan(overrides: Sequence[str], probe_steps: int | None = None) -> list[Row]:
     """
     from fellrec.config.compose import compose
     from fellrec.config.sweep import expand
-    from fellrec.planning.plan import Planner
-    from fellrec.planning.table import Row
 
     if probe_steps is not None and probe_steps < 1:
         raise ConfigError(f"--probe {probe_steps} is not allowed: a whole number of at least 1")
     combinations = expand(overrides)
     configs = [compose(combination, optional=("backbone.path",)) for combination in combinations]
+    from fellrec.planning.plan import Planner
+    from fellrec.planning.table import Row
+
     planner = Planner()
     return [
         Row(values, planner.plan(config, probe_steps))

@@ -28,20 +28,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Entry point of the verb."""
-    from rich.console import Console
-    from rich.table import Table
-
     from fellrec.config.compose import compose
-    from fellrec.experiment import build_data, cache_dir
-    from fellrec.report.tables import PLAIN
 
     config = compose(options.overrides)
+    from fellrec.experiment.build import build_data, cache_dir
+
     data = build_data(config)
     checks = verify(config, data.statistics)
     if options.format == "json":
         found = {"name": data.name, "key": data.key, "statistics": dict(data.statistics), "checks": checks}
         sys.stdout.write(json.dumps({**found, "notes": data.notes}, indent=1) + "\n")
         return
+    from rich.console import Console
+    from rich.table import Table
+
+    from fellrec.report.tables import PLAIN
+
     console = Console(**PLAIN)
     table = Table("statistic", "value", title=f"{data.name}, key {data.key}", title_justify="left")
     for name, value in data.statistics.items():

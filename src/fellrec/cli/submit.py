@@ -19,7 +19,6 @@ from fellrec.errors import ConfigError
 from fellrec.functional.secrets import VARIABLE, reveal
 from fellrec.launch.settings import LauncherSettings
 from fellrec.launch.slurm import Job, JobEnvironment, batch_script
-from fellrec.tracking.store import ensure_experiment, make_client
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -77,13 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Entry point of the verb: everything is checked before anything is written or submitted."""
-    from fellrec.experiment.store import check_store, store_of
-
     submission = plan_submission(options.overrides, options.multirun, options.trust)
     script = submission.script
     if options.dry_run:
         sys.stdout.write(script)
         return
+    from fellrec.experiment.store import check_store, store_of
+    from fellrec.tracking.store import ensure_experiment, make_client
+
     config, jobs = submission.config, submission.jobs
     uri = store_of(config)
     check_store(config)
@@ -111,8 +111,7 @@ def plan_submission(overrides: Sequence[str], is_sweep: bool, trusted: Collectio
     from fellrec.config.compose import compose
     from fellrec.config.stored import PLACES, own_classes
     from fellrec.config.sweep import expand, without_passwords
-    from fellrec.experiment.run import rule_name
-    from fellrec.experiment.run_dir import free_run_dir
+    from fellrec.experiment.names import rule_name
 
     launcher_overrides = [item for item in overrides if _LAUNCHER.match(item)]
     experiment = [item for item in overrides if not _LAUNCHER.match(item)]
@@ -135,6 +134,8 @@ def plan_submission(overrides: Sequence[str], is_sweep: bool, trusted: Collectio
     labels = [f"{rule_name(config)}-s{config.seed}" for config in configs]
     first = configs[0]
     label = f"{first.data.name}-{'sweep' if is_sweep else labels[0]}"
+    from fellrec.experiment.run_dir import free_run_dir
+
     folder = free_run_dir(first.run_dir, label).absolute()
     dirs = [folder / f"{n:03d}-{own}" for n, own in enumerate(labels)] if is_sweep else [folder]
     jobs = [
@@ -197,7 +198,7 @@ def _check_run(config: DictConfig) -> None:
 def _continuation(config: DictConfig, run_dir: Path, asked: DictConfig, places: Sequence[str]) -> Submission:
     """A job that resumes a run, whose files may be in other places."""
     from fellrec.config.stored import own_classes
-    from fellrec.experiment.run import rule_name
+    from fellrec.experiment.names import rule_name
     from fellrec.state.lock import check_free
 
     check_free(run_dir)

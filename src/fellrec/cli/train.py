@@ -95,7 +95,8 @@ def _train(
     signals: StopSignals,
     session: Session | None,
 ) -> None:
-    from fellrec.experiment.run import build, collect, failure_message, reference_results, table_cutoff
+    from fellrec.experiment.names import table_cutoff
+    from fellrec.experiment.run import build, collect, failure_message, reference_results
     from fellrec.experiment.store import finish_message
     from fellrec.report.cost_tables import print_run_cost
     from fellrec.report.tables import print_comparison, results_console
@@ -211,7 +212,7 @@ def _train_one(config: DictConfig, take_results: Callable[[dict[str, Any]], None
     from hydra.core.hydra_config import HydraConfig
 
     from fellrec.config.compose import compose
-    from fellrec.experiment.run import rule_name
+    from fellrec.experiment.names import rule_name
 
     hydra = HydraConfig.get()
     overrides = list(hydra.overrides.task)

@@ -57,8 +57,8 @@ def compose(overrides: Sequence[str], optional: Collection[str] = ()) -> DictCon
     try:
         try:
             config = composed(known)
-        except ConfigError:
-            known, wrong = _known(overrides)
+        except ConfigError as error:
+            known, wrong = _known(overrides, error)
             config = composed(known)
         if config.resume is not None:
             raise ConfigError(_not_resumed(f"resume={config.resume}"))
@@ -72,8 +72,12 @@ def compose(overrides: Sequence[str], optional: Collection[str] = ()) -> DictCon
     return config
 
 
-def _known(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+def _known(overrides: Sequence[str], first: ConfigError) -> tuple[list[str], list[str]]:
     """The overrides that can be read and whose settings exist, and a message for each of the others.
+
+    Args:
+        overrides: Those of the command.
+        first: Why they cannot be composed.
 
     Raises:
         ConfigError: If it is a choice that cannot be read: which settings exist depends on it.
@@ -87,8 +91,11 @@ def _known(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
             wrong.append(str(error))
             if text.partition("=")[0].lstrip("+~") in group_choices():
                 raise ConfigError("\n".join(wrong)) from error
+    reason: ConfigError | None = first if len(known) == len(overrides) else None
     while True:
         try:
+            if reason is not None:
+                raise reason
             _hydra(known)
             return known, wrong
         except _UnknownKeyError as error:
@@ -96,7 +103,7 @@ def _known(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
             wrong.append(str(error))
             if len(left) == len(known):
                 raise ConfigError("\n".join(wrong)) from error
-            known = left
+            known, reason = left, None
         except ConfigError:
             return known, wrong  # what is wrong is said when they are composed
 

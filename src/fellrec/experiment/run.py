@@ -11,7 +11,6 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from fellrec.aggregation.settings import RULES
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.callbacks.costs import CostMeter
 from fellrec.callbacks.mlflow_logging import DatasetInput
@@ -30,6 +29,7 @@ from fellrec.experiment.build import (
 )
 from fellrec.experiment.classes import check_classes
 from fellrec.experiment.federation import Federation, build_federation
+from fellrec.experiment.names import rule_name, run_name
 from fellrec.experiment.run_dir import (
     check_backbone,
     check_new,
@@ -328,23 +328,6 @@ def failure_message(result: FitResult) -> str:
     if more := len(rounds) - len(lines):
         lines.append(f"{more} more rounds were aggregated without some clients: results.json has all of them.")
     return "\n".join(lines)
-
-
-def rule_name(config: DictConfig) -> str:
-    """The rule's name in tables: that of its choice, or its class's name in lower case."""
-    package, _, name = str(config.aggregation["_target_"]).rpartition(".")
-    return RULES[name].about.name if package == "fellrec.aggregation" and name in RULES else name.lower()
-
-
-def run_name(rule: str, variant: str, seed: int) -> str:
-    """A name for files and MLflow, such as ``fedavg-head_layers=2-s0``."""
-    return "-".join([*rule.split(), *variant.split(), f"s{seed}"])
-
-
-def table_cutoff(config: DictConfig) -> int:
-    """The cutoff that tables show: 10 if it is among the run's, else its first."""
-    cutoffs = list(config.trainer.cutoffs)
-    return 10 if 10 in cutoffs else int(cutoffs[0])
 
 
 def collect(recommender: Recommender, results: Sequence[RuleResult], run_dir: Path | None = None) -> Comparison:

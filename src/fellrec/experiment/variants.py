@@ -13,7 +13,7 @@ from fellrec.config.compose import compose, without_launcher
 from fellrec.config.instantiate import as_dict
 from fellrec.config.sweep import expand
 from fellrec.errors import ConfigError
-from fellrec.experiment.run import rule_name, run_name
+from fellrec.experiment.names import rule_name, run_name
 from fellrec.functional.nested import flatten
 
 _DEFAULT_RULES = "aggregation=local,fedavg,fellrec,centralized"

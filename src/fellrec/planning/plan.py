@@ -11,8 +11,7 @@ from omegaconf import DictConfig
 from fellrec.config.instantiate import as_dict
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.errors import ConfigError
-from fellrec.experiment import build_batches, build_data, build_rule
-from fellrec.experiment.build import build_adapter
+from fellrec.experiment.build import build_adapter, build_batches, build_data, build_rule
 from fellrec.federated.populations import OneForAll
 from fellrec.federated.settings import TrainerSettings
 from fellrec.functional.cost import PartCost, Traffic, TrafficSettings, checkpoint_bytes, fraction, total_cost, traffic

@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import TrainingError
-from fellrec.experiment import build_loop, build_recommender
+from fellrec.experiment.build import build_recommender
+from fellrec.experiment.federation import build_loop
 from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.records import Failed
 

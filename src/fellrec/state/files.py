@@ -10,11 +10,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from fellrec.errors import CheckpointError, StorageError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DRAFT = "."
 """First letter of a draft's name, which glob patterns without it do not match."""

@@ -11,8 +11,8 @@ from fellrec.config.instantiate import instantiate
 from fellrec.config.paths import conf_dir, group_choices
 from fellrec.config.registry import CHOICES, defaults_of
 from fellrec.errors import ConfigError
-from fellrec.experiment import build_rule
-from fellrec.experiment.run import rule_name
+from fellrec.experiment.build import build_rule
+from fellrec.experiment.names import rule_name
 
 RULES = group_choices()["aggregation"]
 

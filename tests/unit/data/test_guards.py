@@ -25,7 +25,8 @@ from fellrec.data.ragged import IntArray, Ragged
 from fellrec.data.readers import SyntheticReader
 from fellrec.data.settings import DataSettings
 from fellrec.errors import ConfigError, DataError, LeakError
-from fellrec.experiment import Recommender, build_data, build_loop, build_recommender
+from fellrec.experiment.build import Recommender, build_data, build_recommender
+from fellrec.experiment.federation import build_loop
 from fellrec.experiment.run import Run
 from fellrec.models.objectives.generative import GenerativeObjective
 from fellrec.models.settings import GenerativeSettings

@@ -18,8 +18,8 @@ from fellrec.cli.evaluate import evaluate
 from fellrec.cli.main import main
 from fellrec.config.compose import compose
 from fellrec.errors import ConfigError
-from fellrec.experiment import build_data, build_loop, build_recommender
-from fellrec.experiment.build import Recommender, build_fabric
+from fellrec.experiment.build import Recommender, build_data, build_fabric, build_recommender
+from fellrec.experiment.federation import build_loop
 from fellrec.experiment.precision import check_precision, weights_dtype
 from fellrec.federated.slot import LocalSlot, SlotState
 from fellrec.planning.shape import empty_backbone

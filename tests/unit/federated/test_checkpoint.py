@@ -16,7 +16,8 @@ from omegaconf import DictConfig
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.config.compose import compose
 from fellrec.errors import CheckpointError, TrainingError
-from fellrec.experiment import Recommender, build_data, build_federation, build_recommender
+from fellrec.experiment.build import Recommender, build_data, build_recommender
+from fellrec.experiment.federation import build_federation
 from fellrec.federated.checkpoint import CheckpointFolder
 from fellrec.federated.ledger import Ledger
 from fellrec.state.files import read_checked, write_checked

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fellrec.config.compose import compose
-from fellrec.experiment import Recommender, build_data, build_federation, build_recommender
+from fellrec.experiment.build import Recommender, build_data, build_recommender
+from fellrec.experiment.federation import build_federation
 
 HOW = ["adapter=lora", "adapter.rank=2", "adapter.alpha=5", "adapter.dropout=0", "trainer.max_local_steps=2",
        "trainer.learning_rate=0.1", "trainer.weight_decay=0.5"]  # fmt: skip

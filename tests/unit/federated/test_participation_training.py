@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from fellrec.config.compose import compose
-from fellrec.experiment import build_data, build_recommender
-from fellrec.experiment.build import Recommender
+from fellrec.experiment.build import Recommender, build_data, build_recommender
 from fellrec.experiment.federation import Federation, build_federation
 from fellrec.federated.checkpoint import CheckpointFolder
 

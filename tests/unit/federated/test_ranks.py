@@ -10,7 +10,8 @@ import torch
 
 from fellrec.config.compose import compose
 from fellrec.errors import ConfigError
-from fellrec.experiment import Recommender, build_data, build_federation, build_recommender
+from fellrec.experiment.build import Recommender, build_data, build_recommender
+from fellrec.experiment.federation import build_federation
 from fellrec.federated.checkpoint import CheckpointFolder
 from fellrec.federated.ranks import Ranks
 

@@ -19,7 +19,8 @@ from fellrec.aggregation import AggregationCallback, FedAvg
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.config.compose import compose
 from fellrec.errors import ConfigError, TrainingError
-from fellrec.experiment import Recommender, build_data, build_federation, build_loop, build_recommender
+from fellrec.experiment.build import Recommender, build_data, build_recommender
+from fellrec.experiment.federation import build_federation, build_loop
 from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.checkpoint import CheckpointFolder
 from fellrec.federated.loop import FederatedLoop

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from fellrec.config.compose import compose
 from fellrec.data.schema import Catalogue
 from fellrec.errors import ConfigError, DataError
-from fellrec.experiment import Recommender, build_data, build_loop, build_recommender
+from fellrec.experiment.build import Recommender, build_data, build_recommender
+from fellrec.experiment.federation import build_loop
 from fellrec.experiment.run import reference_results
 from fellrec.models.backbone import Backbone
 from fellrec.models.objectives.retrieval import RetrievalObjective

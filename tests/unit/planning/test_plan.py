@@ -29,8 +29,8 @@ from transformers import (
 from fellrec.cli.main import main
 from fellrec.cli.plan import plan
 from fellrec.config.compose import compose
-from fellrec.experiment import build_data, build_loop, build_recommender
-from fellrec.experiment.federation import build_federation
+from fellrec.experiment.build import build_data, build_recommender
+from fellrec.experiment.federation import build_federation, build_loop
 from fellrec.federated.checkpoint import CheckpointFolder
 from fellrec.federated.records import Trained
 from fellrec.federated.settings import TrainerSettings

@@ -6,7 +6,8 @@ import pytest
 from torch.profiler import ProfilerActivity, profile
 
 from fellrec.config.compose import compose
-from fellrec.experiment import build_data, build_loop, build_recommender
+from fellrec.experiment.build import build_data, build_recommender
+from fellrec.experiment.federation import build_loop
 from fellrec.planning.plan import Planner
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fellrec.config.compose import compose
-from fellrec.experiment import build_data, build_recommender
+from fellrec.experiment.build import build_data, build_recommender
 from fellrec.rankers.similarity import SimilarityRanker
 
 SASREC = ["data.reader.num_users=80", "data.reader.num_items=300", "backbone=sasrec"]

@@ -16,7 +16,7 @@ from fellrec.data.readers.micro_lens import PAIRS, TITLES
 from fellrec.data.schema import RawData
 from fellrec.data.settings import DataSettings
 from fellrec.errors import ConfigError, DataError
-from fellrec.experiment import build_data
+from fellrec.experiment.build import build_data
 
 
 def shaped_reader(**settings: float) -> SyntheticReader:

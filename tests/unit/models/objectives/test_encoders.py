@@ -30,7 +30,8 @@ from fellrec.cli.main import main
 from fellrec.config.compose import compose
 from fellrec.data.schema import Catalogue
 from fellrec.errors import BackboneError, ConfigError
-from fellrec.experiment import build_data, build_loop, build_recommender
+from fellrec.experiment.build import build_data, build_recommender
+from fellrec.experiment.federation import build_loop
 from fellrec.federated.callback import FederatedCallback
 from fellrec.models.backbone import Backbone, load_hf
 from fellrec.models.objectives.generative import GenerativeObjective

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from fellrec.config.compose import compose
 from fellrec.data.schema import Catalogue
 from fellrec.errors import ConfigError
-from fellrec.experiment import build_data, build_loop, build_recommender
+from fellrec.experiment.build import build_data, build_recommender
+from fellrec.experiment.federation import build_loop
 from fellrec.functional.softmax import chunked_cross_entropy, draw_items, sampled_cross_entropy
 from fellrec.models.backbone import Backbone
 from fellrec.models.objectives.retrieval import RetrievalObjective

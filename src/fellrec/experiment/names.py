@@ -1,0 +1,24 @@
+"""What rules and runs are called, from their configurations."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from fellrec.aggregation.settings import RULES
+
+
+def rule_name(config: DictConfig) -> str:
+    """The rule's name in tables: that of its choice, or its class's name in lower case."""
+    package, _, name = str(config.aggregation["_target_"]).rpartition(".")
+    return RULES[name].about.name if package == "fellrec.aggregation" and name in RULES else name.lower()
+
+
+def run_name(rule: str, variant: str, seed: int) -> str:
+    """A name for files and MLflow, such as ``fedavg-head_layers=2-s0``."""
+    return "-".join([*rule.split(), *variant.split(), f"s{seed}"])
+
+
+def table_cutoff(config: DictConfig) -> int:
+    """The cutoff that tables show: 10 if it is among the run's, else its first."""
+    cutoffs = list(config.trainer.cutoffs)
+    return 10 if 10 in cutoffs else int(cutoffs[0])
