@@ -52,7 +52,7 @@ EXAMPLES: list[Message] = [
         ((0, 2, "train", "up", "scalar", 1, 16),),
     ),
     p.ClientFailed(1, "because"),
-    p.MeasureLosses(1, -1, 2, (WEIGHTS, WEIGHTS), 1, ({"c|left": torch.ones(1)},)),
+    p.MeasureLosses(1, None, 2, (WEIGHTS, WEIGHTS), 1, ({"c|left": torch.ones(1)},)),
     p.LossesMeasured(1, (0.5, float("inf")), ((0, 2, "train", "up", "scalar", 1, 16),)),
     p.ScoreClients(1, WEIGHTS, (0, 2), "val", -1, 0, 2, 0, ()),
     p.Scored(

@@ -15,6 +15,8 @@ from fellrec.functional.first_items import FirstItems
 
 Adapter = Mapping[str, Tensor]
 """One client's adapter: parameter name → tensor of the parameter's own shape."""
+PUBLIC = -1
+"""Stands for a client where the data are those of public users, which belong to none."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ KINDS = {
     "fedex_lora": "a changed base",
 }
 """Rule → what it stands for."""
+WITH_CUT = {**KINDS, "fltrust": "a training of the server"}
+"""Those that are checked in one process."""
 HOW = ["adapter=lora", "backbone.num_layers=4", "participation.rate=0.7", "trainer.num_rounds=3"]
 
 
@@ -45,7 +47,7 @@ def state_of(loop: FederatedLoop) -> dict[str, Tensor]:
     return {**all_tensors(loop), **own_tensors(loop), **base}
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", WITH_CUT)
 def test_the_cut_and_a_resume_change_no_bit(name: str, tiny_overrides: list[str], tmp_path: Path) -> None:
     whole = federation_of(tiny_overrides, f"aggregation={name}").loop()
     whole.run()

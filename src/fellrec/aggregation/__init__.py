@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fellrec.aggregation.fedrep import FedRep
     from fellrec.aggregation.fedrot_lora import FedRotLoRA
     from fellrec.aggregation.fellrec import FELLRec
+    from fellrec.aggregation.fltrust import FLTrust
     from fellrec.aggregation.geometricmedian import GeometricMedian
     from fellrec.aggregation.hetlora import RBLA, HetLoRA
     from fellrec.aggregation.ifca import IFCA
@@ -60,6 +61,7 @@ __all__ = [
     "Ditto",
     "FELLRec",
     "FFALoRA",
+    "FLTrust",
     "FLoRA",
     "FedAMP",
     "FedAdagrad",

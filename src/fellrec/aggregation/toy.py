@@ -98,6 +98,10 @@ def random_clients(num_clients: int, seed: int, with_lora: bool = True) -> list[
     ]
 
 
+PUBLIC_USERS = ToyClient(random_adapter("public users", 0))
+"""What the server trains on, where a rule needs it."""
+
+
 def train(job: Job, client: ToyClient, rule: AggregationCallback) -> Trained:
     """A client's local training, with the rule's local terms."""
     begin = SlotState.of(job)
@@ -163,6 +167,7 @@ class ToyFederation:
     def __post_init__(self) -> None:
         """Begin, and make population and exchange."""
         self.sent: Adapter = {}
+        self.root: Trained | None = None
         self.loop = toy_loop(self.rule, self.clients, self.initial)
         self.population, self.exchange = self.loop.population, self.loop.exchange
 
@@ -172,7 +177,7 @@ class ToyFederation:
         rows = sorted(row for participant in participants for row in self.population.rows_of(participant))
         self.sent = self.population.model()
         drawn = Cohort(round_index, tuple(rows), (round_index,) * len(rows), len(participants), oldest=round_index)
-        found = self.loop.train(self.loop.jobs(drawn))
+        found, self.root = self.loop.without_root(self.loop.train(self.loop.jobs(drawn)))
         return [result for result in found if isinstance(result, Trained) and self.population.is_exchanged(result.row)]
 
     def updates(
@@ -184,7 +189,7 @@ class ToyFederation:
 
     def up(self, trained: Sequence[Trained]) -> Updates:
         """What the rule sees of results of `trained`."""
-        return self.exchange.up(trained, self.sent)
+        return self.exchange.up(trained, self.sent, self.root)
 
     def finish(self, updates: Updates, round_index: int) -> Aggregated:
         """Aggregate, and let the clients have the result."""
@@ -233,8 +238,8 @@ class ToyExecutor:
     def train(self, jobs: Sequence[Job], events: Events) -> Iterator[Trained | Failed]:
         """See ``Executor``."""
         for job in jobs:
-            events.call("on_client_start", job)
-            yield train(job, self.clients[job.client], self.rule)
+            events.client_starts(job)
+            yield train(job, PUBLIC_USERS if job.is_at_server else self.clients[job.client], self.rule)
 
     def measure(self, jobs: Sequence[LossJob]) -> list[tuple[float, ...]]:
         """See ``Executor``."""

@@ -19,6 +19,7 @@ from fellrec.data.prepared import PreparedData
 from fellrec.data.ragged import IntArray, Ragged
 from fellrec.data.windows import TrainingRows, last_position_rows, windows
 from fellrec.functional.rng import derive_seed
+from fellrec.types import PUBLIC
 
 _CACHED_CLIENTS = 128
 """Number of clients whose training rows are cached; the rows of other clients are rebuilt when requested."""
@@ -139,11 +140,11 @@ class FellrecDataModule(LightningDataModule):
         self._cache: OrderedDict[int | None, _Rows] = OrderedDict()
 
     def num_samples(self, client: int | None, held_out: float = 0.0) -> int:
-        """Number of training targets of one client, or of all clients for ``None``; see `train_loader`."""
+        """Number of training targets of one client, of all for ``None``, of public users; see `train_loader`."""
         return int(self._rows(client).part(held_out).is_target.sum())
 
     def num_batches(self, client: int | None, held_out: float = 0.0) -> int:
-        """Number of training batches per epoch of one client, or of all clients for ``None``; see `train_loader`."""
+        """Number of training batches per epoch, as `num_samples`."""
         return -(-len(self._rows(client).part(held_out)) // self.batch_size)
 
     def train_loader(
@@ -152,7 +153,8 @@ class FellrecDataModule(LightningDataModule):
         """Shuffled training batches.
 
         Args:
-            client: Whose; ``None`` for the pooled data of all clients.
+            client: Whose; ``None`` for the pooled data of all clients, `PUBLIC` for those of the public users, which
+                ``data.max_train_samples`` does not limit.
             seed: Of the order.
             held_out: Fraction of the client's rows that are left out, evenly spaced among them.
             of_held_out: Whether the batches are those of the rows that are left out instead.
@@ -170,12 +172,6 @@ class FellrecDataModule(LightningDataModule):
             return None
         longest = lengths.argsort(descending=True, stable=True)[: self.batch_size]
         return self.collate(rows.items[longest], rows.is_target[longest])
-
-    def public_loader(self, seed: int) -> DataLoader[Any]:
-        """Shuffled training batches of the public users. Requires at least one public user."""
-        users = np.flatnonzero(self.data.client_of_user < 0)
-        rows = self._training_rows(users, np.ones(len(self.data.train.values), dtype=bool))
-        return self._loader(_Rows.of(rows), seed)
 
     def eval_loader(self, stage: str, clients: tuple[int, ...] | None = None) -> DataLoader[Any]:
         """Users of the given clients (all for ``None``) with their targets; ``stage`` is ``"val"`` or ``"test"``."""
@@ -199,7 +195,8 @@ class FellrecDataModule(LightningDataModule):
         if client not in self._cache:
             owner = self.data.client_of_user
             users = np.flatnonzero(owner >= 0 if client is None else owner == client)
-            self._cache[client] = _Rows.of(self._training_rows(users, self.data.train_targets))
+            targets = np.ones_like(self.data.train_targets) if client == PUBLIC else self.data.train_targets
+            self._cache[client] = _Rows.of(self._training_rows(users, targets))
             if len(self._cache) > _CACHED_CLIENTS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(client)

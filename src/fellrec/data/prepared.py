@@ -27,7 +27,7 @@ class PreparedData:
         valid: Validation targets; empty for public users.
         test: Test targets; empty for public users.
         train_targets: ``[len(train.values)]`` bool, training interactions that are targets; never a user's first one.
-        client_of_user: ``[U]`` int64 client of each user; -1 for public users.
+        client_of_user: ``[U]`` int64 client of each user; `PUBLIC` for public users.
         num_clients: C.
         max_history: Longest history in items that a model receives.
         ranks_seen: Whether users may repeat items, so that the items of their histories are ranked too.

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from fellrec.models.settings import HfSettings, SasrecSettings, TinySettings
 from fellrec.models.split import SplitModel
 from fellrec.models.tiny import build_tiny
 from fellrec.state.cache import is_intact, new_entry, writing_entry
+from fellrec.types import PUBLIC
 
 T = TypeVar("T")
 
@@ -170,7 +172,7 @@ def _make(
         pretrain(
             model,
             objective,
-            batches.public_loader if has_public_users else None,
+            partial(batches.train_loader, PUBLIC) if has_public_users else None,
             catalogue_tokens(backbone.tokenizer, texts),
             how,
             tiny.seed,

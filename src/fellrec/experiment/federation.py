@@ -16,6 +16,7 @@ from fellrec.cut.client_model import CutClientModel
 from fellrec.cut.link import InProcess, Transport
 from fellrec.cut.server import BodyServer, ServerSettings
 from fellrec.distributed.batch_sharing import BatchSharing
+from fellrec.errors import ConfigError
 from fellrec.experiment.build import Recommender, ServerPart, build_rule, build_sampler
 from fellrec.federated.arrivals import Arrivals
 from fellrec.federated.callback import Events, FederatedCallback
@@ -37,6 +38,7 @@ from fellrec.federated.settings import ParticipationSettings, TrainerSettings
 from fellrec.functional.participation import cohort_size
 from fellrec.models.adapters import lora_layers
 from fellrec.models.module import OptimizerSettings
+from fellrec.types import PUBLIC
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Federation:
         ledger: What crossed between clients and server.
         settings: Of the trainer.
         steps_per_round: Optimiser steps of a round in which every client trains.
+        server_steps: Optimiser steps of the server's own training in a round.
     """
 
     rule: AggregationCallback
@@ -66,6 +69,7 @@ class Federation:
     ledger: Ledger
     settings: TrainerSettings
     steps_per_round: int
+    server_steps: int
 
     @property
     def persisted(self) -> dict[str, Persisted]:
@@ -94,6 +98,7 @@ class Federation:
             events=Events([self.rule, *callbacks]),
             settings=self.settings,
             steps_per_round=self.steps_per_round,
+            server_steps=self.server_steps,
         )
 
 
@@ -129,6 +134,11 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
     rule.begin(initial)
     ranks = _ranks(recommender.adapter, num_clients)
     population = rule.new_population(initial, num_clients, trainer.reset_optimizer, ranks)
+    if population.server_rows and not recommender.datamodule.num_samples(PUBLIC):
+        raise ConfigError(
+            f"aggregation {rule.name} trains on the public users at the server, and data.public_user_rate="
+            f"{config.data.public_user_rate} gives none with a training target: raise it"
+        )
     transforms = [instantiate(node, "exchange.transforms", of=Transform) for node in config.exchange.transforms]
     trained = [row for participant in range(population.num_participants) for row in population.rows_of(participant)]
     return Federation(
@@ -144,6 +154,7 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
         ledger=ledger,
         settings=trainer,
         steps_per_round=sum(local.trainer.num_steps(population.data_of(row)) for row in trained),
+        server_steps=sum(local.trainer.num_steps(population.data_of(row)) for row in population.server_rows),
     )
 
 

@@ -119,6 +119,11 @@ class Events:
         """End the run after the current round; the selected adapters are tested as usual."""
         self.is_stopping = True
 
+    def client_starts(self, job: Job) -> None:
+        """Call ``on_client_start``, but not for the server's own training."""
+        if not job.is_at_server:
+            self.call("on_client_start", job)
+
     def call(self, hook: str, *records: object) -> None:
         """Call one hook of every callback."""
         for callback in self.callbacks:

@@ -113,13 +113,14 @@ class Exchange:
             num_scalars = len(job.adapters)
             self.ledger.add(job.row, job.round_index, "train", "up", "scalar", num_scalars * _SCALAR_BYTES)
 
-    def up(self, trained: Sequence[Trained], model: Adapter) -> Updates:
+    def up(self, trained: Sequence[Trained], model: Adapter, root: Trained | None = None) -> Updates:
         """What the rule sees of the clients that finished a round; the bytes that they send are recorded.
 
         Args:
             trained: What they returned.
             model: The server's model, which they received, or of which they received earlier versions; see
                 ``Population.model``.
+            root: The server's own training, which sends nothing.
 
         Raises:
             TrainingError: If an adapter is not finite.
@@ -144,6 +145,7 @@ class Exchange:
             layers=self.layers,
             model=model,
             ranks=None if self.ranks is None else torch.tensor([self.ranks.of_row(t.row) for t in trained]),
+            root={} if root is None else {name: root.adapter.tensors()[name] for name in names},
         )
         self._arrived = {(t.row, t.job.round_index) for t in trained}
         updates.check_finite(round_index)

@@ -66,7 +66,7 @@ class SerialExecutor:
     def train(self, jobs: Sequence[Job], events: Events) -> Iterator[Trained | Failed]:
         """See ``Executor``; in the order of the jobs."""
         for job in jobs:
-            events.call("on_client_start", job)
+            events.client_starts(job)
             yield self.train_one(job, lambda loss: events.call("on_step_end", loss))
 
     def train_one(self, job: Job, on_step: OnStep) -> Trained | Failed:

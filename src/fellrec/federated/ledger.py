@@ -63,6 +63,11 @@ class Ledger:
         """Rows of a client's training in the current round."""
         return tuple(tuple(row) for row in self._recent() if row[:3] == [client, round_index, "train"])
 
+    def forget(self, client: int, round_index: int) -> None:
+        """Drop what was recorded of a training in the current round: the server's own, which sends nothing."""
+        for key in [key for key in self._bytes if key[:3] == (client, round_index, "train")]:
+            del self._bytes[key], self._messages[key]
+
     def take(self) -> list[list[Any]]:
         """``rows``, which are removed here."""
         rows = self.rows()

@@ -104,7 +104,7 @@ class LocalTrainer:
                 state = slot.state()
         for name, tensor in state.adapter.items():  # the last step can spoil the adapter after its loss was finite
             if not bool(tensor.isfinite().all()):
-                raise TrainingError(not_finite(name, job.client, job.round_index))
+                raise TrainingError(not_finite(name, job.who, job.round_index))
         return Trained(
             job=job,
             adapter=StoredTensors(state.adapter),
@@ -271,19 +271,19 @@ def _naming_client(job: Job) -> Iterator[None]:
     try:
         yield
     except SplitError as error:
-        raise SplitError(f"{error}, in the training of client {job.client} in round {job.round_index}") from error
+        raise SplitError(f"{error}, in the training of {job.who} in round {job.round_index}") from error
     except FellrecError:
         raise
     except Exception as error:
         first_line = (str(error).splitlines() or [""])[0]
         raise TrainingError(
-            f"the training of client {job.client} failed in round {job.round_index} with {type(error).__name__}: "
+            f"the training of {job.who} failed in round {job.round_index} with {type(error).__name__}: "
             f"{first_line} (--debug shows where)"
         ) from error
 
 
 def _diverged(job: Job, step: int, loss: float) -> str:
     return (
-        f"the training loss of client {job.client} became {loss} in round {job.round_index}, local step {step}; "
+        f"the training loss of {job.who} became {loss} in round {job.round_index}, local step {step}; "
         "lower trainer.learning_rate or check the data"
     )

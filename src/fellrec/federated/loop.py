@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fellrec.errors import TrainingError
 from fellrec.federated.callback import Events
 from fellrec.federated.exchange import Exchange
 from fellrec.federated.executor import Executor
@@ -61,6 +62,7 @@ class FederatedLoop:
         events: Calls the callbacks' hooks.
         settings: How many rounds, and how often they are evaluated.
         steps_per_round: Optimiser steps of a round in which every client trains, for progress bars.
+        server_steps: Optimiser steps of the server's own training in a round.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class FederatedLoop:
         events: Events,
         settings: TrainerSettings,
         steps_per_round: int = 0,
+        server_steps: int = 0,
     ) -> None:
         self.population = population
         self.participation = participation
@@ -86,6 +89,7 @@ class FederatedLoop:
         self.events = events
         self.settings = settings
         self.steps_per_round = steps_per_round
+        self.server_steps = server_steps
 
     def run(self) -> FitResult:
         """Run all rounds that are left and test the selected adapters.
@@ -118,9 +122,9 @@ class FederatedLoop:
             self.population, round_index, lambda participants: self.start_losses(participants, round_index)
         )
         model = self.population.model()
-        outcomes = self.train(self.jobs(cohort))
+        outcomes, root = self.without_root(self.train(self.jobs(cohort)))
         trained = self.participation.quorum(cohort, outcomes)
-        updates = self.exchange.up([t for t in trained if self.population.is_exchanged(t.row)], model)
+        updates = self.exchange.up([t for t in trained if self.population.is_exchanged(t.row)], model, root)
         self.events.call("on_aggregate_start", updates)
         aggregated = self.rule.aggregate(updates, round_index)
         self.population.receive(self.exchange.down(updates, aggregated))
@@ -138,7 +142,10 @@ class FederatedLoop:
         """What the cohort starts with; clients first measure losses of other adapters if the rule asks for them."""
         round_index, jobs = cohort.round_index, self.population.jobs(cohort)
         adapters = self.population.bank.versions
-        asked = {job.row: tuple(self.rule.candidates(job.row, adapters, round_index)) for job in jobs}
+        asked = {
+            job.row: () if job.is_at_server else tuple(self.rule.candidates(job.row, adapters, round_index))
+            for job in jobs
+        }
         measured = self.measure(
             [
                 LossJob(job.row, job.data_of, round_index, asked[job.row], job.adapter, job.base)
@@ -193,9 +200,24 @@ class FederatedLoop:
             if isinstance(outcome, Failed):
                 outcomes.append(outcome)
                 continue
-            outcomes.append(self.population.keep(outcome))
-            self.events.call("on_client_end", outcomes[-1])
+            outcomes.append(kept := self.population.keep(outcome))
+            if not kept.job.is_at_server:
+                self.events.call("on_client_end", kept)
         return sorted(outcomes, key=lambda outcome: outcome.row)
+
+    def without_root(self, outcomes: Sequence[Trained | Failed]) -> tuple[list[Trained | Failed], Trained | None]:
+        """The outcomes of the clients, and that of the server's own training, of which no traffic is recorded.
+
+        Raises:
+            TrainingError: If the server's training failed.
+        """
+        root = None
+        for outcome in (outcome for outcome in outcomes if outcome.job.is_at_server):
+            if isinstance(outcome, Failed):
+                raise TrainingError(outcome.reason)
+            root = outcome
+            self.exchange.ledger.forget(outcome.row, outcome.job.round_index)
+        return [outcome for outcome in outcomes if not outcome.job.is_at_server], root
 
     def validate(self, round_index: int) -> Evaluation:
         """Evaluate the validation data with the adapters as they are, and remember them if they are the best."""
@@ -221,7 +243,7 @@ class FederatedLoop:
 
     def _start(self) -> FitStart:
         share = self.participation.num_aggregated / self.participation.clients.num
-        steps = int(self.steps_per_round * self.settings.num_rounds * share)
+        steps = int((self.steps_per_round * share + self.server_steps) * self.settings.num_rounds)
         return FitStart(
             num_rounds=self.settings.num_rounds,
             round_index=self.progress.round_index,

@@ -78,8 +78,13 @@ class Population:
         """Rows that train if a participant is in the cohort."""
         return (participant,)
 
+    @property
+    def server_rows(self) -> tuple[int, ...]:
+        """Rows that the server trains itself, in every round."""
+        return ()
+
     def data_of(self, row: int) -> int | None:
-        """The client on whose data a row is trained; ``None`` for the pooled data of all clients."""
+        """Whose data a row is trained on, as ``Job.data_of``."""
         return row
 
     def served_by(self, client: int) -> int:
@@ -95,8 +100,9 @@ class Population:
         return {}
 
     def jobs(self, cohort: Cohort) -> list[Job]:
-        """What the rows of a cohort start with."""
-        return [self.job(row, start) for row, start in zip(cohort.rows, cohort.start_rounds, strict=True)]
+        """What the rows of a cohort, and of the server, start with."""
+        jobs = [self.job(row, start) for row, start in zip(cohort.rows, cohort.start_rounds, strict=True)]
+        return jobs + [self.job(row, cohort.round_index) for row in self.server_rows]
 
     def job(self, row: int, round_index: int) -> Job:
         """What a row starts a round with."""

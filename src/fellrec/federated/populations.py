@@ -11,7 +11,7 @@ from fellrec.federated.population import JobNeeds, Population
 from fellrec.federated.records import Cohort, Job
 from fellrec.functional.stacks import LazyStack, first_row
 from fellrec.state.tensor_store import StoredTensors
-from fellrec.types import Adapter
+from fellrec.types import PUBLIC, Adapter
 
 
 class OneForAll(Population):
@@ -153,6 +153,32 @@ class AveragedModel(SharedModel):
         """Restore it."""
         super().load_state_dict(state)
         self._num_averaged = state["num_averaged"]
+
+
+class SharedAndRoot(SharedModel):
+    """A `SharedModel` that the server trains too, on the public users, in every round: see ``Updates.root``.
+
+    Row C is the server's. It trains from the same model as the cohort, is never aggregated and serves no client.
+    """
+
+    @property
+    def num_rows(self) -> int:
+        """One for each client, and the server's."""
+        return self.num_clients + 1
+
+    @property
+    def server_rows(self) -> tuple[int, ...]:
+        """The last row."""
+        return (self.num_clients,)
+
+    def data_of(self, row: int) -> int | None:
+        """The public users for the server."""
+        return PUBLIC if row == self.num_clients else row
+
+    def receive_adapters(self, rows: Sequence[int], stack: LazyStack) -> None:
+        """Let the server's row have what all clients get."""
+        super().receive_adapters(rows, stack)
+        self.bank.store(self.num_clients, {**self.bank.row(self.num_clients), **first_row(stack)})
 
 
 class SharedAndPersonal(Population):

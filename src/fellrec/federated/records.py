@@ -17,7 +17,7 @@ from torch import Tensor
 from fellrec.errors import TrainingError
 from fellrec.functional.stacks import AdapterStack, LazyStack, as_lazy, first_row
 from fellrec.state.tensor_store import StoredTensors
-from fellrec.types import Adapter, Evaluation
+from fellrec.types import PUBLIC, Adapter, Evaluation
 
 NOTHING = StoredTensors({})
 """No tensors: the optimiser state before the first step, or a client without tensors of its own."""
@@ -72,7 +72,8 @@ class Job:
 
     Attributes:
         row: Row of the population.
-        data_of: Client whose data are used; ``None`` for the pooled data of all clients.
+        data_of: Client whose data are used; ``None`` for the pooled data of all clients, `PUBLIC` for those of the
+            public users, on which the server trains.
         round_index: From 0.
         first_step: Optimiser steps of this row in earlier rounds.
         adapter: Adapter that training starts from.
@@ -98,8 +99,18 @@ class Job:
 
     @property
     def client(self) -> int:
-        """The client that trains; 0 for the pooled data."""
+        """The client that trains; 0 for the pooled data, `PUBLIC` for the server."""
         return self.data_of or 0
+
+    @property
+    def is_at_server(self) -> bool:
+        """Whether the server trains, and no client does."""
+        return self.data_of == PUBLIC
+
+    @property
+    def who(self) -> str:
+        """Who trains, for messages."""
+        return "the server" if self.is_at_server else f"client {self.client}"
 
 
 @dataclass(frozen=True)
@@ -275,6 +286,8 @@ class Updates:
             clients have models of their own.
         ranks: ``[N]`` integers, LoRA ranks of the clients, beyond which their factors are 0; ``None`` if all have the
             same.
+        root: What the server made of its model on the public users, by the same local training; name → ``[*shape]``.
+            Empty unless the population is `SharedAndRoot`.
     """
 
     clients: tuple[int, ...]
@@ -291,6 +304,7 @@ class Updates:
     layers: tuple[LoraLayer, ...] = ()
     model: Adapter = field(default_factory=dict)
     ranks: Tensor | None = None
+    root: Adapter = field(default_factory=dict)
 
     def staleness(self, round_index: int) -> Tensor:
         """``[N]`` int64, rounds since each client received its start; 0 for all where that is not known."""
@@ -408,7 +422,7 @@ def _check_finite(stack: LazyStack, clients: Sequence[int], round_index: int) ->
             finite &= block.isfinite().all(dim=1).cpu()
         if not bool(finite.all()):
             client = clients[int(finite.logical_not().nonzero()[0])]
-            raise TrainingError(not_finite(name, client, round_index))
+            raise TrainingError(not_finite(name, f"client {client}", round_index))
 
 
 def _visible(stack: AdapterStack) -> LazyStack:
@@ -582,9 +596,6 @@ class FitResult:
     failed_clients: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
-def not_finite(name: str, client: int, round_index: int) -> str:
+def not_finite(name: str, who: str, round_index: int) -> str:
     """The message for a parameter that local training made infinite or undefined."""
-    return (
-        f"{name} of client {client} is not finite after local training in round {round_index}; "
-        "lower trainer.learning_rate"
-    )
+    return f"{name} of {who} is not finite after local training in round {round_index}; lower trainer.learning_rate"

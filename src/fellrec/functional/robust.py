@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fellrec.functional.mixing import cosine
+
 _SETTLED = 1e-13
 """Change of the weights at which Weiszfeld's iteration has converged."""
 
@@ -132,6 +134,29 @@ def clip_factors(norms: Tensor, largest: float) -> Tensor:
         tensor([1.0000, 1.0000, 0.5000])
     """
     return torch.where(norms > largest, largest / norms, 1)
+
+
+def trust_weights(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """FLTrust's scores of vectors, and what they are multiplied by in its mean, with the length of the reference.
+
+    ``T_k = max(0, cos(x_k, x_0))`` and ``T_k ‖x_0‖ / (‖x_k‖ Σ T)``; the cosine with a zero vector is 0.
+
+    Args:
+        gram: ``[R + 1, R + 1]`` inner products of R vectors and the reference x_0, which is the last one.
+
+    Returns:
+        Two ``[R]``; both are zeros if no cosine is positive.
+
+    Example:
+        >>> values = torch.tensor([[100.0, -1.0, 0.0, 2.0]], dtype=torch.float64)
+        >>> trust, weights = trust_weights(values.T @ values)
+        >>> trust.tolist(), weights.tolist()
+        ([1.0, 0.0, 0.0], [0.02, 0.0, 0.0])
+    """
+    norms = squared_norms(gram).sqrt()
+    trust = cosine(gram)[:-1, -1].clamp_min(0)
+    scaled = torch.where(trust > 0, trust * norms[-1] / norms[:-1], 0)
+    return trust, scaled / trust.sum() if trust.any() else scaled
 
 
 def middle(values: Tensor) -> float:

@@ -115,7 +115,7 @@ class PoolExecutor:
 
     def _training(self, job: Job, events: Events) -> Task:
         def run() -> Trained | Failed:
-            events.call("on_client_start", job)
+            events.client_starts(job)
             return self.local.train_one(job, on_step)
 
         def on_step(loss: float) -> None:
@@ -123,7 +123,7 @@ class PoolExecutor:
             self.pool.poll()
 
         def result(answer: Message) -> Trained | Failed:
-            events.call("on_client_start", job)
+            events.client_starts(job)
             outcome = self._outcome(job, answer)
             for loss in answer.step_losses if isinstance(answer, ClientTrained) else ():
                 events.call("on_step_end", loss)
@@ -134,13 +134,13 @@ class PoolExecutor:
             run=run,
             result=result,
             lost=lambda reason: Failed(job, reason),
-            activity=f"training client {job.client} in round {job.round_index}",
+            activity=f"training {job.who} in round {job.round_index}",
         )
 
     def _train_message(self, job: Job, process: int) -> TrainClient:
         return TrainClient(
             row=job.row,
-            data_of=-1 if job.data_of is None else job.data_of,
+            data_of=job.data_of,
             round_index=job.round_index,
             first_step=job.first_step,
             adapter=job.adapter.tensors(),
@@ -160,7 +160,7 @@ class PoolExecutor:
 
     def _outcome(self, job: Job, answer: Message) -> Trained | Failed:
         if not isinstance(answer, ClientTrained | ClientFailed) or answer.row != job.row:
-            raise SplitError(f"unexpected message {type(answer).__name__} for the training of client {job.client}")
+            raise SplitError(f"unexpected message {type(answer).__name__} for the training of {job.who}")
         self.ledger.merge(answer.ledger)
         if isinstance(answer, ClientFailed):
             return Failed(job, answer.reason)
@@ -180,10 +180,9 @@ class PoolExecutor:
             return job.row, answer.losses
 
         def message(process: int) -> MeasureLosses:
-            data_of = -1 if job.data_of is None else job.data_of
             adapters = tuple(adapter.tensors() for adapter in job.adapters)
             changes = self._new_changes(job.base, process)
-            return MeasureLosses(job.row, data_of, job.round_index, adapters, len(job.base), changes)
+            return MeasureLosses(job.row, job.data_of, job.round_index, adapters, len(job.base), changes)
 
         return Task(
             message=message,
@@ -246,7 +245,7 @@ class Worker:
         self._changes += [StoredTensors(factors) for factors in message.changes]
         job = Job(
             row=message.row,
-            data_of=None if message.data_of < 0 else message.data_of,
+            data_of=message.data_of,
             round_index=message.round_index,
             first_step=message.first_step,
             adapter=StoredTensors(message.adapter),
@@ -281,8 +280,7 @@ class Worker:
         self._report(f" while this process was measuring losses of client {message.row}")
         self._changes += [StoredTensors(factors) for factors in message.changes]
         base, adapters = tuple(self._changes[: message.base]), tuple(map(StoredTensors, message.adapters))
-        data_of = None if message.data_of < 0 else message.data_of
-        losses = self.local.measure_one(LossJob(message.row, data_of, message.round_index, adapters, base=base))
+        losses = self.local.measure_one(LossJob(message.row, message.data_of, message.round_index, adapters, base=base))
         return LossesMeasured(message.row, losses, self._rows())
 
     def score(self, message: ScoreClients) -> Message:

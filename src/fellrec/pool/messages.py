@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fellrec.distributed.message import Message, require
 from fellrec.federated.ledger import check_rows
+from fellrec.types import PUBLIC
 
 Rows = tuple[tuple[int | str, ...], ...]
 """Rows of a ledger."""
@@ -57,7 +58,7 @@ class TrainClient(Message):
 
     Attributes:
         row: Row of the population.
-        data_of: Client whose data are used; -1 for the pooled data of all.
+        data_of: As in ``Job``.
         round_index: From 0.
         first_step: Optimiser steps of this row in earlier rounds.
         adapter: By parameter.
@@ -71,7 +72,7 @@ class TrainClient(Message):
     """
 
     row: int
-    data_of: int
+    data_of: int | None
     round_index: int
     first_step: int
     adapter: Mapping[str, Tensor]
@@ -84,7 +85,7 @@ class TrainClient(Message):
     changes: tuple[Mapping[str, Tensor], ...]
 
     def __post_init__(self) -> None:
-        require(self, self.data_of >= -1, f"data of client {self.data_of}")
+        require(self, self.data_of is None or self.data_of >= PUBLIC, f"data of client {self.data_of}")
         require(self, min(self.row, self.round_index, self.first_step, self.base) >= 0, "its numbers are negative")
 
 
@@ -153,14 +154,14 @@ class MeasureLosses(Message):
     """
 
     row: int
-    data_of: int
+    data_of: int | None
     round_index: int
     adapters: tuple[Mapping[str, Tensor], ...]
     base: int
     changes: tuple[Mapping[str, Tensor], ...]
 
     def __post_init__(self) -> None:
-        require(self, self.data_of >= -1, f"data of client {self.data_of}")
+        require(self, self.data_of is None or self.data_of >= PUBLIC, f"data of client {self.data_of}")
         require(self, min(self.row, self.round_index, self.base) >= 0, "its numbers are negative")
 
 

@@ -21,6 +21,7 @@ from fellrec.errors import DataError
 from fellrec.functional.ranking import ranking_metrics, target_ranks
 from fellrec.rankers.reference import reference_rankers
 from fellrec.rankers.settings import ReferenceSettings
+from fellrec.types import PUBLIC
 
 SHAPED = {"preset": "micro_lens_shaped", "mean_length": 7.19405, "habit_rate": 0.35, "random_rate": 0.15}
 READER = SyntheticReader(num_users=200, num_items=80, mean_length=15)
@@ -64,6 +65,20 @@ def test_public_users_are_in_no_client_and_no_evaluation() -> None:
     train_items = sum(int(data.train.lengths[user]) for user in np.flatnonzero(~public))
     assert module.num_samples(None) == train_items - (~public).sum()
     assert sum(module.num_samples(client) for client in range(4)) == module.num_samples(None)
+
+
+@pytest.mark.parametrize("one_target_per_row", [False, True])
+def test_public_users_are_trained_on_where_that_is_asked_for(one_target_per_row: bool) -> None:
+    """All of their items but each user's first are targets, also where the clients have few."""
+    for limit in (None, 50):
+        data = make(dataclasses.replace(SETTINGS, max_train_samples=limit))
+        collate = lambda items, is_target: {"targets": items[is_target]}  # noqa: E731
+        module = FellrecDataModule(data, collate, one_target_per_row, batch_size=64, eval_batch_size=64)
+        users = np.flatnonzero(data.client_of_user < 0)
+        expected = sorted(item for user in users for item in data.train.row(user)[1:].tolist())
+        batches = list(module.train_loader(PUBLIC, seed=0))
+        assert sorted(item for batch in batches for item in batch["targets"].tolist()) == expected
+        assert (module.num_samples(PUBLIC), module.num_batches(PUBLIC)) == (len(expected), len(batches))
 
 
 def test_no_target_is_in_its_own_history() -> None:

@@ -38,7 +38,7 @@ class FakeExecutor:
 
     def train(self, jobs: Sequence[Job], events: Events) -> Iterator[Trained | Failed]:
         for job in jobs:
-            events.call("on_client_start", job)
+            events.client_starts(job)
             yield Failed(job, f"client {job.row} failed") if self.fails(job) else trained(job, self.has_tensors)
 
     def measure(self, jobs: Sequence[LossJob]) -> list[tuple[float, ...]]:

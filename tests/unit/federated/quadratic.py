@@ -38,7 +38,7 @@ class QuadraticExecutor(FakeExecutor):
 
     def train(self, jobs: Sequence[Job], events: Events) -> Iterator[Trained | Failed]:
         for job in jobs:
-            events.call("on_client_start", job)
+            events.client_starts(job)
             yield self.train_one(job)
 
     def train_one(self, job: Job) -> Trained:

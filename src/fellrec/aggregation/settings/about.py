@@ -27,6 +27,7 @@ class Limits:
         one_rank: Not with different ranks in ``adapter.rank``.
         asynchronous: Not with what needs a cohort that is drawn at once: ``participation=power_of_choice`` and
             ``participation.over_selection``.
+        needs_public_users: Not with ``data.public_user_rate=0``: the server trains on the public users.
     """
 
     needs_lora: bool = False
@@ -39,6 +40,7 @@ class Limits:
     changes_base: bool = False
     one_rank: bool = True
     asynchronous: bool = False
+    needs_public_users: bool = False
 
     def texts(self) -> list[str]:
         """What cannot be combined with the rule, in words.
@@ -57,6 +59,7 @@ class Limits:
             "exchange.transforms": self.no_transforms,
             "backbone.quantize": self.changes_base,
             "participation=power_of_choice and participation.over_selection": self.asynchronous,
+            "data.public_user_rate=0": self.needs_public_users,
         }
         return [text for text, applies in found.items() if applies]
 
@@ -126,6 +129,9 @@ class Limits:
             else None,
             f"needs clients with one rank: adapter.rank={list(ranks)} is not allowed, give one number"
             if self.one_rank and isinstance(ranks, Sequence) and len(set(ranks)) > 1
+            else None,
+            "trains on the public users at the server: data.public_user_rate=0 is not allowed, raise it"
+            if self.needs_public_users and get("data.public_user_rate", None) == 0
             else None,
         ]
 

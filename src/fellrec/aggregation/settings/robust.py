@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fellrec.aggregation.settings.about import About
+from fellrec.aggregation.settings.about import About, Limits
+from fellrec.aggregation.settings.base import RuleSettings
 from fellrec.aggregation.settings.before import BeforeSettings
 from fellrec.functional.ranges import Count, Natural, Positive
 
@@ -152,3 +153,17 @@ class CenteredClippingSettings(BeforeSettings):
     clips nothing where updates are shorter."""
     num_steps: Count = 1
     """Steps of clipping in a round."""
+
+
+@dataclass(frozen=True)
+class FLTrustSettings(RuleSettings):
+    """The mean of updates that agree with that of the server."""
+
+    about: ClassVar[About] = About(
+        name="fltrust",
+        family="robust",
+        summary="one model, moved by the mean of updates, scaled to the server's own and weighted by the cosine to it",
+        paper="Cao et al., NDSS 2021, arXiv:2012.13995",
+        cost="server: trains on the public users in every round",
+        limits=Limits(needs_public_users=True),
+    )
