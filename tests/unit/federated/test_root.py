@@ -18,13 +18,13 @@ from fellrec.federated.records import Aggregated, Failed, Job, RoundRecord, Trai
 from fellrec.types import PUBLIC
 
 
-class ToTheRoot(AggregationCallback):
-    """The next model is the server's own."""
+class BelowTheRoot(AggregationCallback):
+    """The next model is the server's own, minus 1."""
 
     population = SharedAndRoot
 
     def aggregate(self, updates: Updates, round_index: int) -> Aggregated:
-        return self.shared(updates, updates.root)
+        return self.shared(updates, {name: value - 1 for name, value in updates.root.items()})
 
 
 class Watching(FakeExecutor):
@@ -44,16 +44,16 @@ class Watching(FakeExecutor):
 
 
 def test_the_server_trains_the_same_model_on_the_public_users_in_every_round() -> None:
-    """Row r adds r + 1, the server is row 4: after two rounds the model is 10, with any cohort."""
-    loop = fake_loop(ToTheRoot(), executor := Watching(), participation={"rate": 0.5}, num_rounds=2)
+    """Row r adds r + 1, the server is row 4: after two rounds the model is 2 (5 - 1), with any cohort."""
+    loop = fake_loop(BelowTheRoot(), executor := Watching(), participation={"rate": 0.5}, num_rounds=2)
     loop.run()
     assert [job.data_of for job in executor.jobs].count(PUBLIC) == 2
     assert all(job.row == 4 for job in executor.jobs if job.data_of == PUBLIC)
     starts = {round_index: set() for round_index in (0, 1)}  # type: dict[int, set[float]]
     for job in executor.jobs:
         starts[job.round_index].add(float(job.adapter.tensors()["a"][0]))
-    assert starts == {0: {0.0}, 1: {5.0}}
-    assert [float(loop.population.bank.row(row)["a"][0]) for row in range(5)] == [10.0] * 5
+    assert starts == {0: {0.0}, 1: {4.0}}
+    assert [float(loop.population.bank.row(row)["a"][0]) for row in range(5)] == [8.0] * 5
 
 
 def test_the_server_is_no_client_of_the_run() -> None:
@@ -70,7 +70,7 @@ def test_the_server_is_no_client_of_the_run() -> None:
         def on_client_end(self, trained: Trained) -> None:
             seen.append(trained.row)
 
-    loop = fake_loop(ToTheRoot(), num_clients=2, num_rounds=1, callbacks=[Clients()])
+    loop = fake_loop(BelowTheRoot(), num_clients=2, num_rounds=1, callbacks=[Clients()])
     loop.executor = Watching(loop.exchange.ledger)
     result = loop.run()
     (record,) = records
@@ -81,21 +81,21 @@ def test_the_server_is_no_client_of_the_run() -> None:
 
 
 def test_a_failure_of_the_server_ends_the_run_whatever_is_done_about_clients() -> None:
-    loop = fake_loop(ToTheRoot(), Watching(fails=True), participation={"on_failure": "skip", "quorum": 0.5})
+    loop = fake_loop(BelowTheRoot(), Watching(fails=True), participation={"on_failure": "skip", "quorum": 0.5})
     with pytest.raises(TrainingError, match="client 4 failed"):  # the fake executor's own message
         loop.run()
     assert Job(4, PUBLIC, 0, 0, loop.population.part(4)).who == "the server"
 
 
 def test_a_run_that_stops_after_the_server_has_trained_does_not_train_it_again(tmp_path: Path) -> None:
-    first, second = fake_loop(ToTheRoot()), fake_loop(ToTheRoot(), executor := Watching())
+    first, second = fake_loop(BelowTheRoot()), fake_loop(BelowTheRoot(), executor := Watching())
     for loop in (first, second):
         loop.population.persist(tmp_path)
     jobs = first.population.jobs(first.participation.draw(first.population, 0))
     first.train([jobs[-1]])
     second.run_round(0)
     assert [job.row for job in executor.jobs] == [0, 1, 2, 3]
-    assert float(second.population.bank.row(0)["a"][0]) == 5.0
+    assert float(second.population.bank.row(0)["a"][0]) == 4.0
 
 
 def test_fltrust_follows_the_clients_that_agree_with_the_server() -> None:
