@@ -107,7 +107,7 @@ class Values(FederatedCallback):
         "adapter=lora adapter.layers=body+tail",
         "adapter.layers=tail",
         "adapter.layers=head adapter=lora",
-        "objective=generative adapter=lora trainer.num_rounds=1",
+        "objective=generative ranker=likelihood adapter=lora trainer.num_rounds=1",
         "objective=generative adapter=lora ranker=grounding ranker.num_beams=2 ranker.max_new_tokens=5 "
         "trainer.num_rounds=1 trainer.learning_rate=0.05",
         "objective=generative adapter=lora ranker=constrained ranker.num_beams=3 trainer.num_rounds=1",

@@ -12,7 +12,7 @@ from mlflow.tracking import MlflowClient
 from fellrec.cli.main import main
 from fellrec.config.compose import compose
 from fellrec.data.prompts import TEMPLATES
-from fellrec.experiment.build import backbones as pretrained
+from fellrec.experiment import backbones as pretrained
 from fellrec.experiment.build import build_data, build_recommender
 from fellrec.experiment.federation import build_loop
 from fellrec.federated.callback import FederatedCallback

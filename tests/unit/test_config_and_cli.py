@@ -57,7 +57,7 @@ def test_the_backbone_decides_the_adapter_and_the_objective_the_ranker() -> None
     assert compose(["backbone=hf", "backbone.path=x"]).adapter["_target_"].endswith("LoraAdapter")
     assert compose(["adapter=lora"]).adapter.rank == 8
     assert compose([]).ranker["_target_"].endswith("SimilarityRanker")
-    assert compose(["objective=generative"]).ranker["_target_"].endswith("LikelihoodRanker")
+    assert compose(["objective=generative"]).ranker["_target_"].endswith("GroundingRanker")
 
 
 @pytest.mark.parametrize(
