@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,21 +12,17 @@ import torch
 from peft import LoraConfig, PeftType, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import cast_adapter_dtype
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save
+from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from fellrec.functional.rng import derive_seed
 from fellrec.models.architectures import ArchSpec
-from fellrec.models.modules import adaptable, check_no_overlap, check_targets, matches, saved_parameters
-from fellrec.models.peft_folder import ADAPTER_NAME, copy_into, name_in_file, read_adapter
-from fellrec.models.settings import PARTS, FullSettings, LoraSettings, parts_of
+from fellrec.models.modules import Targets, find_targets
+from fellrec.models.peft_folder import ADAPTER_NAME, copy_into, read_adapter, save_lora, write_tensors
+from fellrec.models.settings import FullSettings, LoraSettings, parts_of
 from fellrec.state.files import write_atomically
-
-ALL_LINEAR = "all-linear"
-"""``adapter.target_modules`` for all linear modules of the layers, as in PEFT."""
 
 Frozen = Callable[[], Mapping[str, torch.Tensor]]
 """Returns the frozen parameters of the whole model."""
@@ -70,7 +65,7 @@ class LoraAdapter(LoraSettings):
         """Start without what depends on the model."""
         super().__post_init__()
         self._config: LoraConfig | None = None
-        self._saved: dict[str, list[str]] = {}
+        self._targets = Targets()
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -84,69 +79,34 @@ class LoraAdapter(LoraSettings):
             BackboneError: If a target matches no module; lists existing modules, closest names first. If ``path`` is
                 not an adapter with the same rank and modules.
         """
-        saved = saved_parameters(model, arch, self.modules_to_save)
-        self._saved = {name: places for name, places in saved.items() if part_of(name) in self.parts}
-        targets = self._targets(model, arch, part_of)
-        check_no_overlap(self._saved, targets)
+        self._targets = find_targets(model, arch, self, part_of)
         model.requires_grad_(False)
-        self._inject(model, arch, seed, targets)
-        for name in self._saved:
+        self._inject(model, arch, seed)
+        for name in self._targets.saved:
             model.get_parameter(name).requires_grad_(True)
         if self.path is not None:
             self._start_from(self.path, model, part_of)
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The A and B matrices and the parameters of ``modules_to_save``, sorted by name."""
-        found = model.named_parameters()
-        return dict(sorted((name, parameter) for name, parameter in found if "lora_" in name or name in self._saved))
+        found, saved = model.named_parameters(), self._targets.saved
+        return dict(sorted((name, parameter) for name, parameter in found if "lora_" in name or name in saved))
 
     def save(self, adapter: Mapping[str, torch.Tensor], backbone: Any, frozen: Frozen, folder: Path) -> None:
         """Write in PEFT's format, for ``PeftModel.from_pretrained``."""
         assert self._config is not None, "attach comes before save"
-        folder.mkdir(parents=True, exist_ok=True)
-        whole = self._config
-        if self._needs_names:
-            modules = sorted({name.rpartition(".lora_")[0] for name in adapter if "lora_" in name})
-            whole = replace(whole, target_modules=modules)
-        tensors = {  # PEFT keeps a copy for each place of a tied parameter
-            place: tensor if place == name else tensor.clone()
-            for name, tensor in adapter.items()
-            for place in self._saved.get(name, [name])
-        }
-        saved = sorted({name.rpartition(".")[0] for name in tensors if "lora_" not in name})
-        whole = replace(whole, modules_to_save=saved or None)
-        whole.save_pretrained(str(folder))
-        _write({name_in_file(name): tensor for name, tensor in tensors.items()}, folder / SAFETENSORS_WEIGHTS_NAME)
+        save_lora(adapter, self._config, self._targets, folder)
 
-    @property
-    def _needs_names(self) -> bool:
-        """Whether modules are listed by their whole names, since no suffixes stand for them."""
-        return self.parts != PARTS or self.target_modules == ALL_LINEAR
-
-    def _targets(self, model: nn.Module, arch: ArchSpec, part_of: PartOf) -> list[str]:
-        """What PEFT is to adapt: suffixes, or whole names, of which a partial model may have none."""
-        if self.target_modules == ALL_LINEAR:
-            layers = f"{arch.names_prefix}{arch.layers}."
-            wanted = [name for name in adaptable(model) if name.startswith(layers)]
-        else:
-            given = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
-            targets = list(given or arch.lora_targets)
-            check_targets(model, targets)
-            if not self._needs_names:
-                return targets
-            wanted = [name for name in adaptable(model) if matches(name, targets)]
-        return [name for name in wanted if part_of(name) in self.parts]
-
-    def _inject(self, model: nn.Module, arch: ArchSpec, seed: int, targets: list[str]) -> None:
+    def _inject(self, model: nn.Module, arch: ArchSpec, seed: int) -> None:
         self._config = LoraConfig(
             r=self.largest_rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
-            target_modules=targets,
+            target_modules=list(self._targets.modules),
             task_type="CAUSAL_LM" if arch.is_causal else "FEATURE_EXTRACTION",
             base_model_name_or_path=getattr(model.config, "_name_or_path", None),
         )
-        if not any(matches(name, targets) for name in adaptable(model)):
+        if not self._targets.names(model):
             return  # a partial model without any of these modules
         with torch.random.fork_rng(devices=[]):
             inject_adapter_in_model(self._config, model, adapter_name=ADAPTER_NAME)
@@ -166,7 +126,7 @@ class LoraAdapter(LoraSettings):
             **dict.fromkeys(("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"), None),
         }
         tensors, parameters = read_adapter(path, expected), self.trainable(model)
-        tied = {place for places in self._saved.values() for place in places}
+        tied = {place for places in self._targets.saved.values() for place in places}
         here = {part_of(name) for name, _ in model.named_parameters()}
         surplus = [name for name in tensors if name not in parameters and name not in tied and part_of(name) in here]
         copy_into(path, tensors, parameters, sorted(surplus))
@@ -196,7 +156,7 @@ class FullAdapter(FullSettings):
         folder.mkdir(parents=True, exist_ok=True)
         backbone.model.config.save_pretrained(folder)
         backbone.tokenizer.save_pretrained(folder)
-        _write({**frozen(), **adapter}, folder / SAFE_WEIGHTS_NAME)
+        write_tensors({**frozen(), **adapter}, folder / SAFE_WEIGHTS_NAME)
 
 
 def save_base(weights: Mapping[str, torch.Tensor], backbone: Any, folder: Path) -> None:
@@ -210,7 +170,7 @@ def save_base(weights: Mapping[str, torch.Tensor], backbone: Any, folder: Path) 
     folder.mkdir(parents=True, exist_ok=True)
     backbone.model.config.save_pretrained(folder)
     backbone.tokenizer.save_pretrained(folder)
-    _write(weights, folder / SAFE_WEIGHTS_NAME)
+    write_tensors(weights, folder / SAFE_WEIGHTS_NAME)
 
 
 def plain_name(name: str) -> str:
@@ -253,11 +213,6 @@ def lora_layers(model: nn.Module) -> list[tuple[str, str, str, float, bool]]:
 def adapter_bytes(adapter: Mapping[str, torch.Tensor]) -> int:
     """Size of one adapter in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in adapter.values())
-
-
-def _write(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save(plain, metadata={"format": "pt"}))
 
 
 @torch.no_grad()

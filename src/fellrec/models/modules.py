@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,62 @@ from transformers.pytorch_utils import Conv1D
 from fellrec.errors import BackboneError, nearest_first
 from fellrec.models.architectures import ArchSpec
 from fellrec.models.remote import RemoteLayer
+from fellrec.models.settings import PARTS, TargetSettings, parts_of
+
+ALL_LINEAR = "all-linear"
+"""``adapter.target_modules`` for all linear modules of the layers, as in PEFT."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What an adapter trains of a whole or partial model.
+
+    Attributes:
+        modules: Suffixes of the names of the modules that are adapted, or whole names, of which a partial model may
+            have none.
+        are_suffixes: Which of the two.
+        saved: Parameters that are trained as a whole, each with the names of all its places if it is tied.
+    """
+
+    modules: Sequence[str] = ()
+    are_suffixes: bool = True
+    saved: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def names(self, model: nn.Module) -> list[str]:
+        """Names of the modules of a model that are adapted."""
+        return [name for name in adaptable(model) if matches(name, self.modules)]
+
+
+def find_targets(model: nn.Module, arch: ArchSpec, settings: TargetSettings, part_of: Callable[[str], str]) -> Targets:
+    """The modules and parameters that the settings of an adapter name.
+
+    Args:
+        model: A whole or partial model, without an adapter.
+        arch: Its architecture.
+        settings: Of the adapter.
+        part_of: Gives ``head``, ``body`` or ``tail`` for a dotted name of the whole model.
+
+    Raises:
+        BackboneError: If a name matches no module; lists existing modules, closest names first. If a module would be
+            trained as a whole and adapted.
+    """
+    parts = parts_of(settings.layers)
+    saved = saved_parameters(model, arch, settings.modules_to_save)
+    saved = {name: places for name, places in saved.items() if part_of(name) in parts}
+    if settings.target_modules == ALL_LINEAR:
+        layers = f"{arch.names_prefix}{arch.layers}."
+        wanted = [name for name in adaptable(model) if name.startswith(layers)]
+    else:
+        given = [settings.target_modules] if isinstance(settings.target_modules, str) else settings.target_modules
+        suffixes = list(given or arch.lora_targets)
+        check_targets(model, suffixes)
+        if parts == PARTS:
+            check_no_overlap(saved, suffixes)
+            return Targets(suffixes, True, saved)
+        wanted = [name for name in adaptable(model) if matches(name, suffixes)]
+    wanted = [name for name in wanted if part_of(name) in parts]
+    check_no_overlap(saved, wanted)
+    return Targets(wanted, False, saved)
 
 
 def adaptable(model: nn.Module) -> list[str]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fellrec.errors import BackboneError
+from fellrec.models.modules import Targets
+from fellrec.state.files import write_atomically
 from fellrec.state.nearest import not_a_directory
 
 ADAPTER_NAME = "default"
@@ -40,6 +43,36 @@ def name_in_model(name: str) -> str:
         'lm_head.weight'
     """
     return re.sub(r"\.(lora_[AB])\.weight$", rf".\1.{ADAPTER_NAME}.weight", name.removeprefix(_PREFIX))
+
+
+def save_lora(adapter: Mapping[str, Tensor], config: LoraConfig, targets: Targets, folder: Path) -> None:
+    """Write a LoRA adapter in PEFT's format, for ``PeftModel.from_pretrained``.
+
+    Args:
+        adapter: Adapter of the whole model, by the names of the model.
+        config: PEFT's configuration of it.
+        targets: What it trains.
+        folder: Output folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not targets.are_suffixes:
+        config = replace(
+            config, target_modules=sorted({name.rpartition(".lora_")[0] for name in adapter if "lora_" in name})
+        )
+    tensors = {  # PEFT keeps a copy for each place of a tied parameter
+        place: tensor if place == name else tensor.clone()
+        for name, tensor in adapter.items()
+        for place in targets.saved.get(name, [name])
+    }
+    saved = sorted({name.rpartition(".")[0] for name in tensors if "lora_" not in name})
+    replace(config, modules_to_save=saved or None).save_pretrained(str(folder))
+    write_tensors({name_in_file(name): tensor for name, tensor in tensors.items()}, folder / SAFETENSORS_WEIGHTS_NAME)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, save(plain, metadata={"format": "pt"}))
 
 
 def read_adapter(path: str, expected: Mapping[str, Any]) -> dict[str, Tensor]:

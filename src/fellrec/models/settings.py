@@ -149,13 +149,9 @@ class HfSettings:
 
 
 @dataclass(frozen=True)
-class LoraSettings:
-    """Low-rank adapters of PEFT; the backbone is frozen."""
+class TargetSettings:
+    """Which modules get an adapter; the others are frozen, or trained as a whole."""
 
-    rank: Annotated[int | Sequence[int], Allowed(_are_ranks, "a whole number of at least 1, or a list of them")] = 8
-    """Rank r of the update B·A; or a list with that of each client, for rules that allow it."""
-    alpha: Count = 16
-    """Scaling numerator; the update is scaled by alpha / r, with different ranks for all by the largest one."""
     dropout: RateBelow1 = 0.05
     """Dropout on the input of the adapter."""
     target_modules: str | Sequence[str] | None = None
@@ -165,12 +161,22 @@ class LoraSettings:
     """Suffixes of the names of modules that are trained and exchanged as a whole, such as [norm, lm_head]."""
     layers: Layers = "head+body+tail"
     """Parts with an adapter; body+tail leaves the head frozen."""
-    path: Line | None = None
-    """A folder with a PEFT adapter, of the same rank and modules, that every client starts from; null: B is 0."""
 
     def __post_init__(self) -> None:
         """Check all ranges."""
         check(self, "adapter")
+
+
+@dataclass(frozen=True)
+class LoraSettings(TargetSettings):
+    """Low-rank adapters of PEFT; the backbone is frozen."""
+
+    rank: Annotated[int | Sequence[int], Allowed(_are_ranks, "a whole number of at least 1, or a list of them")] = 8
+    """Rank r of the update B·A; or a list with that of each client, for rules that allow it."""
+    alpha: Count = 16
+    """Scaling numerator; the update is scaled by alpha / r, with different ranks for all by the largest one."""
+    path: Line | None = None
+    """A folder with a PEFT adapter, of the same rank and modules, that every client starts from; null: B is 0."""
 
     @property
     def largest_rank(self) -> int:
