@@ -359,15 +359,16 @@ def test_a_base_that_cannot_be_quantised_is_refused(
         check_precision(compose([*case, f"backbone.{more[0]}", *more[1:]]), torch.device(device))
 
 
-def test_a_client_trains_on_a_base_in_eight_bits(case: list[str]) -> None:
-    config = compose([*case, "backbone.quantize=8bit", "aggregation=local"])
+@pytest.mark.parametrize(("adapter", "starts_as_0"), [("lora", "lora_B"), ("lora_heads", "lora_cores")])
+def test_a_client_trains_on_a_base_in_eight_bits(case: list[str], adapter: str, starts_as_0: str) -> None:
+    config = compose([*case, f"adapter={adapter}", "adapter.rank=2", "backbone.quantize=8bit", "aggregation=local"])
     recommender = build_recommender(config, build_data(config))
     parameters = dict(recommender.backbone.model.named_parameters())
     assert parameters["model.layers.0.self_attn.q_proj.base_layer.weight"].dtype == torch.int8
     loop = build_loop(config, recommender)
     loop.run()
     changed = loop.population.bank.row(0)
-    assert all(bool(tensor.any()) for name, tensor in changed.items() if "lora_B" in name), "B has left zero"
+    assert all(bool(tensor.any()) for name, tensor in changed.items() if starts_as_0 in name), "it has left zero"
 
 
 @pytest.fixture

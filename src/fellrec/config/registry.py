@@ -44,6 +44,8 @@ from fellrec.models.settings import (
     FullSettings,
     GenerativeSettings,
     HfSettings,
+    LoraHeadsSettings,
+    LoraSBSettings,
     LoraSettings,
     RetrievalSettings,
     SasrecSettings,
@@ -114,6 +116,8 @@ CHOICES: Mapping[str, Mapping[str, type]] = {
     "adapter": {
         "fellrec.models.adapters.FullAdapter": FullSettings,
         "fellrec.models.adapters.LoraAdapter": LoraSettings,
+        "fellrec.models.core_adapters.LoraHeadsAdapter": LoraHeadsSettings,
+        "fellrec.models.core_adapters.LoraSBAdapter": LoraSBSettings,
     },
     "participation.sampler": {
         f"{_SAMPLERS}.BySizeSampler": BySizeSamplerSettings,

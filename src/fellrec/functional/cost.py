@@ -26,7 +26,8 @@ class PartCost:
         num_layers: Number of decoder layers.
         weight_bytes: Parameters of the backbone; tied parameters count once.
         adapter_bytes: Trainable parameters.
-        added_bytes: Part of ``adapter_bytes`` that is not in ``weight_bytes``: all of LoRA, nothing of a full adapter.
+        added_bytes: What the adapter adds to ``weight_bytes``: LoRA's matrices, frozen ones too; nothing of a full
+            adapter.
         num_adapter_tensors: Number of trainable tensors.
         activation_bytes: Activations that the forward pass of one micro-batch saves for the backward pass, without
             parameters.

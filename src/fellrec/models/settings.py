@@ -185,6 +185,28 @@ class LoraSettings(TargetSettings):
 
 
 @dataclass(frozen=True)
+class LoraSBSettings(TargetSettings):
+    """LoRA-SB: s·B·R·A, of which only the matrix R, r × r, is trained; A and B are random, orthonormal and frozen."""
+
+    rank: Count = 32
+    """Rank r; at most the smaller side of every adapted module."""
+    alpha: Count = 32
+    """Scaling numerator; the update is scaled by s = alpha / r."""
+
+
+@dataclass(frozen=True)
+class LoraHeadsSettings(TargetSettings):
+    """RAVAN's heads: s·Σ s_i·B_i·H_i·A_i, of which H_i, r × r, and s_i are trained; A_i and B_i are frozen."""
+
+    rank: Count = 8
+    """Rank r of a head; r times num_heads is at most the smaller side of every adapted module."""
+    alpha: Count = 8
+    """Scaling numerator; the update is scaled by s = alpha / r."""
+    num_heads: Count = 4
+    """Heads; their A_i, and their B_i, are orthonormal to each other."""
+
+
+@dataclass(frozen=True)
 class FullSettings:
     """Full fine-tuning: all parameters are trained and exchanged; for small backbones."""
 
