@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from fellrec.aggregation.krum import Krum, MultiKrum
     from fellrec.aggregation.local import Local
     from fellrec.aggregation.lora_base import FedExLoRA, FLoRA
+    from fellrec.aggregation.lora_cores import RAVAN, FedSB
     from fellrec.aggregation.lora_fair import LoRAFAIR
     from fellrec.aggregation.lora_halves import FedSALoRA, FFALoRA, RoLoRA
     from fellrec.aggregation.lora_svd import FedSVD, FlexLoRA
@@ -81,6 +82,7 @@ __all__ = [
     "FedRep",
     "FedRotLoRA",
     "FedSALoRA",
+    "FedSB",
     "FedSVD",
     "FedYogi",
     "FlexLoRA",
@@ -95,6 +97,7 @@ __all__ = [
     "PFedMe",
     "Persistence",
     "QFedAvg",
+    "RAVAN",
     "RBLA",
     "RoLoRA",
     "Scaffold",

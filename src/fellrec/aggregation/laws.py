@@ -442,6 +442,7 @@ def without_lora(subject: Subject) -> None:
 
 EXCLUDED: Mapping[str, Mapping[str, Any]] = {
     "needs_lora": {"adapter": {"_target_": "fellrec.models.adapters.FullAdapter"}},
+    "needs_adapter": {"adapter": {"_target_": "fellrec.models.adapters.FullAdapter"}},
     "whole_model": {"split": {"transport": "inprocess"}},
     "no_remote_server": {"split": {"transport": "distributed"}},
     "one_process": {"trainer": {"devices": 2}},
@@ -462,7 +463,7 @@ def limits(subject: Subject) -> None:
     declared = subject.rule.limits
     name = subject.rule.name
     values = {field.name: getattr(declared, field.name) for field in fields(Limits)}
-    claimed = [key for key, value in values.items() if value is True or (not isinstance(value, bool) and value > 1)]
+    claimed = [key for key, value in values.items() if value is True or value not in ("", 0, 1)]
     if not claimed:
         raise NotApplicableError("it declares no limits")
     if found := declared.problems(name, {}):

@@ -27,6 +27,7 @@ from fellrec.federated.records import Aggregated, Cohort, Failed, Job, LoraLayer
 from fellrec.federated.selection import Selection
 from fellrec.federated.settings import ParticipationSettings, TrainerSettings
 from fellrec.federated.slot import LocalSlot, SlotState, new_parameters
+from fellrec.functional.cores import CORES, SCALES, joined
 from fellrec.functional.rng import derive_seed
 from fellrec.metrics.summary import summarise
 from fellrec.state.tensor_store import StoredTensors
@@ -41,6 +42,8 @@ LAYERS = tuple(
 """Two layers that LoRA adapts; the weight of the second one is stored as ``[in, out]``."""
 _SIZES = {"layers.0.q": (3, 4), "layers.1.v": (5, 3)}
 """Out, in."""
+CORE_SHAPES = {f"layers.2.o.{CORES}": (2, 3, 3), f"layers.2.o.{SCALES}": (2,)}
+"""Parameters of two heads between frozen factors and their shapes."""
 PLAIN = {"norm.weight": (4,), "score.weight": (2, 3)}
 """Parameters without factors and their shapes."""
 
@@ -50,7 +53,7 @@ def shapes(with_lora: bool = True) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = dict(PLAIN)
     for layer in LAYERS if with_lora else ():
         out, into = _SIZES[layer.a.partition(".lora_A")[0]]
-        found |= {layer.a: (RANK, into), layer.b: (out, RANK)}
+        found |= {layer.a: (RANK, into), layer.b: (out, RANK), **CORE_SHAPES}
     return {name: found[name] for name in sorted(found)}
 
 
@@ -209,10 +212,13 @@ class ToyFederation:
     def model(self, row: int) -> dict[str, Tensor]:
         """What a row's model computes with: plain parameters, and the change of each weight ``[out, in]``, float64.
 
-        The change is that of the adapter, ``scale * B @ A``, and of the frozen base together.
+        The change is that of the adapter, ``scale * B @ A``, and of the frozen base together; between frozen factors it
+        is the matrix of the heads.
         """
         adapter, base = self.adapter(row), self.population.base
         found = {name: value.double() for name, value in adapter.items() if "lora_" not in name}
+        for name in [name for name in adapter if name in CORE_SHAPES and name.endswith(CORES)]:
+            found[name] = joined(adapter[name].double(), adapter[f"{name.removesuffix(CORES)}{SCALES}"].double())
         for layer in self.exchange.layers:
             weight = layer.scale * adapter[layer.b].double() @ adapter[layer.a].double()
             for change in base:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 Family = Literal["reference", "average", "LoRA-aware", "fair", "personalised", "robust", "asynchronous"]
 
-_LORA = "LoraAdapter"
+ADAPTERS = {"lora": "LoraAdapter", "lora_sb": "LoraSBAdapter", "lora_heads": "LoraHeadsAdapter"}
+"""Choices of ``adapter`` that a rule may need → how the names of their classes end."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Limits:
     """What a rule cannot be combined with.
 
     Attributes:
-        needs_lora: It reads the factors A and B: not with ``adapter=full``.
+        needs_lora: It reads the factors A and B: not with adapters other than ``lora``.
+        needs_adapter: The one choice of ``adapter`` that it works with, if that is another one; see `ADAPTERS`.
         whole_model: Not with ``split.transport`` other than ``none``.
         no_remote_server: Not with ``split.transport=distributed``: it needs to know the layers of the body.
         one_process: Not with several processes.
@@ -31,6 +33,7 @@ class Limits:
     """
 
     needs_lora: bool = False
+    needs_adapter: str = ""
     whole_model: bool = False
     no_remote_server: bool = False
     one_process: bool = False
@@ -47,10 +50,11 @@ class Limits:
 
         Example:
             >>> Limits(needs_lora=True, least_clients=5).texts()
-            ['adapter=full', 'fewer than 5 clients in a round']
+            ['adapters other than lora', 'fewer than 5 clients in a round']
         """
         found = {
-            "adapter=full": self.needs_lora,
+            "adapters other than lora": self.needs_lora,
+            f"adapters other than {self.needs_adapter}": bool(self.needs_adapter),
             "split.transport other than none": self.whole_model,
             "split.transport=distributed": self.no_remote_server and not self.whole_model,
             "several processes": self.one_process,
@@ -81,7 +85,7 @@ class Limits:
 
         ranks = get("adapter.rank", None)
         rate, transport = get("participation.rate", 1), get("split.transport", "none")
-        adapter, clients = get("adapter._target_", _LORA), get("partition.num_clients", None)
+        adapter, clients = get("adapter._target_", ""), get("partition.num_clients", None)
         devices, nodes = get("trainer.devices", 1), get("trainer.num_nodes", 1)
         dropout, over = get("participation.dropout", 0), get("participation.over_selection", 1)
         sampler = str(get("participation.sampler._target_", "")).rpartition(".")[2]
@@ -105,7 +109,10 @@ class Limits:
             if self.asynchronous and over != 1
             else None,
             f"needs LoRA's factors: adapter {adapter.rpartition('.')[2]} is not allowed, use adapter=lora"
-            if self.needs_lora and not adapter.endswith(_LORA)
+            if self.needs_lora and adapter and not adapter.endswith(ADAPTERS["lora"])
+            else None,
+            f"needs adapter={self.needs_adapter}: adapter {adapter.rpartition('.')[2]} is not allowed"
+            if self.needs_adapter and adapter and not adapter.endswith(ADAPTERS[self.needs_adapter])
             else None,
             f"needs the whole model in one process: split.transport={transport} is not allowed, use none"
             if self.whole_model and transport != "none"

@@ -218,3 +218,40 @@ class RBLASettings(RuleSettings):
     )
     weights: RankWeights = "samples"
     """How much clients count in the means: norms (of their products, over all layers), samples or equal."""
+
+
+@dataclass(frozen=True)
+class FedSBSettings(RuleSettings):
+    """The matrix R of LoRA-SB is averaged."""
+
+    about: ClassVar[About] = About(
+        name="fed_sb",
+        family="LoRA-aware",
+        summary="one model: the mean of R between a common A and B, which are frozen, is exact; needs adapter=lora_sb",
+        paper="Singhal et al., 2025, arXiv:2502.15436",
+        sees="sums",
+        cost="none; r² numbers a layer are sent, whatever the size of the layer",
+        limits=Limits(needs_adapter="lora_sb"),
+        is_exact=True,
+        module="lora_cores",
+    )
+    weights: Weights = "samples"
+    """How much clients count in the mean."""
+
+
+@dataclass(frozen=True)
+class RAVANSettings(RuleSettings):
+    """The products of each head's matrix and factor are averaged."""
+
+    about: ClassVar[About] = About(
+        name="ravan",
+        family="LoRA-aware",
+        summary="one model: the mean of s_i H_i of every head, then s_i = 1, is exact; needs adapter=lora_heads",
+        paper="Raje et al., NeurIPS 2025, arXiv:2506.05568",
+        cost="none; r² + 1 numbers a head are sent, whatever the size of the layer",
+        limits=Limits(needs_adapter="lora_heads"),
+        is_exact=True,
+        module="lora_cores",
+    )
+    weights: Weights = "samples"
+    """How much clients count in the mean."""
