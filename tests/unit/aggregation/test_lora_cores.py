@@ -10,6 +10,7 @@ import torch
 
 from fellrec.aggregation import RAVAN, FedAvg, FedSB
 from fellrec.aggregation.settings import RULES
+from fellrec.config.compose import compose
 from fellrec.errors import ConfigError
 from fellrec.federated.records import Updates
 
@@ -91,17 +92,7 @@ def test_another_adapter_is_refused_by_name(rule: str, adapter: str, message: st
     assert message in " ".join(limits.problems(name, {"adapter": {"_target_": f"some.module.{adapter}"}}))
 
 
-@pytest.mark.parametrize(("rule", "adapter"), [("fed_sb", "lora_sb"), ("ravan", "lora_heads"), ("fedavg", "lora_sb")])
-def test_the_adapter_of_a_rule_is_accepted(rule: str, adapter: str) -> None:
-    from fellrec.config.compose import compose
-    from fellrec.experiment.build import build_rule
-
-    build_rule(compose([f"aggregation={rule}", f"adapter={adapter}"]))
-
-
 @pytest.mark.parametrize("setting", ["path=somewhere", "rank=[2,4]"])
 def test_what_plain_lora_has_and_these_adapters_have_not_is_refused(setting: str) -> None:
-    from fellrec.config.compose import compose
-
     with pytest.raises(ConfigError, match=f"adapter.{setting.partition('=')[0]}"):
         compose(["aggregation=fed_sb", "adapter=lora_sb", f"adapter.{setting}"])

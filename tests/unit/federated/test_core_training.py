@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fellrec.config.compose import compose
-from fellrec.experiment import build_data, build_loop, build_recommender
-from fellrec.experiment.build import build_rule
+from fellrec.experiment.build import build_data, build_recommender, build_rule
+from fellrec.experiment.federation import build_loop
 from fellrec.functional.cores import CORES, SCALES
 
 KINDS = {"fed_sb": ["adapter=lora_sb", "adapter.rank=8"], "ravan": ["adapter=lora_heads", "adapter.rank=4"]}
