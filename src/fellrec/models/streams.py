@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fellrec.functional.rng import derive_seed
 
@@ -24,11 +24,13 @@ class StreamPosition:
         seed: Of the client's round, see ``training_seed``; where several ranks train the client, of this rank's part.
         seed_of_loss: The same for all of these ranks, whose losses add up to one; ``None`` is ``seed``.
         calls: Forward passes so far, by layer.
+        tables: Tensors that were computed for this training and are used in several steps, by who computed them.
     """
 
     seed: int
     seed_of_loss: int | None = None
     calls: dict[int, int] = field(default_factory=dict)
+    tables: dict[object, Tensor] = field(default_factory=dict)
 
 
 class LayerStreams:

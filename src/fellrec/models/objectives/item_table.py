@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fellrec.models.settings import EVERY_STEP, ROUND
 from fellrec.models.split import SplitModel
-from fellrec.models.streams import StreamPosition
 
 
 class ItemTable:
@@ -28,8 +27,6 @@ class ItemTable:
     def __init__(self, refresh: str | int, freeze_after: int | None) -> None:
         self.refresh = refresh
         self.freeze_after = freeze_after
-        self._owner: StreamPosition | None = None
-        self._vectors_ID: Tensor | None = None
 
     @property
     def is_used(self) -> bool:
@@ -77,9 +74,10 @@ class ItemTable:
                 vectors_ID = encode(model)
         finally:
             model.train(was_training)
-        self._owner, self._vectors_ID = owner, vectors_ID
+        if owner is not None:
+            owner.tables[self] = vectors_ID
 
     def vectors(self, model: SplitModel) -> Tensor | None:
         """The table ``[I, D]`` of the client in training; ``None`` if it has none."""
         position = model.streams.position
-        return self._vectors_ID if position is not None and position is self._owner else None
+        return None if position is None else position.tables.get(self)
