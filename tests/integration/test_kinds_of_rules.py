@@ -24,6 +24,7 @@ KINDS = {
     "fedprox": "weights of updates, and a local term",
     "fedadam": "one model with state",
     "ditto": "personal models",
+    "apfl": "a second model that is trained beside the adapter",
     "fedper": "personal parameters",
     "scaffold": "tensors of the clients",
     "rolora": "halves of LoRA in turn",

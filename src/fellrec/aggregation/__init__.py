@@ -9,6 +9,7 @@ from fellrec.aggregation.settings import RULES
 
 if TYPE_CHECKING:
     from fellrec.aggregation.afl import AFL
+    from fellrec.aggregation.apfl import APFL
     from fellrec.aggregation.base import AggregationCallback
     from fellrec.aggregation.bulyan import Bulyan
     from fellrec.aggregation.centralized import Centralized
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AFL",
+    "APFL",
     "AggregationCallback",
     "Bulyan",
     "CFL",

@@ -15,7 +15,7 @@ from fellrec.federated.population import JobNeeds, Population
 from fellrec.federated.populations import SharedAndPersonal, SharedModel
 from fellrec.federated.ranks import Ranks
 from fellrec.federated.records import Aggregated, Updates
-from fellrec.federated.terms import LocalTerm
+from fellrec.federated.terms import LocalTerm, SecondModel
 from fellrec.functional.mixing import Mixture, MixtureOfGroups
 from fellrec.functional.stacks import AdapterStack, Repeated, as_lazy, first_row
 from fellrec.state.tensor_store import StoredTensors
@@ -45,6 +45,7 @@ class AggregationCallback(FederatedCallback):
         keeps_trained: Whether clients keep the adapter that they trained, whatever else it is used for.
         needs_start_loss: Whether clients measure their loss at the received adapter, for ``updates.start_losses``.
         local_terms: What is added to the clients' local objective.
+        second_model: A model that clients train beside their adapter, see `SecondModel`; not with an executed cut.
         client_tensors: Names of the clients' tensors that are sent with each update, for ``updates.tensors``; others
             stay at their client.
         part_of: Gives the part of the model, ``"head"``, ``"body"`` or ``"tail"``, that a parameter belongs to; set
@@ -74,6 +75,7 @@ class AggregationCallback(FederatedCallback):
     own_about: About | None = None
     local_terms: Sequence[LocalTerm] = ()
     """Made with the rule in every process: what changes from round to round goes to clients as tensors, not here."""
+    second_model: SecondModel | None = None
     client_tensors: Sequence[str] = ()
     part_of: Callable[[str], str] = staticmethod(lambda name: "body")
 
@@ -162,18 +164,22 @@ class AggregationCallback(FederatedCallback):
             reset_optimizer: Whether clients forget their optimiser state at the start of a round.
             ranks: LoRA ranks of the clients, if they differ.
         """
+        needs = self.job_needs(reset_optimizer, ranks)
+        if issubclass(self.population, SharedAndPersonal):
+            return self.population(initial, num_clients, needs, self.serves)
+        return self.population(initial, num_clients, needs)
+
+    def job_needs(self, reset_optimizer: bool, ranks: Ranks | None) -> JobNeeds:
+        """What this rule needs of every job; the arguments are those of `new_population`."""
         has_trains = type(self).trains is not AggregationCallback.trains
         keeps = type(self).exchanges is not AggregationCallback.exchanges
-        needs = JobNeeds(
+        return JobNeeds(
             trains=self.trains if has_trains else None,
             start_loss=self.needs_start_loss,
             reset_optimizer=reset_optimizer,
             is_personal=(lambda name: not self.exchanges(name, 0)) if keeps else None,
             ranks=ranks,
         )
-        if issubclass(self.population, SharedAndPersonal):
-            return self.population(initial, num_clients, needs, self.serves)
-        return self.population(initial, num_clients, needs)
 
     def trains(self, name: str, round_index: int) -> bool:
         """Whether a parameter of the adapter is trained in a round; the others stay frozen and are not exchanged."""

@@ -7,6 +7,7 @@ its own, which it minimises by a few steps of SGD.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +27,8 @@ from fellrec.federated.progress import Progress
 from fellrec.federated.records import Aggregated, Cohort, Failed, Job, LoraLayer, LossJob, ScoreJob, Trained, Updates
 from fellrec.federated.selection import Selection
 from fellrec.federated.settings import ParticipationSettings, TrainerSettings
-from fellrec.federated.slot import LocalSlot, SlotState, new_parameters
+from fellrec.federated.slot import LocalSlot, second_slot
+from fellrec.federated.slot_state import SlotState, new_parameters
 from fellrec.functional.cores import CORES, SCALES, joined
 from fellrec.functional.rng import derive_seed
 from fellrec.metrics.summary import summarise
@@ -109,17 +111,15 @@ def train(job: Job, client: ToyClient, rule: AggregationCallback) -> Trained:
     """A client's local training, with the rule's local terms."""
     begin = SlotState.of(job)
     parameters = new_parameters({name: nn.Parameter(value) for name, value in begin.adapter.items()}, begin)
-    trained = [value for value in parameters.values() if value.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=RATE, momentum=MOMENTUM) if trained else None
-    slot = LocalSlot(parameters, begin, optimizer, rule.local_terms)
+    optimizer = _optimizer(parameters) if any(value.requires_grad for value in parameters.values()) else None
+    second = second_slot(rule.second_model, begin, parameters, _optimizer, lambda _: nullcontext())
+    slot = LocalSlot(parameters, begin, optimizer, rule.local_terms, second)
     losses = []
     for _ in range(client.num_steps):
-        loss = _distance(parameters, client.target)
-        slot.before_backward(False, RATE)
-        if loss.requires_grad:
-            loss.backward()
-        slot.step(1.0, RATE)
-        losses.append(float(loss.detach()))
+        if second is not None:
+            with second.at_point():
+                _step(second, client)
+        losses.append(_step(slot, client))
     found, measured = slot.state(), sum(losses) / len(losses)
     start_loss = (losses[0] if client.loss is None else client.loss) if job.needs_start_loss else None
     return Trained(
@@ -133,6 +133,21 @@ def train(job: Job, client: ToyClient, rule: AggregationCallback) -> Trained:
         start_loss=start_loss,
         tensors=StoredTensors(found.tensors),
     )
+
+
+def _optimizer(parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+    trained = [value for value in parameters.values() if value.requires_grad]
+    return torch.optim.SGD(trained, lr=RATE, momentum=MOMENTUM)
+
+
+def _step(slot: LocalSlot, client: ToyClient) -> float:
+    """One optimiser step; gives the loss before it."""
+    loss = _distance(slot.parameters, client.target)
+    slot.before_backward(False, RATE)
+    if loss.requires_grad:
+        loss.backward()
+    slot.step(1.0, RATE)
+    return float(loss.detach())
 
 
 def _distance(parameters: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:

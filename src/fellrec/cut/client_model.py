@@ -11,7 +11,8 @@ from fellrec.cut.messages import ChangeBase, CloseSlot, OpenSlot, Serve, SlotClo
 from fellrec.errors import SplitError
 from fellrec.federated.client_model import WholeClientModel
 from fellrec.federated.records import Job, ScoreJob
-from fellrec.federated.slot import LocalSlot, Slot, SlotState
+from fellrec.federated.slot import LocalSlot, Slot
+from fellrec.federated.slot_state import SlotState
 from fellrec.state.tensor_store import StoredTensors
 
 
@@ -83,6 +84,8 @@ class CutSlot:
         link: To the server, which has the body's slot.
         where: Row, round and phase of the client.
     """
+
+    second = None
 
     def __init__(self, own: LocalSlot, link: ServerLink, where: tuple[int, int, str]) -> None:
         self.own = own

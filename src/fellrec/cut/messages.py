@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fellrec.distributed.message import Done, Message, require
-from fellrec.federated.slot import SlotState
+from fellrec.federated.slot_state import SlotState
 from fellrec.functional.packing import Packed
 
 PHASES = ("train", "val", "test")

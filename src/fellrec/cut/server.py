@@ -34,7 +34,8 @@ from fellrec.distributed.memory import peak_bytes
 from fellrec.distributed.message import Message
 from fellrec.errors import SplitError
 from fellrec.federated.base_change import BaseWeights
-from fellrec.federated.slot import LocalSlot, SlotState, new_parameters
+from fellrec.federated.slot import LocalSlot
+from fellrec.federated.slot_state import SlotState, new_parameters
 from fellrec.federated.terms import LocalTerm
 from fellrec.functional.packing import Packed, pack, unpack
 from fellrec.models.module import OptimizerSettings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -223,7 +223,8 @@ def build_rule(config: DictConfig) -> AggregationCallback:
             with other settings.
     """
     rule: AggregationCallback = instantiate(config.aggregation, "aggregation", of=AggregationCallback)
-    refuse(*rule.limits.problems(rule.name, as_dict(config)))
+    limits = rule.limits if rule.second_model is None else replace(rule.limits, whole_model=True)
+    refuse(*limits.problems(rule.name, as_dict(config)))
     return rule
 
 

@@ -183,7 +183,7 @@ def build_serial(
     """
     rule = build_rule(config)
     rule.part_of = recommender.module.model.part_of
-    whole = WholeClientModel(recommender.module, recommender.base, rule.local_terms)
+    whole = WholeClientModel(recommender.module, recommender.base, rule.local_terms, rule.second_model)
     model: ClientModel = whole
     if recommender.link is not None:
         assert transport is not None

@@ -10,8 +10,9 @@ from torch import nn
 
 from fellrec.federated.base_change import BaseWeights
 from fellrec.federated.records import Job, ScoreJob
-from fellrec.federated.slot import LocalSlot, Slot, SlotState, new_parameters
-from fellrec.federated.terms import LocalTerm
+from fellrec.federated.slot import LocalSlot, Slot, second_slot
+from fellrec.federated.slot_state import SlotState, new_parameters
+from fellrec.federated.terms import LocalTerm, SecondModel
 from fellrec.models.module import FellrecModule
 from fellrec.models.parameter_swap import ParameterSwap
 from fellrec.state.tensor_store import StoredTensors
@@ -42,11 +43,19 @@ class WholeClientModel:
         module: The recommender.
         base: The frozen weights of its backbone; one for all runs with this backbone.
         terms: Local terms of the rule.
+        second: The rule's second model, if it has one.
     """
 
-    def __init__(self, module: FellrecModule, base: BaseWeights, terms: Sequence[LocalTerm] = ()) -> None:
+    def __init__(
+        self,
+        module: FellrecModule,
+        base: BaseWeights,
+        terms: Sequence[LocalTerm] = (),
+        second: SecondModel | None = None,
+    ) -> None:
         self.module = module
         self.terms = terms
+        self.second = second
         self._swap = ParameterSwap(module.model.model, module.trainable)
         self._base = base
         self._weights = {name for name, _ in module.model.model.named_parameters()}
@@ -83,7 +92,10 @@ class WholeClientModel:
         with self.holding(begin) as parameters:
             has_trained = any(parameter.requires_grad for parameter in parameters.values())
             optimizer = self.module.configure_optimizers() if has_trained else None
-            yield LocalSlot(parameters, begin, optimizer, self.terms)
+            second = second_slot(
+                self.second, begin, parameters, lambda _: self.module.configure_optimizers(), self._swap.using
+            )
+            yield LocalSlot(parameters, begin, optimizer, self.terms, second)
 
     @contextmanager
     def holding(self, begin: SlotState) -> Iterator[dict[str, nn.Parameter]]:

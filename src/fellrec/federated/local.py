@@ -95,14 +95,11 @@ class LocalTrainer:
             total, num_targets, steps = 0.0, 0, 0
             with self._random_numbers(job):
                 for step_total, count in self._steps(job, slot):
-                    loss = step_total / count
-                    if not math.isfinite(loss):
-                        raise TrainingError(_diverged(job, steps, loss))
                     total, num_targets, steps = total + step_total, num_targets + count, steps + 1
-                    on_step(loss)
+                    on_step(step_total / count)
             with _naming_client(job):
                 state = slot.state()
-        for name, tensor in state.adapter.items():  # the last step can spoil the adapter after its loss was finite
+        for name, tensor in {**state.adapter, **state.tensors}.items():  # the last step can spoil them
             if not bool(tensor.isfinite().all()):
                 raise TrainingError(not_finite(name, job.who, job.round_index))
         return Trained(
@@ -147,19 +144,26 @@ class LocalTrainer:
     def _steps(self, job: Job, slot: Slot) -> Iterator[tuple[float, int]]:
         """Take one round's optimiser steps; gives each one's loss, summed over its targets, and their number."""
         self.module.train()
+        of_second = self._position(training_seed(self.seed, job.round_index, job.row))
         with _naming_client(job):
             for step, batches in enumerate(self.batches(job)):
-                self._prepare_step(job.round_index, step)
-                yield self._step(slot, batches, self.learning_rate(job.first_step + step, self._progress(job, step)))
+                if slot.second is not None:
+                    with slot.second.at_point(), self.module.model.streams.using(of_second):
+                        self._step(job, step, slot.second, batches)
+                yield self._step(job, step, slot, batches)
 
-    def _step(self, slot: Slot, batches: list[Batch], learning_rate: float) -> tuple[float, int]:
+    def _step(self, job: Job, step: int, slot: Slot, batches: list[Batch]) -> tuple[float, int]:
+        self._prepare_step(job.round_index, step)
+        learning_rate = self.learning_rate(job.first_step + step, self._progress(job, step))
         count = sum(len(batch["targets"]) for batch in batches)
         if self.sharing is None:
             total = self._backward(slot, batches, count, len(batches), learning_rate)
         else:
             total = self._backward_together(slot, batches, count, self.sharing, learning_rate)
+        if not math.isfinite(total):
+            raise TrainingError(_diverged(job, step, total / count))
         largest = self.settings.gradient_clip
-        factor = 1.0 if largest is None or not math.isfinite(total) else clip_factor(slot.norms(), largest)
+        factor = 1.0 if largest is None else clip_factor(slot.norms(), largest)
         slot.step(factor, learning_rate)
         return total, count
 
@@ -205,6 +209,8 @@ class LocalTrainer:
         if isinstance(precision, MixedPrecision) and precision.scaler is not None:
             assert isinstance(slot, LocalSlot), "16-mixed needs the whole model in this process"
             slot.scaler = precision.scaler = GradScaler(precision.device)
+            if slot.second is not None:
+                slot.second.scaler = slot.scaler
 
     def measure(self, job: LossJob) -> tuple[float, ...]:
         """Mean loss of each adapter of a job, on the same batches, without dropout.
@@ -246,13 +252,15 @@ class LocalTrainer:
     @contextmanager
     def _random_numbers(self, job: Job, seed: int | None = None) -> Iterator[None]:
         """While this lasts, random numbers are those of the client's round; the global generators are restored."""
-        seed_of_loss = training_seed(self.seed, job.round_index, job.row) if seed is None else seed
-        own = seed_of_loss if self.sharing is None else self.sharing.seed(seed_of_loss)
+        position = self._position(training_seed(self.seed, job.round_index, job.row) if seed is None else seed)
         devices = [self.fabric.device] if self.fabric.device.type == "cuda" else []
-        position = StreamPosition(own, seed_of_loss)
         with torch.random.fork_rng(devices=devices), self.module.model.streams.using(position):
-            torch.manual_seed(own)
+            torch.manual_seed(position.seed)
             yield
+
+    def _position(self, seed: int) -> StreamPosition:
+        """The beginning of the random streams of a seed, of this process's part where several train the client."""
+        return StreamPosition(seed if self.sharing is None else self.sharing.seed(seed), seed)
 
     def _prepare_step(self, round_index: int, step: int) -> None:
         objective = self.module.objective

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
@@ -12,70 +12,17 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from fellrec.errors import TrainingError
-from fellrec.federated.records import Job
-from fellrec.federated.terms import LocalTerm, TermContext
+from fellrec.federated.slot_state import SlotState, load_optimizer, new_parameters, read_optimizer
+from fellrec.federated.terms import LocalTerm, SecondModel, TermContext
 from fellrec.types import Adapter
-
-
-@dataclass(frozen=True)
-class SlotState:
-    """What a slot begins with and ends with.
-
-    Attributes:
-        adapter: By parameter.
-        optimizer: Optimiser state by ``parameter|key``.
-        anchors: Other adapters by ``name|parameter``.
-        tensors: Tensors of the client by ``name|parameter``.
-        trains: Parameters that are trained; ``None`` for all.
-        total_steps: Optimiser steps that the round is going to take; 0 if it is not known.
-    """
-
-    adapter: Adapter
-    optimizer: Adapter = field(default_factory=dict)
-    anchors: Adapter = field(default_factory=dict)
-    tensors: Adapter = field(default_factory=dict)
-    trains: tuple[str, ...] | None = None
-    total_steps: int = 0
-
-    @classmethod
-    def of(cls, job: Job, total_steps: int = 0) -> SlotState:
-        """What a job begins with."""
-        anchors = {f"{name}|{key}": t for name, stored in job.anchors.items() for key, t in stored.tensors().items()}
-        return cls(
-            job.adapter.tensors(), job.optimizer.tensors(), anchors, job.tensors.tensors(), job.trains, total_steps
-        )
-
-    def part(self, names: Sequence[str]) -> SlotState:
-        """The part of one side, which has the parameters ``names``."""
-        wanted = set(names)
-
-        def second(tensors: Adapter) -> dict[str, Tensor]:
-            return {key: tensor for key, tensor in tensors.items() if key.partition("|")[2] in wanted}
-
-        return SlotState(
-            adapter={name: self.adapter[name] for name in names},
-            optimizer={key: t for key, t in self.optimizer.items() if key.partition("|")[0] in wanted},
-            anchors=second(self.anchors),
-            tensors=second(self.tensors),
-            trains=None if self.trains is None else tuple(name for name in self.trains if name in wanted),
-            total_steps=self.total_steps,
-        )
-
-    def joined(self, other: SlotState) -> SlotState:
-        """Both sides' parts together, parameters in order of their names."""
-        adapter = {**self.adapter, **other.adapter}
-        return SlotState(
-            {name: adapter[name] for name in sorted(adapter)},
-            {**self.optimizer, **other.optimizer},
-            {**self.anchors, **other.anchors},
-            {**self.tensors, **other.tensors},
-            self.trains,
-            self.total_steps,
-        )
 
 
 class Slot(Protocol):
     """Where the gradients of a client's local step end up; in this process, or on both sides of a cut."""
+
+    @property
+    def second(self) -> SecondSlot | None:
+        """The slot of the client's second model, if it has one."""
 
     def before_backward(self, wants_norms: bool, learning_rate: float) -> None:
         """Called before every backward pass.
@@ -103,6 +50,7 @@ class LocalSlot:
         begin: What the slot begins with.
         optimizer: Over those of the parameters that are trained; ``None`` if there are none.
         terms: Local terms of the rule.
+        second: The slot of the client's second model, which ends up in the state of this one.
 
     Attributes:
         scaler: Of the loss, whose gradients are divided by its scale again; ``None`` if the loss is not scaled. A step
@@ -115,9 +63,11 @@ class LocalSlot:
         begin: SlotState,
         optimizer: torch.optim.Optimizer | None,
         terms: Sequence[LocalTerm] = (),
+        second: SecondSlot | None = None,
     ) -> None:
         self.parameters = parameters
         self.terms = terms
+        self.second = second
         self.scaler: GradScaler | None = None
         self._trained = {name: p for name, p in parameters.items() if p.requires_grad}
         self._begin = begin
@@ -174,7 +124,8 @@ class LocalSlot:
                 tensors |= {f"{name}|{key}": tensor for key, tensor in values.items()}
         kept = {key: t for key, t in self._begin.optimizer.items() if key.partition("|")[0] not in self._trained}
         trained = {} if self._optimizer is None else read_optimizer(self._optimizer, self._trained)
-        return SlotState(_copies(self.parameters), _copies({**kept, **trained}), {}, _copies(tensors))
+        state = SlotState(_copies(self.parameters), _copies({**kept, **trained}), {}, _copies(tensors))
+        return state if self.second is None else state.with_second(self.second.state())
 
     def _correct(self) -> None:
         """Undo the scale of the loss and apply the local terms to the gradients, once a step."""
@@ -213,50 +164,84 @@ class LocalSlot:
         return TermContext(received, anchors, tensors, total_steps=self._begin.total_steps)
 
 
-def new_parameters(canonical: Mapping[str, nn.Parameter], begin: SlotState) -> dict[str, nn.Parameter]:
-    """Parameters of one client, with the types and on the devices of the model's own.
+class SecondSlot(LocalSlot):
+    """The second model of one client; see ``SecondModel``.
 
     Args:
-        canonical: The model's own parameters, by name.
-        begin: The values, and which of them are trained.
+        parameters: Its own parameters, by name.
+        begin: What it begins with, see ``SlotState.of_second``.
+        optimizer: Over those of the parameters that are trained.
+        model: The rule's.
+        beside: Parameters of the client's adapter.
+        using: Puts parameters into the model while it lasts.
     """
-    trains = begin.trains
-    return {
-        name: nn.Parameter(
-            begin.adapter[name].to(parameter.device, parameter.dtype, copy=True),
-            requires_grad=trains is None or name in trains,
-        )
-        for name, parameter in canonical.items()
-    }
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        begin: SlotState,
+        optimizer: torch.optim.Optimizer,
+        model: SecondModel,
+        beside: Mapping[str, nn.Parameter],
+        using: Callable[[Mapping[str, Tensor]], AbstractContextManager[None]],
+    ) -> None:
+        super().__init__(parameters, begin, optimizer, [model])
+        self._context.beside = beside
+        self._model = model
+        self._using = using
+        self._own: dict[str, Tensor] = {}
+
+    @contextmanager
+    def at_point(self) -> Iterator[None]:
+        """While this lasts, the model computes with the values at which the gradient of the step is taken.
+
+        The parameters have their own values again before the gradients are changed, or at the end.
+        """
+        with torch.no_grad():
+            values = self._model.point(self.parameters, self._context)
+            self._own = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+            for name, value in values.items():
+                self.parameters[name].copy_(value)
+        try:
+            with self._using(self.parameters):
+                yield
+        finally:
+            self._return()
+
+    def _correct(self) -> None:
+        self._return()
+        super()._correct()
+
+    @torch.no_grad()
+    def _return(self) -> None:
+        for name, value in self._own.items():
+            self.parameters[name].copy_(value)
+        self._own = {}
 
 
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]
-) -> None:
-    """Let an optimiser continue from a client's state.
+def second_slot(
+    model: SecondModel | None,
+    begin: SlotState,
+    beside: Mapping[str, nn.Parameter],
+    build: Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer],
+    using: Callable[[Mapping[str, Tensor]], AbstractContextManager[None]],
+) -> SecondSlot | None:
+    """The slot of a client's second model; ``None`` if the rule has none, or nothing is trained.
 
     Args:
-        optimizer: Over these parameters.
-        parameters: By name.
-        state: By ``parameter|key``; parameters that are absent start with an empty state. Copied.
+        model: The rule's.
+        begin: What the client begins with.
+        beside: Parameters of its adapter.
+        build: Makes an optimiser over parameters, while they are in the model.
+        using: Puts parameters into the model.
     """
-    found: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
-    for path, value in state.items():
-        name, _, key = path.partition("|")
-        if name in parameters:
-            parameter = parameters[name]
-            # AdamW keeps its step counter on the CPU.
-            found[parameter][key] = value.to("cpu" if key == "step" else parameter.device, copy=True)
-    optimizer.state = defaultdict(dict, found)
-
-
-def read_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """An optimiser's state by ``parameter|key``; parameters that never had a gradient have none."""
-    return {
-        f"{name}|{key}": torch.as_tensor(value)
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    if model is None or not any(parameter.requires_grad for parameter in beside.values()):
+        return None
+    own = begin.of_second()
+    parameters = new_parameters(beside, own)
+    with using(parameters):
+        optimizer = build(parameters)
+    return SecondSlot(parameters, own, optimizer, model, beside, using)
 
 
 def clip_factor(norms: Mapping[str, float], largest: float | None) -> float:

@@ -24,6 +24,7 @@ class TermContext:
         num_steps: Optimiser steps taken so far in this round.
         total_steps: Optimiser steps that the round is going to take.
         kept: Tensors that the term keeps from step to step, by name; empty when the round begins.
+        beside: For a `SecondModel`, the adapter that the client trains beside it, as it is now.
     """
 
     received: Adapter
@@ -33,6 +34,7 @@ class TermContext:
     num_steps: int = 0
     total_steps: int = 0
     kept: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class LocalTerm:
@@ -63,3 +65,22 @@ class LocalTerm:
     def finish(self, parameters: Mapping[str, nn.Parameter], context: TermContext) -> Mapping[str, Adapter]:
         """The client's tensors after the round, by name and parameter; those that are absent stay as they are."""
         return {}
+
+
+class SecondModel(LocalTerm):
+    """Base of a second model that clients train beside their adapter; override what is needed.
+
+    Every optimiser step has a second pass over its batches before that of the adapter, with the same random numbers.
+    The second model has an optimiser of its own, with the adapter's learning rate and clipping, and never leaves its
+    client: its values are tensors of the client named ``second``. The methods of `LocalTerm` are about its parameters.
+    It is not available with an executed cut.
+    """
+
+    def point(self, parameters: Mapping[str, nn.Parameter], context: TermContext) -> Mapping[str, Tensor]:
+        """Values at which the gradient of the step is taken; by default those of the second model.
+
+        Args:
+            parameters: Of the second model; not to be changed.
+            context: With the adapter as ``beside``.
+        """
+        return parameters

@@ -17,7 +17,8 @@ from fellrec.aggregation import CFL, IFCA, Ditto, FedAMP, FedFomo, FedPer, FedRe
 from fellrec.errors import ConfigError, TrainingError
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.records import Updates
-from fellrec.federated.slot import LocalSlot, SlotState, new_parameters
+from fellrec.federated.slot import LocalSlot
+from fellrec.federated.slot_state import SlotState, new_parameters
 from fellrec.functional.attention import first_order_weights, message_passing, squared_distances
 from fellrec.functional.clusters import bipartition, is_divided
 from fellrec.functional.mixing import gram_matrix

@@ -21,7 +21,8 @@ from fellrec.errors import ConfigError
 from fellrec.experiment.build import Recommender, build_data, build_fabric, build_recommender
 from fellrec.experiment.federation import build_loop
 from fellrec.experiment.precision import check_precision, weights_dtype
-from fellrec.federated.slot import LocalSlot, SlotState
+from fellrec.federated.slot import LocalSlot
+from fellrec.federated.slot_state import SlotState
 from fellrec.planning.shape import empty_backbone
 
 SHORT = ["trainer.num_rounds=1", "trainer.max_local_steps=2"]

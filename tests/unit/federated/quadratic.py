@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from fakes import FakeExecutor
@@ -11,7 +12,8 @@ from torch import nn
 from fellrec.aggregation import AggregationCallback
 from fellrec.federated.callback import Events
 from fellrec.federated.records import Failed, Job, LossJob, Trained
-from fellrec.federated.slot import LocalSlot, SlotState, new_parameters
+from fellrec.federated.slot import LocalSlot, second_slot
+from fellrec.federated.slot_state import SlotState, new_parameters
 from fellrec.state.tensor_store import StoredTensors
 
 RATE = 0.1
@@ -44,8 +46,13 @@ class QuadraticExecutor(FakeExecutor):
     def train_one(self, job: Job) -> Trained:
         client, begin = job.client, SlotState.of(job, STEPS[job.client])
         parameters = new_parameters({name: nn.Parameter(t.clone()) for name, t in begin.adapter.items()}, begin)
-        slot = LocalSlot(parameters, begin, torch.optim.SGD(list(parameters.values()), lr=RATE), self.rule.local_terms)
+        second = second_slot(self.rule.second_model, begin, parameters, self.optimizer, nullcontext)
+        slot = LocalSlot(parameters, begin, self.optimizer(parameters), self.rule.local_terms, second)
         for _ in range(STEPS[client]):
+            if second is not None:
+                with second.at_point():
+                    self.loss(client, second.parameters).backward()
+                    second.step(self.clip, RATE)
             slot.before_backward(False, RATE)
             self.loss(client, parameters).backward()
             slot.step(self.clip, RATE)
@@ -62,7 +69,11 @@ class QuadraticExecutor(FakeExecutor):
         return found
 
     @staticmethod
-    def loss(client: int, parameters: dict[str, nn.Parameter]) -> torch.Tensor:
+    def optimizer(parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(list(parameters.values()), lr=RATE)
+
+    @staticmethod
+    def loss(client: int, parameters: Mapping[str, nn.Parameter]) -> torch.Tensor:
         """The client's loss over all parameters."""
         target = torch.tensor(TARGETS[client])
         total = torch.stack([(value - target).square().sum() for value in parameters.values()]).sum()

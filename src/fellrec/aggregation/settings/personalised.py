@@ -47,6 +47,28 @@ class DittoSettings(RuleSettings):
 
 
 @dataclass(frozen=True)
+class APFLSettings(RuleSettings):
+    """A shared model, a personal one beside it, and a mixture of both."""
+
+    about: ClassVar[About] = About(
+        name="apfl",
+        family="personalised",
+        summary="FedAvg's model w, and a personal v a client, trained by gradients at α v + (1 − α) w, which is tested",
+        paper="Deng, Kamani and Mahdavi, 2020, arXiv:2003.13461",
+        sees="sums",
+        cost="clients: twice the local training, one more adapter",
+        limits=Limits(whole_model=True),
+    )
+    alpha: Rate = 0.5
+    """α, the part of v in the mixture, at first. 0 evaluates FedAvg's model, 1 local training. The authors' program has
+    0.5, fluke 0.25, PFLlib 1."""
+    alpha_rate: NotNegative = 0.1
+    """Step size of α, which each client adapts; 0 keeps it. The paper takes the local learning rate."""
+    weights: Weights = "samples"
+    """How much clients count in the shared model."""
+
+
+@dataclass(frozen=True)
 class FedPerSettings(RuleSettings):
     """A personal part, trained together with the shared one."""
 
