@@ -16,8 +16,7 @@ from torch import nn
 from fellrec.aggregation import APFL, FedAvg, Local
 from fellrec.config.compose import compose
 from fellrec.errors import ConfigError
-from fellrec.experiment import build_data, build_recommender
-from fellrec.experiment.build import build_rule
+from fellrec.experiment.build import build_data, build_recommender, build_rule
 from fellrec.experiment.federation import build_federation
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.slot import LocalSlot, second_slot
