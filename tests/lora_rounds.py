@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fellrec.aggregation.hetlora import MeansOfRanks
 from fellrec.federated.base_change import with_changes
 from fellrec.federated.records import Aggregated, LoraLayer, Updates
 from fellrec.state.tensor_store import StoredTensors
@@ -53,8 +54,9 @@ def round_of(
 
 def weights_of(rule: Any, updates: Updates) -> Tensor:
     """The clients' weights in the rule's means."""
-    own = getattr(rule, "rank_weights", None)
-    given: Tensor = own(updates) if own is not None else rule.client_weights(updates, rule.weights)
+    if isinstance(rule, MeansOfRanks):
+        return rule.rank_weights(updates, rule.next_ranks(updates))
+    given: Tensor = rule.client_weights(updates, rule.weights)
     return given
 
 

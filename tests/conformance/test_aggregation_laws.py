@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import fellrec.aggregation
-from fellrec.aggregation import AggregationCallback, CoordinateMedian, FELLRec, Krum, UpdateMixing
+from fellrec.aggregation import AggregationCallback, CoordinateMedian, FELLRec, HetLoRA, Krum, UpdateMixing
 from fellrec.aggregation.conformance import check_rule
 from fellrec.aggregation.settings import RULES
 
@@ -26,6 +26,7 @@ VARIANTS: list[tuple[type[AggregationCallback], dict[str, Any]]] = [
     (UpdateMixing, {"server_learning_rate": 0.5}),
     (Krum, {"before": ("nnm",)}),
     (CoordinateMedian, {"before": ("arc", "bucketing", "nnm")}),
+    (HetLoRA, {"prune_to": 0.5, "prune_strength": 0.1}),
 ]
 CHECKED = [pytest.param(getattr(fellrec.aggregation, name), {}, id=kind.about.name) for name, kind in RULES.items()]
 CHECKED += [

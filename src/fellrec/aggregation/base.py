@@ -46,6 +46,7 @@ class AggregationCallback(FederatedCallback):
         needs_start_loss: Whether clients measure their loss at the received adapter, for ``updates.start_losses``.
         local_terms: What is added to the clients' local objective.
         second_model: A model that clients train beside their adapter, see `SecondModel`; not with an executed cut.
+        changes_ranks: Whether the rule changes the ranks of the clients' adapters, by ``Aggregated.ranks``.
         client_tensors: Names of the clients' tensors that are sent with each update, for ``updates.tensors``; others
             stay at their client.
         part_of: Gives the part of the model, ``"head"``, ``"body"`` or ``"tail"``, that a parameter belongs to; set
@@ -69,6 +70,7 @@ class AggregationCallback(FederatedCallback):
     serves: str = "personal"
     keeps_trained: bool = False
     needs_start_loss: bool = False
+    changes_ranks: bool = False
     held_out: float = 0.0
     limits: Limits = Limits()
     waived_laws: Mapping[str, str] = {}

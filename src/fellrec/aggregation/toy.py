@@ -24,6 +24,7 @@ from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.participation import AllAtOnce, Clients, Participation
 from fellrec.federated.population import Population
 from fellrec.federated.progress import Progress
+from fellrec.federated.ranks import Ranks
 from fellrec.federated.records import Aggregated, Cohort, Failed, Job, LoraLayer, LossJob, ScoreJob, Trained, Updates
 from fellrec.federated.selection import Selection
 from fellrec.federated.settings import ParticipationSettings, TrainerSettings
@@ -298,13 +299,15 @@ def toy_loop(
     """The loop of a real run over toy clients."""
     rule.part_of = part_of
     rule.begin(initial)
-    population, settings = rule.new_population(initial, len(clients)), TrainerSettings(num_rounds=num_rounds)
+    ranks = Ranks([RANK] * len(clients), len(clients)) if rule.changes_ranks else None
+    population = rule.new_population(initial, len(clients), ranks=ranks)
+    settings = TrainerSettings(num_rounds=num_rounds)
     layers = [layer for layer in LAYERS if layer.a in initial]
     return FederatedLoop(
         population=population,
         participation=_participation(rule, population, clients, rate),
         executor=ToyExecutor(rule, clients),
-        exchange=Exchange(rule, Ledger(), layers=layers, num_clients=len(clients)),
+        exchange=Exchange(rule, Ledger(), layers=layers, num_clients=len(clients), ranks=ranks),
         rule=rule,
         selection=Selection(population, settings.metric),
         progress=Progress(),

@@ -132,7 +132,7 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
     initial = {**recommender.initial, **body}
     initial = {name: initial[name] for name in sorted(initial)}
     rule.begin(initial)
-    ranks = _ranks(recommender.adapter, num_clients)
+    ranks = _ranks(recommender.adapter, num_clients, rule.changes_ranks)
     population = rule.new_population(initial, num_clients, trainer.reset_optimizer, ranks)
     if population.server_rows and not recommender.datamodule.num_samples(PUBLIC):
         raise ConfigError(
@@ -221,9 +221,11 @@ def _layers(recommender: Recommender) -> list[LoraLayer]:
     return [LoraLayer(*found) for model in models for found in lora_layers(model)]
 
 
-def _ranks(adapter: Any, num_clients: int) -> Ranks | None:
-    """The clients' ranks, if the adapter has a list of them."""
+def _ranks(adapter: Any, num_clients: int, change: bool) -> Ranks | None:
+    """The clients' ranks, if they differ or can change."""
     rank = getattr(adapter, "rank", None)
+    if isinstance(rank, int) and change:
+        rank = [rank] * num_clients
     return Ranks(rank, num_clients) if isinstance(rank, Sequence) else None
 
 

@@ -171,6 +171,7 @@ class Exchange:
             aggregated.base,
             aggregated.resets,
             aggregated.anchors,
+            aggregated.ranks,
         )
         if self.rule.sees != "nothing":
             kept = [stack[name] for stack in aggregated.tensors.values() for name in stack if not self.at_server(name)]

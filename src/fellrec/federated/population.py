@@ -220,6 +220,8 @@ class Population:
             self.base = (*self.base, self.store.put(0, received.base))
         if received.resets:
             self._forget(set(received.resets))
+        for row, rank in received.ranks.items():
+            self._change_rank(row, rank)
         for name, anchor in received.anchors.items():
             self._anchors[name] = self.store.put(0, anchor)
 
@@ -254,6 +256,7 @@ class Population:
             "base": list(self.base),
             "anchors": dict(self._anchors),
             "number": self.store.number,
+            "ranks": [] if self.needs.ranks is None else list(self.needs.ranks.of_client),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -274,6 +277,8 @@ class Population:
         self.base = tuple(state["base"])
         self._anchors = dict(state.get("anchors", {}))
         self.store.number = state["number"]
+        if self.needs.ranks is not None:
+            self.needs.ranks.of_client = list(state.get("ranks", self.needs.ranks.of_client))
 
     def optimizer_of(self, row: int) -> Adapter:
         """A row's optimiser state by ``parameter|key``; empty if it has not trained."""
@@ -295,6 +300,19 @@ class Population:
         for row, stored in list(self._optimizers.items()):
             kept = {key: t for key, t in stored.tensors().items() if key.partition("|")[0] not in names}
             self._optimizers[row] = self.store.put(row, kept) if kept else NOTHING
+
+    def _change_rank(self, row: int, rank: int) -> None:
+        """Give a row another rank; moments beyond it would move what must stay 0, so they are dropped."""
+        ranks = self.needs.ranks
+        if ranks is None:
+            raise TrainingError("the aggregation returned ranks: set changes_ranks, and use adapter=lora")
+        ranks.change(row, rank)
+        cut = {
+            key: ranks.cut(row, key.partition("|")[0], t) if t.ndim == 2 else t
+            for key, t in self.optimizer_of(row).items()
+        }
+        if cut:
+            self._optimizers[row] = self.store.put(row, cut)
 
     def _receive_tensors(self, received: Received) -> None:
         stacks = {name: dict(as_lazy(stack)) for name, stack in received.tensors.items()}

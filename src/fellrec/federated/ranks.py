@@ -39,12 +39,16 @@ class Ranks:
                 f"adapter.rank={list(of_client)} has {len(of_client)} values, and there are {num_clients} clients: "
                 "give one for each client, or one number for all"
             )
-        self.of_client = tuple(of_client)
+        self.of_client = list(of_client)
         self._parts: dict[int, tuple[StoredTensors, StoredTensors]] = {}
 
     def of_row(self, row: int) -> int:
         """The rank of a row of the population."""
         return self.of_client[row % len(self.of_client)]
+
+    def change(self, row: int, rank: int) -> None:
+        """Give a row's client another rank from now on."""
+        self.of_client[row % len(self.of_client)] = rank
 
     def narrow(self, row: int, name: str, tensor: Tensor) -> Tensor:
         """A row's part of a parameter: the first rows of A, the first columns of B, all of the others; a view."""
@@ -52,6 +56,10 @@ class Ranks:
         if is_factor(name, "A"):
             return tensor[:rank]
         return tensor[:, :rank] if is_factor(name, "B") else tensor
+
+    def cut(self, row: int, name: str, tensor: Tensor) -> Tensor:
+        """A parameter with zeros beyond the row's rank."""
+        return self.padded(name, self.narrow(row, name, tensor), tensor)
 
     def padded(self, name: str, part: Tensor, like: Tensor) -> Tensor:
         """A part of a parameter with zeros where the parameter has more."""
@@ -66,10 +74,7 @@ class Ranks:
         rank = self.of_row(row)
         known = self._parts.get(rank)
         if known is None or known[0] is not version:
-            tensors = {
-                name: self.padded(name, self.narrow(row, name, tensor), tensor)
-                for name, tensor in version.tensors().items()
-            }
+            tensors = {name: self.cut(row, name, tensor) for name, tensor in version.tensors().items()}
             known = version, StoredTensors(tensors)
             self._parts[rank] = known
         return known[1]

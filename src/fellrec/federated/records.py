@@ -490,6 +490,7 @@ class Aggregated:
             initialisation): all clients forget it.
         anchors: Adapters of the server that come with the jobs of all clients from now on, absent ones too, as
             ``Job.anchors``: name → parameter → tensor. One of the same name replaces the last one.
+        ranks: Rows whose LoRA rank changes → the new one; of rules with ``changes_ranks``.
     """
 
     adapters: AdapterStack
@@ -500,6 +501,7 @@ class Aggregated:
     metrics: Mapping[str, float] = field(default_factory=dict)
     resets: tuple[str, ...] = ()
     anchors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    ranks: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -513,6 +515,7 @@ class Received:
         base: As in ``Aggregated``.
         resets: As in ``Aggregated``.
         anchors: As in ``Aggregated``.
+        ranks: As in ``Aggregated``.
     """
 
     rows: tuple[int, ...]
@@ -521,6 +524,7 @@ class Received:
     base: Mapping[str, Tensor] = field(default_factory=dict)
     resets: tuple[str, ...] = ()
     anchors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    ranks: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,24 @@ def mean_by_rank(
     return torch.where((totals > 0)[:, None], means, kept)
 
 
+def tail_norms(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
+    """``‖A_k[f_k:]‖ ‖B_k[:, f_k:]‖`` of each client, ``[N]``.
+
+    Args:
+        a: ``[N, r, in]``.
+        b: ``[N, out, r]``.
+        first: ``[N]`` integers, f.
+
+    Example:
+        >>> a, b = torch.tensor([[[9.0], [3.0]]]), torch.tensor([[[9.0, 2.0]]])
+        >>> tail_norms(a, b, torch.tensor([1])), tail_norms(a, b, torch.tensor([2]))
+        (tensor([6.]), tensor([0.]))
+    """
+    is_tail = (torch.arange(a.shape[1], device=a.device) >= first.to(a.device)[:, None])[:, :, None]
+    left, right = b * is_tail.transpose(1, 2), a * is_tail
+    return torch.linalg.vector_norm(left, dim=(1, 2)) * torch.linalg.vector_norm(right, dim=(1, 2))
+
+
 def product_norms(a: Tensor, b: Tensor) -> Tensor:
     """Frobenius norm of each client's product ``B_k A_k``, ``[N]``.
 

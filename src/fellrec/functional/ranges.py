@@ -151,6 +151,7 @@ Seconds = Annotated[float, number(lambda x: 0 < x <= 1e9, "a number above 0, at 
 NotNegative = Annotated[float, number(lambda x: x >= 0, "a number of at least 0")]
 Fraction = Annotated[float, number(lambda x: 0 < x <= 1, "a number in (0, 1]")]
 """A fraction of something that must not be empty."""
+Between0And1 = Annotated[float, number(lambda x: 0 < x < 1, "a number in (0, 1)")]
 Rate = Annotated[float, number(lambda x: 0 <= x <= 1, "a number in [0, 1]")]
 RateBelow1 = Annotated[float, number(lambda x: 0 <= x < 1, "a number in [0, 1)")]
 

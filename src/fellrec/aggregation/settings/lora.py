@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 from fellrec.aggregation.settings.about import About, Limits
 from fellrec.aggregation.settings.averages import Weights
 from fellrec.aggregation.settings.base import RuleSettings
-from fellrec.functional.ranges import Positive, Rate, Seed
+from fellrec.errors import ConfigError
+from fellrec.functional.ranges import Between0And1, NotNegative, Positive, Rate, Seed
 
 _HALVES = Limits(needs_lora=True)
 _FACTORS = Limits(needs_lora=True, no_remote_server=True)
@@ -201,6 +202,17 @@ class HetLoRASettings(RuleSettings):
     )
     weights: RankWeights = "norms"
     """How much clients count in the means: norms (of their products, over all layers), samples or equal."""
+    prune_to: Between0And1 | None = None
+    """γ, the part of its rank r that a client keeps, ⌊γr⌋ but at least 1, when ‖B[:, γr:]‖ ‖A[γr:]‖, summed over
+    layers, is smaller after local training than before; the paper has 0.99. null: ranks stay."""
+    prune_strength: NotNegative = 0.0
+    """λ, weight of that sum in the clients' loss; needs ``prune_to``."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        super().__post_init__()
+        if self.prune_strength and self.prune_to is None:
+            raise ConfigError(f"aggregation.prune_strength={self.prune_strength} needs aggregation.prune_to")
 
 
 @dataclass(frozen=True)
