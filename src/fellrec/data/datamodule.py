@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from functools import reduce
+from collections.abc import Callable, Sequence
+from functools import cached_property, reduce
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,16 @@ from fellrec.types import PUBLIC
 
 _CACHED_CLIENTS = 128
 """Number of clients whose training rows are cached; the rows of other clients are rebuilt when requested."""
+_MEASURED_USERS = 8192
+"""Users whose histories are measured at once."""
 
 Collate = Callable[[Tensor, Tensor], dict[str, Tensor]]
 Lengths = Callable[[Tensor, Tensor], Tensor | None]
+HistoryLengths = Callable[[Tensor], Tensor]
+
+
+def _num_items(histories: Tensor) -> Tensor:
+    return (histories >= 0).sum(dim=1)
 
 
 class _Rows(Dataset[Any]):
@@ -59,22 +66,42 @@ class _Rows(Dataset[Any]):
 class _Users(Dataset[Any]):
     """Users to evaluate, indexed by whole batches. Their interactions are gathered per batch, not copied up front."""
 
-    def __init__(self, data: PreparedData, stage: str, users: IntArray) -> None:
+    def __init__(
+        self, data: PreparedData, stage: str, users: IntArray, history_lengths: HistoryLengths = _num_items
+    ) -> None:
         self.users = users
         self.clients = data.client_of_user[users]
         self._seen = [data.train] if stage == "val" else [data.train, data.valid]
         self._targets = data.valid if stage == "val" else data.test
         self._max_history, self._ranks_seen = data.max_history, data.ranks_seen
+        self._history_lengths = history_lengths
+        self._by_client = Ragged.from_pairs(self.clients, np.arange(len(users)), data.num_clients)
         check_view(data, stage, self._seen, self._targets)
 
     def __len__(self) -> int:
         return len(self.users)
 
+    def of_clients(self, clients: Sequence[int]) -> IntArray:
+        """Positions of the users of some clients, ascending."""
+        return np.sort(self._by_client.take(np.array(clients, dtype=np.int64)).values)
+
+    @cached_property
+    def lengths(self) -> IntArray:
+        """``[U]`` int64 number of tokens of each user's history."""
+        parts = [np.empty(0, dtype=np.int64)]
+        for first in range(0, len(self), _MEASURED_USERS):
+            histories = self._seen_by(self.users[first : first + _MEASURED_USERS]).last(self._max_history)
+            parts.append(self._history_lengths(torch.from_numpy(histories)).numpy())
+        return np.concatenate(parts)
+
+    def _seen_by(self, users: IntArray) -> Ragged:
+        return reduce(Ragged.join, [part.take(users) for part in self._seen])
+
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         index = np.asarray(indices)
         users = self.users[index]
         targets = self._targets.take(users).distinct()
-        seen = reduce(Ragged.join, [part.take(users) for part in self._seen])
+        seen = self._seen_by(users)
         masked = Ragged.from_rows([[]] * len(users)) if self._ranks_seen else seen
         arrays = {
             "users": users,
@@ -112,6 +139,8 @@ class FellrecDataModule(LightningDataModule):
         seed: Seed of the row order of ``train_dataloader``.
         lengths: Returns the number of tokens ``[B]`` of the same rows (an objective's ``lengths``) to batch rows of
             similar length together, or ``None`` to only shuffle the rows.
+        history_lengths: Returns the number of tokens ``[B]`` of the input for histories ``[B, H]``, by which users are
+            batched; their number of items by default.
 
     Raises:
         LeakError: If the evaluation input contains a target, or lacks an interaction that precedes the targets.
@@ -127,6 +156,7 @@ class FellrecDataModule(LightningDataModule):
         eval_batch_size: int,
         seed: int = 0,
         lengths: Lengths = lambda items, is_target: None,
+        history_lengths: HistoryLengths = _num_items,
     ) -> None:
         super().__init__()
         self.data = data
@@ -136,7 +166,9 @@ class FellrecDataModule(LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.seed = seed
         self._make_rows = last_position_rows if one_target_per_row else windows
-        self._users = {stage: _Users(data, stage, evaluated_users(data, stage)) for stage in ("val", "test")}
+        self._users = {
+            stage: _Users(data, stage, evaluated_users(data, stage), history_lengths) for stage in ("val", "test")
+        }
         self._cache: OrderedDict[int | None, _Rows] = OrderedDict()
 
     def num_samples(self, client: int | None, held_out: float = 0.0) -> int:
@@ -173,11 +205,23 @@ class FellrecDataModule(LightningDataModule):
         longest = lengths.argsort(descending=True, stable=True)[: self.batch_size]
         return self.collate(rows.items[longest], rows.is_target[longest])
 
+    def num_users(self, stage: str, clients: tuple[int, ...]) -> int:
+        """Number of users of the given clients that are evaluated."""
+        return len(self._users[stage].of_clients(clients))
+
     def eval_loader(self, stage: str, clients: tuple[int, ...] | None = None) -> DataLoader[Any]:
-        """Users of the given clients (all for ``None``) with their targets; ``stage`` is ``"val"`` or ``"test"``."""
+        """Users of the given clients with their targets, by length of the history, longest first.
+
+        Users of similar length are batched together, so that there is little padding.
+
+        Args:
+            stage: ``"val"`` or ``"test"``.
+            clients: Whose users; ``None`` for all.
+        """
         users = self._users[stage]
-        positions = range(len(users)) if clients is None else np.flatnonzero(np.isin(users.clients, clients)).tolist()
-        return DataLoader(users, batch_size=self.eval_batch_size, sampler=positions, collate_fn=lambda batch: batch)
+        which = np.arange(len(users)) if clients is None else users.of_clients(clients)
+        order = which[np.argsort(-users.lengths[which], kind="stable")].tolist()
+        return DataLoader(users, batch_size=self.eval_batch_size, sampler=order, collate_fn=lambda batch: batch)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Lightning's hook: pooled training batches, in the order of one pooled client's first federated epoch."""

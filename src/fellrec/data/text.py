@@ -79,6 +79,10 @@ class TokenizedTexts:
         inside = self.inside[known] & (items >= 0)[:, :, None]
         return self.tokens[known].flatten(1), inside.flatten(1)
 
+    def lengths_of(self, items: Tensor) -> Tensor:
+        """Number of tokens ``[B]`` of all items of each row ``[B, H]``, -1 for padding."""
+        return torch.where(items >= 0, self.lengths[items.clamp(min=0)], 0).sum(dim=1)
+
 
 def compact(tokens: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     """Remove the padding inside rows: move each row's tokens to the left.
@@ -112,16 +116,19 @@ def pad_left(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Convert right-padded rows to left-padded rows.
 
     Args:
-        ids: ``[B, L]`` int64, right-padded.
+        ids: ``[B, N]`` int64, right-padded, B at least 1.
         lengths: ``[B]`` int64.
 
     Returns:
-        Left-padded ids ``[B, L]`` and attention mask ``[B, L]`` int64.
+        Left-padded ids ``[B, L]`` and attention mask ``[B, L]`` int64, L the longest row.
 
     Example:
-        >>> pad_left(torch.tensor([[5, 6, 0]]), torch.tensor([2]))
-        (tensor([[0, 5, 6]]), tensor([[0, 1, 1]]))
+        >>> pad_left(torch.tensor([[5, 6, 0, 0], [7, 8, 9, 0]]), torch.tensor([2, 3]))
+        (tensor([[0, 5, 6],
+                [7, 8, 9]]), tensor([[0, 1, 1],
+                [1, 1, 1]]))
     """
-    column = torch.arange(ids.shape[1])[None, :] - (ids.shape[1] - lengths)[:, None]
+    width = int(lengths.max())
+    column = torch.arange(width)[None, :] - (width - lengths)[:, None]
     mask = column >= 0
     return torch.where(mask, ids.gather(1, column.clamp(min=0)), 0), mask.long()

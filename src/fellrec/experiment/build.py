@@ -45,7 +45,14 @@ from fellrec.models.adapters import AdapterKind, FullAdapter, plain_name
 from fellrec.models.architectures import decoder_layers
 from fellrec.models.backbone import Backbone, load_hf
 from fellrec.models.fingerprint import fingerprint
-from fellrec.models.module import FellrecModule, Objective, OptimizerSettings, Ranker, ReportingRanker
+from fellrec.models.module import (
+    FellrecModule,
+    MeasuresHistories,
+    Objective,
+    OptimizerSettings,
+    Ranker,
+    ReportingRanker,
+)
 from fellrec.models.partial import read_body
 from fellrec.models.remote import Cut, server_shell
 from fellrec.models.split import SplitModel
@@ -404,6 +411,7 @@ def _metrics(
 
 
 def _datamodule(config: DictConfig, data: PreparedData, objective: Objective) -> FellrecDataModule:
+    measured = {"history_lengths": objective.history_lengths} if isinstance(objective, MeasuresHistories) else {}
     return FellrecDataModule(
         data,
         objective.collate,
@@ -412,6 +420,7 @@ def _datamodule(config: DictConfig, data: PreparedData, objective: Objective) ->
         eval_batch_size=config.trainer.eval_batch_size,
         seed=config.seed,
         lengths=objective.lengths,
+        **measured,
     )
 
 

@@ -68,6 +68,14 @@ class DrawsForBatches(Protocol):
         """The batch with what was drawn for it, such as a sample of items; ``loss`` does it by itself."""
 
 
+@runtime_checkable
+class MeasuresHistories(Protocol):
+    """What an objective provides beside `Objective` if inputs of evaluation have other lengths than histories."""
+
+    def history_lengths(self, histories: Tensor) -> Tensor:
+        """Tokens ``[B]`` of the model's input for histories ``[B, H]``, by which users are batched."""
+
+
 def drawn(objective: Objective, batch: dict[str, Tensor], streams: LayerStreams) -> dict[str, Tensor]:
     """The batch as ``inputs`` and ``loss_of`` want it; to be called once, in the client's streams."""
     return objective.draw(batch, streams) if isinstance(objective, DrawsForBatches) else batch

@@ -122,14 +122,13 @@ class GroundingRanker:
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         tokens = TokenizedTexts(tokenizer, texts, self.max_new_tokens + 7, prefix=[start], allow_empty=True)
         device = model.model.get_input_embeddings().weight.device
-        parts = []
+        by_length, parts = tokens.lengths.argsort(descending=True, stable=True), []
         with model.without_lora():
-            for first in range(0, len(texts), self.batch_size):
-                rows = slice(first, first + self.batch_size)
-                hidden_BLD = model(tokens.tokens[rows].to(device))
-                last = tokens.lengths[rows].to(device) - 1
-                parts.append(hidden_BLD[torch.arange(len(last), device=device), last].float())
-        return torch.cat(parts)
+            for rows in by_length.split(self.batch_size):
+                lengths = tokens.lengths[rows].to(device)
+                hidden_BLD = model(tokens.tokens[rows, : int(lengths.max())].to(device))
+                parts.append(hidden_BLD[torch.arange(len(rows), device=device), lengths - 1].float())
+        return torch.cat(parts)[by_length.argsort().to(device)]
 
 
 def _prior(reweight: str, train: Ragged | None, num_items: int) -> ReferenceRanker | None:

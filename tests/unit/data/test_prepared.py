@@ -98,7 +98,8 @@ def test_test_histories_contain_the_validation_targets_and_validation_histories_
     module = FellrecDataModule(data, lambda items, is_target: {}, batch_size=8, eval_batch_size=1000)
     val, test = next(iter(module.eval_loader("val"))), next(iter(module.eval_loader("test")))
     newest = test["histories"].gather(1, ((test["histories"] >= 0).sum(1) - 1)[:, None])[:, 0]
-    assert newest.tolist() == val["target_items"].tolist()
+    of_user = dict(zip(val["users"].tolist(), val["target_items"].tolist(), strict=True))
+    assert dict(zip(test["users"].tolist(), newest.tolist(), strict=True)) == of_user
 
 
 def test_max_train_samples_is_the_number_of_the_clients_training_targets() -> None:

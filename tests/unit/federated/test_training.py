@@ -233,10 +233,10 @@ def test_parts_of_a_clients_users_are_together_all_of_them(make_alone: Make) -> 
     for part in (2, 0, 1):
         evaluator.score(job, "val", -1, part, 3)
     (found,) = module.take_users()
-    order = found[0].argsort()
-    assert torch.equal(found[0][order], users)
-    assert torch.equal(found[1][order], clients)
-    assert torch.equal(found[2][order], values)
+    order, before = found[0].argsort(), users.argsort()
+    assert torch.equal(found[0][order], users[before])
+    assert torch.equal(found[1][order], clients[before])
+    assert torch.equal(found[2][order], values[before])
     assert len(module.take_users()[0][0]) == 0
 
 

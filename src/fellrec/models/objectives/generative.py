@@ -111,9 +111,11 @@ class GenerativeObjective:
         if not self.group_by_length:
             return None
         answer, histories = _last_target(items, is_target)
-        histories = self._drop_oldest(histories)
-        in_history = torch.where(histories >= 0, self.lines.lengths[histories.clamp(min=0)], 0).sum(dim=1)
-        return in_history + self.titles.lengths[answer] + len(self.before) + len(self.after)
+        return self.history_lengths(histories) + self.titles.lengths[answer]
+
+    def history_lengths(self, histories: Tensor) -> Tensor:
+        """Number of tokens ``[B]`` of the prompt of each history ``[B, H]``."""
+        return self.lines.lengths_of(self._drop_oldest(histories)) + len(self.before) + len(self.after)
 
     def decoded_titles(self) -> list[str]:
         """The training targets as text, one per item: titles truncated to ``max_title_tokens``."""

@@ -20,6 +20,9 @@ from fellrec.models.settings import RetrievalSettings
 from fellrec.models.split import SplitModel
 from fellrec.models.streams import LayerStreams
 
+_ITEMS_TOGETHER = 256
+"""Item texts per forward pass for vectors of all items."""
+
 
 class RetrievalObjective:
     """Cross-entropy of similarity / temperature over the whole catalogue, at every next-item position (METHOD §1).
@@ -108,8 +111,12 @@ class RetrievalObjective:
         return {}
 
     def lengths(self, items: Tensor, is_target: Tensor) -> Tensor | None:
-        """``None``: batches are not grouped by length, because most windows are full and have little padding."""
+        """``None``: which rows are trained in one optimiser step does not depend on their lengths."""
         return None
+
+    def history_lengths(self, histories: Tensor) -> Tensor:
+        """Number of tokens ``[B]`` of the text of each history ``[B, H]``."""
+        return self.history_text.lengths_of(histories) + len(self.prefix)
 
     def collate(self, items: Tensor, is_target: Tensor) -> dict[str, Tensor]:
         """Turn training rows into a batch.
@@ -215,9 +222,12 @@ class RetrievalObjective:
         texts = {name: tensor.to(device) for name, tensor in self._all_texts.items()}
         if self.item_encoder == "tokens":
             return self._scaled(_mean_embeddings(model, texts))
-        size = self.softmax.chunk_items or len(self.item_text.lengths)
-        chunks = zip(texts["item_ids"].split(size), texts["item_inside"].split(size), strict=True)
-        return self._scaled(torch.cat([self._item_vectors(model(some), which) for some, which in chunks]))
+        lengths, vectors = self.item_text.lengths, []
+        by_length = lengths.argsort(descending=True, stable=True)
+        for rows in by_length.split(self.softmax.chunk_items or _ITEMS_TOGETHER):
+            kept = rows.to(device), slice(int(lengths[rows].max()))
+            vectors.append(self._item_vectors(model(texts["item_ids"][kept]), texts["item_inside"][kept]))
+        return self._scaled(torch.cat(vectors)[by_length.argsort().to(device)])
 
     def _pool(self, hidden_BLD: Tensor, rows_T: Tensor, columns_T: Tensor) -> Tensor:
         """Vectors ``[T, D]`` of the histories that end at the given positions; later tokens are not used."""
