@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from fellrec.experiment.build import Recommender
     from fellrec.experiment.session import Session
     from fellrec.experiment.variants import Label
+    from fellrec.federated.kept import KeptUsers
     from fellrec.report.comparison import Comparison, RuleResult
     from fellrec.tracking.run_log import RunLog
 
@@ -204,22 +206,25 @@ def _metric_name(rule: str) -> str:
 
 
 class _Recommenders:
-    """One recommender at a time, shared by all runs that differ only in their rule."""
+    """One recommender at a time, shared by all runs that differ only in their rule; kept metrics by more of them."""
 
     def __init__(self, data: PreparedData, session: Session | None) -> None:
         self._data = data
         self.session = session
         self._current: tuple[str, Recommender] | None = None
+        self._kept: dict[str, KeptUsers] = {}
 
     def of(self, config: DictConfig) -> Recommender:
         """The recommender of a configuration; the backbone is loaded again only if more than the rule changed."""
-        from fellrec.experiment.build import build_recommender, recommender_key
+        from fellrec.experiment.build import build_recommender, evaluation_key, recommender_key
+        from fellrec.federated.kept import KeptUsers
 
         key = recommender_key(config)
         if self._current is None or self._current[0] != key:
             self._current = None  # free the old backbone before the new one is loaded
             fabric = None if self.session is None else self.session.fabric
-            self._current = (key, build_recommender(config, self._data, fabric))
+            kept = self._kept.setdefault(evaluation_key(config), KeptUsers())
+            self._current = (key, replace(build_recommender(config, self._data, fabric), kept=kept))
         return self._current[1]
 
 

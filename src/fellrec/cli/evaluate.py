@@ -82,7 +82,8 @@ def evaluate(run_dir: Path, stage: str, config: DictConfig | None = None) -> Com
     check_prompt(run_dir, recommender.module.objective)
     check_backbone(run_dir, recommender.fingerprint, recommender.backbone.name)
     federation = build_federation(config, recommender)
-    CheckpointFolder(run_dir / CHECKPOINTS).load(federation.persisted)
+    parts = {name: part for name, part in federation.persisted.items() if name != "kept"}  # all users are ranked again
+    CheckpointFolder(run_dir / CHECKPOINTS).load(parts)
     loop, best_round = federation.loop(), federation.selection.round_index
     evaluation = loop.evaluate(federation.selection.score_jobs(), stage, best_round)
     result = RuleResult(rule_name(config), config.seed, "learned", evaluation, best_round=best_round)

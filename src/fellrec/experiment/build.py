@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from fellrec.errors import ConfigError
 from fellrec.experiment.backbones import sasrec_backbone, tiny_backbone
 from fellrec.experiment.precision import check_precision, weights_dtype
 from fellrec.federated.base_change import BaseWeights
+from fellrec.federated.kept import KeptUsers
 from fellrec.federated.samplers import Sampler
 from fellrec.functional.candidates import SampledCandidates
 from fellrec.functional.ranges import refuse
@@ -63,6 +64,13 @@ PLUGINS = (ClusterEnvironment, Precision, CheckpointIO)
 """What Fabric takes as plugins."""
 _MEETING_SECONDS = 120.0
 """Processes are waited for at least so long at the start: one may have more to import, or to pre-train."""
+
+_OF_TRAINING = (
+    "num_rounds", "local_epochs", "max_local_steps", "batch_size", "accumulate_grad_batches", "learning_rate",
+    "weight_decay", "warmup_steps", "learning_rate_decay", "gradient_clip", "reset_optimizer", "evaluate_every",
+    "patience", "select", "frontier_floor", "checkpoint_every", "checkpoints_kept",
+)  # fmt: skip
+"""Settings of ``trainer`` that no ranking depends on."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,7 @@ class Recommender:
         fingerprint: Of the backbone, see ``fellrec.models.fingerprint``.
         link: To the server; ``None`` if the cut is not executed.
         server: The server's part, if it is in this process.
+        kept: Metrics of users that were ranked with it.
     """
 
     fabric: Fabric
@@ -115,6 +124,7 @@ class Recommender:
     fingerprint: dict[str, Any]
     link: ServerLink | None = None
     server: ServerPart | None = None
+    kept: KeptUsers = field(default_factory=KeptUsers)
 
 
 def cache_dir(config: DictConfig) -> Path:
@@ -248,6 +258,16 @@ def recommender_key(config: DictConfig) -> str:
     """The same for configurations that can share a recommender: they differ in nothing but the rule."""
     plain = as_dict(config)
     return repr([plain[name] for name in ("backbone", "adapter", "split", "objective", "ranker", "trainer", "seed")])
+
+
+def evaluation_key(config: DictConfig) -> str:
+    """The same for configurations whose recommenders rank alike with one adapter: they differ in training or the cut.
+
+    What an executed cut evaluates is not kept.
+    """
+    plain = as_dict(config)
+    trainer = {name: value for name, value in plain["trainer"].items() if name not in _OF_TRAINING}
+    return repr([trainer, *(plain[name] for name in ("backbone", "adapter", "objective", "ranker", "seed"))])
 
 
 def build_fabric(config: DictConfig, alone: bool = False) -> Fabric:

@@ -25,6 +25,7 @@ from fellrec.federated.client_model import ClientModel, WholeClientModel
 from fellrec.federated.evaluator import Evaluator
 from fellrec.federated.exchange import Exchange, Meter, Transform
 from fellrec.federated.executor import Executor, SerialExecutor
+from fellrec.federated.kept import KeptOfPopulation
 from fellrec.federated.ledger import Ledger
 from fellrec.federated.local import LocalTrainer
 from fellrec.federated.loop import FederatedLoop
@@ -57,6 +58,7 @@ class Federation:
         settings: Of the trainer.
         steps_per_round: Optimiser steps of a round in which every client trains.
         server_steps: Optimiser steps of the server's own training in a round.
+        kept: Metrics of users that were ranked with the adapters that serve them.
     """
 
     rule: AggregationCallback
@@ -70,6 +72,7 @@ class Federation:
     settings: TrainerSettings
     steps_per_round: int
     server_steps: int
+    kept: KeptOfPopulation
 
     @property
     def persisted(self) -> dict[str, Persisted]:
@@ -82,6 +85,7 @@ class Federation:
             "rule": self.rule,
             "exchange": self.exchange,
             "ledger": self.ledger,
+            "kept": self.kept,
         }
         return parts | ({"executor": self.executor} if hasattr(self.executor, "state_dict") else {})
 
@@ -155,6 +159,7 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
         settings=trainer,
         steps_per_round=sum(local.trainer.num_steps(population.data_of(row)) for row in trained),
         server_steps=sum(local.trainer.num_steps(population.data_of(row)) for row in population.server_rows),
+        kept=KeptOfPopulation(recommender.kept, population),
     )
 
 
@@ -192,7 +197,7 @@ def build_serial(
     fabric, module, datamodule = recommender.fabric, recommender.module, recommender.datamodule
     how = settings(TrainerSettings, config.trainer, "trainer")
     trainer = LocalTrainer(fabric, module, datamodule, model, how, config.seed, sharing, rule.held_out)
-    return SerialExecutor(trainer, Evaluator(fabric, module, datamodule, model))
+    return SerialExecutor(trainer, Evaluator(fabric, module, datamodule, model, recommender.kept))
 
 
 def build_server(config: DictConfig, part: ServerPart, num_rows: int, fabric: Fabric) -> BodyServer:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
 from lightning import Fabric
 
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.federated.client_model import ClientModel
+from fellrec.federated.kept import KeptUsers, one_job_per_adapter
 from fellrec.federated.records import ScoreJob
 from fellrec.models.module import FellrecModule
 from fellrec.types import Evaluation
@@ -19,19 +23,71 @@ class Evaluator:
         module: The recommender, with ranker and metrics.
         datamodule: Users by client.
         model: Puts adapters into the module.
+        kept: Metrics of earlier evaluations, also of other runs with the same module.
     """
 
     def __init__(
-        self, fabric: Fabric, module: FellrecModule, datamodule: FellrecDataModule, model: ClientModel
+        self,
+        fabric: Fabric,
+        module: FellrecModule,
+        datamodule: FellrecDataModule,
+        model: ClientModel,
+        kept: KeptUsers | None = None,
     ) -> None:
         self.fabric = fabric
         self.module = module
         self.datamodule = datamodule
         self.model = model
+        self.kept = kept or KeptUsers()
 
-    def stages_before(self, stage: str) -> tuple[str, ...]:
-        """The stages to be scored for an evaluation, itself included: validation chooses a ranker's open setting."""
-        return ("val", "test") if stage == "test" and self.module.chooses_on_validation else (stage,)
+    def evaluate(
+        self,
+        jobs: Sequence[ScoreJob],
+        stage: str,
+        round_index: int,
+        score: Callable[[Sequence[ScoreJob], str, int], None],
+    ) -> Evaluation:
+        """Evaluate the users of all jobs; before a test, validation chooses a ranker's open setting.
+
+        Users of clients with the same adapter are batched together, and those that were ranked with it before keep
+        their metrics. Through an executed cut each client is evaluated by itself, and what crosses the cut is recorded.
+
+        Args:
+            jobs: Adapters and the clients that they serve.
+            stage: ``"val"`` or ``"test"``.
+            round_index: The round that the adapters come from.
+            score: Adds the metrics of the users of some jobs to ``module.metrics``.
+        """
+        evaluation = None
+        for needed in ("val", "test") if stage == "test" and self.module.chooses_on_validation else (stage,):
+            left = list(jobs) if self.module.model.is_cut else self._left(jobs, needed, round_index)
+            score(left, needed, round_index)
+            if not self.module.model.is_cut:
+                self._keep(left, needed)
+            evaluation = self.module.finish_evaluation(needed, round_index)
+        assert evaluation is not None
+        return evaluation
+
+    def _left(self, jobs: Sequence[ScoreJob], stage: str, round_index: int) -> list[ScoreJob]:
+        """What is to be scored, one job for each adapter; the kept metrics of all other users are added."""
+        if round_index < 0:
+            self.kept.begin(jobs)
+        left = []
+        for job in one_job_per_adapter(jobs):
+            known: frozenset[int] = frozenset()
+            if (kept := self.kept.of(job, stage)) is not None:
+                self.module.add_users(kept.users)
+                known = kept.clients
+            rest = tuple(client for client in job.clients if client not in known)
+            if self.datamodule.num_users(stage, rest):
+                left.append(replace(job, clients=rest))
+        return left
+
+    def _keep(self, scored: Sequence[ScoreJob], stage: str) -> None:
+        users = self.module.take_users()
+        for job in scored:
+            self.kept.add(job, stage, users)
+        self.module.add_users(users)
 
     def score(
         self, job: ScoreJob, stage: str, round_index: int, part: int = 0, num_parts: int = 1, is_new: bool = True
@@ -53,7 +109,3 @@ class Evaluator:
             for number, batch in enumerate(self.datamodule.eval_loader(stage, job.clients)):
                 if number % num_parts == part:
                     self.module.score_batch(self.fabric.to_device(batch), keep_rankings=stage == "test")
-
-    def finish(self, stage: str, round_index: int) -> Evaluation:
-        """Close an evaluation."""
-        return self.module.finish_evaluation(stage, round_index)

@@ -94,13 +94,8 @@ class SerialExecutor:
             return (math.nan,) * len(job.adapters)
 
     def score(self, jobs: Sequence[ScoreJob], stage: str, round_index: int) -> Evaluation:
-        """See ``Executor``; before a test, the same adapters' validation chooses what the ranker leaves open."""
-        evaluation = None
-        for needed in self.evaluator.stages_before(stage):
-            self.score_stage(jobs, needed, round_index)
-            evaluation = self.evaluator.finish(needed, round_index)
-        assert evaluation is not None
-        return evaluation
+        """See ``Executor``."""
+        return self.evaluator.evaluate(jobs, stage, round_index, self.score_stage)
 
     def score_stage(self, jobs: Sequence[ScoreJob], stage: str, round_index: int) -> None:
         """Add the metrics of the users of all jobs; jobs with the same adapter follow each other."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -38,6 +38,16 @@ class UserMetrics(NamedTuple):
     items: Tensor
     scores: Tensor
     is_tied: Tensor
+
+    def of_clients(self, clients: Iterable[int]) -> UserMetrics:
+        """Those of the users of some clients."""
+        inside = torch.isin(self.clients, torch.tensor(sorted(clients), device=self.clients.device))
+        kept = [part.reshape(len(inside), -1)[inside].flatten() if part.numel() else part for part in self[3:]]
+        return UserMetrics(self.users[inside], self.clients[inside], self.values[inside], *kept)
+
+    def joined(self, other: UserMetrics) -> UserMetrics:
+        """The users of both."""
+        return UserMetrics(*(torch.cat(parts) for parts in zip(self, other, strict=True)))
 
 
 class ClientRankingMetrics(Metric):
@@ -121,6 +131,7 @@ class ClientRankingMetrics(Metric):
 
     def add(self, *taken: Tensor) -> None:
         """Add the states that `take` returned in another process."""
+        self._computed, self._update_count = None, self._update_count + 1  # as torchmetrics does in `update`
         for name, part in zip(UserMetrics._fields, taken, strict=True):
             getattr(self, name).append(part.to(self.device))
 

@@ -9,10 +9,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from fellrec.data.datamodule import evaluated_users
 from fellrec.distributed.memory import peak_bytes
 from fellrec.distributed.message import Message, reading
 from fellrec.errors import SplitError
@@ -73,12 +71,7 @@ class PoolExecutor:
 
     def score(self, jobs: Sequence[ScoreJob], stage: str, round_index: int) -> Evaluation:
         """See ``Executor``; if there are more processes than jobs, several divide a job's users."""
-        evaluator, evaluation = self.local.evaluator, None
-        for needed in evaluator.stages_before(stage):
-            self._score_stage(jobs, needed, round_index)
-            evaluation = evaluator.finish(needed, round_index)
-        assert evaluation is not None
-        return evaluation
+        return self.local.evaluator.evaluate(jobs, stage, round_index, self._score_stage)
 
     def close(self) -> None:
         """See ``Executor``."""
@@ -101,15 +94,15 @@ class PoolExecutor:
         self._seconds = {int(row): seconds for row, seconds in state["seconds"].items()}
 
     def _score_stage(self, jobs: Sequence[ScoreJob], stage: str, round_index: int) -> None:
-        data = self.local.evaluator.datamodule.data
-        owners = data.client_of_user[evaluated_users(data, stage)]
-        users = np.bincount(owners, minlength=data.num_clients).tolist()
-        num_parts = max(1, self.pool.num_processes // len(jobs))
+        datamodule = self.local.evaluator.datamodule
+        users = [datamodule.num_users(stage, job.clients) for job in jobs]
         tasks, costs = [], []
-        for job in jobs:
+        for job, num_users in zip(jobs, users, strict=True):
+            fair = -(-num_users * self.pool.num_processes // max(1, sum(users)))
+            num_parts = max(1, min(fair, -(-num_users // datamodule.eval_batch_size)))
             for part in range(num_parts):
                 tasks.append(self._scoring(job, stage, round_index, part, num_parts))
-                costs.append(sum(users[client] for client in job.clients) / num_parts)
+                costs.append(num_users / num_parts)
         for _ in self.pool.run(tasks, costs):
             pass
 

@@ -43,7 +43,7 @@ TensorSpecs = Mapping[str, tuple[torch.dtype, torch.Size]]
 """Name → type and shape."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class StoredTensors:
     """One client's tensors at one moment.
 

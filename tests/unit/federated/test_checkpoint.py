@@ -168,7 +168,7 @@ def test_as_many_checkpoints_stay_as_asked_for_and_no_file_that_none_of_them_nee
     run.loop.run()
     assert run.folder.rounds() == [1, 2, 3][-kept:]
     manifests = [read_checked(path) for path in run.folder.folder.glob("round_*.json")]
-    needed = {name for manifest in manifests for name in manifest["files"]}
+    needed = {name for manifest in manifests for name in (*manifest["files"], manifest["parts"])}
     assert {path.name for path in run.folder.tensors.iterdir()} == needed
     assert len(list(run.folder.folder.iterdir())) == kept + 1, "one manifest a checkpoint, and the tensors"
 
