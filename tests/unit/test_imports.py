@@ -69,3 +69,14 @@ def test_no_module_imports_itself_through_others() -> None:
         return seen
 
     assert not sorted(name for name in graph if name in reachable(name))
+
+
+def test_libraries_that_only_tests_compare_with_are_not_imported() -> None:
+    oracles = {"byzfl", "flwr", "fluke", "nvflare", "quadprog", "ranx", "hypothesis", "pytest"}
+    found = set()
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found |= {f"{path.name} imports {name}" for name in names if name.split(".")[0] in oracles}
+    assert not sorted(found)
