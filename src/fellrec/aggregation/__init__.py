@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fellrec.aggregation.clipping import CenteredClipping, NormClipping
     from fellrec.aggregation.coordinatewise import CoordinateMedian, TrimmedMean
     from fellrec.aggregation.ditto import Ditto
+    from fellrec.aggregation.fedalt import FedALT
     from fellrec.aggregation.fedamp import FedAMP
     from fellrec.aggregation.fedasync import FedAsync
     from fellrec.aggregation.fedavg import FedAvg
@@ -66,6 +67,7 @@ __all__ = [
     "FFALoRA",
     "FLTrust",
     "FLoRA",
+    "FedALT",
     "FedAMP",
     "FedAdagrad",
     "FedAdam",

@@ -31,6 +31,7 @@ from fellrec.federated.settings import ParticipationSettings, TrainerSettings
 from fellrec.federated.slot import LocalSlot, second_slot
 from fellrec.federated.slot_state import SlotState, new_parameters
 from fellrec.functional.cores import CORES, SCALES, joined
+from fellrec.functional.names import OWN, REST
 from fellrec.functional.rng import derive_seed
 from fellrec.metrics.summary import summarise
 from fellrec.state.tensor_store import StoredTensors
@@ -47,6 +48,8 @@ _SIZES = {"layers.0.q": (3, 4), "layers.1.v": (5, 3)}
 """Out, in."""
 CORE_SHAPES = {f"layers.2.o.{CORES}": (2, 3, 3), f"layers.2.o.{SCALES}": (2,)}
 """Parameters of two heads between frozen factors and their shapes."""
+MIXED_SHAPES = {f"layers.2.k.{which}{factor}": (2, 2) for which in (OWN, REST) for factor in "ab"}
+"""Factors of a client's own and of the others, and their shapes."""
 PLAIN = {"norm.weight": (4,), "score.weight": (2, 3)}
 """Parameters without factors and their shapes."""
 
@@ -56,7 +59,7 @@ def shapes(with_lora: bool = True) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = dict(PLAIN)
     for layer in LAYERS if with_lora else ():
         out, into = _SIZES[layer.a.partition(".lora_A")[0]]
-        found |= {layer.a: (RANK, into), layer.b: (out, RANK), **CORE_SHAPES}
+        found |= {layer.a: (RANK, into), layer.b: (out, RANK), **CORE_SHAPES, **MIXED_SHAPES}
     return {name: found[name] for name in sorted(found)}
 
 
@@ -232,7 +235,7 @@ class ToyFederation:
         is the matrix of the heads.
         """
         adapter, base = self.adapter(row), self.population.base
-        found = {name: value.double() for name, value in adapter.items() if "lora_" not in name}
+        found = {n: value.double() for n, value in adapter.items() if "lora_" not in n or n in MIXED_SHAPES}
         for name in [name for name in adapter if name in CORE_SHAPES and name.endswith(CORES)]:
             found[name] = joined(adapter[name].double(), adapter[f"{name.removesuffix(CORES)}{SCALES}"].double())
         for layer in self.exchange.layers:

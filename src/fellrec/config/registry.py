@@ -45,6 +45,7 @@ from fellrec.models.settings import (
     GenerativeSettings,
     HfSettings,
     LoraHeadsSettings,
+    LoraMixedSettings,
     LoraSBSettings,
     LoraSettings,
     RetrievalSettings,
@@ -118,6 +119,7 @@ CHOICES: Mapping[str, Mapping[str, type]] = {
         "fellrec.models.adapters.LoraAdapter": LoraSettings,
         "fellrec.models.core_adapters.LoraHeadsAdapter": LoraHeadsSettings,
         "fellrec.models.core_adapters.LoraSBAdapter": LoraSBSettings,
+        "fellrec.models.mixed_lora.LoraMixedAdapter": LoraMixedSettings,
     },
     "participation.sampler": {
         f"{_SAMPLERS}.BySizeSampler": BySizeSamplerSettings,

@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
+OWN, REST = "lora_own_", "lora_rest_"
+"""With ``adapter=lora_mixed``, how the last parts of the names of factors begin: a client's own, and those that it
+receives."""
+
+
+def last_part(name: str) -> str:
+    """The last part of a dotted name.
+
+    Example:
+        >>> last_part("h.0.attn.c_attn.lora_own_a")
+        'lora_own_a'
+    """
+    return name.rpartition(".")[2]
+
 
 def layer_of(name: str) -> int | None:
     """Number of the layer that a parameter belongs to; ``None`` for embeddings, the last norm and such.

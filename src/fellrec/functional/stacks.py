@@ -54,6 +54,27 @@ class LazyStack(Mapping[str, Tensor]):
         return len(self.shapes)
 
 
+class Renamed(LazyStack):
+    """A stack whose parameters have other names.
+
+    Args:
+        stack: With the old names.
+        new_name: Gives the new name of each.
+
+    Example:
+        >>> list(Renamed(as_lazy({"a": torch.zeros(2, 1)}), str.upper))
+        ['A']
+    """
+
+    def __init__(self, stack: LazyStack, new_name: Callable[[str], str]) -> None:
+        self._stack, self._old = stack, {new_name(name): name for name in stack.shapes}
+        super().__init__({name: stack.shapes[old] for name, old in self._old.items()}, stack.num_rows)
+
+    def block(self, name: str, columns: slice) -> Tensor:
+        """See ``LazyStack``."""
+        return self._stack.block(self._old[name], columns)
+
+
 class RowStack(LazyStack):
     """A stack of separately stored adapters, in memory or in memory-mapped files.
 

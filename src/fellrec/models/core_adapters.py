@@ -14,7 +14,7 @@ from fellrec.models.adapters import Frozen, PartOf
 from fellrec.models.architectures import ArchSpec
 from fellrec.models.core_layer import CoreLayer, outer_factors, sizes_of
 from fellrec.models.hf_folder import empty_model
-from fellrec.models.modules import Targets, find_targets
+from fellrec.models.modules import Targets, find_targets, wrap
 from fellrec.models.peft_folder import ADAPTER_NAME, save_lora
 from fellrec.models.settings import LoraHeadsSettings, LoraSBSettings, TargetSettings, parts_of
 
@@ -54,22 +54,9 @@ class CoreAdapter(TargetSettings):
         """
         self._targets = find_targets(model, arch, self, part_of)
         self._seed, self._is_causal = seed, arch.is_causal
-        model.requires_grad_(False)
-        for name in self._targets.names(model):
-            parent, _, key = name.rpartition(".")
-            layer = CoreLayer(
-                model.get_submodule(name),
-                name,
-                seed=seed,
-                num_heads=self.heads,
-                rank=self.rank,
-                scale=self.alpha / self.rank,
-                dropout=self.dropout,
-                has_scales=self.has_scales,
-            )
-            setattr(model.get_submodule(parent), key, layer)
-        for name in self._targets.saved:
-            model.get_parameter(name).requires_grad_(True)
+        how: dict[str, Any] = {"num_heads": self.heads, "rank": self.rank, "scale": self.alpha / self.rank}
+        how |= {"dropout": self.dropout, "has_scales": self.has_scales}
+        wrap(model, self._targets, lambda layer, name: CoreLayer(layer, name, seed=seed, **how))
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The small matrices, their factors, and the parameters of ``modules_to_save``, sorted by name."""

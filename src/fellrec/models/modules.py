@@ -71,6 +71,22 @@ def find_targets(model: nn.Module, arch: ArchSpec, settings: TargetSettings, par
     return Targets(wanted, False, saved)
 
 
+def wrap(model: nn.Module, targets: Targets, make: Callable[[Any, str], nn.Module]) -> None:
+    """Put modules in the place of those that are adapted; of the other parameters only those to save are trained.
+
+    Args:
+        model: A whole or partial model, changed in place.
+        targets: What is adapted.
+        make: Gives the new module of a module and its name.
+    """
+    model.requires_grad_(False)
+    for name in targets.names(model):
+        parent, _, key = name.rpartition(".")
+        setattr(model.get_submodule(parent), key, make(model.get_submodule(name), name))
+    for name in targets.saved:
+        model.get_parameter(name).requires_grad_(True)
+
+
 def adaptable(model: nn.Module) -> list[str]:
     """Names of the modules that LoRA can adapt."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]

@@ -207,6 +207,16 @@ class LoraHeadsSettings(TargetSettings):
 
 
 @dataclass(frozen=True)
+class LoraMixedSettings(TargetSettings):
+    """Two LoRA adapters, a client's own and one that it receives, mixed by a router for every token (FedALT)."""
+
+    rank: Count = 8
+    """Rank r of both updates B·A."""
+    alpha: Count = 32
+    """Scaling numerator; the mixed update is scaled by alpha / r."""
+
+
+@dataclass(frozen=True)
 class FullSettings:
     """Full fine-tuning: all parameters are trained and exchanged; for small backbones."""
 

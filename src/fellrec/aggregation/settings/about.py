@@ -8,7 +8,12 @@ from typing import Any, Literal
 
 Family = Literal["reference", "average", "LoRA-aware", "fair", "personalised", "robust", "asynchronous"]
 
-ADAPTERS = {"lora": "LoraAdapter", "lora_sb": "LoraSBAdapter", "lora_heads": "LoraHeadsAdapter"}
+ADAPTERS = {
+    "lora": "LoraAdapter",
+    "lora_heads": "LoraHeadsAdapter",
+    "lora_mixed": "LoraMixedAdapter",
+    "lora_sb": "LoraSBAdapter",
+}
 """Choices of ``adapter`` that a rule may need → how the names of their classes end."""
 
 

@@ -211,3 +211,17 @@ class FedFomoSettings(RuleSettings):
     """M, models of others that a client asks for in a round."""
     held_out: OpenRate = 0.2
     """Fraction of each client's training rows that measure losses and are not trained on."""
+
+
+@dataclass(frozen=True)
+class FedALTSettings(RuleSettings):
+    """A client's own LoRA beside the mean of the others'."""
+
+    about: ClassVar[About] = About(
+        name="fedalt",
+        family="personalised",
+        summary="own LoRA beside a frozen one, the mean of the others', mixed for each token; needs adapter=lora_mixed",
+        paper="Bian et al., AAAI 2026, arXiv:2503.11880",
+        cost="clients: one more adapter in every forward pass, and a router",
+        limits=Limits(needs_adapter="lora_mixed"),
+    )
