@@ -15,6 +15,7 @@ _SCALE_BYTES = 4  # int8: one float32 scale per token
 _NORM_BYTES = 4  # float32 gradient norm of one tensor of the body
 _STEP_BYTES = 2 * 4  # float32 clip factor and learning rate of one step
 _REPORT_BYTES = 2 * 8  # loss and number of samples of one client in one round
+_LOSS_BYTES = 8  # one loss that is measured
 _COUNT_BYTES = 4  # float32 step count of AdamW, one per tensor
 
 
@@ -109,10 +110,18 @@ class RoundLoad:
     Attributes:
         num_steps: Optimiser steps.
         num_tokens: Padded tokens B · L in the input of the model, summed over all steps.
+        measured_batches: Micro-batches of losses that are measured, without a backward pass.
+        measured_tokens: Their padded tokens.
+        num_losses: Losses that are measured.
+        num_received: Adapters that are sent to the client for them.
     """
 
     num_steps: float
     num_tokens: float
+    measured_batches: float = 0.0
+    measured_tokens: float = 0.0
+    num_losses: float = 0.0
+    num_received: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -225,18 +234,20 @@ def traffic(head: PartCost, body: PartCost, tail: PartCost, load: RoundLoad, set
         (32, 8)
     """
     is_cut = body.num_layers > 0
-    hidden = crossing_bytes(load.num_tokens, settings.hidden_size, settings.hidden_dtype) if is_cut else 0
+    num_tokens = load.num_tokens + load.measured_tokens
+    hidden = crossing_bytes(num_tokens, settings.hidden_size, settings.hidden_dtype) if is_cut else 0
     gradient = crossing_bytes(load.num_tokens, settings.hidden_size, settings.gradient_dtype) if is_cut else 0
     norms = _NORM_BYTES * body.num_adapter_tensors if is_cut and settings.clips_gradients else 0
-    adapter = head.adapter_bytes + tail.adapter_bytes if settings.exchanges_adapters else 0
-    report = _REPORT_BYTES if settings.exchanges_adapters else 0
+    own = head.adapter_bytes + tail.adapter_bytes
+    adapter = own if settings.exchanges_adapters else 0
+    report = (_REPORT_BYTES if settings.exchanges_adapters else 0) + _LOSS_BYTES * load.num_losses
     return Traffic(
         hidden_up_bytes=hidden,
         hidden_down_bytes=hidden,
         gradient_up_bytes=gradient if head.num_adapter_tensors or body.num_adapter_tensors else 0,
         gradient_down_bytes=gradient if head.num_adapter_tensors else 0,
         adapter_up_bytes=adapter,
-        adapter_down_bytes=adapter,
+        adapter_down_bytes=adapter + own * load.num_received,
         scalar_up_bytes=(_STEP_BYTES * load.num_steps if is_cut else 0) + report,
         scalar_down_bytes=norms * load.num_steps,
     )

@@ -43,7 +43,12 @@ class Load:
 
 
 def count_load(
-    datamodule: FellrecDataModule, objective: Objective, local: TrainerSettings, seed: int, max_batches: int = _BATCHES
+    datamodule: FellrecDataModule,
+    objective: Objective,
+    local: TrainerSettings,
+    seed: int,
+    held_out: float = 0.0,
+    max_batches: int = _BATCHES,
 ) -> Load:
     """Count steps and padded tokens of the first round.
 
@@ -52,10 +57,11 @@ def count_load(
         objective: Selects the token ids of a batch that go through the model.
         local: Settings of local training.
         seed: Of the run.
+        held_out: Fraction of each client's rows that is not trained on.
         max_batches: Maximum number of batches to build, in addition to one per sampled client.
     """
     num_clients = datamodule.data.num_clients
-    work = [count_work(datamodule.num_batches(client), local) for client in range(num_clients)]
+    work = [count_work(datamodule.num_batches(client, held_out), local) for client in range(num_clients)]
     steps, micro_batches = [steps for steps, _ in work], [number for _, number in work]
     stride = -(-num_clients // max_batches)
     sampled_clients = range(0, num_clients, stride)
@@ -64,7 +70,7 @@ def count_load(
     largest: tuple[int, Batch] = (0, {})
     for client in sampled_clients:
         counts = []
-        for batch in islice(_batches(datamodule, local, seed, client), min(limit, micro_batches[client])):
+        for batch in islice(_batches(datamodule, local, seed, client, held_out), min(limit, micro_batches[client])):
             counts.append(_num_tokens(objective, batch))
             if counts[-1] > largest[0]:
                 largest = (counts[-1], batch)
@@ -82,6 +88,36 @@ def count_load(
         num_tokens_largest=largest[0],
         is_sampled=is_sampled,
     )
+
+
+def count_pass(
+    datamodule: FellrecDataModule,
+    objective: Objective,
+    seed: int,
+    held_out: float = 0.0,
+    of_held_out: bool = False,
+    max_batches: int = _BATCHES,
+) -> tuple[float, float]:
+    """Micro-batches and padded tokens of one pass over a client's rows, means over clients.
+
+    Args:
+        datamodule: Batches of each client.
+        objective: As for `count_load`.
+        seed: Of the run.
+        held_out: As for `count_load`.
+        of_held_out: Whether the pass is over the rows that are held out instead of the others.
+        max_batches: As for `count_load`.
+    """
+    num_clients = datamodule.data.num_clients
+    clients = range(0, num_clients, -(-num_clients // max_batches))
+    limit = max(1, min(_BATCHES_PER_CLIENT, max_batches // len(clients)))
+    batches = tokens = 0.0
+    for client in clients:
+        loader = datamodule.train_loader(client, derive_seed(seed, "start_loss", 0, client), held_out, of_held_out)
+        counts = [_num_tokens(objective, batch) for batch in islice(loader, limit)]
+        batches += len(loader)
+        tokens += len(loader) * sum(counts) / max(1, len(counts))
+    return batches / len(clients), tokens / len(clients)
 
 
 def count_work(num_batches: int, local: TrainerSettings) -> tuple[int, int]:
@@ -114,7 +150,9 @@ def _num_tokens(objective: Objective, batch: Batch) -> int:
         return sum(ids.numel() for ids in objective.inputs(drawn(objective, batch, streams)))
 
 
-def _batches(datamodule: FellrecDataModule, local: TrainerSettings, seed: int, client: int) -> Iterator[Batch]:
+def _batches(
+    datamodule: FellrecDataModule, local: TrainerSettings, seed: int, client: int, held_out: float
+) -> Iterator[Batch]:
     """Batches in the order of the first round: padding depends on which rows are in the same batch."""
     for epoch in range(local.local_epochs):
-        yield from datamodule.train_loader(client, derive_seed(seed, "order", 0, client, epoch))
+        yield from datamodule.train_loader(client, derive_seed(seed, "order", 0, client, epoch), held_out)

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig
 
+from fellrec.aggregation.base import AggregationCallback
 from fellrec.config.instantiate import as_dict
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.errors import ConfigError
-from fellrec.experiment.build import build_adapter, build_batches, build_data, build_rule
+from fellrec.experiment.build import build_adapter, build_batches, build_data, build_rule, build_sampler
 from fellrec.federated.populations import OneForAll
 from fellrec.federated.settings import TrainerSettings
-from fellrec.functional.cost import PartCost, Traffic, TrafficSettings, checkpoint_bytes, fraction, total_cost, traffic
+from fellrec.functional.cost import (
+    PartCost,
+    RoundLoad,
+    Traffic,
+    TrafficSettings,
+    checkpoint_bytes,
+    fraction,
+    total_cost,
+    traffic,
+    training_flops,
+)
 from fellrec.functional.participation import cohort_size
+from fellrec.models.adapters import FullAdapter
 from fellrec.models.module import Objective
 from fellrec.models.settings import EVERY_STEP
 from fellrec.models.split import SplitModel
-from fellrec.planning.load import Load, count_load
+from fellrec.planning.load import Load, count_load, count_pass, count_work
+from fellrec.planning.losses import Losses, losses_of, with_losses
 from fellrec.planning.measure import measure_parts
 from fellrec.planning.probe import seconds_per_step
 from fellrec.planning.shape import empty_backbone, has_weights
@@ -141,6 +155,8 @@ class Plan:
             "micro_batch": {"rows": self.micro_batch[0], "tokens": self.micro_batch[1]},
             "steps_per_client": self.load.mean.num_steps,
             "tokens_per_client": self.load.mean.num_tokens,
+            "measured_losses_per_client": self.load.mean.num_losses,
+            "measured_tokens_per_client": self.load.mean.measured_tokens,
             "traffic_per_client": {**asdict(self.traffic), "total_bytes": self.traffic.total_bytes},
             "traffic_per_round_bytes": self.round_bytes,
             "cut_to_adapter_ratio": self.cut_to_adapter_ratio,
@@ -185,15 +201,15 @@ class Planner:
         model = SplitModel(backbone.model, config.split.head_layers, config.split.tail_layers)
         objective, batches = build_batches(config, backbone, data)
         objective.check(model)
-        load = self._load(config, objective, batches)
-        parts = measure_parts(model, build_adapter(config), objective, load.largest_batch)
         rule = build_rule(config)
+        load = self._load(config, objective, batches, rule)
+        parts = measure_parts(model, build_adapter(config), objective, load.largest_batch)
         num_training = cohort_size(data.num_clients, config.participation.rate)
         num_updates = rule.buffer_of(num_training) or num_training
         seconds = None
         if probe_steps is not None:
             per_step = seconds_per_step(config, data, load.largest_client, probe_steps)
-            seconds = per_step * load.mean.num_steps * num_updates
+            seconds = _seconds(config, per_step, load.mean, num_updates, _server_steps(config, rule, batches))
         rows, tokens = objective.inputs(load.largest_batch)[0].shape
         return Plan(
             data=data.name,
@@ -215,23 +231,55 @@ class Planner:
             seconds_per_round=seconds,
         )
 
-    def _load(self, config: DictConfig, objective: Objective, batches: FellrecDataModule) -> Load:
+    def _load(
+        self, config: DictConfig, objective: Objective, batches: FellrecDataModule, rule: AggregationCallback
+    ) -> Load:
         groups = ("data", "holdout", "partition", "backbone", "objective", "trainer", "seed")
-        trainer = TrainerSettings(**as_dict(config.trainer))
-        return self._once(
+        trainer, held_out = TrainerSettings(**as_dict(config.trainer)), rule.held_out
+
+        def count(is_start: bool) -> tuple[float, float]:
+            of_held_out = held_out > 0 and not is_start
+            passed = (batches, objective, config.seed, held_out, of_held_out)
+            return self._once(config, groups, lambda: count_pass(*passed), "pass", held_out, of_held_out)
+
+        load = self._once(
             config,
             groups,
-            lambda: count_load(batches, objective, trainer, config.seed),
+            lambda: count_load(batches, objective, trainer, config.seed, held_out),
+            held_out,
         )
+        return replace(load, mean=with_losses(load.mean, _losses(config, rule, batches.data.num_clients), count))
 
-    def _once(self, config: DictConfig, groups: tuple[str, ...], function: Callable[[], T]) -> T:
+    def _once(self, config: DictConfig, groups: tuple[str, ...], function: Callable[[], T], *more: Any) -> T:
         """Call a function once for all configurations with the same values in these groups."""
         plain = as_dict(config)
-        key = repr([(name, plain[name]) for name in groups])
+        key = repr([*more, *((name, plain[name]) for name in groups)])
         if key not in self._cache:
             self._cache[key] = function()
         found: T = self._cache[key]
         return found
+
+
+def _losses(config: DictConfig, rule: AggregationCallback, num_clients: int) -> Losses:
+    """What clients measure in a round."""
+    how = config.participation
+    needed = cohort_size(num_clients, how.rate)
+    num_drawn = min(num_clients, math.ceil(how.over_selection * needed - 1e-9))
+    return losses_of(rule, build_sampler(config), num_clients, num_drawn, needed)
+
+
+def _seconds(config: DictConfig, per_step: float, load: RoundLoad, num_updates: int, server_steps: int) -> float:
+    """Time of a round; a forward pass takes that part of a step that it has of the step's operations."""
+    in_step = config.trainer.accumulate_grad_batches
+    per_batch = per_step / in_step / training_flops(1.0, isinstance(build_adapter(config), FullAdapter))
+    return num_updates * (per_step * load.num_steps + per_batch * load.measured_batches) + per_step * server_steps
+
+
+def _server_steps(config: DictConfig, rule: AggregationCallback, batches: FellrecDataModule) -> int:
+    """Steps of the server's own training in a round."""
+    population = rule.new_population({}, batches.data.num_clients)
+    trainer = TrainerSettings(**as_dict(config.trainer))
+    return sum(count_work(batches.num_batches(population.data_of(row)), trainer)[0] for row in population.server_rows)
 
 
 def _check_probe(config: DictConfig, num_steps: int) -> None:

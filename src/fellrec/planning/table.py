@@ -168,6 +168,14 @@ def _notes(rows: Sequence[Row]) -> str:
         notes.append(
             "Tokens are estimates: the model has no tokenizer files here, one trained on the catalogue is used."
         )
+    if any(plan.load.mean.num_losses for plan in plans):
+        numbers = ", ".join(sorted({f"{plan.load.mean.num_losses:.3g}" for plan in plans}))
+        notes.append(
+            f"Losses that clients measure before they train are counted in traffic: {numbers} a client that trains."
+        )
     if any(plan.seconds_per_round is not None for plan in plans):
-        notes.append("s/round: median step of the largest client times the number of steps, on this machine.")
+        notes.append(
+            "s/round: median step of the largest client times the number of steps, on this machine; losses that are "
+            "measured are estimated from it."
+        )
     return "\n".join(notes)

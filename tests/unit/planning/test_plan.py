@@ -29,6 +29,7 @@ from transformers import (
 from fellrec.cli.main import main
 from fellrec.cli.plan import plan
 from fellrec.config.compose import compose
+from fellrec.data.datamodule import FellrecDataModule
 from fellrec.experiment.build import build_data, build_recommender
 from fellrec.experiment.federation import build_federation, build_loop
 from fellrec.federated.checkpoint import CheckpointFolder
@@ -38,13 +39,13 @@ from fellrec.functional.cost import PartCost, fraction, total_cost
 from fellrec.models.adapters import FullAdapter, LoraAdapter, adapter_bytes
 from fellrec.models.architectures import ARCHITECTURES
 from fellrec.models.split import SplitModel
-from fellrec.planning.load import count_load
+from fellrec.planning.load import Load, count_load
 from fellrec.planning.measure import bytes_of_parts, measure_parts, trace
 from fellrec.planning.plan import Planner
 from fellrec.planning.shape import find_config, model_configs, read_config
 from fellrec.planning.table import print_plans
 from fellrec.state.bank import AdapterBank
-from fellrec.types import Evaluation
+from fellrec.types import PUBLIC, Evaluation
 
 SHAPE = {
     "vocab_size": 97,
@@ -223,6 +224,9 @@ def test_llama_7b(head_layers: int, percent: int) -> None:
         ["trainer.accumulate_grad_batches=3", "trainer.local_epochs=2", "trainer.max_local_steps=3"],
         ["aggregation=local"],
         ["objective=generative", "participation.rate=0.5"],
+        ["aggregation=qfedavg"],
+        ["aggregation=ifca", "aggregation.num_clusters=2"],
+        ["participation=power_of_choice", "participation.rate=0.5"],
     ],
 )
 def test_traffic_equals_the_ledger_of_an_executed_round(overrides: list[str], tiny_overrides: list[str]) -> None:
@@ -245,6 +249,47 @@ def test_traffic_equals_the_ledger_of_an_executed_round(overrides: list[str], ti
     else:  # two of three clients: the plan is the mean over all
         assert planned == pytest.approx(measured_bytes, rel=0.3)
     assert measured_bytes["hidden_state", "up"] > 0
+
+
+def test_losses_of_fedfomo_are_counted_on_the_rows_that_are_held_out(tiny_overrides: list[str]) -> None:
+    """From the second round on: the own model and that of both others, which are sent."""
+    overrides = [*tiny_overrides, "backbone.num_layers=3", "split=executed", "aggregation=fedfomo"]
+    config = compose([*overrides, "aggregation.held_out=0.3"])
+    found = Planner().plan(config)
+    assert found.load.mean.num_losses == 3
+    loop = build_loop(config, build_recommender(config, build_data(config)), ())
+    loop.run_round(0)
+    record = loop.run_round(1)
+    total = loop.exchange.ledger.total
+    assert found.load.mean.num_steps * 3 == sum(trained.num_steps for trained in record.trained)
+    for kind, way, planned in (
+        ("hidden_state", "up", found.traffic.hidden_up_bytes),
+        ("adapter", "down", found.traffic.adapter_down_bytes),
+        ("scalar", "up", found.traffic.scalar_up_bytes),
+    ):
+        rel = 0.02 if kind == "hidden_state" else 1e-9  # other rows are padded together than in the first round
+        assert planned * 3 == pytest.approx(total(round=1, phase="train", direction=way, kind=kind), rel=rel)
+
+
+def test_seconds_include_losses_and_the_servers_own_training(
+    tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 6 s a step of LoRA, whose backward pass costs as much as the forward pass, a forward pass is 3 s."""
+    monkeypatch.setattr("fellrec.planning.plan.seconds_per_step", lambda *given: 6.0)
+    planner = Planner()
+
+    def planned(rule: str) -> tuple[float, Load]:
+        found = planner.plan(compose([*tiny_overrides, "adapter=lora", f"aggregation={rule}"]), probe_steps=1)
+        assert found.seconds_per_round is not None
+        return found.seconds_per_round, found.load
+
+    (plain, load), (with_loss, measured) = planned("fedavg"), planned("qfedavg")
+    assert plain == pytest.approx(3 * 6 * load.mean.num_steps)
+    assert load.mean.measured_batches == 0 < measured.mean.measured_batches
+    assert with_loss == pytest.approx(plain + 3 * 3 * measured.mean.measured_batches)
+    data = build_data(compose(tiny_overrides))
+    module = FellrecDataModule(data, lambda *given: {}, one_target_per_row=False, batch_size=16, eval_batch_size=1)
+    assert planned("fltrust")[0] == pytest.approx(plain + 6 * module.num_batches(PUBLIC))
 
 
 def validation(values: list[float], round_index: int) -> Evaluation:
