@@ -95,11 +95,15 @@ class RowStack(LazyStack):
         super().__init__(shapes, len(open_rows))
         self._open_rows = open_rows
         self._rows: list[Mapping[str, Tensor]] | None = None
+        self._are_same = False
 
     def block(self, name: str, columns: slice) -> Tensor:
-        """A copy of these columns."""
+        """A copy of these columns; where all clients have the same adapter, a view."""
         if self._rows is None:
             self._rows = [open_row() for open_row in self._open_rows]
+            self._are_same = all(row is self._rows[0] for row in self._rows)
+        if self._are_same:
+            return self._rows[0][name].reshape(1, -1)[:, columns].expand(self.num_rows, -1)
         return torch.stack([row[name].reshape(-1)[columns] for row in self._rows])
 
 

@@ -34,7 +34,7 @@ def test_paper_equals_an_independent_derivation(make_updates, similarity, round_
     compared = vectors(updates.end) - (vectors(updates.start) if similarity == "update" else 0)
     expected = weights_in_numpy(compared, updates.losses.numpy(), 0.5, 0.1, (round_index + 1) / 3)
     result = FELLRec(alpha=0.5, beta=3.0, temperature=0.1, similarity=similarity).aggregate(updates, round_index)
-    np.testing.assert_allclose(result.matrices["mixing"], expected, rtol=1e-10)
+    np.testing.assert_allclose(result.matrices["mixing"], expected, rtol=1e-6)  # inner products are in float32
     np.testing.assert_allclose(vectors(result.adapters), expected @ vectors(updates.end), rtol=1e-5, atol=1e-6)
     assert set(result.matrices) == {"mixing", "similarity"}
     assert set(result.per_client) == {"difficulty", "learning_speed"}
