@@ -1,8 +1,8 @@
 """Equations (1)-(4) of METHOD: the mixing matrix ``W[receiver, sender]`` of a round, and mixing.
 
 ``[N, N]`` and ``[N]`` tensors are float64. Adapters are read in blocks of columns, so that they are not concatenated or
-cast as a whole. With a ``LazyStack`` they need not be in memory. On the CPU, inner products of updates are in float32, which
-is twice as fast, and their sums over blocks of columns in float64.
+cast as a whole. With a ``LazyStack`` they need not be in memory. On the CPU, inner products of updates are in float32,
+which is twice as fast, and their sums over blocks of columns in float64.
 """
 
 from __future__ import annotations
@@ -194,9 +194,9 @@ class Mixture(LazyStack):
     """METHOD (4): ``adapter[c] = sum over n of matrix[c, n] * adapter[n]``, one matrix product per parameter.
 
     With ``start``, updates are mixed instead: ``start[c] + sum over n of matrix[c, n] * (adapter[n] - start[n])``.
-    Computed in float64: in float32, adapters that are already equal would change, and results would depend on the order of
-    clients. Values are computed block by block when they are read, so that the result need not be in memory beside its
-    inputs.
+    Computed in float64: in float32, adapters that are already equal would change, and results would depend on the order
+    of clients. Values are computed block by block when they are read, so that the result need not be in memory beside
+    its inputs.
 
     Args:
         matrix: ``[N, N]`` mixing matrix, receiver by sender.
