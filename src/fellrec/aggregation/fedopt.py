@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fellrec.aggregation.base import AggregationCallback
-from fellrec.aggregation.settings.averages import FedAdagradSettings, FedAdamSettings, FedYogiSettings, Weights
+from fellrec.aggregation.settings.averages import FedAdagradSettings, FedAdamSettings, FedYogiSettings
+from fellrec.aggregation.settings.base import Weights
 from fellrec.federated.populations import SharedModel
 from fellrec.federated.records import Aggregated, Updates
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from fellrec.aggregation.base import AggregationCallback
-from fellrec.aggregation.settings.averages import Weights
+from fellrec.aggregation.settings.base import Weights
 from fellrec.aggregation.settings.personalised import FedPerSettings, Personal
 from fellrec.errors import ConfigError
 from fellrec.federated.populations import SharedModel

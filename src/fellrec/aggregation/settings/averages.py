@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from fellrec.aggregation.settings.about import About, Limits
-from fellrec.aggregation.settings.base import RuleSettings
+from fellrec.aggregation.settings.base import MeanSettings, RuleSettings, Weights
 from fellrec.functional.ranges import NotNegative, Positive, RateBelow1
-
-Weights = Literal["samples", "equal"]
-"""How much clients count: by their numbers of training targets, or all the same."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +178,7 @@ class ScaffoldSettings(RuleSettings):
 
 
 @dataclass(frozen=True)
-class FedNovaSettings(RuleSettings):
+class FedNovaSettings(MeanSettings):
     """Updates divided by the clients' numbers of local steps."""
 
     about: ClassVar[About] = About(
@@ -191,5 +188,3 @@ class FedNovaSettings(RuleSettings):
         paper="Wang et al., NeurIPS 2020, arXiv:2007.07481",
         sees="sums",
     )
-    weights: Weights = "samples"
-    """How much clients count in the mean."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fellrec.aggregation.settings.base import RuleSettings
-from fellrec.functional.ranges import Count, Seed, distinct
+from fellrec.functional.ranges import Count, Natural, Seed, distinct
 
 STEPS = ("nnm", "bucketing", "arc")
 """Nearest-neighbour mixing (Allouah et al., AISTATS 2023, arXiv:2302.01772), bucketing (Karimireddy et al., ICLR 2022,
@@ -15,9 +15,12 @@ arXiv:2006.09365), adaptive robust clipping (Allouah et al., ICLR 2025, arXiv:24
 
 
 @dataclass(frozen=True)
-class BeforeSettings(RuleSettings):
-    """Steps before a robust rule."""
+class RobustSettings(RuleSettings):
+    """Base of the settings of a robust rule: what it withstands, and steps before it."""
 
+    byzantine: Natural = 1
+    """f, arbitrary clients that are withstood; a round needs at least 2f + 1 clients, with krum and multi_krum 2f + 3,
+    with bulyan 4f + 3."""
     before: Annotated[Sequence[str], distinct(STEPS)] = ()
     """Steps before the rule, in their order: nnm (each update becomes the mean of the N − f nearest), bucketing (means
     of random groups) and arc (the longest updates are shortened)."""

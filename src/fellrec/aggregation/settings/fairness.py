@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fellrec.aggregation.settings.about import About, Limits
-from fellrec.aggregation.settings.averages import Weights
-from fellrec.aggregation.settings.base import RuleSettings
+from fellrec.aggregation.settings.base import RuleSettings, Weights
 from fellrec.functional.ranges import Natural, NotNegative, Positive, Rate
 
 _START_LOSS = "clients: one pass over their training data"

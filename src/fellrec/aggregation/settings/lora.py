@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from fellrec.aggregation.settings.about import About, Limits
-from fellrec.aggregation.settings.averages import Weights
-from fellrec.aggregation.settings.base import RuleSettings
+from fellrec.aggregation.settings.base import MeanSettings, RuleSettings
 from fellrec.errors import ConfigError
 from fellrec.functional.ranges import Between0And1, NotNegative, Positive, Rate, Seed
 
@@ -21,7 +20,7 @@ RankWeights = Literal["norms", "samples", "equal"]
 
 
 @dataclass(frozen=True)
-class FFALoRASettings(RuleSettings):
+class FFALoRASettings(MeanSettings):
     """B is trained, A stays as it was drawn."""
 
     about: ClassVar[About] = About(
@@ -35,12 +34,10 @@ class FFALoRASettings(RuleSettings):
         is_exact=True,
         module="lora_halves",
     )
-    weights: Weights = "samples"
-    """How much clients count in the mean."""
 
 
 @dataclass(frozen=True)
-class RoLoRASettings(RuleSettings):
+class RoLoRASettings(MeanSettings):
     """B and A are trained in turns."""
 
     about: ClassVar[About] = About(
@@ -54,12 +51,10 @@ class RoLoRASettings(RuleSettings):
         is_exact=True,
         module="lora_halves",
     )
-    weights: Weights = "samples"
-    """How much clients count in the mean."""
 
 
 @dataclass(frozen=True)
-class FedSALoRASettings(RuleSettings):
+class FedSALoRASettings(MeanSettings):
     """A is shared, B is personal."""
 
     about: ClassVar[About] = About(
@@ -72,12 +67,10 @@ class FedSALoRASettings(RuleSettings):
         limits=_HALVES,
         module="lora_halves",
     )
-    weights: Weights = "samples"
-    """How much clients count in the mean."""
 
 
 @dataclass(frozen=True)
-class LoRAFAIRSettings(RuleSettings):
+class LoRAFAIRSettings(MeanSettings):
     """The mean of B is corrected."""
 
     about: ClassVar[About] = About(
@@ -91,12 +84,10 @@ class LoRAFAIRSettings(RuleSettings):
     )
     strength: Positive = 0.01
     """λ, weight of the squared size of the correction; the larger, the nearer to FedAvg."""
-    weights: Weights = "samples"
-    """How much clients count in the means."""
 
 
 @dataclass(frozen=True)
-class FedRotLoRASettings(RuleSettings):
+class FedRotLoRASettings(MeanSettings):
     """Factors are rotated towards the received ones before they are averaged."""
 
     about: ClassVar[About] = About(
@@ -110,12 +101,10 @@ class FedRotLoRASettings(RuleSettings):
     )
     strength: Rate = 0.5
     """λ, how far towards the best rotation; 0 is FedAvg, 1 the best rotation."""
-    weights: Weights = "samples"
-    """How much clients count in the means."""
 
 
 @dataclass(frozen=True)
-class FLoRASettings(RuleSettings):
+class FLoRASettings(MeanSettings):
     """The stacked factors of all clients go into the base."""
 
     about: ClassVar[About] = About(
@@ -128,14 +117,12 @@ class FLoRASettings(RuleSettings):
         is_exact=True,
         module="lora_base",
     )
-    weights: Weights = "samples"
-    """How much clients count in the mean."""
     seed: Seed = 0
     """Of the new values of A; a run gives its own."""
 
 
 @dataclass(frozen=True)
-class FedExLoRASettings(RuleSettings):
+class FedExLoRASettings(MeanSettings):
     """What the means of factors miss goes into the base."""
 
     about: ClassVar[About] = About(
@@ -148,12 +135,10 @@ class FedExLoRASettings(RuleSettings):
         is_exact=True,
         module="lora_base",
     )
-    weights: Weights = "samples"
-    """How much clients count in the means."""
 
 
 @dataclass(frozen=True)
-class FlexLoRASettings(RuleSettings):
+class FlexLoRASettings(MeanSettings):
     """The mean of products is decomposed."""
 
     about: ClassVar[About] = About(
@@ -165,12 +150,10 @@ class FlexLoRASettings(RuleSettings):
         limits=_RANKS,
         module="lora_svd",
     )
-    weights: Weights = "samples"
-    """How much clients count in the mean."""
 
 
 @dataclass(frozen=True)
-class FedSVDSettings(RuleSettings):
+class FedSVDSettings(MeanSettings):
     """B is trained; the product is decomposed, so that A changes between rounds."""
 
     about: ClassVar[About] = About(
@@ -184,8 +167,6 @@ class FedSVDSettings(RuleSettings):
         is_exact=True,
         module="lora_svd",
     )
-    weights: Weights = "samples"
-    """How much clients count in the mean."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +214,7 @@ class RBLASettings(RuleSettings):
 
 
 @dataclass(frozen=True)
-class FedSBSettings(RuleSettings):
+class FedSBSettings(MeanSettings):
     """The matrix R of LoRA-SB is averaged."""
 
     about: ClassVar[About] = About(
@@ -247,12 +228,10 @@ class FedSBSettings(RuleSettings):
         is_exact=True,
         module="lora_cores",
     )
-    weights: Weights = "samples"
-    """How much clients count in the mean."""
 
 
 @dataclass(frozen=True)
-class RAVANSettings(RuleSettings):
+class RAVANSettings(MeanSettings):
     """The products of each head's matrix and factor are averaged."""
 
     about: ClassVar[About] = About(
@@ -265,5 +244,3 @@ class RAVANSettings(RuleSettings):
         is_exact=True,
         module="lora_cores",
     )
-    weights: Weights = "samples"
-    """How much clients count in the mean."""

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from fellrec.aggregation.settings.about import About, Limits
-from fellrec.aggregation.settings.averages import Weights
-from fellrec.aggregation.settings.base import RuleSettings
+from fellrec.aggregation.settings.base import RuleSettings, Weights
 from fellrec.functional.ranges import (
     Count,
     Fraction,

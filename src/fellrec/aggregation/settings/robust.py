@@ -10,12 +10,12 @@ from typing import ClassVar
 
 from fellrec.aggregation.settings.about import About, Limits
 from fellrec.aggregation.settings.base import RuleSettings
-from fellrec.aggregation.settings.before import BeforeSettings
+from fellrec.aggregation.settings.before import RobustSettings
 from fellrec.functional.ranges import Count, Natural, Positive
 
 
 @dataclass(frozen=True)
-class CoordinateMedianSettings(BeforeSettings):
+class CoordinateMedianSettings(RobustSettings):
     """The median of every entry."""
 
     about: ClassVar[About] = About(
@@ -26,12 +26,10 @@ class CoordinateMedianSettings(BeforeSettings):
         cost="server: sorts every entry",
         module="coordinatewise",
     )
-    byzantine: Natural = 1
-    """f, arbitrary clients that are withstood; needs at least 2f + 1 clients in a round."""
 
 
 @dataclass(frozen=True)
-class TrimmedMeanSettings(BeforeSettings):
+class TrimmedMeanSettings(RobustSettings):
     """The mean of every entry without its extremes."""
 
     about: ClassVar[About] = About(
@@ -50,7 +48,7 @@ _KRUM = "Blanchard et al., NeurIPS 2017, arXiv:1703.02757"
 
 
 @dataclass(frozen=True)
-class KrumSettings(BeforeSettings):
+class KrumSettings(RobustSettings):
     """The update with the nearest neighbours."""
 
     about: ClassVar[About] = About(
@@ -60,12 +58,10 @@ class KrumSettings(BeforeSettings):
         paper=_KRUM,
         cost="server: N² inner products of updates",
     )
-    byzantine: Natural = 1
-    """f, arbitrary clients that are withstood; needs at least 2f + 3 clients in a round."""
 
 
 @dataclass(frozen=True)
-class MultiKrumSettings(BeforeSettings):
+class MultiKrumSettings(RobustSettings):
     """The mean of the best updates by Krum."""
 
     about: ClassVar[About] = About(
@@ -76,14 +72,12 @@ class MultiKrumSettings(BeforeSettings):
         cost="server: N² inner products of updates",
         module="krum",
     )
-    byzantine: Natural = 1
-    """f, arbitrary clients that are withstood; needs at least 2f + 3 clients in a round."""
     num_selected: Count | None = None
     """m, updates in the mean, at most N − f; null: N − f."""
 
 
 @dataclass(frozen=True)
-class GeometricMedianSettings(BeforeSettings):
+class GeometricMedianSettings(RobustSettings):
     """The point with the least sum of distances."""
 
     about: ClassVar[About] = About(
@@ -93,8 +87,6 @@ class GeometricMedianSettings(BeforeSettings):
         paper="Pillutla et al., IEEE TSP 2022, arXiv:1912.13445",
         cost="server: N² inner products of updates",
     )
-    byzantine: Natural = 1
-    """f, arbitrary clients that are withstood; needs at least 2f + 1 clients in a round."""
     smoothing: Positive = 1e-6
     """ν, least distance that Weiszfeld's iteration divides by, in the unit of updates."""
     num_steps: Count = 1000
@@ -102,7 +94,7 @@ class GeometricMedianSettings(BeforeSettings):
 
 
 @dataclass(frozen=True)
-class BulyanSettings(BeforeSettings):
+class BulyanSettings(RobustSettings):
     """Krum, then a mean near the median of every entry."""
 
     about: ClassVar[About] = About(
@@ -112,12 +104,10 @@ class BulyanSettings(BeforeSettings):
         paper="El Mhamdi et al., ICML 2018, arXiv:1802.07927",
         cost="server: N² inner products of updates, sorts every entry",
     )
-    byzantine: Natural = 1
-    """f, arbitrary clients that are withstood; needs at least 4f + 3 clients in a round."""
 
 
 @dataclass(frozen=True)
-class NormClippingSettings(BeforeSettings):
+class NormClippingSettings(RobustSettings):
     """The mean of updates of limited length."""
 
     about: ClassVar[About] = About(
@@ -128,14 +118,12 @@ class NormClippingSettings(BeforeSettings):
         cost="server: N² inner products of updates",
         module="clipping",
     )
-    byzantine: Natural = 1
-    """f, arbitrary clients that are withstood; needs at least 2f + 1 clients in a round."""
     max_norm: Positive | None = None
     """c, length that an update may have; null: the median of the cohort."""
 
 
 @dataclass(frozen=True)
-class CenteredClippingSettings(BeforeSettings):
+class CenteredClippingSettings(RobustSettings):
     """The mean of updates that are not far from the last one."""
 
     about: ClassVar[About] = About(
@@ -146,8 +134,6 @@ class CenteredClippingSettings(BeforeSettings):
         cost="server: one more adapter, N² inner products of updates",
         module="clipping",
     )
-    byzantine: Natural = 1
-    """f, arbitrary clients that are withstood; needs at least 2f + 1 clients in a round."""
     radius: Positive | None = None
     """τ, length that a difference may have; null: the median of the cohort. Other implementations have 10 or 100, which
     clips nothing where updates are shorter."""
