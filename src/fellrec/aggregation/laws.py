@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fellrec.aggregation.base import AggregationCallback
 from fellrec.aggregation.examples import (
+    RELATIVE,
     LawBrokenError,
     NotApplicableError,
     check_close,
@@ -35,6 +36,7 @@ from fellrec.aggregation.examples import (
 )
 from fellrec.aggregation.settings.about import Limits
 from fellrec.aggregation.toy import (
+    RANK,
     ToyClient,
     ToyFederation,
     ToyRound,
@@ -43,6 +45,7 @@ from fellrec.aggregation.toy import (
     random_clients,
     toy_loop,
     with_loss,
+    with_ranks,
 )
 from fellrec.errors import TrainingError
 from fellrec.federated.checkpoint import CheckpointFolder
@@ -99,10 +102,14 @@ class Subject:
         return ((size, seed) for size in sizes for seed in self.seeds)
 
     def federation(
-        self, clients: Sequence[ToyClient], seed: int = 0, initial: Mapping[str, Tensor] | None = None
+        self,
+        clients: Sequence[ToyClient],
+        seed: int = 0,
+        initial: Mapping[str, Tensor] | None = None,
+        ranks: Sequence[int] | None = None,
     ) -> ToyFederation:
         """A federation with a new rule."""
-        return ToyFederation(self.make(), clients, initial or random_adapter("initial", seed))
+        return ToyFederation(self.make(), clients, initial or random_adapter("initial", seed), ranks)
 
 
 Check = Callable[[Subject], None]
@@ -438,6 +445,48 @@ def without_lora(subject: Subject) -> None:
         for index in range(2):
             with example(size, index, seed, "no LoRA"):
                 check_round(federation.round(index), federation)
+
+
+@law
+def ranks(subject: Subject) -> None:
+    """Clients may have LoRA ranks of their own, in any order; the same rank for all is as without ranks."""
+    if subject.rule.limits.one_rank:
+        raise NotApplicableError("limits.one_rank")
+    for size, seed in subject.cases():
+        of_client, reversed_order = [1 + client % RANK for client in range(size)], list(range(size))[::-1]
+        clients = random_clients(size, seed)
+        smaller = with_ranks(clients, of_client)
+        plain, other = (subject.federation(smaller, seed, ranks=of_client) for _ in range(2))
+        alike, without = subject.federation(clients, seed, ranks=[RANK] * size), subject.federation(clients, seed)
+        rows = {row: row for row in range(plain.population.num_rows)}
+        for index in range(2):
+            with example(size, index, seed, f"ranks {of_client}"):
+                expected = plain.round(index)
+                check_round(expected, plain)
+                updates = other.updates(index, order=reversed_order)
+                check_same_figures(expected, ToyRound(updates, other.finish(updates, index)), reversed_order)
+                check_same_models(plain, other, rows, expected.updates)
+            with example(size, index, seed, f"ranks {[RANK] * size} and none"):
+                found = alike.round(index), without.round(index)
+                check_same_models(without, alike, rows, found[0].updates)
+
+
+@law
+def staleness(subject: Subject) -> None:
+    """An update that was made from an earlier version moves the server's model, and no further than a fresh one."""
+    if subject.rule.buffer_of(max(SIZES)) is None:
+        raise NotApplicableError("it is not asynchronous")
+    for size, seed in subject.cases(1, 2):
+        last = math.inf
+        for delay in range(4):
+            federation = subject.federation(random_clients(size, seed), seed)
+            updates = replace(federation.updates(0), start_rounds=(0,) * size)
+            with example(size, delay, seed, "updates of round 0"):
+                moved = federation.rule.aggregate(updates, delay).adapters
+                length = sum(float((moved[n][0] - model).square().sum()) for n, model in updates.model.items())
+                if not 0 < length <= last * (1 + RELATIVE):
+                    raise LawBrokenError(f"the model moves by {length**0.5:.6g}, by a fresher update {last**0.5:.6g}")
+            last = length
 
 
 EXCLUDED: Mapping[str, Mapping[str, Any]] = {

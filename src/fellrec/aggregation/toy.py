@@ -180,17 +180,19 @@ class ToyFederation:
         rule: The rule, which belongs to this federation alone.
         clients: C of them.
         initial: Adapter that all clients start from.
+        ranks: LoRA ranks of the clients, if they differ.
     """
 
     rule: AggregationCallback
     clients: Sequence[ToyClient]
     initial: Mapping[str, Tensor] = field(default_factory=lambda: random_adapter("initial", 0))
+    ranks: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         """Begin, and make population and exchange."""
         self.sent: Adapter = {}
         self.root: Trained | None = None
-        self.loop = toy_loop(self.rule, self.clients, self.initial)
+        self.loop = toy_loop(self.rule, self.clients, self.initial, of_client=self.ranks)
         self.population, self.exchange = self.loop.population, self.loop.exchange
 
     def trained(self, round_index: int, cohort: Collection[int] | None = None) -> list[Trained]:
@@ -298,11 +300,14 @@ def toy_loop(
     initial: Mapping[str, Tensor],
     num_rounds: int = 1,
     rate: float = 1.0,
+    of_client: Sequence[int] | None = None,
 ) -> FederatedLoop:
-    """The loop of a real run over toy clients."""
+    """The loop of a real run over toy clients, which may have ranks ``of_client``."""
     rule.part_of = part_of
     rule.begin(initial)
-    ranks = Ranks([RANK] * len(clients), len(clients)) if rule.changes_ranks else None
+    if of_client is None and rule.changes_ranks:
+        of_client = [RANK] * len(clients)
+    ranks = None if of_client is None else Ranks(of_client, len(clients))
     population = rule.new_population(initial, len(clients), ranks=ranks)
     settings = TrainerSettings(num_rounds=num_rounds)
     layers = [layer for layer in LAYERS if layer.a in initial]
@@ -348,3 +353,12 @@ def parts_of(loop: FederatedLoop) -> dict[str, Any]:
 def with_loss(clients: Sequence[ToyClient], loss: float) -> list[ToyClient]:
     """The same clients, which all report one loss."""
     return [replace(client, loss=loss) for client in clients]
+
+
+def with_ranks(clients: Sequence[ToyClient], ranks: Sequence[int]) -> list[ToyClient]:
+    """The same clients with targets of these ranks: what is beyond them has no gradient, as in a real adapter."""
+    parts = Ranks(ranks, len(clients))
+    return [
+        replace(client, target={name: parts.cut(row, name, value) for name, value in client.target.items()})
+        for row, client in enumerate(clients)
+    ]

@@ -49,8 +49,8 @@ VERBS = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb and exit.
 
-    Ctrl-C several times within a second counts once. Only the user can read files that a command creates: most have
-    interactions of users.
+    Modules of the current directory can be named as ``_target_``. Ctrl-C several times within a second counts once.
+    Only the user can read files that a command creates: most have interactions of users.
 
     Exit status: 0 for success, 1 for an error, 2 for wrong arguments. A run that was stopped by SIGUSR1 (75), SIGTERM
     (143) or Ctrl-C (130) can be resumed.
@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     is_whole_process = arguments is None
+    if is_whole_process and not sys.flags.safe_path and "" not in sys.path:
+        sys.path.append("")  # the current directory, for modules of the user's own; the last place that is looked in
     if is_whole_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, INTERRUPT)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, fields
@@ -19,7 +20,7 @@ from fellrec.aggregation.settings.about import Limits
 from fellrec.cli.main import main
 from fellrec.errors import ConfigError
 from fellrec.federated.population import Population
-from fellrec.federated.populations import SharedModel
+from fellrec.federated.populations import ModelVersions, SharedModel
 from fellrec.federated.records import Aggregated
 
 
@@ -233,6 +234,27 @@ class MixesUpdates(AggregationCallback):
         return Aggregated({name: updates.start[name] + v.mean(0) for name, v in moved.items()})
 
 
+class FirstHasARank(AggregationCallback):
+    """With ranks, everybody gets the adapter of the first in the list."""
+
+    limits = Limits(one_rank=False)
+
+    def update_weights(self, updates, round_index):
+        weights = self.client_weights(updates, "equal")
+        return weights if updates.ranks is None else torch.arange(len(weights)).eq(0).double()
+
+
+class LikesOldUpdates(AggregationCallback):
+    population = ModelVersions
+
+    def buffer_of(self, num_training):
+        return 1
+
+    def aggregate(self, updates, round_index):
+        weights = self.client_weights(updates, "equal") * (1 + updates.staleness(round_index))
+        return self.move(updates, 0.1 * weights, model=updates.model or None)
+
+
 BROKEN: list[tuple[Any, set[str]]] = [
     (EditsInputs, {"inputs"}),
     (ReturnsInputs, {"inputs"}),
@@ -260,6 +282,8 @@ BROKEN: list[tuple[Any, set[str]]] = [
     (ForgetsAbsent, {"absent"}),
     (LimitsNothing, {"limits"}),
     (MixesUpdates, {"equal_ends"}),
+    (FirstHasARank, {"ranks"}),
+    (LikesOldUpdates, {"staleness"}),
 ]
 
 
@@ -279,6 +303,8 @@ def test_a_good_rule_keeps_all_laws_and_the_others_have_a_reason() -> None:
     assert [result.law for result in results] == list(LAWS)
     assert {result.law: result.reason for result in results if result.outcome != "passed"} == {
         "sees": "it declares sees='adapters'",
+        "ranks": "limits.one_rank",
+        "staleness": "it is not asynchronous",
     }
 
 
@@ -381,9 +407,20 @@ def my_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command_prints_every_law(my_rules: None, capsys: pytest.CaptureFixture[str]) -> None:
     main(["check-rule", "my_checked_rules.Keeps", "+aggregation.share=1"])
     lines = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("passed") for line in lines) == len(LAWS) - 1
+    assert sum(line.startswith("passed") for line in lines) == len(LAWS) - 3
     assert lines[0].startswith("not applicable  sees")
     assert lines[1].strip() == "it declares sees='adapters'"
+
+
+@pytest.mark.slow
+def test_the_command_finds_modules_of_the_current_directory(tmp_path: Path) -> None:
+    """As every verb; a module of that name that is installed comes first."""
+    (tmp_path / "my_checked_rules.py").write_text(MODULE.replace("torch.eye", "2 * torch.eye"))
+    (tmp_path / "torch.py").write_text("raise SystemError")
+    fellrec = "import sys; sys.path[:1] = []; from fellrec.__main__ import run; run()"  # as the script does
+    command = [sys.executable, "-c", fellrec, "check-rule", "my_checked_rules.Keeps", "+aggregation.share=1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "my_checked_rules.Keeps breaks" in done.stderr, done.stderr
 
 
 def test_the_command_fails_where_a_law_is_broken(my_rules: None, capsys: pytest.CaptureFixture[str]) -> None:
