@@ -14,10 +14,6 @@ from fellrec.functional.robust import bulyan_selection, mean_near_median
 class Bulyan(RobustRule, BulyanSettings):
     """N − 2f updates by Krum, one after the other; of these, each entry's mean of the N − 4f nearest to the median."""
 
-    waived_laws = dict.fromkeys(
-        ("order", "permutation"), "two clients that are nearest to each other have one score: the first is taken"
-    )
-
     times: ClassVar[int] = 4
     more: ClassVar[int] = 3
 

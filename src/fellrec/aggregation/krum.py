@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from fellrec.aggregation.robust import RobustRule
 from fellrec.aggregation.settings.robust import KrumSettings, MultiKrumSettings
-from fellrec.functional.robust import krum_scores, lowest, squared_distances
+from fellrec.functional.robust import krum_order, squared_distances
 
 
 class Krum(RobustRule, KrumSettings):
-    """The update with the least sum of squared distances to its N − f − 2 nearest; ties go to the lower client."""
+    """The update with the least sum of squared distances to its N − f − 2 nearest; see `krum_order` for ties."""
 
     more: ClassVar[int] = 3
 
     def row_weights(self, gram: Tensor) -> Tensor:
         """1 for the update that is taken, 0 for the others."""
-        return lowest(krum_scores(squared_distances(gram), self.byzantine), 1)
+        return best_by_krum(gram, self.byzantine, 1)
 
 
 class MultiKrum(RobustRule, MultiKrumSettings):
@@ -33,4 +34,11 @@ class MultiKrum(RobustRule, MultiKrumSettings):
     def row_weights(self, gram: Tensor) -> Tensor:
         """``1 / m`` for the updates that are taken, 0 for the others."""
         count = self.num_selected or len(gram) - self.byzantine
-        return lowest(krum_scores(squared_distances(gram), self.byzantine), count) / count
+        return best_by_krum(gram, self.byzantine, count) / count
+
+
+def best_by_krum(gram: Tensor, byzantine: int, count: int) -> Tensor:
+    """1 for the ``count`` rows with the best scores, 0 for the others, ``[R]``."""
+    chosen = torch.zeros(len(gram), dtype=gram.dtype)
+    chosen[krum_order(squared_distances(gram), byzantine)[:count]] = 1
+    return chosen

@@ -68,20 +68,40 @@ def krum_scores(distances: Tensor, byzantine: int) -> Tensor:
     return others[:, : max(1, num_rows - byzantine - 2)].sum(dim=1)
 
 
+def krum_order(distances: Tensor, byzantine: int) -> list[int]:
+    """Rows from the best to the worst of `krum_scores`.
+
+    With one neighbour, two vectors that are nearest to each other have the same score. Of equal scores, that whose next
+    neighbour is nearer is better, and so on; if all distances are the same, the earlier one.
+
+    Example:
+        >>> values = torch.tensor([[0.0, 1.0, 9.0]])
+        >>> krum_order(squared_distances(values.T @ values), 0)
+        [1, 0, 2]
+    """
+    ascending = distances.sort(dim=1).values.tolist()
+    scores = krum_scores(distances, byzantine).tolist()
+    return sorted(range(len(distances)), key=lambda row: (scores[row], *ascending[row]))
+
+
 def bulyan_selection(gram: Tensor, byzantine: int) -> Tensor:
     """Bulyan's first stage: R − 2f vectors, one after the other the best by Krum among those that are left.
+
+    The last scores are often of one neighbour, and equal for two vectors that are nearest to each other: that one is
+    taken that is better among all vectors, see `krum_order`.
 
     Returns:
         ``[R - 2f]`` int64, ascending.
 
     Example:
-        >>> values = torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 99.0]])
+        >>> values = torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0, 5.5, 99.0]])
         >>> bulyan_selection(values.T @ values, 1)
         tensor([0, 1, 2, 3, 4])
     """
-    distances, left, chosen = squared_distances(gram), list(range(len(gram))), list[int]()
+    distances, chosen = squared_distances(gram), list[int]()
+    left = krum_order(distances, byzantine)
     while len(chosen) < len(gram) - 2 * byzantine:
-        best = left[int(krum_scores(distances[left][:, left], byzantine).argmin())]
+        best = left[int(krum_scores(distances[left][:, left], byzantine).argmin())]  # the first of several
         left.remove(best)
         chosen.append(best)
     return torch.tensor(sorted(chosen))

@@ -9,6 +9,8 @@
 - Flower's Multi-Krum weighs the selected clients by their samples: here all have one. Its trimmed mean takes a fraction
   f / N, rounded down.
 - Flower's q-FedAvg adds 1e-10 to losses.
+- Of two clients that are nearest to each other, and have one score, Flower's Bulyan takes the first, this one that which
+  is better among all clients: its order of these is replaced here.
 - ByzFL's Krum takes N − f − 1 neighbours, this one N − f − 2, as Flower and the paper: ByzFL's is called with f + 1, and
   its Multi-Krum compared with f − 1. Its geometric median stops after 3 steps with ν = 0.1 by default: 1000 and 1e-6.
 - fluke's FedNova gives ``Σ p_k τ / τ_k w_k``, whose weights do not sum to 1, instead of a step from w: it is called at
@@ -79,7 +81,6 @@ FLOWER = {
     "trimmed_mean": TrimmedMean(byzantine=F),
     "krum": Krum(byzantine=F),
     "multi_krum": MultiKrum(byzantine=F),
-    "bulyan": Bulyan(byzantine=F),
     "qfedavg": QFedAvg(q=0.7, lipschitz=2.0),
 }
 BYZFL = {
@@ -96,6 +97,13 @@ BYZFL = {
 @pytest.mark.parametrize("name", FLOWER)
 def test_a_round_is_flowers(name: str) -> None:
     np.testing.assert_allclose(moved(FLOWER[name], START), RESULTS["flwr"][name], rtol=0, atol=1e-8)
+
+
+def test_bulyan_is_flowers_where_the_first_of_equal_scores_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "fellrec.functional.robust.krum_order", lambda distances, byzantine: list(range(len(distances)))
+    )
+    np.testing.assert_allclose(moved(Bulyan(byzantine=F), START), RESULTS["flwr"]["bulyan"], rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", BYZFL)

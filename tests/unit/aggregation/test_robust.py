@@ -62,13 +62,18 @@ def same(found: Array, expected: Array) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
-def krum_order(x: Array, f: int) -> list[int]:
-    """Rows by the sum of their N − f − 2 smallest squared distances, distances taken one by one."""
+def krum_scores(x: Array, f: int) -> list[float]:
+    """The sum of the N − f − 2 smallest squared distances of each row, taken one by one."""
     scores = []
     for i in range(len(x)):
         distances = sorted(float(np.sum((x[i] - x[j]) ** 2)) for j in range(len(x)) if j != i)
         scores.append(sum(distances[: max(1, len(x) - f - 2)]))
-    return sorted(range(len(x)), key=lambda i: scores[i])
+    return scores
+
+
+def krum_order(x: Array, f: int) -> list[int]:
+    """Rows by their score; without equal ones."""
+    return sorted(range(len(x)), key=lambda i: krum_scores(x, f)[i])
 
 
 @pytest.mark.parametrize("num_clients", [5, 6])
@@ -92,6 +97,19 @@ def test_krum_takes_the_update_with_the_nearest_neighbours(num_clients: int, f: 
     same(step(MultiKrum(byzantine=f, num_selected=2), updates), x[krum_order(x, f)[:2]].mean(axis=0))
 
 
+def test_bulyan_depends_on_no_order_where_two_updates_are_nearest_to_each_other(make_updates: Make) -> None:
+    """With f = 1 the last updates are chosen by one distance, which two of them have in common."""
+    for seed in range(5):
+        updates = make_updates(8, seed)
+        backwards = dataclasses.replace(
+            updates,
+            start={n: t.flip(0) for n, t in updates.start.items()},
+            end={n: t.flip(0) for n, t in updates.end.items()},
+        )
+        for rule in (Bulyan(), MultiKrum(byzantine=0, num_selected=1)):
+            same(step(rule, backwards), step(rule, updates))
+
+
 def test_the_geometric_median_has_the_least_sum_of_distances(make_updates: Make) -> None:
     updates = make_updates(6)
     x = vectors(updates)
@@ -106,9 +124,9 @@ def test_the_geometric_median_has_the_least_sum_of_distances(make_updates: Make)
 def test_bulyan_is_krum_again_and_again_and_a_mean_near_the_median(make_updates: Make) -> None:
     updates, f = make_updates(12), 2
     x = vectors(updates)
-    left, chosen = list(range(12)), []
+    left, chosen = krum_order(x, f), []
     while len(chosen) < 12 - 2 * f:
-        best = left[krum_order(x[left], f)[0]]
+        best = left[int(np.argmin(krum_scores(x[left], f)))]
         left.remove(best)
         chosen.append(best)
     columns = []
