@@ -1,4 +1,7 @@
-"""FFA-LoRA, RoLoRA and FedSA-LoRA: which of the factors A and B is trained, and which travels."""
+"""FFA-LoRA (Sun et al., ICLR 2024), RoLoRA (Chen et al., NeurIPS 2025) and FedSA-LoRA (Guo et al., ICLR 2025).
+
+They differ in which of the factors A and B is trained, and which is exchanged.
+"""
 
 from __future__ import annotations
 

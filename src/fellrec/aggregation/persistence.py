@@ -1,4 +1,7 @@
-"""Persistence-weighted mixing: a client keeps of its own what it keeps saying (docs/persistence.md)."""
+"""Persistence-weighted mixing: the more a client's updates agree over rounds, the more it keeps of its own adapter.
+
+See docs/persistence.md.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixing what clients learned, not what they are (docs/updatemixing.md)."""
+"""Mixing of the clients' updates instead of their adapters (docs/updatemixing.md)."""
 
 from __future__ import annotations
 

@@ -140,6 +140,7 @@ def reporting_lost_processes(channel: Channel) -> Iterator[None]:
     """
 
     def on_signal(number: int, frame: Any) -> None:
+        """Give the channel time to report a lost process; if there is none, handle the signal as before."""
         time.sleep(_GRACE_SECONDS)
         if not channel.gone:
             if not callable(before):

@@ -179,6 +179,7 @@ class Session:
         local = build_serial(config, recommender, transport, ledger, self.sharing)
 
         def report(text: str) -> None:
+            """Let the other processes know what this one is doing."""
             self.channel.activity = text
 
         self._worker = Worker(local, ledger, report, self.channel.check)

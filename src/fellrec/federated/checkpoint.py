@@ -199,6 +199,7 @@ class CheckpointFolder:
         known: dict[str, StoredTensors] = {}
 
         def opened(name: str) -> StoredTensors:
+            """The stored version in a file, the same object whenever it is asked."""
             if name not in known:
                 known[name] = StoredTensors(path=self.tensors / name, checksum=checked[name])
             return known[name]
@@ -238,6 +239,7 @@ def _files(path: Path, manifest: Mapping[str, Any]) -> list[str]:
 
 def _decoder(own: Mapping[str, Tensor], opened: Callable[[str], StoredTensors]) -> Callable[[Any], Any]:
     def decode(value: Any) -> Any:
+        """A state from its JSON."""
         if isinstance(value, dict):
             if set(value) == {_STORED}:
                 return opened(value[_STORED])

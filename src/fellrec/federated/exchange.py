@@ -271,6 +271,7 @@ def _started(trained: Sequence[Trained], name: str) -> AdapterStack:
     """The same before local training, with zeros for those that are new."""
 
     def opened(t: Trained) -> Adapter:
+        """A client's tensors that it received."""
         before = _tensors_of(t.job.tensors, name)
         return {key: before.get(key, torch.zeros_like(now)) for key, now in _tensors_of(t.tensors, name).items()}
 

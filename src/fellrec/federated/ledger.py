@@ -96,6 +96,7 @@ class Ledger:
         figures: defaultdict[str, float] = defaultdict(float)
 
         def belongs(client: int, round_: int, phase: str) -> bool:
+            """Whether an entry counts in the round: training counts where its update arrives."""
             return round_ == round_index or (phase == "train" and (client, round_) in arrived)
 
         for (client, round_, phase, direction, kind), num_bytes in self._bytes.items():

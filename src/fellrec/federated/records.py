@@ -345,6 +345,7 @@ class Updates:
         start, end, wide = _visible(self.start), _visible(self.end), weights.double()
 
         def block_of(name: str, columns: slice, block: Tensor) -> Tensor:
+            """Some columns of the result, float64."""
             origin = start.block(name, columns).double()
             return _model_block(model, start, name, columns) + wide @ (block.double() - origin)
 
@@ -363,6 +364,7 @@ class Updates:
         start, end, wide = _visible(self.start), _visible(self.end), weights.double()
 
         def block_of(name: str, columns: slice, block: Tensor) -> Tensor:
+            """Some columns of the result, float64."""
             before = _model_block(model, start, name, columns)
             return before + wide @ (block.double() - before)
 

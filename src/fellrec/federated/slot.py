@@ -153,6 +153,7 @@ class LocalSlot:
         device = next(iter(self.parameters.values())).device if self.parameters else torch.device("cpu")
 
         def nested(tensors: Adapter) -> dict[str, dict[str, Tensor]]:
+            """Tensors by ``name|parameter`` as name → parameter → tensor, on the device."""
             found: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
             for key, tensor in tensors.items():
                 name, _, parameter = key.partition("|")

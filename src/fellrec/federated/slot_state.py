@@ -49,6 +49,7 @@ class SlotState:
         wanted = set(names)
 
         def second(tensors: Adapter) -> dict[str, Tensor]:
+            """Those whose parameter, the second part of the key, is wanted."""
             return {key: tensor for key, tensor in tensors.items() if key.partition("|")[2] in wanted}
 
         return SlotState(

@@ -73,6 +73,7 @@ def items(of: Allowed, text: str, distinct: bool = False) -> Allowed:
     """
 
     def accepts(value: Any) -> bool:
+        """Whether a value is such a list."""
         is_each_allowed = _is_list(value) and len(value) > 0 and all(map(of.accepts, value))
         return is_each_allowed and not (distinct and len(set(value)) < len(value))
 
@@ -88,6 +89,7 @@ def words(text: str, least: int = 1) -> Allowed:
     """
 
     def accepts(value: Any) -> bool:
+        """Whether a value is such a list."""
         is_text = _is_list(value) and len(value) >= least and all(isinstance(word, str) and word for word in value)
         return is_text and len(set(value)) == len(value)
 
@@ -108,6 +110,7 @@ def distinct(choices: Sequence[str]) -> Allowed:
     """
 
     def accepts(value: Any) -> bool:
+        """Whether a value is such a list."""
         return _is_list(value) and all(name in choices for name in value) and len(set(value)) == len(value)
 
     return Allowed(accepts, f"a list, each once, of {', '.join(choices)}")

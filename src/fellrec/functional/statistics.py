@@ -99,6 +99,7 @@ def spread_interval(
     first, generator = sizes.cumsum(0) - sizes, torch.Generator().manual_seed(seed)
 
     def difference(drawn: Tensor) -> Tensor:
+        """Difference of the two rules' spreads for each resample, ``[R]``."""
         sums = torch.zeros(len(drawn), len(sizes), 2, dtype=torch.float64).index_add_(1, owner, ordered[drawn])
         means = sums / sizes[:, None]
         spread = means.std(dim=1, correction=0) / means.mean(dim=1)

@@ -80,6 +80,7 @@ class LayerStreams:
 
     def _hook(self, number: int) -> Any:
         def seed(module: nn.Module, inputs: object) -> None:
+            """Seed the generators for the layer."""
             self.enter(number)
 
         return seed

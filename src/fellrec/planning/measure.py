@@ -130,12 +130,14 @@ def _received(hidden_BLD: Tensor) -> Tensor:
 @contextmanager
 def _tracing(found: Trace, fixed: set[StorageWeakRef]) -> Iterator[None]:
     def keep(tensor: Tensor) -> None:
+        """Record a tensor that is saved, unless it is a parameter or a buffer."""
         storage = tensor.untyped_storage()
         key = StorageWeakRef(storage)
         if key not in fixed:
             found.storages[key] = storage  # keep it alive: the address of a freed storage would be reused
 
     def never(packed: None) -> Tensor:
+        """Refuse to give a tensor back."""
         raise AssertionError("a traced forward pass has no backward pass")
 
     with torch.autograd.graph.saved_tensors_hooks(keep, never), FlopCounterMode(display=False) as counter:

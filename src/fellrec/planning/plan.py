@@ -238,6 +238,7 @@ class Planner:
         trainer, held_out = TrainerSettings(**as_dict(config.trainer)), rule.held_out
 
         def count(is_start: bool) -> tuple[float, float]:
+            """Micro-batches and tokens of one pass, over the training rows or the held-out ones."""
             of_held_out = held_out > 0 and not is_start
             passed = (batches, objective, config.seed, held_out, of_held_out)
             return self._once(config, groups, lambda: count_pass(*passed), "pass", held_out, of_held_out)

@@ -108,14 +108,17 @@ class PoolExecutor:
 
     def _training(self, job: Job, events: Events) -> Task:
         def run() -> Trained | Failed:
+            """Train here."""
             events.client_starts(job)
             return self.local.train_one(job, on_step)
 
         def on_step(loss: float) -> None:
+            """Tell the callbacks, and take messages of other processes."""
             events.call("on_step_end", loss)
             self.pool.poll()
 
         def result(answer: Message) -> Trained | Failed:
+            """What another process trained; callbacks are told as if it had been trained here."""
             events.client_starts(job)
             outcome = self._outcome(job, answer)
             for loss in answer.step_losses if isinstance(answer, ClientTrained) else ():
@@ -166,6 +169,7 @@ class PoolExecutor:
 
     def _measuring(self, job: LossJob) -> Task:
         def result(answer: Message) -> tuple[int, tuple[float, ...]]:
+            """The row and the losses that another process measured."""
             is_fitting = isinstance(answer, LossesMeasured) and len(answer.losses) == len(job.adapters)
             if not isinstance(answer, LossesMeasured) or not is_fitting or answer.row != job.row:
                 raise SplitError(f"unexpected message {type(answer).__name__} for the losses of client {job.client}")
@@ -173,6 +177,7 @@ class PoolExecutor:
             return job.row, answer.losses
 
         def message(process: int) -> MeasureLosses:
+            """What a process is asked."""
             adapters = tuple(adapter.tensors() for adapter in job.adapters)
             changes = self._new_changes(job.base, process)
             return MeasureLosses(job.row, job.data_of, job.round_index, adapters, len(job.base), changes)
@@ -189,6 +194,7 @@ class PoolExecutor:
         evaluator = self.local.evaluator
 
         def result(answer: Message) -> None:
+            """Add the metrics of the users that another process ranked."""
             if not isinstance(answer, Scored):
                 raise SplitError(f"unexpected message {type(answer).__name__} for the scoring of client {job.row}")
             self.ledger.merge(answer.ledger)
@@ -196,6 +202,7 @@ class PoolExecutor:
                 evaluator.module.add_users(answer.users)
 
         def message(process: int) -> ScoreClients:
+            """What a process is asked."""
             changes = self._new_changes(job.base, process)
             where = stage, round_index, part, num_parts, len(job.base), changes
             return ScoreClients(job.row, job.adapter.tensors(), job.clients, *where)
@@ -252,6 +259,7 @@ class Worker:
         losses: list[float] = []
 
         def on_step(loss: float) -> None:
+            """Tell the callbacks, and take messages of other processes."""
             losses.append(loss)
             self._check()
 

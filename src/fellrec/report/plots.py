@@ -139,6 +139,7 @@ def pareto(points: Mapping[str, tuple[float, ...]]) -> list[str]:
     """
 
     def is_better(other: tuple[float, ...], own: tuple[float, ...]) -> bool:
+        """Whether another rule has at least the mean and at most the spread, and one of them is better."""
         return other[0] >= own[0] and other[1] <= own[1] and other != own
 
     return [rule for rule, own in points.items() if not any(is_better(other, own) for other in points.values())]

@@ -5,9 +5,8 @@ setting. FLGo's FedMGDA+ steps by η_s itself (``step_length=fixed``). FLGo's Fe
 τ = 1, and divides by a norm of 0. The authors' FedHEAL counts rounds that a client missed. The authors' AFL
 takes gradients of one batch and no local training.
 
-flwr 1.42.0's ``aggregate_qffl`` was compared by hand (difference 1e-18; its requirements conflict with ours), and 200
-quadratic programs of FedMGDA+ of 2 to 24 clients with quadprog 0.1.14: objectives within 2e-12, weights within 1e-15
-where the vectors are independent. The conditions of the optimum, tested here, need no package.
+Flower's q-FedAvg and quadprog's weights of FedMGDA+ are in ``test_oracles.py``. The conditions of the optimum, tested
+here, need no package.
 """
 
 from __future__ import annotations
@@ -229,6 +228,20 @@ def test_fedfv_projects_conflicts_away(alpha: float, make: Make) -> None:
         same(step(FedFV(alpha=alpha), updates), fedfv(x, losses_of(updates), alpha, []))
     if alpha == 1.0:
         same(step(FedFV(alpha=alpha), updates), x.mean(axis=0))
+
+
+def test_without_freedom_or_conflicts_it_is_the_mean(make: Make) -> None:
+    """Updates of one length with entries of one sign: FedMGDA+ with ε = 0 is FedAvg, FedFV the plain mean."""
+    updates = make(5)
+    x = np.abs(vectors(updates))
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    place = 0
+    for name, start in updates.start.items():
+        size = start[0].numel()
+        updates.end[name] = start + torch.from_numpy(x[:, place : place + size]).float().reshape(start.shape)
+        place += size
+    same(step(FedMGDA(epsilon=0.0), updates), step(FedAvg(), updates))
+    same(step(FedFV(), updates), step(Uniform(), updates))
 
 
 def test_fedfv_avoids_conflicts_with_absent_clients_of_the_last_rounds(make: Make) -> None:

@@ -83,6 +83,7 @@ class Limits:
 
     def _problems(self, config: Mapping[str, Any]) -> list[str | None]:
         def get(key: str, default: Any) -> Any:
+            """The value under a dotted key, or a default."""
             node: Any = config
             for part in key.split("."):
                 node = node.get(part) if isinstance(node, Mapping) else None

@@ -142,6 +142,7 @@ class AtomicReader(AtomicSettings):
         bounds = np.cumsum([0, *map(len, tables)])
 
         def locate(row: int) -> str:
+            """File and line of a row, for messages."""
             part = int(np.searchsorted(bounds, row, side="right")) - 1
             return f"{files.interactions[part]}:{row - bounds[part] + 2}"
 

@@ -88,6 +88,7 @@ def read_csv(path: Path) -> tuple[pd.DataFrame, Locate]:
     lines = array("q")
 
     def checked(names: list[str]) -> Iterator[list[str]]:
+        """The rows, each of which must have as many fields as the header has names."""
         line = rows.line_num + 1
         for row in rows:
             if row and len(row) != len(names):
