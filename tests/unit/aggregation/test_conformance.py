@@ -370,6 +370,8 @@ def test_limits_switch_laws_off_with_their_names() -> None:
         "cohorts": "limits.all_clients",
         "one_client": "limits.least_clients=3",
         "without_lora": "limits.needs_lora",
+        "ranks": "limits.one_rank",
+        "staleness": "it is not asynchronous",
     }
 
 
