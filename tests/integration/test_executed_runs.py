@@ -297,7 +297,8 @@ def test_the_ledger_is_the_closed_form(tiny_overrides: list[str]) -> None:
             for epoch in range(epochs):
                 seed = derive_seed(0, "order", round_index, client, epoch)
                 for batch in datamodule.train_loader(client, seed):
-                    tokens, steps = tokens + batch["input_ids"].numel(), steps + 1
+                    tokens += sum(ids.numel() for ids in module.objective.inputs(batch))
+                    steps += 1
             where = {"client": client, "round": round_index, "phase": "train"}
             for direction in ("up", "down"):
                 for kind in ("hidden_state", "gradient"):

@@ -162,6 +162,7 @@ class FellrecDataModule(LightningDataModule):
         self.data = data
         self.collate = collate
         self.lengths = lengths
+        self.history_lengths = history_lengths
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.seed = seed
@@ -192,6 +193,16 @@ class FellrecDataModule(LightningDataModule):
             of_held_out: Whether the batches are those of the rows that are left out instead.
         """
         return self._loader(self._rows(client).part(held_out, of_held_out), seed)
+
+    def loss_loader(self, client: int | None, held_out: float = 0.0, of_held_out: bool = False) -> DataLoader[Any]:
+        """The rows of `train_loader` by length, longest first: for sums over all of them, with little padding."""
+        rows = self._rows(client).part(held_out, of_held_out)
+        place = torch.arange(rows.items.shape[1])
+        last = torch.where(rows.is_target, place, -1).amax(dim=1, keepdim=True)
+        lengths = self.history_lengths(rows.items.masked_fill(place >= last, -1))
+        order: Any = lengths.argsort(descending=True, stable=True).tolist()
+        collate = self.collate
+        return DataLoader(rows, batch_size=self.batch_size, sampler=order, collate_fn=lambda batch: collate(*batch))
 
     def longest_batch(self, client: int) -> dict[str, Tensor] | None:
         """The batch of a client's longest rows, ``None`` if batches are not grouped by length.

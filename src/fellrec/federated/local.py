@@ -242,7 +242,7 @@ class LocalTrainer:
         total, count = 0.0, 0
         seed = derive_seed(self.seed, "start_loss", job.round_index, job.row)
         with self._random_numbers(job, seed):
-            for batch in self.datamodule.train_loader(job.data_of, seed, self.held_out, of_held_out):
+            for batch in self.datamodule.loss_loader(job.data_of, self.held_out, of_held_out):
                 with self.fabric.autocast():
                     output = self.module.training_step(self.fabric.to_device(batch), 0)
                 targets = len(batch["targets"])

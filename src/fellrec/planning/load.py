@@ -93,7 +93,6 @@ def count_load(
 def count_pass(
     datamodule: FellrecDataModule,
     objective: Objective,
-    seed: int,
     held_out: float = 0.0,
     of_held_out: bool = False,
     max_batches: int = _BATCHES,
@@ -103,7 +102,6 @@ def count_pass(
     Args:
         datamodule: Batches of each client.
         objective: As for `count_load`.
-        seed: Of the run.
         held_out: As for `count_load`.
         of_held_out: Whether the pass is over the rows that are held out instead of the others.
         max_batches: As for `count_load`.
@@ -113,7 +111,7 @@ def count_pass(
     limit = max(1, min(_BATCHES_PER_CLIENT, max_batches // len(clients)))
     batches = tokens = 0.0
     for client in clients:
-        loader = datamodule.train_loader(client, derive_seed(seed, "start_loss", 0, client), held_out, of_held_out)
+        loader = datamodule.loss_loader(client, held_out, of_held_out)
         counts = [_num_tokens(objective, batch) for batch in islice(loader, limit)]
         batches += len(loader)
         tokens += len(loader) * sum(counts) / max(1, len(counts))

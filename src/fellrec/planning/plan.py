@@ -210,7 +210,7 @@ class Planner:
         if probe_steps is not None:
             per_step = seconds_per_step(config, data, load.largest_client, probe_steps)
             seconds = _seconds(config, per_step, load.mean, num_updates, _server_steps(config, rule, batches))
-        rows, tokens = objective.inputs(load.largest_batch)[0].shape
+        rows, tokens = load.largest_batch["input_ids"].shape
         return Plan(
             data=data.name,
             backbone=backbone.name,
@@ -240,7 +240,7 @@ class Planner:
         def count(is_start: bool) -> tuple[float, float]:
             """Micro-batches and tokens of one pass, over the training rows or the held-out ones."""
             of_held_out = held_out > 0 and not is_start
-            passed = (batches, objective, config.seed, held_out, of_held_out)
+            passed = (batches, objective, held_out, of_held_out)
             return self._once(config, groups, lambda: count_pass(*passed), "pass", held_out, of_held_out)
 
         load = self._once(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fellrec.data.batching import length_grouped_batches
+from fellrec.data.batching import length_grouped_batches, length_groups
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.data.holdout import LeaveOneOut
 from fellrec.data.partition import RandomPartition
@@ -84,6 +88,13 @@ def test_an_epoch_has_each_row_of_the_client_once() -> None:
 
     assert width(epochs[0]) < width(list(plain.train_loader(1, 5)))
 
+    for held_out, of_held_out in ((0.0, False), (0.3, False), (0.3, True)):
+        by_length = list(plain.loss_loader(1, held_out, of_held_out))
+        shuffled = list(plain.train_loader(1, 5, held_out, of_held_out))
+        assert sorted(rows(by_length)) == sorted(rows(shuffled)), "the same rows"
+        lengths = torch.cat([batch["lengths"] for batch in by_length])
+        assert lengths.tolist() == sorted(lengths.tolist(), reverse=True)
+
 
 def test_lightnings_hook_has_the_order_of_the_first_federated_epoch_of_one_pooled_client() -> None:
     """The row order of client 0, round 0, epoch 0 has the seed (seed, "order", 0, 0, 0)."""
@@ -93,3 +104,27 @@ def test_lightnings_hook_has_the_order_of_the_first_federated_epoch_of_one_poole
     expected = module.train_loader(0, derive_seed(3, "order", 0, 0, 0))
     for batch, other in zip(module.train_dataloader(), expected, strict=True):
         assert torch.equal(batch["items"], other["items"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=9), st.sampled_from([1, 7, 25, 1000]))
+def test_groups_divide_rows_where_most_padding_is_saved(numbers: list[int], least_saving: int) -> None:
+    """Every way to divide the rows in two is tried: by brute force none saves more than the first division."""
+    lengths = torch.tensor(numbers)
+    groups = [rows.tolist() for rows in length_groups(lengths, least_saving)]
+    assert sorted(row for rows in groups for row in rows) == list(range(len(numbers)))
+    assert all(rows == sorted(rows) for rows in groups)
+
+    def entries(rows: tuple[int, ...] | list[int]) -> int:
+        return len(rows) * max(numbers[row] for row in rows) if rows else 0
+
+    everything = range(len(numbers))
+    saved = [
+        entries(list(everything)) - entries(part) - entries([row for row in everything if row not in part])
+        for size in range(1, len(numbers))
+        for part in combinations(everything, size)
+    ]
+    best = max(saved, default=0)
+    found = entries(list(everything)) - sum(map(entries, groups))
+    assert found >= best if best >= least_saving else groups == [list(everything)]
+    assert found >= (len(groups) - 1) * least_saving

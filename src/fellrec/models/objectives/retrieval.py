@@ -13,6 +13,7 @@ from fellrec.data.schema import Catalogue
 from fellrec.data.text import TokenizedTexts, compact, repeat_row
 from fellrec.errors import BackboneError, ConfigError
 from fellrec.models.objectives.direction import order_and_pooling
+from fellrec.models.objectives.groups import RowGroups
 from fellrec.models.objectives.item_table import ItemTable
 from fellrec.models.objectives.softmax import CatalogueSoftmax
 from fellrec.models.objectives.vocabulary import check_tokens
@@ -131,9 +132,10 @@ class RetrievalObjective:
         """
         row, column = is_target[:, 1:].nonzero(as_tuple=True)
         history = items[:, :-1].masked_fill(items[:, 1:] < 0, -1)
-        if self.one_target_per_row:
-            assert len(row) == len(items), "with newest_first a row has one target"
-            history = history.masked_fill(torch.arange(history.shape[1]) > column[:, None], -1)
+        assert not self.one_target_per_row or len(row) == len(items), "with newest_first a row has one target"
+        place = torch.arange(history.shape[1])
+        last = torch.where(is_target[:, 1:], place, -1).amax(dim=1, keepdim=True)
+        history = history.masked_fill(place > last, -1)  # what follows a row's last target predicts nothing
         ids, ends = self._history_tokens(history)
         lengths, columns = ends[:, -1] + 1, ends[row, -1 if self.one_target_per_row else column]
         return {
@@ -188,31 +190,36 @@ class RetrievalObjective:
         return {name: tensor.to(batch["input_ids"].device) for name, tensor in self._all_texts.items()}
 
     def inputs(self, batch: dict[str, Tensor]) -> list[Tensor]:
-        """Token ids of all forward passes: the histories and, with two towers, the item texts, unless cached."""
+        """Token ids of all forward passes: the histories, in groups of similar length, and with two towers the item
+        texts, unless cached.
+        """
+        histories = RowGroups(batch["lengths"]).inputs(batch["input_ids"])
         if self.item_encoder == "tokens" or self.table.is_always_used:
-            return [batch["input_ids"]]
-        return [batch["input_ids"], self._texts_for(batch)["item_ids"]]
+            return histories
+        return [*histories, self._texts_for(batch)["item_ids"]]
 
     def loss(self, model: SplitModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """Sum of the negative log-likelihood over the batch's targets, and their number."""
         batch = self.draw(batch, model.streams)
         inputs = self.inputs(batch)
         if self.table.vectors(model) is not None:
-            inputs = inputs[:1]
+            inputs = inputs[: len(RowGroups(batch["lengths"]))]
         elif self.table.is_always_used:  # the table exists in federated rounds only
             inputs.append(self._texts_for(batch)["item_ids"])
         return self.loss_of(model, model.encode(inputs), batch)
 
     def loss_of(self, model: SplitModel, hidden: list[Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """The loss from the final hidden states ``[B, L, D]`` of ``inputs``; uses only the model's embedding."""
-        query_TD = self._scaled(self._pool(hidden[0], batch["rows"], batch["columns"]))
+        groups = RowGroups(batch["lengths"])
+        histories, texts = hidden[: len(groups)], hidden[len(groups) :]
+        query_TD = self._scaled(groups.at(histories, batch["rows"], batch["columns"], self._pool))
         kept_ID = self.table.vectors(model)
         if kept_ID is not None:
             items_ND = kept_ID[batch["items"]] if "items" in batch else kept_ID
         elif self.item_encoder == "tokens":
             items_ND = self._scaled(_mean_embeddings(model, self._texts_for(batch)))
         else:
-            items_ND = self._scaled(self._item_vectors(hidden[1], self._texts_for(batch)["item_inside"]))
+            items_ND = self._scaled(self._item_vectors(texts[0], self._texts_for(batch)["item_inside"]))
         total = self.softmax.loss(query_TD / self.temperature, items_ND, batch["targets"], batch)
         return total, len(batch["targets"])
 

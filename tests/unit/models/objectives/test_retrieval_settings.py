@@ -17,6 +17,7 @@ from fellrec.experiment.build import build_data, build_recommender
 from fellrec.experiment.federation import build_loop
 from fellrec.functional.softmax import chunked_cross_entropy, draw_items, sampled_cross_entropy
 from fellrec.models.backbone import Backbone
+from fellrec.models.objectives import groups as row_groups
 from fellrec.models.objectives.retrieval import RetrievalObjective
 from fellrec.models.settings import RetrievalSettings, TinySettings
 from fellrec.models.split import SplitModel
@@ -242,3 +243,53 @@ def test_cached_item_vectors_need_the_whole_model(tiny_overrides: list[str], tmp
     config = compose([*tiny_overrides, *cut])
     with pytest.raises(ConfigError, match="need split.transport=none"):
         build_recommender(config, build_data(config))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"pooling": "mean", "num_negatives": 2},
+        {"order": "newest_first", "item_encoder": "encoded"},
+        {"item_encoder": "encoded", "refresh_items": "round"},
+    ],
+    ids=str,
+)
+def test_a_batch_in_groups_has_the_loss_and_gradients_of_the_whole(
+    tiny: Backbone, model: SplitModel, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
+) -> None:
+    """The loss is a sum over rows, each of which is computed by itself; the sample of items is drawn once."""
+    objective = RetrievalObjective(tiny.tokenizer, CATALOGUE, 3, RetrievalSettings(**how))
+    items = torch.tensor([[0, 1, 2, 3], [3, 0, -1, -1], [1, 2, 0, -1], [2, 3, -1, -1]])
+    is_target = items >= 0
+    is_target[:, 0] = False
+    if objective.one_target_per_row:
+        is_target[0, 1:3] = is_target[2, 1] = False
+    batch = objective.collate(items, is_target)
+    found = []
+    for groups in ([[0, 1, 2, 3]], [[0, 2], [1, 3]], [[0], [2], [1, 3]]):
+        monkeypatch.setattr(row_groups, "length_groups", lambda lengths, rows=groups: list(map(torch.tensor, rows)))
+        sizes = [len(ids) for ids in objective.inputs(batch)]
+        assert sizes[: len(groups)] == list(map(len, groups))
+        assert objective.inputs(batch)[len(groups) - 1].shape[1] == int(batch["lengths"][groups[-1]].max())
+        model.zero_grad()
+        with model.streams.using(StreamPosition(5)):
+            objective.prepare_step(model, 0, 0)
+            total, count = objective.loss(model, batch)
+        total.backward()
+        found.append((total.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+        assert count == int(is_target.sum())
+    for total, gradients in found[1:]:
+        torch.testing.assert_close(total, found[0][0])
+        torch.testing.assert_close(gradients, found[0][1], rtol=1e-4, atol=1e-5)
+
+
+def test_what_follows_a_rows_last_target_is_not_read(tiny: Backbone, model: SplitModel) -> None:
+    """Two of five titles predict something; the others change neither loss nor gradients."""
+    objective = RetrievalObjective(tiny.tokenizer, CATALOGUE, 5, RetrievalSettings())
+    items = torch.tensor([[0, 1, 2, 3, 1, 0]])
+    is_target = torch.tensor([[False, True, True, False, False, False]])
+    found = [objective.collate(items[:, :width], is_target[:, :width]) for width in (6, 3)]
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][name]), name
