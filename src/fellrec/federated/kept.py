@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,7 +49,7 @@ class KeptUsers:
 
     def __init__(self) -> None:
         self._ranked: WeakKeyDictionary[StoredTensors, dict[tuple[str, Base], Ranked]] = WeakKeyDictionary()
-        self._starts: list[StoredTensors] = []
+        self._starts: dict[str, StoredTensors] = {}
 
     def of(self, job: ScoreJob, stage: str) -> Ranked | None:
         """What is known of a job's users."""
@@ -64,12 +65,8 @@ class KeptUsers:
     def begin(self, jobs: Iterable[ScoreJob]) -> None:
         """Let starting adapters have what is known of those of earlier runs with the same values."""
         for adapter in {job.adapter: None for job in jobs}:
-            if adapter in self._starts:
-                continue
-            same = next((known for known in self._starts if _are_equal(known, adapter)), None)
-            if same is None:
-                self._starts.append(adapter)
-            else:
+            same = self._starts.setdefault(_digest(adapter), adapter)  # whose file may be gone
+            if same is not adapter:
                 known = self._ranked.get(same, {})
                 self._ranked[adapter] = {key: ranked for key, ranked in known.items() if not key[1]}
 
@@ -121,8 +118,10 @@ def one_job_per_adapter(jobs: Iterable[ScoreJob]) -> list[ScoreJob]:
     return [replace(job, clients=tuple(sorted(job.clients))) for job in found.values()]
 
 
-def _are_equal(one: StoredTensors, other: StoredTensors) -> bool:
-    mine, theirs = one.tensors(), other.tensors()
-    return mine.keys() == theirs.keys() and all(
-        mine[name].dtype == theirs[name].dtype and torch.equal(mine[name], theirs[name]) for name in mine
-    )
+def _digest(adapter: StoredTensors) -> str:
+    """Of names, types, shapes and values."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(adapter.tensors().items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -189,3 +190,13 @@ def test_runs_of_a_comparison_share_the_evaluation_of_their_start(
     changed.population.bank.store(1, {n: t + (n == name) for n, t in changed.population.bank.row(1).items()})
     changed.validate(-1)
     assert set(recommender.data.client_of_user[torch.cat(watch.take()).numpy()].tolist()) == {1}
+
+
+def test_files_of_an_earlier_runs_start_may_be_gone(build: Build, tiny_overrides: list[str], tmp_path: Path) -> None:
+    """APFL serves mixtures, whose files are deleted once other ones serve."""
+    recommender = build()
+    first, second = (loop_of(recommender, [*tiny_overrides, "aggregation=apfl"]) for _ in range(2))
+    first.population.persist(tmp_path / "first")
+    started = first.validate(-1)
+    shutil.rmtree(tmp_path / "first")
+    assert same(second.validate(-1), started)
