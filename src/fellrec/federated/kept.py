@@ -123,5 +123,5 @@ def _digest(adapter: StoredTensors) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(adapter.tensors().items()):
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
