@@ -258,9 +258,12 @@ class RetrievalObjective:
         """
         ids, ends = self._history_tokens(histories.cpu())
         device = model.model.get_input_embeddings().weight.device
-        hidden_BLD = model(ids.to(device))
-        last = ends[:, -1].to(device)
-        return self._scaled(self._pool(hidden_BLD, torch.arange(len(last), device=device), last))
+        ids, last = ids.to(device), ends[:, -1].to(device)
+        rows = torch.arange(len(last), device=device)
+        if model.is_cut:  # one message for each batch
+            return self._scaled(self._pool(model(ids), rows, last))
+        groups = RowGroups(last + 1)
+        return self._scaled(groups.at([model(some) for some in groups.inputs(ids)], rows, last, self._pool))
 
 
 def _mean_embeddings(model: SplitModel, texts: dict[str, Tensor]) -> Tensor:
