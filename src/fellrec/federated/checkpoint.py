@@ -151,6 +151,7 @@ class CheckpointFolder:
                 if value.path is None:
                     value.persist(self.tensors / f"{where.replace('/', '.')}.{label}{SUFFIX}")
                 assert value.path is not None
+                assert value.path.parent == self.tensors, f"{value.path} is not of this run"
                 written[id(value)] = value.path.name
             return {_STORED: written[id(value)]}
         if isinstance(value, Tensor):

@@ -299,7 +299,10 @@ class Population:
         """Drop the optimiser state of some parameters in every row, absent ones too."""
         for row, stored in list(self._optimizers.items()):
             kept = {key: t for key, t in stored.tensors().items() if key.partition("|")[0] not in names}
-            self._optimizers[row] = self.store.put(row, kept) if kept else NOTHING
+            if kept:
+                self._optimizers[row] = self.store.put(row, kept)
+            else:
+                del self._optimizers[row]  # a checkpoint must not write the version that all runs share
 
     def _change_rank(self, row: int, rank: int) -> None:
         """Give a row another rank; moments beyond it would move what must stay 0, so they are dropped."""

@@ -110,7 +110,7 @@ class TensorStore:
             StorageError: If the file cannot be written.
         """
         if self.folder is None:
-            return StoredTensors({key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()})
+            return StoredTensors({key: _copy(tensor, tensor.dtype) for key, tensor in tensors.items()})
         path = self.path_of(client, name)
         return StoredTensors(path=path, checksum=write_tensors(path, tensors, about))
 
@@ -123,7 +123,7 @@ class TensorStore:
         if self.folder is None:
             whole = {name: stack[name] for name in kinds}
             return [
-                StoredTensors({name: whole[name][row].to("cpu", kind, copy=True) for name, (kind, _) in kinds.items()})
+                StoredTensors({name: _copy(whole[name][row], kind) for name, (kind, _) in kinds.items()})
                 for row in range(len(clients))
             ]
         with ExitStack() as open_writers:
@@ -270,6 +270,11 @@ def check_file(path: Path) -> dict[str, str]:
     if digest.hexdigest() != about["checksum"]:
         raise CheckpointError(f"{path} is damaged: its checksum differs")
     return dict(about)
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy with the memory layout that it would have from a file, on which the bits of products depend."""
+    return tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def open_store(folder: Path, number: int = 0) -> TensorStore:

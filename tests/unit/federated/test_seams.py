@@ -77,6 +77,22 @@ def test_tensors_of_a_rule_are_in_checkpoints(tmp_path: Path) -> None:
     assert adapters(second) == adapters(whole) == [{"a": [10.625] * 2, "b": [10.625] * 2}] * 4
 
 
+class Forgetful(FedAvg):
+    """Lets all clients forget their moments, as a new initialisation needs."""
+
+    def aggregate(self, updates: Updates, round_index: int) -> Aggregated:
+        return replace(super().aggregate(updates, round_index), resets=tuple(updates.end))
+
+
+def test_checkpoints_without_moments_share_no_file(tmp_path: Path) -> None:
+    """As in a comparison: two runs of one process, each of which must be whole in its own folder."""
+    for name in ("first", "second"):
+        loop = fake_loop(Forgetful())
+        loop.run()
+        CheckpointFolder(tmp_path / name).save(parts(loop), 3)
+        assert CheckpointFolder(tmp_path / name).rounds() == [3]
+
+
 class Controls(FedAvg):
     """Sends every client a tensor, and reads what the clients return."""
 
