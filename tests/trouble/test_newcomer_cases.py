@@ -131,6 +131,12 @@ def test_json_and_settings_of_a_multirun_are_not_something_else(capsys: pytest.C
         ),
         (["aggregation._target_=my.Rule", "aggregation.friends=3"], "put + before it: +aggregation.friends=…"),
         (
+            ["adapter=full", "adapter.rank=4"],
+            "unknown setting 'adapter.rank'; choose from: adapter.layers, adapter._target_; adapter=lora, lora_heads, "
+            "lora_mixed, lora_sb have it",
+        ),
+        (["aggregation=fellrec", "aggregation.mu=1"], "; aggregation=fedamp, fedasync, fedprox have it"),
+        (
             ["aggregation=fedavg,fellrec"],
             "aggregation=fedavg,fellrec gives several values: only compare, plan, train -m",
         ),

@@ -1,10 +1,12 @@
-"""``fellrec check-rule``: the laws that every aggregation rule must keep, checked on a rule in a second."""
+"""``fellrec check-rule``: the laws that every aggregation rule must keep, checked on a rule."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -52,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
         found = [asdict(result) for result in results]
         sys.stdout.write(f"{json.dumps({'rule': options.rule, 'laws': found}, indent=2, ensure_ascii=False)}\n")
     else:
-        sys.stdout.write("".join(map(_lines, results)))
+        sys.stdout.write("".join(map(_lines, results)) + _total(results))
     failed = [result.law for result in results if result.outcome == "failed"]
     if failed:
         raise FellrecError(f"{options.rule} breaks {len(failed)} of {len(results)} laws: {', '.join(failed)}")
@@ -69,6 +71,12 @@ def _node(rule: str, overrides: list[str]) -> DictConfig:
         raise ConfigError(f"{unknown('aggregation', rule, choices)}; a class of your own is named as MODULE.CLASS")
     given = f"aggregation={rule}" if rule in choices else f"aggregation._target_={rule}"
     return compose([given, *overrides]).aggregation
+
+
+def _total(results: Sequence[LawResult]) -> str:
+    """How many laws had each outcome."""
+    counts = Counter(result.outcome for result in results)
+    return f"{len(results)} laws: {', '.join(f'{count} {outcome}' for outcome, count in counts.most_common())}\n"
 
 
 def _lines(result: LawResult) -> str:

@@ -14,12 +14,19 @@ if TYPE_CHECKING:
     from fellrec.config.describe import Choice, Setting
 
 PURPOSE = "list the choices of a configuration group, such as the aggregation rules, with their settings"
-EXAMPLES = ("fellrec list", "fellrec list aggregation", "fellrec list aggregation fedprox", "fellrec list trainer")
+EXAMPLES = (
+    "fellrec list",
+    "fellrec list aggregation",
+    "fellrec list aggregation fedprox ditto",
+    "fellrec list trainer",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
-    parser.add_argument("group", nargs="?", metavar="GROUP", help="such as aggregation; without it, all groups")
+    parser.add_argument(
+        "group", nargs="?", metavar="GROUP", help="such as aggregation, or GROUP=NAME; without it, all groups"
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these choices")
     add_format(parser)
 
@@ -37,15 +44,17 @@ def run(options: argparse.Namespace) -> None:
         else:
             sys.stdout.writelines(f"{group:<14} {', '.join(names)}\n" for group, names in groups.items())
         return
-    found = {choice.name: choice for choice in choices(options.group)}
-    for name in options.names:
+    group, _, given = options.group.partition("=")
+    names = [*filter(None, given.split(",")), *options.names]
+    found = {choice.name: choice for choice in choices(group)}
+    for name in names:
         if name not in found:
-            raise ConfigError(unknown(options.group, name, found))
-    wanted = [found[name] for name in options.names or found]
+            raise ConfigError(unknown(group, name, found))
+    wanted = [found[name] for name in names or found]
     if options.format == "json":
         sys.stdout.write(f"{json.dumps([asdict(choice) for choice in wanted], indent=2, ensure_ascii=False)}\n")
         return
-    sys.stdout.write("\n\n".join(_block(options.group, choice) for choice in wanted) + "\n")
+    sys.stdout.write("\n\n".join(_block(group, choice) for choice in wanted) + "\n")
 
 
 def _block(group: str, choice: Choice) -> str:

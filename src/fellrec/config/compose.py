@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from fellrec.config.describe import choices
 from fellrec.config.instantiate import as_dict, settings
 from fellrec.config.overrides import parse
 from fellrec.config.paths import conf_dir, group_choices
@@ -35,6 +36,9 @@ from fellrec.errors import ConfigError, nearest_first, unknown
 from fellrec.federated.transform_settings import TRANSFORMS
 from fellrec.functional.nested import flatten
 from fellrec.functional.ranges import out_of_range
+
+_MOST_CHOICES = 6
+"""Names of choices that a message has at most."""
 
 _CALLBACKS = "callbacks"
 """A group whose keys are names that a user may choose."""
@@ -303,8 +307,8 @@ def _not_resumed(text: str) -> str:
 def _unknown_key(key: str, overrides: Sequence[str]) -> str:
     """Phrase the message for a setting that the choices of ``overrides`` do not have."""
     given = parse(overrides)
-    choices = [str(item.input_line) for item in given if _chooses(item.key_or_group) and item.key_or_group != key]
-    config = composed(choices if len(choices) < len(given) else ())
+    chosen = [str(item.input_line) for item in given if _chooses(item.key_or_group) and item.key_or_group != key]
+    config = composed(chosen if len(chosen) < len(given) else ())
     names = [*_flat(config), *sorted(group_choices())]
     group, _, rest = key.partition(".")
     is_own = any(item.key_or_group == f"{group}._target_" for item in given)
@@ -314,7 +318,21 @@ def _unknown_key(key: str, overrides: Sequence[str]) -> str:
         return unknown("callback", name, map(str, config[_CALLBACKS])) + hint
     parent = key.rpartition(".")[0]
     siblings = [name for name in names if parent and name.startswith(f"{parent}.")]
-    return unknown("setting", key, siblings or nearest_first(key, names)[:8]) + hint
+    return unknown("setting", key, siblings or nearest_first(key, names)[:8]) + hint + _choices_with(key)
+
+
+def _choices_with(key: str) -> str:
+    """Which choices of its group have a setting that the chosen one does not have, as the end of a message."""
+    group = key.partition(".")[0]
+    if group not in group_choices():
+        return ""
+    having = [choice.name for choice in choices(group) if any(setting.key == key for setting in choice.settings)]
+    more = f" and {len(having) - _MOST_CHOICES} others" if len(having) > _MOST_CHOICES else ""
+    return f"; {group}={', '.join(having[:_MOST_CHOICES])}{more} {_has(having)} it" if having else ""
+
+
+def _has(names: Collection[str]) -> str:
+    return "has" if len(names) == 1 else "have"
 
 
 def _is_deleted(key: str, given: Sequence[Override]) -> bool:

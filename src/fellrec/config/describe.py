@@ -132,7 +132,7 @@ def _descriptions(kind: type) -> dict[str, str]:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             field = node.target.id
         elif field and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            found[field], field = " ".join(str(node.value.value).split()), None
+            found[field], field = " ".join(str(node.value.value).replace("``", "`").split()), None
         else:
             field = None
     return found

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_type_hints
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from fellrec.errors import ConfigError, unknown
+from fellrec.errors import ConfigError, nearest_first, unknown
 from fellrec.functional.ranges import Allowed, not_allowed, range_of, refuse
 
 T = TypeVar("T")
@@ -135,12 +135,26 @@ def import_target(name: Any, label: str, of: type | tuple[type, ...] | None = No
     try:
         target = get_object(name)
     except Exception as error:  # Hydra wraps whatever the import raised
-        raise ConfigError(f"{where} cannot be imported: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{where} cannot be imported: {_why_not_imported(name, error)}") from error
     if is_own(name) and not str(getattr(target, "__module__", "")).startswith(_OWN):
         raise ConfigError(f"{where} is not a class of fellrec")
     if of is not None:
         _check_kind(target, where, of)
     return target
+
+
+def _why_not_imported(name: str, error: Exception) -> str:
+    """Why a dotted name cannot be imported: no such module, no such class in it, or what the module raised."""
+    module, _, last = name.rpartition(".")
+    absent = getattr(error.__cause__, "name", None)  # of a ModuleNotFoundError
+    if absent == name and module in sys.modules:
+        own = [key for key, value in vars(sys.modules[module]).items() if isinstance(value, type)]
+        own = [key for key in own if getattr(sys.modules[module], key).__module__.startswith(module)]
+        choices = f"; choose from: {', '.join(nearest_first(last, own)[:8])}" if own else ""
+        return f"module {module} has no class {last!r}{choices}"
+    if absent is not None and absent == name.partition(".")[0]:
+        return f"No module named {absent!r} in this directory or in the Python environment"
+    return " ".join(str(error).split())
 
 
 def is_own(name: str) -> bool:

@@ -412,6 +412,7 @@ def test_the_command_prints_every_law(my_rules: None, capsys: pytest.CaptureFixt
     assert sum(line.startswith("passed") for line in lines) == len(LAWS) - 3
     assert lines[0].startswith("not applicable  sees")
     assert lines[1].strip() == "it declares sees='adapters'"
+    assert lines[-1] == f"{len(LAWS)} laws: {len(LAWS) - 3} passed, 3 not applicable"
 
 
 @pytest.mark.slow
@@ -448,7 +449,11 @@ def test_the_command_takes_choices_of_the_package(capsys: pytest.CaptureFixture[
         (["fedavgg"], "unknown aggregation 'fedavgg'; choose from: fedavg, "),
         (["fedavgg"], "; a class of your own is named as MODULE.CLASS"),
         (["no_such_module.Rule"], "No module named 'no_such_module'"),
-        (["my_checked_rules.Absent"], "aggregation._target_=my_checked_rules.Absent cannot be imported"),
+        (
+            ["my_checked_rules.Kepes"],
+            "aggregation._target_=my_checked_rules.Kepes cannot be imported: module my_checked_rules has no class "
+            "'Kepes'; choose from: Keeps",
+        ),
         (["my_checked_rules.Keeps"], "aggregation.share needs a value: give +aggregation.share=…"),
         (["my_checked_rules.Keeps", "+aggregation.chare=1"], "unknown setting 'aggregation.chare'"),
         (["my_checked_rules.torch"], "is not a subclass of AggregationCallback"),

@@ -79,11 +79,11 @@ def test_clients_that_do_not_move_keep_the_weight() -> None:
 @pytest.mark.parametrize(
     ("rule", "adapter", "message"),
     [
-        ("FedSB", "LoraAdapter", "aggregation fed_sb needs adapter=lora_sb: adapter LoraAdapter is not allowed"),
+        ("FedSB", "LoraAdapter", "aggregation fed_sb needs adapter=lora_sb: adapter=lora is not allowed"),
         ("FedSB", "LoraHeadsAdapter", "aggregation fed_sb needs adapter=lora_sb"),
-        ("RAVAN", "LoraSBAdapter", "aggregation ravan needs adapter=lora_heads: adapter LoraSBAdapter is not allowed"),
-        ("RAVAN", "FullAdapter", "aggregation ravan needs adapter=lora_heads"),
-        ("FFALoRA", "LoraSBAdapter", "aggregation ffa_lora needs LoRA's factors: adapter LoraSBAdapter"),
+        ("RAVAN", "LoraSBAdapter", "aggregation ravan needs adapter=lora_heads: adapter=lora_sb is not allowed"),
+        ("RAVAN", "FullAdapter", "aggregation ravan needs adapter=lora_heads: adapter=full is not allowed"),
+        ("FFALoRA", "LoraSBAdapter", "aggregation ffa_lora needs LoRA's factors: adapter=lora_sb is"),
         ("FedExLoRA", "LoraHeadsAdapter", "aggregation fedex_lora needs LoRA's factors"),
     ],
 )

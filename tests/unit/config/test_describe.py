@@ -73,6 +73,13 @@ def test_the_list_of_rules(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+def test_the_list_takes_what_an_override_is(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["list", "aggregation", "fedprox", "ditto"])
+    expected = capsys.readouterr().out
+    main(["list", "aggregation=fedprox,ditto"])
+    assert capsys.readouterr().out == expected
+
+
 def test_the_list_as_json_has_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
     for group, names in group_choices().items():
         main(["list", group, "--format", "json"])
@@ -83,6 +90,7 @@ def test_the_list_as_json_has_every_choice(capsys: pytest.CaptureFixture[str]) -
     ("words", "message"),
     [
         (["agregation"], "unknown group 'agregation'; choose from: aggregation,"),
+        (["aggregation=fedporx"], "unknown aggregation 'fedporx'; choose from: fedprox,"),
         (["aggregation", "fedporx"], "unknown aggregation 'fedporx'; choose from: fedprox,"),
     ],
 )

@@ -111,7 +111,7 @@ def mixed_types(subject: Subject) -> None:
 def without_lora(subject: Subject) -> None:
     """Adapters without LoRA's factors are aggregated."""
     if subject.rule.limits.needs_lora:
-        raise NotApplicableError("limits.needs_lora")
+        raise NotApplicableError("it needs LoRA's factors (limits.needs_lora)")
     for size, seed in subject.cases():
         clients = random_clients(size, seed, with_lora=False)
         federation = subject.federation(clients, seed, random_adapter("initial", seed, with_lora=False))
@@ -123,7 +123,7 @@ def without_lora(subject: Subject) -> None:
 def ranks(subject: Subject) -> None:
     """Clients may have LoRA ranks of their own, in any order; the same rank for all is as without ranks."""
     if subject.rule.limits.one_rank:
-        raise NotApplicableError("limits.one_rank")
+        raise NotApplicableError("it needs the same rank for all clients (limits.one_rank)")
     for size, seed in subject.cases():
         of_client, reversed_order = [1 + client % RANK for client in range(size)], list(range(size))[::-1]
         clients = random_clients(size, seed)

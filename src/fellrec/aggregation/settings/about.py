@@ -17,6 +17,12 @@ ADAPTERS = {
 """Choices of ``adapter`` that a rule may need → how the names of their classes end."""
 
 
+def _choice_of(target: str) -> str:
+    """The choice of ``adapter`` that a class belongs to, or the class's name."""
+    name = target.rpartition(".")[2]
+    return {**{kind: choice for choice, kind in ADAPTERS.items()}, "FullAdapter": "full"}.get(name, name)
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a rule cannot be combined with.
@@ -114,10 +120,10 @@ class Limits:
             "leave it at 1"
             if self.asynchronous and over != 1
             else None,
-            f"needs LoRA's factors: adapter {adapter.rpartition('.')[2]} is not allowed, use adapter=lora"
+            f"needs LoRA's factors: adapter={_choice_of(adapter)} is not allowed, use adapter=lora"
             if self.needs_lora and adapter and not adapter.endswith(ADAPTERS["lora"])
             else None,
-            f"needs adapter={self.needs_adapter}: adapter {adapter.rpartition('.')[2]} is not allowed"
+            f"needs adapter={self.needs_adapter}: adapter={_choice_of(adapter)} is not allowed"
             if self.needs_adapter and adapter and not adapter.endswith(ADAPTERS[self.needs_adapter])
             else None,
             f"needs the whole model in one process: split.transport={transport} is not allowed, use none"

@@ -22,15 +22,15 @@ class FELLRecSettings(RuleSettings):
         cost="server: N² inner products of adapters",
     )
     alpha: NotNegative = 0.7
-    """α of METHOD (3), the learning speed; 0 is `Local`: no communication."""
+    """α of the learning speed, (3) in docs/aggregation.md; 0 is `local`: no communication."""
     beta: Positive = 5.0
-    """β of METHOD (3), rounds over which heating continues; the larger, the slower."""
+    """β of (3), rounds over which heating continues; the larger, the slower."""
     temperature: Positive = 0.05
-    """τ of METHOD (2), of the softmax over client losses."""
+    """τ of (2), of the softmax over client losses."""
     attention: bool = True
-    """Whether similarities weigh the senders, METHOD (1)."""
+    """Whether similarities weigh the senders, (1)."""
     heating: bool = True
-    """Whether difficulties slow the receivers, METHOD (2)-(3)."""
+    """Whether difficulties slow the receivers, (2) and (3)."""
     similarity: Literal["update", "parameters"] = "update"
     """What is compared: the round's updates (end minus start), or the parameters."""
     fidelity: Literal["paper", "released_code"] = "paper"
@@ -51,7 +51,7 @@ class UpdateMixingSettings(RuleSettings):
         cost="server: N² inner products of updates",
     )
     own_share: Rate = 0.0
-    """o of (U2): what a client takes of its own update on top; 1 is `Local`."""
+    """o of (U2): what a client takes of its own update on top; 1 is `local`."""
     server_learning_rate: Positive = 1.0
     """η of (U3): what the mixed update is multiplied by."""
     attention: bool = True
@@ -72,5 +72,5 @@ class PersistenceSettings(RuleSettings):
     exponent: Positive = 1.0
     """Of (P2); the smaller, the more a client keeps of its own."""
     others: Literal["similar", "equal", "samples"] = "similar"
-    """The average that a client's own is mixed with: METHOD (1) of round updates with rows divided by their sums,
-    ``1 / N``, or FedAvg's weights."""
+    """The average that a client's own is mixed with: similar, FELLRec's similarities of the round's updates with rows
+    divided by their sums; equal, ``1 / N``; samples, FedAvg's weights."""

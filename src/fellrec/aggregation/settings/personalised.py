@@ -40,7 +40,7 @@ class DittoSettings(RuleSettings):
         cost="clients: twice the local training, one more adapter",
     )
     lam: NotNegative = 0.1
-    """λ, how much personal models are held near the received shared one; 0 is `Local`. The authors try 0.1, 1, 2."""
+    """λ, how much personal models are held near the received shared one; 0 is `local`. The authors try 0.1, 1, 2."""
     weights: Weights = "samples"
     """How much clients count in the shared model."""
 
@@ -117,7 +117,7 @@ class FedAMPSettings(RuleSettings):
         cost="server: N² inner products of adapters; clients: one more adapter",
     )
     mu: NotNegative = 0.1
-    """λ / α_K, strength of the pull towards the mixture; 0 is `Local`."""
+    """λ / α_K, strength of the pull towards the mixture; 0 is `local`."""
     attention: Rate = 1.0
     """Largest weight of all other clients together in a mixture."""
     sigma: Positive = 1.0
