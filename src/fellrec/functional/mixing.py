@@ -1,4 +1,6 @@
-"""Equations (1)-(4) of FELLRec, METHOD (1)-(4) in docstrings and equations in docs/aggregation.md: the mixing matrix ``W[receiver, sender]`` of a round, and mixing.
+"""The mixing matrix ``W[receiver, sender]`` of a round, and mixing.
+
+METHOD (1)-(4) are FELLRec's equations in docs/aggregation.md.
 
 ``[N, N]`` and ``[N]`` tensors are float64. Adapters are read in blocks of columns, so that they are not concatenated or
 cast as a whole. With a ``LazyStack`` they need not be in memory. On the CPU, inner products of updates are in float32,
