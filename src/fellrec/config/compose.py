@@ -197,7 +197,30 @@ def _expand_transforms(config: DictConfig) -> None:
     if OmegaConf.is_list(given):
         nodes = OmegaConf.to_container(given, resolve=False)
         assert isinstance(nodes, list)
-        config.exchange.transforms = [_expanded(node) for node in nodes]
+        expanded = [_expanded(node) for node in nodes]
+        _check_order(expanded)
+        config.exchange.transforms = expanded
+
+
+_NOT_AFTER = {"topk": ("clip", "topk"), "quantise": ("clip", "noise", "topk", "quantise")}
+"""Transforms that need the entries of an update, by the one after which there are places or levels instead."""
+
+
+def _check_order(nodes: Sequence[Any]) -> None:
+    names = {target: name for name, (target, _) in TRANSFORMS.items()}
+    before: list[str] = []
+    for node in nodes:
+        name = names.get(str(node.get("_target_")), "") if isinstance(node, Mapping) else ""
+        if wrong := [earlier for earlier in before if name in _NOT_AFTER.get(earlier, ())]:
+            raise ConfigError(
+                f"exchange.transforms: {name} after {wrong[0]} is not allowed; the order is clip, noise, topk, quantise"
+            )
+        if name == "quantise" and "topk" in before and node.get("error_feedback", True) is True:
+            raise ConfigError(
+                "exchange.transforms: quantise after topk has no error feedback, because the entries are others in "
+                "every round; give {name: quantise, error_feedback: false}"
+            )
+        before.append(name)
 
 
 def _expanded(node: Any) -> Any:

@@ -111,7 +111,7 @@ class Quantise(Transform, QuantiseSettings):
             if sparse := [name for name in floats if "|" in name]:
                 raise TrainingError(
                     f"exchange.transforms: quantise cannot feed its error back for {sparse[0]}, whose entries are "
-                    "others in every round; put quantise before topk, or give {name: quantise, error_feedback: false}"
+                    "others in every round; give {name: quantise, error_feedback: false}"
                 )
             floats = self._feedback.add(floats, row)
         sent = {name: tensor for name, tensor in payload.items() if name not in floats}

@@ -148,7 +148,7 @@ def test_quantisation_after_the_largest_entries() -> None:
     expected = TopK().decode(TopK(fraction=0.4).encode(update(), 0, 0))
     for name in SHAPES:
         torch.testing.assert_close(payload[name], expected[name], rtol=0, atol=0.02)
-    with pytest.raises(TrainingError, match=r"cannot feed its error back for a\|values, .* put quantise before topk"):
+    with pytest.raises(TrainingError, match=r"cannot feed its error back for a\|values, .* error_feedback: false"):
         Quantise().encode(TopK().encode(update(), 0, 0), 0, 0)
 
 
@@ -195,6 +195,10 @@ def test_names_stand_for_classes_and_all_their_settings() -> None:
             "[{name: clip, nrom: 1}]",
             "unknown setting 'exchange.transforms.nrom'; choose from: exchange.transforms.norm",
         ),
+        ("[quantise,topk]", "topk after quantise is not allowed; the order is clip, noise, topk, quantise"),
+        ("[topk,clip]", "clip after topk is not allowed"),
+        ("[quantise,noise]", "noise after quantise is not allowed"),
+        ("[topk,quantise]", "quantise after topk has no error feedback"),
         ("${oc.env:NOT_THERE}", "NOT_THERE"),
         ("${oc.env:NOT_THERE", "exchange.transforms"),
         ("[{name: topk, fraction: 0}]", r"exchange.transforms.fraction=0 is not allowed: a number in \(0, 1\]"),
