@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import pandas as pd
@@ -75,6 +76,10 @@ SWEEPS = {
     "markov_bar": (1, {"ml_1m": 1}),
     "few_shot": (1, {"samples_1024": 4, "samples_null": 4}),
     "generative_targets": (1, {f"{s}_{t}": 1 for s in ("vocabulary", "catalogue") for t in ("one", "every")}),
+    "rules": (
+        2,
+        {"games/fellrec": 3, "games/fedbuff": 3, "ml_1m/fellrec": 1, "ml_1m_lora/fellrec": 1, "ml_1m_lora/hetlora": 1},
+    ),
 }
 """Of each sweep: how many folders of data it takes, and its cells with their runs for one seed."""
 
@@ -87,6 +92,8 @@ def composed(name: str, folders: int, out: Path, tools: Path) -> dict[str, list[
         (tools / tool).write_text(f"#!/bin/sh\n{line}\n")
         (tools / tool).chmod(0o755)
     own = {"FELLREC": str(tools / "say"), "PYTHON": str(tools / "choose"), "SEEDS": "7", "DATA": " ".join(DATA)}
+    if name == "rules":  # all of them would take a minute
+        own |= {"DATA": "games ml_1m ml_1m_lora", "RULES": "fellrec fedbuff hetlora"}
     script = ROOT / "experiments" / name / "sweep.sh"
     command = ["sh", str(script), str(out), *["somewhere"] * folders, "trainer.weight_decay=0.5"]
     done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, check=True)
@@ -100,7 +107,7 @@ def composed(name: str, folders: int, out: Path, tools: Path) -> dict[str, list[
         check_comparable(configs)
         assert {config.trainer.weight_decay for config in configs} == {0.5}, "further overrides reach every run"
         assert {config.seed for config in configs} == {7}
-        found[Path(configs[0].run_dir).name] = configs
+        found[str(Path(configs[0].run_dir).relative_to(out))] = configs
     return found
 
 
@@ -164,6 +171,40 @@ def test_the_report_of_a_sweep(tmp_path: Path, tiny_overrides: list[str], monkey
     ):
         assert each in Path("out/report.md").read_text(), "cells of a sweep that was continued with another number"
     assert python([str(script), "few"], tmp_path) == (1, "few contains no finished comparison\n")
+
+
+def test_the_table_of_rules(tmp_path: Path) -> None:
+    """Of each cell what validation selects, and its worst share of what local training reaches."""
+
+    def line(rule: str, validation: float, per_client: list[float]) -> dict[str, Any]:
+        mean = sum(per_client) / len(per_client)
+        figures = {"mean": mean, "coefficient_of_variation": 0.5, "worst": min(per_client)}
+        cost = {"round_bytes": 2_500_000.0, "num_rounds": 8}
+        run = {"seed": 0, "per_client": {"ndcg_at_10": per_client}, "cost": cost}
+        values = {f"ndcg_at_10/{name}": value for name, value in figures.items()}
+        return {"kind": "learned", "rule": rule, "validation": validation, "mean": values} | {
+            "seconds_per_round": 3.0,
+            "runs": [run],
+        }
+
+    cells = {
+        "local": [line("local learning_rate=0.1", 0.2, [0.1, 0.4]), line("local learning_rate=0.2", 0.1, [0.9, 0.9])],
+        "ditto": [line("ditto lam=1", 0.1, [0.8, 0.8]), line("ditto lam=2", 0.3, [0.2, 0.6])],
+    }
+    for name, lines in cells.items():
+        folder = tmp_path / name / "comparison"
+        folder.mkdir(parents=True)
+        measured = {"fellrec": "1", "git_commit": "1234567", "num_threads": "1", "seeds": [0]}
+        found = {"rules": {item["rule"]: item for item in lines}, "measured": measured}
+        (folder / "comparison.json").write_text(json.dumps(found))
+    code, shown = python([str(ROOT / "experiments" / "rules" / "report.py"), str(tmp_path)], tmp_path)
+    assert code == 0, shown
+    table = pd.read_csv(tmp_path / "rules.csv")
+    assert table["rule"].tolist() == ["ditto", "local"], "the best mean first"
+    assert table["settings"].tolist() == ["lam=2", "learning_rate=0.1"]
+    assert table["worst_share_of_local"].tolist() == pytest.approx([1.5, 1.0])
+    assert "| ditto | lam=2 | 0.4000 | 0.50 | 0.2000 | 150% | 2.5 | 3.0 |" in shown
+    assert "*Measured*: commit 1234567, 1 thread, seed 0." in shown
 
 
 def test_the_benchmark_of_the_cut(tmp_path: Path, tiny_overrides: list[str]) -> None:
