@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 
@@ -12,8 +14,9 @@ def conf_dir() -> Path:
     return installed if installed.is_dir() else checkout
 
 
-def group_choices() -> dict[str, list[str]]:
-    """The configuration groups and their choices, by name; the ``for_…`` defaults are left out."""
+@cache
+def group_choices() -> Mapping[str, Sequence[str]]:
+    """The configuration groups and their choices, by name; the ``for_…`` defaults are left out. Read once."""
     root = conf_dir()
     groups: dict[str, list[str]] = {}
     for path in sorted(root.rglob("*.yaml")):
