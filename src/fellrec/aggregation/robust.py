@@ -57,7 +57,7 @@ class RobustRule(AggregationCallback):
             least = self.bucket_size * (least - 1) + 1
             groups = "groups of bucketing are drawn by the numbers of clients"
             self.waived_laws = {**self.waived_laws, "permutation": groups}
-        self.limits = replace(self.limits, least_clients=least)
+        self.limits = replace(self.limits, least_clients=least, least_because=self._sizes())
 
     def least_rows(self) -> int:
         """Updates, or means of groups of them, that the rule needs."""
@@ -88,8 +88,8 @@ class RobustRule(AggregationCallback):
         clients = updates.clients
         if len(clients) < self.limits.least_clients:
             raise TrainingError(
-                f"aggregation {self.name} with {self._sizes()} needs at least {self.limits.least_clients} clients in a "
-                f"round, {len(clients)} finished round {round_index}: {list(clients)}"
+                f"aggregation {self.name} with {self.limits.least_because} needs at least {self.limits.least_clients} "
+                f"clients in a round, {len(clients)} finished round {round_index}: {list(clients)}"
             )
         gram = gram_matrix(updates.end, updates.start)
         order = sorted(range(len(clients)), key=lambda row: clients[row])

@@ -154,6 +154,9 @@ def _why_not_imported(name: str, error: Exception) -> str:
         return f"module {module} has no class {last!r}{choices}"
     if absent is not None and absent == name.partition(".")[0]:
         return f"No module named {absent!r} in this directory or in the Python environment"
+    cause = error.__cause__
+    if cause is not None and not isinstance(cause, (ImportError, AttributeError)):
+        return f"its module raised {type(cause).__name__}: {' '.join(str(cause).split())}"
     return " ".join(str(error).split())
 
 

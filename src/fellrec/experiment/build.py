@@ -14,7 +14,7 @@ import torch
 from lightning import Fabric
 from lightning.fabric.plugins import CheckpointIO, Precision
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from fellrec.aggregation.base import AggregationCallback
@@ -37,6 +37,7 @@ from fellrec.experiment.backbones import sasrec_backbone, tiny_backbone
 from fellrec.experiment.precision import check_precision, weights_dtype
 from fellrec.federated.base_change import BaseWeights
 from fellrec.federated.kept import KeptUsers
+from fellrec.federated.ranks import Ranks
 from fellrec.federated.samplers import Sampler
 from fellrec.functional.candidates import SampledCandidates
 from fellrec.functional.ranges import refuse
@@ -242,6 +243,9 @@ def build_rule(config: DictConfig) -> AggregationCallback:
     rule: AggregationCallback = instantiate(config.aggregation, "aggregation", of=AggregationCallback)
     limits = rule.limits if rule.second_model is None else replace(rule.limits, whole_model=True)
     refuse(*limits.problems(rule.name, as_dict(config)))
+    ranks, num_clients = OmegaConf.select(config, "adapter.rank"), OmegaConf.select(config, "partition.num_clients")
+    if OmegaConf.is_list(ranks) and isinstance(num_clients, int):
+        Ranks(ranks, num_clients)  # refuses other numbers of ranks
     return rule
 
 

@@ -180,6 +180,7 @@ def _table(comparison: Comparison, frame: pd.DataFrame, cutoff: int, is_stacked:
         + (f" gain: its mean difference to {display_name(comparison.baseline)}." if "gain" in frame else "")
         + (" ±: standard deviation over seeds." if frame[f"NDCG@{cutoff}"].str.contains("±").any() else "")
         + _chosen_text(comparison)
+        + _start_text(comparison)
         + _cold_text(comparison)
         + (f" Measured: {comparison.measured_with}." if comparison.measured_with else ""),
         padding=0 if is_narrow else (0, 1, 0, 0),
@@ -192,6 +193,13 @@ def _chosen_text(comparison: Comparison) -> str:
         return ""
     chosen = ", ".join(display_name(line) for line in comparison.chosen.values())
     return f" val: selection metric on the validation split; best there: {chosen}."
+
+
+def _start_text(comparison: Comparison) -> str:
+    """The rules of which the start was tested; empty if there are none."""
+    tested = {item.name: None for item in comparison.results if item.kind == "learned" and item.best_round == -1}
+    names = ", ".join(map(display_name, tested))
+    return f" Tested at the start, as no round was better on validation: {names}." if tested else ""
 
 
 def _cold_text(comparison: Comparison) -> str:

@@ -105,6 +105,31 @@ def test_bad_configurations_are_refused(cfg, message):
         build(cfg)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["adapter=lora_mixed"], "adapter=lora_mixed is not allowed, use adapter=lora, or aggregation=fedalt"),
+        (["aggregation=hetlora", "adapter=lora", "adapter.rank=[8,4]"], "has 2 values, and there are 5 clients"),
+        (
+            ["aggregation=trimmed_mean", "aggregation.byzantine=3"],
+            "trimmed_mean with byzantine=3 needs at least 7 clients",
+        ),
+    ],
+)
+def test_rules_refuse_other_settings(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        build_rule(compose(overrides))
+
+
+def test_a_module_that_cannot_be_imported_says_what_it_raised(tmp_path, monkeypatch):
+    (tmp_path / "my_broken_rules.py").write_text("class Mean:\n    raise TypeError('no way')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"my_broken_rules.Mean cannot be imported: its module raised TypeError: no way$"
+    ):
+        build({"_target_": "my_broken_rules.Mean"})
+
+
 def test_fedavg_from_a_plain_mapping():
     assert isinstance(build({"_target_": "fellrec.aggregation.FedAvg"}), FedAvg)
 

@@ -222,7 +222,10 @@ def test_too_few_clients_are_refused_before_and_while_it_runs(rule: Any, make_up
     made = rule()
     config = {"partition": {"num_clients": least - 1}}
     (problem,) = made.limits.problems(made.name, config)
-    assert problem.startswith(f"aggregation {made.name} needs at least {least} clients in a round: partition.num_clie")
+    needed = (
+        f"aggregation {made.name} with byzantine=1 needs at least {least} clients in a round: partition.num_clients"
+    )
+    assert problem.startswith(needed)
     assert not made.limits.problems(made.name, {"partition": {"num_clients": least}})
     with pytest.raises(
         TrainingError, match=rf"aggregation {made.name} with byzantine=1 needs at least {least} clients"

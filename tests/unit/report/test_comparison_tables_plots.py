@@ -118,6 +118,14 @@ def test_the_best_learned_value_is_bold_whoever_has_it(comparison: Comparison) -
     assert "\x1b[1m0.4250" not in shown
 
 
+def test_the_table_says_of_which_rules_the_start_was_tested(comparison: Comparison) -> None:
+    rounds = {"local": -1, "fedavg": 1, "popularity": None}
+    results = [replace(item, best_round=rounds[item.rule]) for item in comparison.results]
+    console = Console(width=200, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115
+    print_comparison(replace(comparison, results=results), console)
+    assert "Tested at the start, as no round was better on validation: local." in console.export_text()
+
+
 def test_files(comparison: Comparison, tmp_path: Path) -> None:
     write_tables(comparison, tmp_path)
     lines = (tmp_path / "comparison.md").read_text().splitlines()

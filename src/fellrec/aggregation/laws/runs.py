@@ -39,14 +39,14 @@ EXCLUDED: Mapping[str, Mapping[str, Any]] = {
     "one_rank": {"adapter": {"rank": [2, 4]}},
     "needs_public_users": {"data": {"public_user_rate": 0}},
 }
-"""For each field of `Limits`, settings that it excludes."""
+"""For each field of `Limits` but `least_because`, settings that it excludes."""
 
 
 def limits(subject: Subject) -> None:
     """What limits exclude is refused with the rule's name, and nothing else is."""
     declared = subject.rule.limits
     name = subject.rule.name
-    values = {field.name: getattr(declared, field.name) for field in fields(Limits)}
+    values = {field.name: getattr(declared, field.name) for field in fields(Limits) if field.name in EXCLUDED}
     claimed = [key for key, value in values.items() if value is True or value not in ("", 0, 1)]
     if not claimed:
         raise NotApplicableError("it declares no limits")

@@ -35,6 +35,7 @@ class Limits:
         one_process: Not with several processes.
         all_clients: Not with ``participation.rate`` below 1.
         least_clients: Smallest number of clients in a round.
+        least_because: The settings that it follows from.
         no_transforms: Not with ``exchange.transforms``.
         changes_base: It changes the frozen weights: not with ``backbone.quantize``.
         one_rank: Not with different ranks in ``adapter.rank``.
@@ -50,6 +51,7 @@ class Limits:
     one_process: bool = False
     all_clients: bool = False
     least_clients: int = 1
+    least_because: str = ""
     no_transforms: bool = False
     changes_base: bool = False
     one_rank: bool = True
@@ -101,6 +103,7 @@ class Limits:
         devices, nodes = get("trainer.devices", 1), get("trainer.num_nodes", 1)
         dropout, over = get("participation.dropout", 0), get("participation.over_selection", 1)
         sampler = str(get("participation.sampler._target_", "")).rpartition(".")[2]
+        because = f"with {self.least_because} " if self.least_because else ""
         few = isinstance(clients, int) and isinstance(rate, (int, float)) and max(1, round(rate * clients))
         return [
             f"needs every client in every round: participation.rate={rate} is not allowed, leave it at 1"
@@ -126,6 +129,10 @@ class Limits:
             f"needs adapter={self.needs_adapter}: adapter={_choice_of(adapter)} is not allowed"
             if self.needs_adapter and adapter and not adapter.endswith(ADAPTERS[self.needs_adapter])
             else None,
+            "does not send the clients the others' LoRA: adapter=lora_mixed is not allowed, use adapter=lora, or "
+            "aggregation=fedalt"
+            if self.needs_adapter != "lora_mixed" and adapter.endswith(ADAPTERS["lora_mixed"])
+            else None,
             f"needs the whole model in one process: split.transport={transport} is not allowed, use none"
             if self.whole_model and transport != "none"
             else None,
@@ -135,7 +142,7 @@ class Limits:
             f"needs one process: trainer.devices={devices}, trainer.num_nodes={nodes} is not allowed, use 1 and 1"
             if self.one_process and (devices != 1 or nodes != 1)
             else None,
-            f"needs at least {self.least_clients} clients in a round: partition.num_clients={clients} with "
+            f"{because}needs at least {self.least_clients} clients in a round: partition.num_clients={clients} with "
             f"participation.rate={rate} gives {few}"
             if few and few < self.least_clients
             else None,
