@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -13,6 +15,11 @@ from fellrec.federated.kept import KeptUsers, one_job_per_adapter
 from fellrec.federated.records import ScoreJob
 from fellrec.models.module import FellrecModule
 from fellrec.types import Evaluation
+
+_log = logging.getLogger(__name__)
+
+_LONG_SECONDS = 120.0
+"""The user is told before an evaluation that takes longer."""
 
 
 class Evaluator:
@@ -39,6 +46,7 @@ class Evaluator:
         self.datamodule = datamodule
         self.model = model
         self.kept = kept or KeptUsers()
+        self._num_to_estimate: int | None = 0
 
     def evaluate(
         self,
@@ -61,6 +69,8 @@ class Evaluator:
         evaluation = None
         for needed in ("val", "test") if stage == "test" and self.module.chooses_on_validation else (stage,):
             left = list(jobs) if self.module.model.is_cut else self._left(jobs, needed, round_index)
+            if self._num_to_estimate == 0:
+                self._num_to_estimate = sum(self.datamodule.num_users(needed, job.clients) for job in left)
             score(left, needed, round_index)
             if not self.module.model.is_cut:
                 self._keep(left, needed)
@@ -106,6 +116,29 @@ class Evaluator:
         with self.model.evaluating(job, stage, round_index), self.fabric.autocast():
             if is_new:
                 self.module.ranker.refresh(self.module.model)
+            if self._num_to_estimate:
+                self._estimate(job, stage, self._num_to_estimate)
+                self._num_to_estimate = None
             for number, batch in enumerate(self.datamodule.eval_loader(stage, job.clients)):
                 if number % num_parts == part:
                     self.module.score_batch(self.fabric.to_device(batch), keep_rankings=stage == "test")
+
+    def _estimate(self, job: ScoreJob, stage: str, num_users: int) -> None:
+        """Say how long an evaluation takes if it takes long, from the time of one user and of eight."""
+        if self.module.model.is_cut:  # what crosses the cut is counted
+            return
+        histories = next(iter(self.datamodule.eval_loader(stage, job.clients)))["histories"]
+        for some in (1, 8):
+            users = self.fabric.to_device(histories[:some])
+            started = time.perf_counter()
+            self.module.ranker.scores(self.module.model, users).sum().item()
+            seconds = (time.perf_counter() - started) / len(users) * num_users / self.fabric.world_size
+            if seconds < _LONG_SECONDS:
+                return
+        _log.warning(
+            "ranking %d users takes up to %.0f minutes with %s, in every evaluation: choose another ranker, or "
+            "evaluate less often with trainer.evaluate_every",
+            num_users,
+            seconds / 60,
+            type(self.module.ranker).__name__,
+        )

@@ -200,3 +200,17 @@ def test_files_of_an_earlier_runs_start_may_be_gone(build: Build, tiny_overrides
     started = first.validate(-1)
     shutil.rmtree(tmp_path / "first")
     assert same(second.validate(-1), started)
+
+
+def test_a_long_evaluation_is_announced_once(
+    build: Build, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    quick = loop_of(build(), [*tiny_overrides, "aggregation=fedavg"]).validate(-1)
+    assert not caplog.messages
+    monkeypatch.setattr("fellrec.federated.evaluator._LONG_SECONDS", 0.0)
+    announced = loop_of(build(), [*tiny_overrides, "aggregation=fedavg"])
+    assert same(announced.validate(-1), quick)
+    announced.run_round(0)
+    announced.validate(0)
+    (message,) = caplog.messages
+    assert message.startswith(f"ranking {len(quick.users)} users takes up to 0 minutes with SimilarityRanker")
