@@ -119,9 +119,9 @@ class RoundLoad:
     num_steps: float
     num_tokens: float
     measured_batches: float = 0.0
-    measured_tokens: float = 0.0
-    num_losses: float = 0.0
-    num_received: float = 0.0
+    measured_tokens: float = 0
+    num_losses: float = 0
+    num_received: float = 0
 
 
 @dataclass(frozen=True)

@@ -303,7 +303,7 @@ def test_a_good_rule_keeps_all_laws_and_the_others_have_a_reason() -> None:
     assert [result.law for result in results] == list(LAWS)
     assert {result.law: result.reason for result in results if result.outcome != "passed"} == {
         "sees": "it declares sees='adapters'",
-        "ranks": "limits.one_rank",
+        "ranks": "it needs the same rank for all clients (limits.one_rank)",
         "staleness": "it is not asynchronous",
     }
 
@@ -369,8 +369,8 @@ def test_limits_switch_laws_off_with_their_names() -> None:
         "absent": "limits.all_clients",
         "cohorts": "limits.all_clients",
         "one_client": "limits.least_clients=3",
-        "without_lora": "limits.needs_lora",
-        "ranks": "limits.one_rank",
+        "without_lora": "it needs LoRA's factors (limits.needs_lora)",
+        "ranks": "it needs the same rank for all clients (limits.one_rank)",
         "staleness": "it is not asynchronous",
     }
 
