@@ -25,7 +25,8 @@ test: install  ## all tests, the linter and the type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 3 --dist loadfile  # a file in one process: some share a server; three, because many wait for others
+	# A file in one process: some share a server. Three processes, because many wait for others. Long files come first.
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-fast: install  ## tests without services, processes and long runs (2 minutes)
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
