@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fellrec.aggregation.base import AggregationCallback
+from fellrec.aggregation.mean import MeanRule
 from fellrec.aggregation.settings.personalised import APFLSettings
 from fellrec.federated.population import JobNeeds
 from fellrec.federated.populations import SharedModel
 from fellrec.federated.ranks import Ranks
-from fellrec.federated.records import ScoreJob, Updates
+from fellrec.federated.records import ScoreJob
 from fellrec.federated.slot_state import SECOND
 from fellrec.federated.terms import SecondModel, TermContext
 from fellrec.state.tensor_store import StoredTensors
@@ -98,7 +98,7 @@ class SharedAndMixed(SharedModel):
         return mixture({name: own[f"{SECOND}|{name}"] for name in self.bank.kinds}, self.bank.row(client), alpha)
 
 
-class APFL(AggregationCallback, APFLSettings):
+class APFL(MeanRule, APFLSettings):
     """FedAvg for the shared model w; each client also trains a personal v, and ``α v + (1 − α) w`` is served.
 
     Here α moves in every local step. The authors' program moves it in the first step of a round, adds 0.02 α to its
@@ -122,7 +122,3 @@ class APFL(AggregationCallback, APFLSettings):
     ) -> SharedAndMixed:
         """The population, which serves mixtures."""
         return SharedAndMixed(initial, num_clients, self.job_needs(reset_optimizer, ranks), self.alpha)
-
-    def update_weights(self, updates: Updates, round_index: int) -> Tensor:
-        """The clients' weights in the mean, ``[N]`` float64."""
-        return self.client_weights(updates, self.weights)

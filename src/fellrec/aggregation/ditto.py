@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fellrec.aggregation.base import AggregationCallback
 from fellrec.aggregation.fedprox import squared_distance
+from fellrec.aggregation.mean import MeanRule
 from fellrec.aggregation.settings.personalised import DittoSettings
 from fellrec.federated.populations import SharedAndPersonal
-from fellrec.federated.records import Updates
 from fellrec.federated.terms import LocalTerm, TermContext
 
 
@@ -28,7 +27,7 @@ class NearShared(LocalTerm):
         return self.strength / 2 * squared_distance(parameters, context.anchors["shared"])
 
 
-class Ditto(AggregationCallback, DittoSettings):
+class Ditto(MeanRule, DittoSettings):
     """FedAvg for the shared model; beside it each client trains a personal one, which is evaluated and never leaves."""
 
     population = SharedAndPersonal
@@ -37,7 +36,3 @@ class Ditto(AggregationCallback, DittoSettings):
         """Make the local term."""
         super().__post_init__()
         self.local_terms = [NearShared(self.lam)]
-
-    def update_weights(self, updates: Updates, round_index: int) -> Tensor:
-        """The clients' weights in the mean, ``[N]`` float64."""
-        return self.client_weights(updates, self.weights)

@@ -25,7 +25,7 @@ class FedALT(AggregationCallback, FedALTSettings):
     keeps_trained = True
     waived_laws = MappingProxyType(
         {
-            "no_movement": "clients receive what others have beside their own, also where nobody moves",
+            "no_movement": "clients receive the others' adapters beside their own, even if no adapter has changed",
             "fixed_point": "clients receive what others trained beside their own",
         }
     )

@@ -6,16 +6,15 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fellrec.aggregation.base import AggregationCallback
+from fellrec.aggregation.mean import MeanRule
 from fellrec.aggregation.settings.base import Weights
 from fellrec.aggregation.settings.personalised import FedPerSettings, Personal
 from fellrec.errors import ConfigError
 from fellrec.federated.populations import SharedModel
-from fellrec.federated.records import Updates
 from fellrec.functional.names import is_lora_b, layer_of
 
 
-class PartlyPersonal(AggregationCallback):
+class PartlyPersonal(MeanRule):
     """Base of rules that average a part of the adapter and leave the other part, ``personal``, to its client."""
 
     population = SharedModel
@@ -47,10 +46,6 @@ class PartlyPersonal(AggregationCallback):
     def exchanges(self, name: str, round_index: int) -> bool:
         """What is not personal."""
         return not self.is_personal(name)
-
-    def update_weights(self, updates: Updates, round_index: int) -> Tensor:
-        """The clients' weights in the mean, ``[N]`` float64."""
-        return self.client_weights(updates, self.weights)
 
 
 class FedPer(PartlyPersonal, FedPerSettings):

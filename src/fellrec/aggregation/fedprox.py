@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fellrec.aggregation.base import AggregationCallback
+from fellrec.aggregation.mean import MeanRule
 from fellrec.aggregation.settings.averages import FedProxSettings
-from fellrec.federated.records import Updates
 from fellrec.federated.terms import LocalTerm, TermContext
 from fellrec.types import Adapter
 
@@ -36,14 +35,10 @@ def squared_distance(parameters: Mapping[str, nn.Parameter], anchor: Adapter) ->
     return sum(squares[1:], squares[0])
 
 
-class FedProx(AggregationCallback, FedProxSettings):
+class FedProx(MeanRule, FedProxSettings):
     """FedAvg whose clients are held near the model that they received."""
 
     def __post_init__(self) -> None:
         """Make the local term."""
         super().__post_init__()
         self.local_terms = [Proximal(self.mu)]
-
-    def update_weights(self, updates: Updates, round_index: int) -> Tensor:
-        """The clients' weights in the mean, ``[N]`` float64."""
-        return self.client_weights(updates, self.weights)

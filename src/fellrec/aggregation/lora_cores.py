@@ -5,24 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from fellrec.aggregation.base import AggregationCallback
+from fellrec.aggregation.mean import MeanRule
 from fellrec.aggregation.settings.lora import FedSBSettings, RAVANSettings
 from fellrec.federated.populations import SharedModel
 from fellrec.federated.records import Aggregated, Updates
 from fellrec.functional.cores import CORES, SCALES, mean_of_scaled
 
 
-class FedSB(AggregationCallback, FedSBSettings):
+class FedSB(MeanRule, FedSBSettings):
     """R is trained and averaged between a common A and B, so that ``Σ p_k B R_k A`` is the product of the mean of R.
 
     In the paper A and B are singular vectors of an averaged first gradient of the whole weight; here they are random.
     """
-
-    def update_weights(self, updates: Updates, round_index: int) -> Tensor:
-        """The clients' weights in the mean, ``[N]`` float64."""
-        return self.client_weights(updates, self.weights)
 
 
 class RAVAN(AggregationCallback, RAVANSettings):

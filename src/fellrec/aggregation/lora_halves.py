@@ -5,27 +5,20 @@ They differ in which of the factors A and B is trained, and which is exchanged.
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from fellrec.aggregation.base import AggregationCallback
+from fellrec.aggregation.mean import MeanRule
 from fellrec.aggregation.settings.lora import FedSALoRASettings, FFALoRASettings, RoLoRASettings
-from fellrec.federated.records import Updates
 from fellrec.functional.lora import is_factor
 
 
-class FFALoRA(AggregationCallback, FFALoRASettings):
+class FFALoRA(MeanRule, FFALoRASettings):
     """B is trained and averaged; A stays as it was drawn, so that ``Σ p_k B_k A`` is the product of the mean of B."""
 
     def trains(self, name: str, round_index: int) -> bool:
         """Everything but A."""
         return not is_factor(name, "A")
 
-    def update_weights(self, updates: Updates, round_index: int) -> Tensor:
-        """The clients' weights in the mean, ``[N]`` float64."""
-        return self.client_weights(updates, self.weights)
 
-
-class RoLoRA(AggregationCallback, RoLoRASettings):
+class RoLoRA(MeanRule, RoLoRASettings):
     """Even rounds, from 0, train and average B with a common A, odd rounds A with a common B.
 
     B is first: where B is 0, the gradient of A is 0.
@@ -35,12 +28,8 @@ class RoLoRA(AggregationCallback, RoLoRASettings):
         """Everything but the factor that is not in turn."""
         return not is_factor(name, "A" if round_index % 2 == 0 else "B")
 
-    def update_weights(self, updates: Updates, round_index: int) -> Tensor:
-        """The clients' weights in the mean, ``[N]`` float64."""
-        return self.client_weights(updates, self.weights)
 
-
-class FedSALoRA(AggregationCallback, FedSALoRASettings):
+class FedSALoRA(MeanRule, FedSALoRASettings):
     """Both factors are trained, A is averaged, B stays with its client.
 
     A client that misses a round finds its B beside an A that has moved.
@@ -49,7 +38,3 @@ class FedSALoRA(AggregationCallback, FedSALoRASettings):
     def exchanges(self, name: str, round_index: int) -> bool:
         """Everything but B."""
         return not is_factor(name, "B")
-
-    def update_weights(self, updates: Updates, round_index: int) -> Tensor:
-        """The clients' weights in the mean, ``[N]`` float64."""
-        return self.client_weights(updates, self.weights)

@@ -49,8 +49,8 @@ def losses_of(
         num_received += sum(adapter is not adapters[0] for adapter in asked)
         num_received -= rule.keeps_trained  # candidates are all that comes back, and traffic counts one adapter anyway
     if sampler.by_loss:
-        everybody = np.arange(num_clients)
-        chosen_from = len(sampler.draw(everybody, np.ones_like(everybody), num_drawn, np.random.default_rng(0)))
+        all_clients = np.arange(num_clients)
+        chosen_from = len(sampler.draw(all_clients, np.ones_like(all_clients), num_drawn, np.random.default_rng(0)))
         of_candidates += chosen_from / num_training
         num_received += chosen_from / num_training
     return Losses(float(rule.needs_start_loss), of_candidates, num_received)

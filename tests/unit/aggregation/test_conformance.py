@@ -235,7 +235,7 @@ class MixesUpdates(AggregationCallback):
 
 
 class FirstHasARank(AggregationCallback):
-    """With ranks, everybody gets the adapter of the first in the list."""
+    """With ranks, all clients get the adapter of the first in the list."""
 
     limits = Limits(one_rank=False)
 

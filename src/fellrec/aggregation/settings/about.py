@@ -87,22 +87,14 @@ class Limits:
             >>> Limits(all_clients=True).problems("afl", {"participation": {"rate": 0.5}})
             ['aggregation afl needs every client in every round: participation.rate=0.5 is not allowed, leave it at 1']
         """
-        return [f"aggregation {name} {problem}" for problem in self._problems(config) if problem]
+        found = [*self._of_cohorts(config), *self._of_models(config)]
+        return [f"aggregation {name} {problem}" for problem in found if problem]
 
-    def _problems(self, config: Mapping[str, Any]) -> list[str | None]:
-        def get(key: str, default: Any) -> Any:
-            """The value under a dotted key, or a default."""
-            node: Any = config
-            for part in key.split("."):
-                node = node.get(part) if isinstance(node, Mapping) else None
-            return default if node is None else node
-
-        ranks = get("adapter.rank", None)
-        rate, transport = get("participation.rate", 1), get("split.transport", "none")
-        adapter, clients = get("adapter._target_", ""), get("partition.num_clients", None)
-        devices, nodes = get("trainer.devices", 1), get("trainer.num_nodes", 1)
-        dropout, over = get("participation.dropout", 0), get("participation.over_selection", 1)
-        sampler = str(get("participation.sampler._target_", "")).rpartition(".")[2]
+    def _of_cohorts(self, config: Mapping[str, Any]) -> list[str | None]:
+        """Problems with who takes part in a round."""
+        rate, clients = _at(config, "participation.rate", 1), _at(config, "partition.num_clients", None)
+        dropout, over = _at(config, "participation.dropout", 0), _at(config, "participation.over_selection", 1)
+        sampler = str(_at(config, "participation.sampler._target_", "")).rpartition(".")[2]
         because = f"with {self.least_because} " if self.least_because else ""
         few = isinstance(clients, int) and isinstance(rate, (int, float)) and max(1, round(rate * clients))
         return [
@@ -123,6 +115,21 @@ class Limits:
             "leave it at 1"
             if self.asynchronous and over != 1
             else None,
+            f"{because}needs at least {self.least_clients} clients in a round: partition.num_clients={clients} with "
+            f"participation.rate={rate} gives {few}"
+            if few and few < self.least_clients
+            else None,
+            "trains on the public users at the server: data.public_user_rate=0 is not allowed, raise it"
+            if self.needs_public_users and _at(config, "data.public_user_rate", None) == 0
+            else None,
+        ]
+
+    def _of_models(self, config: Mapping[str, Any]) -> list[str | None]:
+        """Problems with the adapter, where the model is, and what is exchanged."""
+        adapter, ranks = _at(config, "adapter._target_", ""), _at(config, "adapter.rank", None)
+        devices, nodes = _at(config, "trainer.devices", 1), _at(config, "trainer.num_nodes", 1)
+        transport, quantize = _at(config, "split.transport", "none"), _at(config, "backbone.quantize", None)
+        return [
             f"needs LoRA's factors: adapter={_choice_of(adapter)} is not allowed, use adapter=lora"
             if self.needs_lora and adapter and not adapter.endswith(ADAPTERS["lora"])
             else None,
@@ -142,24 +149,24 @@ class Limits:
             f"needs one process: trainer.devices={devices}, trainer.num_nodes={nodes} is not allowed, use 1 and 1"
             if self.one_process and (devices != 1 or nodes != 1)
             else None,
-            f"{because}needs at least {self.least_clients} clients in a round: partition.num_clients={clients} with "
-            f"participation.rate={rate} gives {few}"
-            if few and few < self.least_clients
-            else None,
             "sees adapters that transforms would change: exchange.transforms is not allowed, use []"
-            if self.no_transforms and get("exchange.transforms", [])
+            if self.no_transforms and _at(config, "exchange.transforms", [])
             else None,
-            f"changes the weights of the backbone: backbone.quantize={get('backbone.quantize', None)} is not allowed, "
-            "leave it out"
-            if self.changes_base and get("backbone.quantize", None)
+            f"changes the weights of the backbone: backbone.quantize={quantize} is not allowed, leave it out"
+            if self.changes_base and quantize
             else None,
             f"needs clients with one rank: adapter.rank={list(ranks)} is not allowed, give one number"
             if self.one_rank and isinstance(ranks, Sequence) and len(set(ranks)) > 1
             else None,
-            "trains on the public users at the server: data.public_user_rate=0 is not allowed, raise it"
-            if self.needs_public_users and get("data.public_user_rate", None) == 0
-            else None,
         ]
+
+
+def _at(config: Mapping[str, Any], key: str, default: Any) -> Any:
+    """The value under a dotted key, or a default."""
+    node: Any = config
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return default if node is None else node
 
 
 @dataclass(frozen=True)
