@@ -29,6 +29,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from fellrec.config.compose import compose
+from fellrec.distributed.devices import matrix_rate, wait_for
 from fellrec.distributed.memory import peak_bytes
 from fellrec.experiment.build import Recommender, build_data, build_recommender
 from fellrec.experiment.federation import build_loop
@@ -85,19 +86,6 @@ class Result:
         return self.flops_per_second / self.matrix_rate
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 20) -> float:
-    """FLOPs per second of the product of two ``[size, size]`` matrices, the best of ``repeats``."""
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(repeats):
-        _wait_for(device)
-        started = time.perf_counter()
-        left @ right
-        _wait_for(device)
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / min(seconds)
-
-
 def random_backbone(folder: Path, shape: str, texts: Sequence[str], changes: dict[str, int]) -> Path:
     """Write a backbone of a known shape with random weights, unless it exists.
 
@@ -134,10 +122,10 @@ def measure(case: str, config: DictConfig, rounds: int, matrix_size: int) -> Res
         torch.cuda.reset_peak_memory_stats()
     seconds, steps = [], 0
     for round_index in range(rounds + 1):
-        _wait_for(device)
+        wait_for(device)
         started = time.perf_counter()
         steps = _round(loop, round_index)
-        _wait_for(device)
+        wait_for(device)
         seconds.append(time.perf_counter() - started)
     median = sorted(seconds[1:])[rounds // 2]
     seen = _tokens(loop, recommender, rounds)
@@ -174,11 +162,6 @@ def _tokens(loop: FederatedLoop, recommender: Recommender, round_index: int) -> 
         for batch in batches
         for ids in objective.inputs(drawn(objective, batch, streams))
     )
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def cases(options: argparse.Namespace) -> dict[str, DictConfig]:

@@ -33,7 +33,7 @@ EXAMPLES: list[Message] = [
     Done(),
     Abort("because"),
     Stop(),
-    p.Begin(1, {"torch version": "2"}, "0123456789abcdef", 3),
+    p.Begin(1, {"torch version": "2"}, "0123456789abcdef", 3, "bf16-mixed", "eager"),
     p.Begun(WEIGHTS),
     p.TrainClient(1, -1, 2, 7, WEIGHTS, STATE, {"shared": WEIGHTS}, {}, ("c",), True, 1, ({"c|left": torch.ones(1)},)),
     p.ClientTrained(

@@ -5,6 +5,7 @@ Padding is on the right. What an encoder computes there is never read, so only t
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,20 @@ def test_forward_and_every_gradient_are_exact(name: str, lengths: str) -> None:
         assert found.keys() == expected.keys()
         different = [key for key in expected if not torch.equal(found[key], expected[key])]
         assert not different, (head, tail)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_attention_can_be_explicit_and_is_nothing_else_where_there_is_no_other(name: str) -> None:
+    torch.manual_seed(0)
+    config = copy.deepcopy(ENCODERS[name])
+    explicit = AutoModel.from_config(config, attn_implementation="eager", **WITHOUT_POOLER[name]).eval()
+    ids, _ = texts("padded")
+    whole = SplitModel(whole_model(name), 2, 1)
+    whole.use_attention("eager")
+    assert torch.equal(whole(ids), SplitModel(explicit, 0, 0)(ids))
+    whole.use_attention("sdpa")
+    assert whole.attention == whole_model(name).config._attn_implementation
+    assert whole.attention == ("eager" if name in ("longformer", "mpnet") else "sdpa")
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -5,6 +5,7 @@ The server has only its partial model. The reference is the whole Transformers m
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,28 @@ def test_forward_is_exact(name: str, mask: str) -> None:
             logits = client.lm_head(client(ids, attention_mask))
         assert torch.equal(logits, expected), (head, tail)
         assert link.ledger.total(direction="down") == 3 * 9 * 32 * 4
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_attention_is_that_of_transformers_in_every_part(name: str) -> None:
+    """The bits of a model that Transformers made with explicit attention, in the whole model and through the cut."""
+    model, ids = whole_model(name), torch.randint(3, 97, (3, 9))
+    torch.manual_seed(0)
+    config = copy.deepcopy(CONFIGS[name])
+    expected_model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    expected = expected_model(input_ids=ids, use_cache=False).logits
+    whole = SplitModel(model, 2, 1)
+    assert whole.attention == ("eager" if name == "gemma2" else "sdpa")  # gemma2 caps the logits of attention
+    whole.use_attention("eager")
+    assert whole.attention == "eager"
+    assert torch.equal(whole.lm_head(whole(ids)), expected)
+    client, link, server = cut_in_two(whole_model(name), 2, 1)
+    for part in (client, server.model):
+        part.use_attention("eager")
+    with torch.no_grad(), link.on_behalf_of(0, 0, "val"):
+        assert torch.equal(client.lm_head(client(ids)), expected)
+    whole.use_attention("sdpa")
+    assert torch.equal(whole.lm_head(whole(ids)), whole_model(name)(input_ids=ids, use_cache=False).logits)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

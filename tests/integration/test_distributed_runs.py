@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fellrec.config.compose import compose
+from fellrec.config.stored import read_config
 from fellrec.experiment.build import build_backbone, build_data
 
 from .processes import (
@@ -88,6 +89,21 @@ def test_three_processes_give_the_bits_of_one_model(
     trained = adapters(tmp_path / "cut")[0]
     assert {name.split(".")[2] for name in trained if ".layers." in name} >= {"0", "1", "2", "3"}, "also the body's"
     assert "hidden_state" in (tmp_path / "cut" / "ledger.csv").read_text()
+
+
+def test_the_coordinator_chooses_precision_and_attention_for_all_processes(
+    common: list[str], start: Start, tmp_path: Path
+) -> None:
+    """What it measured is in its configuration; a run with these values has the same bits."""
+    how = "adapter=lora trainer.num_rounds=1"
+    auto = f"{how} {CUT} trainer.devices=3 trainer.precision=auto trainer.attention=auto"
+    processes = start([*FELLREC, *train(common, auto, tmp_path / "cut")], are_one_run=False)
+    assert set(processes.wait()) == {0}, processes.output()
+    chosen = read_config(tmp_path / "cut").trainer
+    assert {chosen.precision, chosen.attention}.isdisjoint({"auto"})
+    given = f"{how} trainer.precision={chosen.precision} trainer.attention={chosen.attention}"
+    alone(train(common, given, tmp_path / "whole"))
+    assert_same_run(tmp_path / "cut", tmp_path / "whole", has_same_ledger=False)
 
 
 def test_a_run_through_the_cut_survives_the_loss_of_any_process_and_resumes_with_another_number(

@@ -98,6 +98,7 @@ def compare(configs: Sequence[DictConfig], session: Session | None = None) -> tu
     Raises:
         ConfigError: If a rule's settings are not allowed.
     """
+    from fellrec.experiment.auto import choose
     from fellrec.experiment.build import build_data, log_notes
     from fellrec.experiment.classes import check_classes
     from fellrec.experiment.federation import build_loop
@@ -118,6 +119,8 @@ def compare(configs: Sequence[DictConfig], session: Session | None = None) -> tu
     check_store(first)
     data = build_data(first)
     log_notes(first, data)
+    configs = choose(configs, data)
+    first = configs[0]
     recommenders = _Recommenders(data, session)
     recommenders.of(first)
     run_dir = new_run_dir(first.run_dir, f"{first.data.name}-compare")

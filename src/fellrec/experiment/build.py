@@ -34,7 +34,7 @@ from fellrec.distributed.meeting import MeetingStrategy
 from fellrec.distributed.processes import check_cores, cluster_environment, launched_devices
 from fellrec.errors import ConfigError
 from fellrec.experiment.backbones import sasrec_backbone, tiny_backbone
-from fellrec.experiment.precision import check_precision, weights_dtype
+from fellrec.experiment.precision import AUTO, ChosenPrecision, check_precision, use_precision, weights_dtype
 from fellrec.federated.base_change import BaseWeights
 from fellrec.federated.kept import KeptUsers
 from fellrec.federated.ranks import Ranks
@@ -180,6 +180,7 @@ def build_recommender(config: DictConfig, data: PreparedData, fabric: Fabric | N
         BackboneError: If the backbone cannot be loaded, cut, or adapted.
     """
     fabric = fabric or build_fabric(config, alone=True)
+    use_precision(fabric, config)
     backbone, split, transport = build_backbone(config, data), config.split, config.split.transport
     loaded = fingerprint(backbone)
     body = _server_model(config, backbone) if transport == "inprocess" else None
@@ -188,6 +189,7 @@ def build_recommender(config: DictConfig, data: PreparedData, fabric: Fabric | N
     if transport != "none":
         link = ServerLink(split.hidden_dtype, split.gradient_dtype, trains_body="body" in adapter.parts)
     model = SplitModel(backbone.model, split.head_layers, split.tail_layers, link)
+    model.use_attention(config.trainer.attention)
     objective = _objective(config, backbone, data)
     objective.check(model)
     check_prompts(objective, data)
@@ -293,6 +295,8 @@ def build_fabric(config: DictConfig, alone: bool = False) -> Fabric:
     several = devices != 1 or num_nodes != 1
     if not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
         plugins.append(cluster_environment() if several else LightningEnvironment())
+    if is_chosen := trainer.precision == AUTO:
+        plugins.append(ChosenPrecision())
     strategy: Any = trainer.get("strategy") or "auto"
     if strategy == "auto" and several:
         patience = timedelta(seconds=max(trainer.timeout_seconds, _MEETING_SECONDS))
@@ -303,7 +307,7 @@ def build_fabric(config: DictConfig, alone: bool = False) -> Fabric:
             devices=devices,
             num_nodes=num_nodes,
             strategy=strategy,
-            precision=trainer.precision,
+            precision=None if is_chosen else trainer.precision,
             plugins=plugins,
         )
     except (RuntimeError, ValueError, TypeError) as error:
@@ -337,6 +341,7 @@ def build_backbone(config: DictConfig, data: PreparedData) -> Backbone:
 
 def attach_server(config: DictConfig, model: SplitModel, fabric: Fabric) -> ServerPart:
     """Attach the adapter to the server's partial model, as a whole model would get it."""
+    model.use_attention(config.trainer.attention)
     adapter = build_adapter(config)
     adapter.attach(model.model, model.arch, config.seed, model.part_of)
     fabric.to_device(model.model)

@@ -3,13 +3,50 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+from lightning import Fabric
+from lightning.fabric.plugins import HalfPrecision, MixedPrecision, Precision
 from omegaconf import DictConfig
 
 from fellrec.errors import ConfigError
 from fellrec.functional.ranges import refuse
 from fellrec.models.settings import HfSettings
+
+AUTO = "auto"
+"""Value of a setting that is chosen by a measurement, see ``fellrec.experiment.auto``."""
+
+
+class ChosenPrecision(Precision):
+    """Fabric's precision with ``trainer.precision=auto``: 32-true until one is chosen, after the processes started."""
+
+    def __init__(self) -> None:
+        self._chosen = Precision()
+
+    def use(self, name: str, device: torch.device) -> None:
+        """Compute in this precision from now on.
+
+        Args:
+            name: 32-true, bf16-mixed or bf16-true.
+            device: Where.
+        """
+        if name == "bf16-mixed":
+            self._chosen = MixedPrecision("bf16-mixed", device.type)
+        else:
+            self._chosen = HalfPrecision("bf16-true") if name == "bf16-true" else Precision()
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """See ``Precision``."""
+        return self._chosen.forward_context()
+
+
+def use_precision(fabric: Fabric, config: DictConfig) -> None:
+    """Let a Fabric that was made with ``trainer.precision=auto`` compute in what was chosen for a run."""
+    plugin, name = fabric.strategy.precision, config.trainer.precision
+    if isinstance(plugin, ChosenPrecision) and name != AUTO:
+        plugin.use(name, fabric.device)
 
 
 def weights_dtype(config: DictConfig) -> str:
@@ -61,7 +98,7 @@ def _half_through_the_cut(config: DictConfig) -> str | None:
 
 
 def _trained_in_half(config: DictConfig) -> str | None:
-    if config.backbone.get("dtype") != "float16" or not _trains_all(config):
+    if config.backbone.get("dtype") != "float16" or not trains_all(config):
         return None
     return (
         "backbone.dtype=float16 needs adapter=lora: AdamW's moments of weights in float16 underflow; with adapter=full "
@@ -73,7 +110,7 @@ def _quantised(config: DictConfig, device: torch.device) -> str | None:
     bits, given = config.backbone.get("quantize"), f"backbone.quantize={config.backbone.get('quantize')}"
     if bits is None:
         return None
-    if _trains_all(config):
+    if trains_all(config):
         return f"{given} needs adapter=lora: quantised weights cannot be trained"
     if config.split.transport != "none":
         return f"{given} needs split.transport=none, it is {config.split.transport}"
@@ -84,7 +121,8 @@ def _quantised(config: DictConfig, device: torch.device) -> str | None:
     return None
 
 
-def _trains_all(config: DictConfig) -> bool:
+def trains_all(config: DictConfig) -> bool:
+    """Whether the weights of the backbone are trained themselves."""
     return str(config.adapter.get("_target_")).endswith("FullAdapter")
 
 

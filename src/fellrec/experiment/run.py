@@ -19,6 +19,7 @@ from fellrec.config.compose import without_launcher
 from fellrec.config.instantiate import as_dict, instantiate, settings
 from fellrec.distributed.memory import peak_bytes
 from fellrec.errors import ConfigError, shorten
+from fellrec.experiment.auto import choose
 from fellrec.experiment.build import (
     Recommender,
     build_data,
@@ -285,6 +286,7 @@ def build(
     if config.resume and (Path(config.run_dir) / "data.json").is_file():
         check_same_data(Path(config.run_dir), data)
     log_notes(config, data)
+    config = choose([config], data)[0]
     recommender = build_recommender(config, data, fabric)
     return Run(config, recommender, signals=signals, session=session, callbacks=callbacks)
 

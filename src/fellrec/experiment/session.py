@@ -30,6 +30,7 @@ from fellrec.distributed.processes import (
 )
 from fellrec.distributed.secret import new_secret, shared_secret
 from fellrec.errors import ConfigError, FellrecError, SplitError
+from fellrec.experiment.auto import Candidate, chosen
 from fellrec.experiment.backbones import cached_backbone
 from fellrec.experiment.build import (
     Recommender,
@@ -41,7 +42,7 @@ from fellrec.experiment.build import (
     recommender_key,
 )
 from fellrec.experiment.federation import build_serial, build_server
-from fellrec.experiment.precision import weights_dtype
+from fellrec.experiment.precision import use_precision, weights_dtype
 from fellrec.federated.ledger import Ledger
 from fellrec.functional.nested import flatten
 from fellrec.models.backbone import DTYPES, local_folder
@@ -105,10 +106,12 @@ class Session:
             SplitError: If a process differs in what all must agree on.
         """
         folder, settings = recommender.backbone.folder, self._settings(config)
-        number = [self._settings(own) for own in self.configs].index(settings)
+        choice = Candidate(config.trainer.precision, config.trainer.attention)
+        number = [self._settings(chosen(own, choice)) for own in self.configs].index(settings)
         is_cached = folder is not None and config.backbone.name != "hf"
         key = folder.name if folder is not None and is_cached else ""
-        message = Begin(number, settings | self._fingerprint(recommender, folder), key, num_rows)
+        agreed = settings | self._fingerprint(recommender, folder)
+        message = Begin(number, agreed, key, num_rows, choice.precision, choice.attention)
         body: dict[str, Tensor] = {}
         if self.server is not None:
             self.channel.send(self.server, message)
@@ -187,6 +190,7 @@ class Session:
 
     def _begin_server(self, begin: Begin) -> tuple[BodyServer, Message]:
         config = self._own(begin)
+        use_precision(self.fabric, config)
         split = config.split
         if config.backbone.name == "hf":
             folder = local_folder(config.backbone.path)  # each node may have the backbone in a folder of its own
@@ -203,7 +207,7 @@ class Session:
         """This process's configuration of the run that begins."""
         if begin.number >= len(self.configs):
             raise SplitError(f"Begin: this command has {len(self.configs)} runs, run {begin.number} is none of them")
-        return self.configs[begin.number]
+        return chosen(self.configs[begin.number], Candidate(begin.precision, begin.attention))
 
     def _sharing(self) -> BatchSharing | None:
         together = self.config.trainer.devices_per_client

@@ -93,9 +93,13 @@ class TrainerSettings:
     """Processes that train one client together, each on its rows of every batch."""
     timeout_seconds: Seconds = 300
     """Longest time without a message from a process that is waited for."""
-    precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"] = "32-true"
+    precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "auto"] = "32-true"
     """As in ``lightning.Fabric``. bf16-true: the backbone's weights are in bfloat16, LoRA's matrices in float32.
-    16-mixed: with a scaled loss, for GPUs without bfloat16."""
+    16-mixed: with a scaled loss, for GPUs without bfloat16. auto: the fastest of 32-true, bf16-mixed and, with frozen
+    weights, bf16-true, measured at the start of the run."""
+    attention: Literal["sdpa", "eager", "auto"] = "sdpa"
+    """Attention of the backbone, as in transformers: sdpa, in one fused operation where the architecture has it; eager,
+    by matrix products, which are faster in bfloat16 on CPUs; auto: the faster one, measured at the start of the run."""
     checkpoint_every: Count = 1
     """Rounds between checkpoints; what a client has trained is written to disk as soon as it is done."""
     checkpoints_kept: Count = 2

@@ -65,6 +65,7 @@ class SplitModel(nn.Module):
         self.arch = arch_of(model.config)
         self.cut = Cut(head_layers, tail_layers, len(decoder_layers(model, self.arch)))
         self._link = link
+        self._own_attention = self.attention
         if link is not None:
             keep_client_share(model, self.cut, link)
         inner = self.arch.inner_of(model)
@@ -100,6 +101,16 @@ class SplitModel(nn.Module):
         for part in self._parts:
             part.training = mode
         return self
+
+    @property
+    def attention(self) -> str:
+        """How attention is computed, as in transformers: ``sdpa`` or ``eager``."""
+        return str(self.model.config._attn_implementation)
+
+    def use_attention(self, name: str) -> None:
+        """Compute attention by ``eager``, or, with another name, as transformers chose: ``sdpa`` where it can."""
+        for model in (self.model, *self._parts):
+            model.set_attn_implementation("eager" if name == "eager" else self._own_attention)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token embeddings ``[..., D]``, without positions; those of padding, which is negative, have no meaning."""

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fellrec.distributed.message import Message, require
 from fellrec.federated.ledger import check_rows
+from fellrec.federated.settings import TrainerSettings
+from fellrec.functional.ranges import ranges
 from fellrec.types import PUBLIC
 
 Rows = tuple[tuple[int | str, ...], ...]
@@ -23,22 +25,30 @@ Rows = tuple[tuple[int | str, ...], ...]
 class Begin(Message):
     """From the coordinator at the beginning of a run; ``Begun`` answers.
 
-    Every process has composed the command's configurations itself; no setting, path or class comes with a message.
+    Every process has composed the command's configurations itself; no path or class comes with a message, and no
+    setting but the choice of the coordinator for ``auto``.
 
     Attributes:
         number: Of the run among the command's, from 0.
         fingerprint: What all processes must agree on, as text.
         backbone: Key of the backbone in the cache, for a server that loads it from there; empty without one.
         num_rows: Rows of the population.
+        precision: Where the process's own configuration has ``trainer.precision=auto``.
+        attention: Where it has ``trainer.attention=auto``.
     """
 
     number: int
     fingerprint: Mapping[str, str]
     backbone: str = ""
     num_rows: int = 0
+    precision: str = "32-true"
+    attention: str = "sdpa"
 
     def __post_init__(self) -> None:
         require(self, self.number >= 0 and self.num_rows >= 0, "its numbers are negative")
+        for name in ("precision", "attention"):
+            value = getattr(self, name)
+            require(self, ranges(TrainerSettings)[name].accepts(value), f"{name}={value[:100]!r} is not known")
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def test_files_repeat_no_default(path: Path) -> None:
         ({"reset_optimizer": 1}, "true or false"),
         ({"cutoffs": 5}, r"a list of whole numbers of at least 1, each once, such as \[5,10\]"),
         ({"devices": "all"}, "a whole number of at least 1, or auto"),
-        ({"precision": "16-true"}, "32-true, bf16-mixed, bf16-true or 16-mixed"),
+        ({"precision": "16-true"}, "32-true, bf16-mixed, bf16-true, 16-mixed or auto"),
     ],
 )
 def test_what_is_out_of_range_is_refused_where_a_dataclass_is_made(value: dict[str, Any], text: str) -> None:
