@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from fellrec.report.provenance import measured_line, text_of_comparison
-from fellrec.report.tables import markdown
+from fellrec.report.tables import display_name, markdown
 
 METRIC = "ndcg_at_10"
 REFERENCES = ("local", "centralized")
@@ -64,7 +64,7 @@ def _row(name: str, line: dict[str, Any], references: dict[str, pd.Series]) -> d
 def text(table: pd.DataFrame) -> pd.DataFrame:
     """The numbers as formatted text."""
     shown = {
-        "rule": table["rule"],
+        "rule": table["rule"].map(_title),
         "settings": table["settings"],
         "NDCG@10": table["mean"].map("{:.4f}".format),
         "CV": table["cv"].map("{:.2f}".format),
@@ -78,6 +78,12 @@ def text(table: pd.DataFrame) -> pd.DataFrame:
         "s/round": table["round_seconds"].map("{:.1f}".format),
     }
     return pd.DataFrame(shown)
+
+
+def _title(name: str) -> str:
+    """A rule's name in tables; what follows a comma, such as a part that is switched off, stays."""
+    rule, comma, rest = name.partition(",")
+    return f"{display_name(rule)}{comma}{rest}"
 
 
 def main(out: Path) -> None:

@@ -35,6 +35,11 @@ GENERATIVE = (
     "objective=generative adapter=lora ranker=grounding ranker.num_beams=2 ranker.max_new_tokens=5 "
     "ranker.reweight=popularity trainer.num_rounds=1 trainer.learning_rate=0.05 aggregation=fedavg"
 )
+ASYNCHRONOUS = (
+    "aggregation=fedbuff aggregation.buffer_size=2 participation.slowdown=9 participation.rate=0.7 "
+    "trainer.max_local_steps=2 trainer.num_rounds=3 trainer.evaluate_every=3"
+)
+"""Fast clients train again while a slow one is at work."""
 LONG = "adapter=lora trainer.num_rounds=8 trainer.local_epochs=3"
 """Long enough that a signal after the second round finds every process at work."""
 HALVING = """
@@ -75,14 +80,18 @@ def train(common: Sequence[str], how: str, run_dir: Path) -> list[str]:
     return ["train", *common, *how.split(), f"run_dir={run_dir}", f"tracking.uri=sqlite:///{run_dir.parent}/mlflow.db"]
 
 
-@pytest.mark.parametrize(("how", "is_launched"), [(MIXED, True), (GENERATIVE, False)], ids=["by Fabric", "numbered"])
-def test_three_processes_give_the_bits_of_one_model(
-    common: list[str], start: Start, tmp_path: Path, how: str, is_launched: bool
+@pytest.mark.parametrize(
+    ("how", "num_processes", "is_launched"),
+    [(MIXED, 3, True), (GENERATIVE, 3, False), (ASYNCHRONOUS, 2, False)],
+    ids=["by Fabric", "numbered", "asynchronous"],
+)
+def test_processes_give_the_bits_of_one_model(
+    common: list[str], start: Start, tmp_path: Path, how: str, num_processes: int, is_launched: bool
 ) -> None:
     """The same adapters, optimiser states, matrices and test results; what crosses the cut is recorded."""
     alone(train(common, how, tmp_path / "whole"))
-    command = [*FELLREC, *train(common, f"{how} {CUT} trainer.devices=3", tmp_path / "cut")]
-    processes = start(command, are_one_run=False) if is_launched else start(*[command] * 3)
+    command = [*FELLREC, *train(common, f"{how} {CUT} trainer.devices={num_processes}", tmp_path / "cut")]
+    processes = start(command, are_one_run=False) if is_launched else start(*[command] * num_processes)
     assert set(processes.wait()) == {0}, processes.output()
     assert processes.output().count("Run directory:") == 1, "process 0 alone prints"
     assert_same_run(tmp_path / "cut", tmp_path / "whole", has_same_ledger=False)

@@ -16,6 +16,7 @@ from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
 from preloaded import Preloaded, python
 
+from fellrec.aggregation.settings import TITLES
 from fellrec.cli.main import main
 from fellrec.models.backbone import load_hf
 
@@ -217,8 +218,8 @@ def test_compare_tunes_each_rule_by_its_own_settings_on_validation(
     for rule, line in chosen.items():
         seen = {}
         for rate in rates:
-            evaluated = (workplace / "all" / f"{rule}-{rate}-s0").name
-            (run,) = [run for run in runs_of(workplace) if run.info.run_name.endswith(evaluated)]
+            evaluated = f"{TITLES[rule]}-{rate}-s0"
+            (run,) = [run for run in runs_of(workplace) if run.info.run_name.endswith(f"-{evaluated}")]
             history = client_of(workplace).get_metric_history(run.info.run_id, "val/ndcg_at_10/mean")
             seen[f"{rule} {rate}"] = max(point.value for point in history)
         assert seen == pytest.approx({name: comparison["rules"][name]["validation"] for name in seen})

@@ -106,7 +106,7 @@ def test_runs_can_be_compared_in_the_browser(server: str, logged: str, chromium:
         profile = f"--user-data-dir={tmp_path / str(number)}"
         command = [chromium, *options, profile, "--virtual-time-budget=40000", "--dump-dom", page]
         text = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False).stdout
-        if "synthetic-fedavg-s0" in text:
+        if "synthetic-FedAvg-s0" in text:
             break
     for run in children:
         assert run.info.run_name in text

@@ -359,9 +359,17 @@ def test_a_base_that_cannot_be_quantised_is_refused(
         check_precision(compose([*case, f"backbone.{more[0]}", *more[1:]]), torch.device(device))
 
 
-@pytest.mark.parametrize(("adapter", "starts_as_0"), [("lora", "lora_B"), ("lora_heads", "lora_cores")])
-def test_a_client_trains_on_a_base_in_eight_bits(case: list[str], adapter: str, starts_as_0: str) -> None:
-    config = compose([*case, f"adapter={adapter}", "adapter.rank=2", "backbone.quantize=8bit", "aggregation=local"])
+@pytest.mark.parametrize(
+    ("adapter", "rule", "starts_as_0"),
+    [
+        ("lora", "local", "lora_B"),
+        ("lora_heads", "ravan", "lora_cores"),
+        ("lora_sb", "fed_sb", "lora_cores"),
+        ("lora_mixed", "fedalt", "lora_own_b"),
+    ],
+)
+def test_a_client_trains_on_a_base_in_eight_bits(case: list[str], adapter: str, rule: str, starts_as_0: str) -> None:
+    config = compose([*case, f"adapter={adapter}", "adapter.rank=2", "backbone.quantize=8bit", f"aggregation={rule}"])
     recommender = build_recommender(config, build_data(config))
     parameters = dict(recommender.backbone.model.named_parameters())
     assert parameters["model.layers.0.self_attn.q_proj.base_layer.weight"].dtype == torch.int8

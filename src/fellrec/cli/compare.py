@@ -100,7 +100,7 @@ def compare(configs: Sequence[DictConfig], session: Session | None = None) -> tu
     """
     from fellrec.experiment.auto import choose
     from fellrec.experiment.build import build_data, log_notes
-    from fellrec.experiment.classes import check_classes
+    from fellrec.experiment.classes import check_classes, check_transforms
     from fellrec.experiment.federation import build_loop
     from fellrec.experiment.names import table_cutoff
     from fellrec.experiment.run import collect, reference_results
@@ -113,6 +113,7 @@ def compare(configs: Sequence[DictConfig], session: Session | None = None) -> tu
 
     for config in configs:
         check_classes(config)  # report errors of every rule before the first run starts
+    check_transforms(configs)
     first = configs[0]
     if first.run_dir:
         check_new(Path(first.run_dir))

@@ -111,6 +111,7 @@ def plan_submission(overrides: Sequence[str], is_sweep: bool, trusted: Collectio
     from fellrec.config.compose import compose
     from fellrec.config.stored import PLACES, own_classes
     from fellrec.config.sweep import expand, without_passwords
+    from fellrec.experiment.classes import check_transforms
     from fellrec.experiment.names import rule_name
 
     launcher_overrides = [item for item in overrides if _LAUNCHER.match(item)]
@@ -131,6 +132,7 @@ def plan_submission(overrides: Sequence[str], is_sweep: bool, trusted: Collectio
     processes = [_processes(config, launchers[0]) for config in configs]
     for config in configs:
         _check_run(config)
+        check_transforms([config])  # each is a run of its own
     labels = [f"{rule_name(config)}-s{config.seed}" for config in configs]
     first = configs[0]
     label = f"{first.data.name}-{'sweep' if is_sweep else labels[0]}"

@@ -70,7 +70,7 @@ def train(config: DictConfig, take_results: Callable[[dict[str, Any]], None] | N
         take_results: Given the results as JSON-ready values; ``None`` prints a table.
     """
     from fellrec.config.compose import without_launcher
-    from fellrec.experiment.classes import check_classes
+    from fellrec.experiment.classes import check_classes, check_transforms
     from fellrec.experiment.run_dir import check_new
     from fellrec.experiment.session import run_processes
     from fellrec.state.lock import check_free
@@ -82,6 +82,8 @@ def train(config: DictConfig, take_results: Callable[[dict[str, Any]], None] | N
         elif config.run_dir:
             check_new(Path(config.run_dir))
         check_classes(config)  # before other processes are started
+        if not config.resume:
+            check_transforms([config])
         run_processes([config], lambda session: _train(config, take_results, signals, session))
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +174,37 @@ def without_launcher(config: DictConfig) -> DictConfig:
 
 
 def _hydra(overrides: Sequence[str]) -> DictConfig:
+    """What Hydra composes; a configuration of the same choices is composed once, and values are set in a copy of it."""
     given = parse(overrides)
+    choosing = [item for item in given if item.key_or_group in group_choices()]
+    setting = [item for item in given if item.key_or_group not in group_choices()]
+    if all(map(_sets_a_value, setting)):
+        with suppress(OmegaConfBaseException):  # Hydra says what is wrong
+            config = copy.deepcopy(_of_choices(conf_dir(), tuple(str(item.input_line) for item in choosing)))
+            for item in setting:
+                OmegaConf.update(config, item.key_or_group, item.value(), merge=True)
+            return config
+    return _composed_by_hydra(given, overrides)
+
+
+def _sets_a_value(item: Override) -> bool:
+    """Whether an override is no more than a new value of a setting that exists."""
+    is_plain = not (item.is_add() or item.is_force_add() or item.is_delete() or item.is_sweep_override())
+    return is_plain and item.package is None and "/" not in item.key_or_group and not item.is_hydra_override()
+
+
+@lru_cache(maxsize=256)
+def _of_choices(conf: Path, choosing: tuple[str, ...]) -> DictConfig:
+    """The configuration of some choices with the values of their files; not to be changed.
+
+    Args:
+        conf: The folder of the groups.
+        choosing: Overrides, each of which makes a choice.
+    """
+    return _composed_by_hydra(parse(choosing), choosing)
+
+
+def _composed_by_hydra(given: Sequence[Override], overrides: Sequence[str]) -> DictConfig:
     register()
     around = GlobalHydra.instance().hydra  # of a multirun, or of the program that calls this
     GlobalHydra.instance().clear()

@@ -7,6 +7,7 @@ import inspect
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 import yaml
@@ -98,7 +99,13 @@ def _choice(group: str, name: str) -> Choice:
     if about is None:
         lines = [(inspect.getdoc(kind) or "").split("\n")[0] for kind in kinds.values()]
         return Choice(name, " ".join(lines), {}, tuple(settings))
-    facts = {"family": about.family, "paper": about.paper, "sees": about.sees, "extra cost": about.cost}
+    facts = {
+        "in tables": about.title,
+        "family": about.family,
+        "paper": about.paper,
+        "sees": about.sees,
+        "extra cost": about.cost,
+    }
     if about.is_exact:
         facts["exact"] = "the clients' mean change of weights"
     if not about.limits.one_rank:
@@ -123,6 +130,7 @@ def _kinds_in(group: str, name: str, key: str) -> list[type]:
     return named or [kind for value, kind in CHOICES[key].items() if value in text]
 
 
+@cache
 def _descriptions(kind: type) -> dict[str, str]:
     """The docstrings under the fields of a class, as one line each."""
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body

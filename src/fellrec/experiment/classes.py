@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -18,6 +19,8 @@ from fellrec.federated.exchange import Transform
 from fellrec.federated.samplers import Sampler
 from fellrec.models.adapters import AdapterKind
 from fellrec.models.module import Objective, Ranker
+
+log = logging.getLogger(__name__)
 
 KINDS: Mapping[str, type] = {
     "data.reader": Reader,
@@ -46,6 +49,27 @@ def check_classes(config: DictConfig) -> None:
             raise ConfigError(f"callbacks.{name}.run_dir is not allowed: a callback is given the directory of its run")
     build_rule(config)
     build_sampler(config)
+
+
+def check_transforms(configs: Sequence[DictConfig]) -> None:
+    """Refuse ``exchange.transforms`` where clients exchange nothing, before data or models are loaded.
+
+    Args:
+        configs: All that one command runs: among rules that exchange updates, one that does not is named in a warning,
+            as it may be what they are compared with.
+
+    Raises:
+        ConfigError: If no rule exchanges updates.
+    """
+    given = [config for config in configs if config.exchange.transforms]
+    silent = [name for name, sees in ((rule.name, rule.sees) for rule in map(build_rule, given)) if sees == "nothing"]
+    if not silent:
+        return
+    names = ", ".join(f"aggregation={name}" for name in dict.fromkeys(silent))
+    problem = f"exchange.transforms has no effect with {names}, where no update leaves a client"
+    if len(silent) == len(given):
+        raise ConfigError(f"{problem}; use exchange.transforms=[]")
+    log.warning(problem)
 
 
 def _places(config: DictConfig) -> Iterator[tuple[str, Any, type | tuple[type, ...]]]:

@@ -8,13 +8,13 @@ from fellrec.aggregation.settings import RULES
 
 
 def rule_name(config: DictConfig) -> str:
-    """The rule's name in tables: that of its choice, or its class's name in lower case."""
+    """The rule's name in files and tags: that of its choice, or its class's name in lower case."""
     package, _, name = str(config.aggregation["_target_"]).rpartition(".")
     return RULES[name].about.name if package == "fellrec.aggregation" and name in RULES else name.lower()
 
 
 def run_name(rule: str, variant: str, seed: int) -> str:
-    """A name for files and MLflow, such as ``fedavg-head_layers=2-s0``."""
+    """A name for files, such as ``fedavg-head_layers=2-s0``, or for MLflow, such as ``FedAvg-head_layers=2-s0``."""
     return "-".join([*rule.split(), *variant.split(), f"s{seed}"])
 
 

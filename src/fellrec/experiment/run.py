@@ -28,7 +28,7 @@ from fellrec.experiment.build import (
     frozen_parameters,
     log_notes,
 )
-from fellrec.experiment.classes import check_classes
+from fellrec.experiment.classes import check_classes, check_transforms
 from fellrec.experiment.federation import Federation, build_federation
 from fellrec.experiment.names import rule_name, run_name
 from fellrec.experiment.run_dir import (
@@ -56,6 +56,7 @@ from fellrec.rankers.reference import ReferenceRanker, reference_rankers
 from fellrec.rankers.settings import PRETRAINED, ReferenceSettings
 from fellrec.report.comparison import Comparison, RuleResult
 from fellrec.report.export import write_users
+from fellrec.report.tables import display_name
 from fellrec.state.files import explaining_full_disks, private_files
 from fellrec.state.lock import hold
 from fellrec.state.tensor_store import StoredTensors
@@ -96,6 +97,7 @@ class Run:
         self.rule = rule or rule_name(config)
         self.variant = variant
         self.label = f"{config.data.name}-{run_name(self.rule, variant, config.seed)}"
+        self.title = f"{config.data.name}-{run_name(display_name(self.rule), variant, config.seed)}"
         self.run_dir = Path(config.run_dir).resolve() if config.resume else new_run_dir(config.run_dir, self.label)
         self.parent_uid = parent_uid
         self.signals = signals
@@ -132,7 +134,7 @@ class Run:
         last = [Preemption(self.signals)] if self.signals else []
         loop = self.loop = federation.loop([*callbacks.values(), *self.callbacks, *last])
         if loop.is_over:
-            sys.stderr.write(f"{self.label}: the run is finished, no round is left; it is tested again\n")
+            sys.stderr.write(f"{self.title}: the run is finished, no round is left; it is tested again\n")
         try:
             result = self.result = loop.run()
         except BaseException as error:
@@ -169,7 +171,7 @@ class Run:
             "parts": parts,
             "recommender": recommender,
             "run_dir": self.run_dir,
-            "title": self.label,
+            "title": self.title,
             "metric": config.trainer.metric,
             "params": as_dict(config),
             "dataset": self._dataset(),
@@ -248,7 +250,7 @@ class Run:
             **self.recommender.module.objective.metadata,
             **provenance().to_dict(),
         }
-        new = NewRun(store_of(config), config.tracking.experiment, self.label, tags, self.parent_uid)
+        new = NewRun(store_of(config), config.tracking.experiment, self.title, tags, self.parent_uid)
         return open_log(self.run_dir, new)
 
 
@@ -282,6 +284,8 @@ def build(
         check_new(Path(config.run_dir))
     check_store(config)
     check_classes(config)
+    if not config.resume:
+        check_transforms([config])
     data = build_data(config)
     if config.resume and (Path(config.run_dir) / "data.json").is_file():
         check_same_data(Path(config.run_dir), data)

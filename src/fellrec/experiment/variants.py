@@ -82,7 +82,7 @@ class Label:
 
     @property
     def name(self) -> str:
-        """For files and MLflow."""
+        """For files."""
         return run_name(self.rule, self.variant, self.seed)
 
 

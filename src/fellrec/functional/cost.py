@@ -108,7 +108,7 @@ class RoundLoad:
     """Local training of one client in one round, as a mean over clients.
 
     Attributes:
-        num_steps: Optimiser steps.
+        num_steps: Optimiser steps of all models that the client trains.
         num_tokens: Padded tokens B · L in the input of the model, summed over all steps.
         measured_batches: Micro-batches of losses that are measured, without a backward pass.
         measured_tokens: Their padded tokens.
@@ -253,13 +253,13 @@ def traffic(head: PartCost, body: PartCost, tail: PartCost, load: RoundLoad, set
     )
 
 
-def checkpoint_bytes(whole: PartCost, num_clients: int, pools_clients: bool = False) -> int:
+def checkpoint_bytes(whole: PartCost, num_clients: int, num_rows: int | None = None) -> int:
     """Maximum size of one checkpoint: current, best and best-per-client adapters, and all optimiser states.
 
     Args:
         whole: The whole model.
         num_clients: C.
-        pools_clients: Whether the rule trains one adapter for all clients.
+        num_rows: Adapters that are trained, such as one for all clients; ``None`` for one a client.
 
     Example:
         Three clients, one tensor of 40 bytes: 3 · (3 · 40) for adapters and 3 · (2 · 40 + 4) for optimiser states.
@@ -267,7 +267,7 @@ def checkpoint_bytes(whole: PartCost, num_clients: int, pools_clients: bool = Fa
         >>> checkpoint_bytes(PartCost(adapter_bytes=40, num_adapter_tensors=1), num_clients=3)
         612
     """
-    rows = 1 if pools_clients else num_clients
+    rows = num_clients if num_rows is None else num_rows
     return whole.adapter_bytes * (2 * rows + num_clients) + whole.optimizer_bytes * rows
 
 

@@ -14,7 +14,7 @@ from fellrec.config.instantiate import as_dict
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.errors import ConfigError
 from fellrec.experiment.build import build_adapter, build_batches, build_data, build_rule, build_sampler
-from fellrec.federated.populations import OneForAll
+from fellrec.federated.population import Population
 from fellrec.federated.settings import TrainerSettings
 from fellrec.functional.cost import (
     PartCost,
@@ -202,14 +202,16 @@ class Planner:
         objective, batches = build_batches(config, backbone, data)
         objective.check(model)
         rule = build_rule(config)
-        load = self._load(config, objective, batches, rule)
+        population = rule.new_population({}, data.num_clients)
+        load = self._load(config, objective, batches, rule, population)
         parts = measure_parts(model, build_adapter(config), objective, load.largest_batch)
         num_training = cohort_size(data.num_clients, config.participation.rate)
         num_updates = rule.buffer_of(num_training) or num_training
         seconds = None
         if probe_steps is not None:
             per_step = seconds_per_step(config, data, load.largest_client, probe_steps)
-            seconds = _seconds(config, per_step, load.mean, num_updates, _server_steps(config, rule, batches))
+            per_step /= _models_in_step(rule)
+            seconds = _seconds(config, per_step, load.mean, num_updates, _server_steps(config, population, batches))
         rows, tokens = load.largest_batch["input_ids"].shape
         return Plan(
             data=data.name,
@@ -222,9 +224,7 @@ class Planner:
             traffic=traffic(
                 **parts, load=load.mean, settings=_traffic_settings(config, backbone.model, rule.sees != "nothing")
             ),
-            checkpoint_bytes=checkpoint_bytes(
-                total_cost(parts.values()), data.num_clients, issubclass(rule.population, OneForAll)
-            ),
+            checkpoint_bytes=checkpoint_bytes(total_cost(parts.values()), data.num_clients, population.num_rows),
             micro_batch=(rows, tokens),
             settings=_settings(config),
             has_own_tokenizer=is_own,
@@ -232,8 +232,14 @@ class Planner:
         )
 
     def _load(
-        self, config: DictConfig, objective: Objective, batches: FellrecDataModule, rule: AggregationCallback
+        self,
+        config: DictConfig,
+        objective: Objective,
+        batches: FellrecDataModule,
+        rule: AggregationCallback,
+        population: Population,
     ) -> Load:
+        """The load of a client with all that it trains: a second row of its own, a second model in each step."""
         groups = ("data", "holdout", "partition", "backbone", "objective", "trainer", "seed")
         trainer, held_out = TrainerSettings(**as_dict(config.trainer)), rule.held_out
 
@@ -249,7 +255,9 @@ class Planner:
             lambda: count_load(batches, objective, trainer, config.seed, held_out),
             held_out,
         )
-        return replace(load, mean=with_losses(load.mean, _losses(config, rule, batches.data.num_clients), count))
+        times = len(population.rows_of(0)) * _models_in_step(rule)
+        trained = replace(load.mean, num_steps=times * load.mean.num_steps, num_tokens=times * load.mean.num_tokens)
+        return replace(load, mean=with_losses(trained, _losses(config, rule, batches.data.num_clients), count))
 
     def _once(self, config: DictConfig, groups: tuple[str, ...], function: Callable[[], T], *more: Any) -> T:
         """Call a function once for all configurations with the same values in these groups."""
@@ -276,9 +284,13 @@ def _seconds(config: DictConfig, per_step: float, load: RoundLoad, num_updates: 
     return num_updates * (per_step * load.num_steps + per_batch * load.measured_batches) + per_step * server_steps
 
 
-def _server_steps(config: DictConfig, rule: AggregationCallback, batches: FellrecDataModule) -> int:
+def _models_in_step(rule: AggregationCallback) -> int:
+    """Models that take an optimiser step, each with a pass of its own, in every local step that is timed."""
+    return 1 if rule.second_model is None else 2
+
+
+def _server_steps(config: DictConfig, population: Population, batches: FellrecDataModule) -> int:
     """Steps of the server's own training in a round."""
-    population = rule.new_population({}, batches.data.num_clients)
     trainer = TrainerSettings(**as_dict(config.trainer))
     return sum(count_work(batches.num_batches(population.data_of(row)), trainer)[0] for row in population.server_rows)
 

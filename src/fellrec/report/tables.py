@@ -13,16 +13,12 @@ from rich.padding import PaddingDimensions
 from rich.table import Table
 from rich.text import Text
 
+from fellrec.aggregation.settings import TITLES
 from fellrec.report.comparison import Comparison
 from fellrec.report.provenance import measured_line
 
 NAMES = {
-    "local": "local",
-    "fedavg": "FedAvg",
-    "uniform": "uniform",
-    "fellrec": "FELLRec",
-    "updatemixing": "update mixing",
-    "centralized": "centralised",
+    **TITLES,
     "random": "random",
     "popularity": "popularity",
     "client_popularity": "client popularity",
@@ -33,13 +29,18 @@ NAMES = {
     "pretrained": "pretrained base",
     "untrained": "untrained base",
 }
-"""Names of rules and reference rankers in tables; others keep their own."""
+"""Names of rules and reference rankers in tables, figures and MLflow; others keep their own."""
 
 _NARROW = {"NDCG": "NDCG", "Recall": "Recall", "variance": "var", "s/round": "s/rd"}
 
 
 def display_name(rule: str) -> str:
-    """The name for tables."""
+    """The name of a rule, with settings that vary after it, for tables, figures and MLflow.
+
+    Example:
+        >>> display_name("fedavg learning_rate=0.1"), display_name("my_rule")
+        ('FedAvg learning_rate=0.1', 'my_rule')
+    """
     base, _, rest = rule.partition(" ")
     return " ".join(part for part in (NAMES.get(base, base), rest) if part)
 

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from dataclasses import fields
+from typing import get_args
 
 import pytest
 import yaml
@@ -14,11 +15,13 @@ from omegaconf import OmegaConf
 
 import fellrec.aggregation as rules
 from fellrec.aggregation.settings import RULES
+from fellrec.aggregation.settings.about import Family
 from fellrec.cli.main import main
 from fellrec.config.compose import compose
 from fellrec.config.describe import choices
 from fellrec.config.paths import conf_dir, group_choices
 from fellrec.config.registry import CHOICES
+from fellrec.report.tables import NAMES, display_name
 
 
 def test_every_rule_is_a_choice_a_class_and_an_entry_of_the_catalogue() -> None:
@@ -62,6 +65,7 @@ def test_the_list_of_rules(capsys: pytest.CaptureFixture[str]) -> None:
         capsys.readouterr().out
         == inspect.cleandoc("""
         aggregation=fedprox: FedAvg; clients add μ/2 ‖v − w‖², w the received adapter, to their loss
+          in tables: FedProx
           family: average
           paper: Li et al., MLSys 2020, arXiv:1812.06127
           sees: sums
@@ -71,6 +75,48 @@ def test_the_list_of_rules(capsys: pytest.CaptureFixture[str]) -> None:
     """)
         + "\n"
     )
+
+
+def test_the_list_of_all_rules_is_short_and_has_everything_but_the_descriptions(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main(["list", "aggregation"])
+    lines = capsys.readouterr().out.splitlines()
+    text = " ".join(" ".join(lines).split())
+    assert max(map(len, lines)) <= 100
+    for choice in choices("aggregation"):
+        assert f"{choice.name}: {choice.summary}" in text or (
+            f"{choice.name} ({choice.facts['in tables']}): {choice.summary}" in text
+        )
+        assert f"{choice.facts['paper']} · sees {choice.facts['sees']}" in text
+        assert choice.facts["extra cost"] == "none" or f" · extra cost: {choice.facts['extra cost']}" in text
+        own = text.partition(choice.summary)[2]
+        for setting in choice.settings:
+            assert f"{setting.key.rpartition('.')[2]}={json.dumps(setting.default)}" in own[:900], choice.name
+    families = [line for line in lines if line.isupper() and not line.startswith(" ")]
+    assert families == [f.upper() for f in get_args(Family)]
+    for line, expected in {
+        '  mu=0.01 [≥ 0] · weights="samples" [samples or equal]': "fedprox",
+        '  epsilon=0.1 [0, 1] · server_learning_rate=1.0 [> 0] · step_length="mean_norm" [mean_norm or fixed]': "fedmgda",
+    }.items():
+        before = lines[: lines.index(line)]
+        assert next(text for text in reversed(before) if not text.startswith(" ")).startswith(expected)
+
+
+def test_all_of_every_rule_is_printed_on_demand(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["list", "aggregation", "--all"])
+    everything = capsys.readouterr().out
+    for name in ("fedprox", "krum"):
+        main(["list", "aggregation", name])
+        assert capsys.readouterr().out.strip() in everything
+    assert everything.count("  paper: ") == len(RULES)
+
+
+def test_every_rule_has_a_name_of_its_own_in_tables_and_figures() -> None:
+    assert [kind.about.title.strip() for kind in RULES.values() if not kind.about.title.strip()] == []
+    assert len({title.lower() for title in NAMES.values()}) == len(NAMES), "rules and reference rankers"
+    for kind in RULES.values():
+        assert display_name(f"{kind.about.name} mu=0.1") == f"{kind.about.title} mu=0.1"
 
 
 def test_the_list_takes_what_an_override_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,9 +12,10 @@ from typing import Any, get_args, get_type_hints
 import pytest
 from omegaconf import OmegaConf
 
-from fellrec.config.compose import compose
+from fellrec.config.compose import _composed_by_hydra, _hydra, compose
 from fellrec.config.describe import settings_of
 from fellrec.config.instantiate import as_dict, import_target, settings, settings_class
+from fellrec.config.overrides import parse
 from fellrec.config.paths import conf_dir
 from fellrec.config.registry import CHOICES, GROUPS, defaults_of, known_by, own_settings
 from fellrec.config.stored import read_config, to_yaml
@@ -167,6 +168,29 @@ def test_a_folder_of_ones_own_can_have_choices(tmp_path: Path) -> None:
     (tmp_path / "aggregation" / "warm.yaml").write_text("defaults:\n  - fellrec\nalpha: 0.1\n")
     config = compose([f"hydra.searchpath=[file://{tmp_path}]", "aggregation=warm", "aggregation.beta=2"])
     assert (config.aggregation.alpha, config.aggregation.beta) == (0.1, 2)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "",
+        "seed=1 trainer.cutoffs=[5,10] seed=2",
+        "aggregation.mu=1 aggregation=fedprox backbone=sasrec trainer.learning_rate=1e-3",
+        "adapter.rank=[4,8] adapter=lora launcher.environment={A:b} run_dir=${seed}",
+        "callbacks.progress=null tracking.uri='x=y' ++seed=4 +callbacks.mine={_target_:a.B}",
+        "experiment=ml_1m_small data.root=x trainer.num_rounds=7",
+    ],
+)
+def test_values_set_in_a_copy_are_what_hydra_composes(overrides: str) -> None:
+    """A configuration of the same choices is composed once; what is set afterwards does not change it."""
+    given = overrides.split()
+    expected = _composed_by_hydra(parse(given), given)
+    for _ in range(2):
+        found = _hydra(given)
+        assert OmegaConf.to_yaml(found) == OmegaConf.to_yaml(expected)
+        assert OmegaConf.is_struct(found) == OmegaConf.is_struct(expected)
+        found.seed = 99
+        found.trainer.cutoffs = [1]
 
 
 def _as_override(value: Any) -> str:

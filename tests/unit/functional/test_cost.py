@@ -116,7 +116,7 @@ def test_each_client_in_training_needs_all_but_the_weights() -> None:
 
 def test_a_pooled_checkpoint_has_one_adapter_and_one_best_per_client() -> None:
     """One current, one best, three best-per-client adapters and one optimiser state: 5 · 40 + 2 · 40 + 4."""
-    assert checkpoint_bytes(PartCost(adapter_bytes=40, num_adapter_tensors=1), 3, pools_clients=True) == 284
+    assert checkpoint_bytes(PartCost(adapter_bytes=40, num_adapter_tensors=1), 3, num_rows=1) == 284
 
 
 @pytest.mark.parametrize(

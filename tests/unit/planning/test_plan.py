@@ -226,6 +226,7 @@ def test_llama_7b(head_layers: int, percent: int) -> None:
         ["objective=generative", "participation.rate=0.5"],
         ["aggregation=qfedavg"],
         ["aggregation=ifca", "aggregation.num_clusters=2"],
+        ["aggregation=ditto"],
         ["participation=power_of_choice", "participation.rate=0.5"],
     ],
 )
@@ -271,6 +272,27 @@ def test_losses_of_fedfomo_are_counted_on_the_rows_that_are_held_out(tiny_overri
         assert planned * 3 == pytest.approx(total(round=1, phase="train", direction=way, kind=kind), rel=rel)
 
 
+@pytest.mark.parametrize(("rule", "trainings"), [("ditto", 2), ("apfl", 2), ("pfedme", 1), ("fedrep", 1)])
+def test_all_that_a_client_trains_is_counted(
+    rule: str, trainings: int, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted by the optimiser, and in the input of the model; Ditto and APFL train a second model."""
+    config = compose([*tiny_overrides, f"aggregation={rule}"])
+    recommender = build_recommender(config, build_data(config))
+    loop = build_loop(config, recommender, ())
+    steps, tokens = [], []
+    own_step, own_inputs = torch.optim.AdamW.step, recommender.module.objective.inputs
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *given: steps.append(1) or own_step(*given))
+    recommender.module.objective.inputs = lambda batch: [  # type: ignore[method-assign]
+        tokens.append(ids.numel()) or ids for ids in own_inputs(batch)
+    ]
+    record = loop.run_round(0)
+    found, plain = Planner().plan(config), Planner().plan(compose(tiny_overrides))
+    assert found.load.mean.num_steps * 3 == len(steps) == trainings * plain.load.mean.num_steps * 3
+    assert found.load.mean.num_tokens * 3 == sum(tokens)
+    assert record.trained
+
+
 def test_seconds_include_losses_and_the_servers_own_training(
     tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,6 +311,10 @@ def test_seconds_include_losses_and_the_servers_own_training(
     assert with_loss == pytest.approx(plain + 3 * 3 * measured.mean.measured_batches)
     data = build_data(compose(tiny_overrides))
     module = FellrecDataModule(data, lambda *given: {}, one_target_per_row=False, batch_size=16, eval_batch_size=1)
+    (ditto, of_both), (apfl, _) = planned("ditto"), planned("apfl")
+    assert ditto == pytest.approx(2 * plain)
+    assert of_both.mean.num_steps == 2 * load.mean.num_steps
+    assert apfl == pytest.approx(plain), "the step that is timed has both models"
     assert planned("fltrust")[0] == pytest.approx(plain + 6 * module.num_batches(PUBLIC))
 
 

@@ -14,3 +14,6 @@ RULES: Mapping[str, Any] = {
     if isinstance(kind, type) and "about" in vars(kind)
 }
 """Class name of each rule → the dataclass of its settings, whose ``about`` describes it."""
+
+TITLES: Mapping[str, str] = {kind.about.name: kind.about.title for kind in RULES.values()}
+"""Name of each rule as in ``aggregation=NAME`` → its name in tables, figures and MLflow."""

@@ -149,7 +149,7 @@ class Limits:
             f"needs one process: trainer.devices={devices}, trainer.num_nodes={nodes} is not allowed, use 1 and 1"
             if self.one_process and (devices != 1 or nodes != 1)
             else None,
-            "sees adapters that transforms would change: exchange.transforms is not allowed, use []"
+            "does not work with transformed updates: exchange.transforms is not allowed, use []"
             if self.no_transforms and _at(config, "exchange.transforms", [])
             else None,
             f"changes the weights of the backbone: backbone.quantize={quantize} is not allowed, leave it out"
@@ -175,6 +175,7 @@ class About:
 
     Attributes:
         name: As in ``aggregation=NAME``.
+        title: Its name in tables, figures and MLflow; no other rule has it.
         family: What kind of rule it is.
         summary: What it does, in one sentence.
         paper: Who proposed it, when and where.
@@ -187,6 +188,7 @@ class About:
     """
 
     name: str
+    title: str
     family: Family
     summary: str
     paper: str

@@ -18,6 +18,7 @@ class FedAsyncSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="fedasync",
+        title="FedAsync",
         family="asynchronous",
         summary="one model: w ← (1 − a) w + a w_k whenever a client's model arrives, a = α s(staleness)",
         paper="Xie et al., OPT 2020, arXiv:1903.03934",
@@ -44,6 +45,7 @@ class FedBuffSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="fedbuff",
+        title="FedBuff",
         family="asynchronous",
         summary="one model: w ← w + η_s/K Σ s(staleness) Δ_k whenever K updates have arrived, s(d) = 1/√(1 + d)",
         paper="Nguyen et al., AISTATS 2022, arXiv:2106.06639",

@@ -16,6 +16,7 @@ class LocalSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="local",
+        title="local",
         family="reference",
         summary="every client trains alone, no adapter leaves its client",
         paper="reference",
@@ -30,6 +31,7 @@ class CentralizedSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="centralized",
+        title="centralised",
         family="reference",
         summary="one model is trained on the pooled data of all clients; not federated",
         paper="reference",
@@ -43,6 +45,7 @@ class FedAvgSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="fedavg",
+        title="FedAvg",
         family="average",
         summary="one model: the mean of the clients' adapters, weighted by number of training targets",
         paper="McMahan et al., AISTATS 2017, arXiv:1602.05629",
@@ -56,6 +59,7 @@ class UniformSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="uniform",
+        title="uniform",
         family="average",
         summary="one model: the plain mean of the clients' adapters",
         paper="FedAvg with equal weights",
@@ -69,6 +73,7 @@ class FedProxSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="fedprox",
+        title="FedProx",
         family="average",
         summary="FedAvg; clients add μ/2 ‖v − w‖², w the received adapter, to their loss",
         paper="Li et al., MLSys 2020, arXiv:1812.06127",
@@ -86,6 +91,7 @@ class FedAvgMSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="fedavgm",
+        title="FedAvgM",
         family="average",
         summary="one model, moved by a momentum over the mean updates of all rounds",
         paper="Hsu et al., 2019, arXiv:1909.06335",
@@ -114,9 +120,10 @@ class FedOptSettings(RuleSettings):
     """How much clients count in the mean update."""
 
 
-def _fedopt(name: str, summary: str) -> About:
+def _fedopt(name: str, title: str, summary: str) -> About:
     return About(
         name=name,
+        title=title,
         family="average",
         summary=summary,
         paper="Reddi et al., Adaptive Federated Optimization, ICLR 2021, arXiv:2003.00295",
@@ -131,7 +138,7 @@ class FedAdagradSettings(FedOptSettings):
     """Adagrad at the server."""
 
     about: ClassVar[About] = _fedopt(
-        "fedadagrad", "one model, moved by Adagrad at the server, with the mean update as gradient"
+        "fedadagrad", "FedAdagrad", "one model, moved by Adagrad at the server, with the mean update as gradient"
     )
     beta1: RateBelow1 = 0.0
     """β₁, of the running mean of updates."""
@@ -142,7 +149,7 @@ class FedAdamSettings(FedOptSettings):
     """Adam at the server."""
 
     about: ClassVar[About] = _fedopt(
-        "fedadam", "one model, moved by Adam at the server, with the mean update as gradient"
+        "fedadam", "FedAdam", "one model, moved by Adam at the server, with the mean update as gradient"
     )
     beta2: RateBelow1 = 0.99
     """β₂, of the running mean of squared updates."""
@@ -153,7 +160,9 @@ class FedYogiSettings(FedOptSettings):
     """Yogi at the server."""
 
     about: ClassVar[About] = _fedopt(
-        "fedyogi", "one model, moved by Yogi at the server: the second moment changes by at most (1 − β₂) Δ²"
+        "fedyogi",
+        "FedYogi",
+        "one model, moved by Yogi at the server: the second moment changes by at most (1 − β₂) Δ²",
     )
     beta2: RateBelow1 = 0.99
     """β₂, how fast the second moment changes."""
@@ -165,6 +174,7 @@ class ScaffoldSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="scaffold",
+        title="SCAFFOLD",
         family="average",
         summary="one model; control variates c − c_k correct the clients' gradients",
         paper="Karimireddy et al., ICML 2020, arXiv:1910.06378",
@@ -183,6 +193,7 @@ class FedNovaSettings(MeanSettings):
 
     about: ClassVar[About] = About(
         name="fednova",
+        title="FedNova",
         family="average",
         summary="one model: FedAvg of updates per local step, so that clients with more steps do not count more",
         paper="Wang et al., NeurIPS 2020, arXiv:2007.07481",

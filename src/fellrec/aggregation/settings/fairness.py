@@ -18,6 +18,7 @@ class QFedAvgSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="qfedavg",
+        title="q-FedAvg",
         family="fair",
         summary="one model; clients count by the q-th power of their loss, and the step is shorter where losses curve",
         paper="Li et al., Fair Resource Allocation, ICLR 2020, arXiv:1905.10497",
@@ -35,6 +36,7 @@ class AFLSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="afl",
+        title="AFL",
         family="fair",
         summary="one model, trained for the worst mixture of clients; the mean over all rounds is served",
         paper="Mohri et al., Agnostic Federated Learning, ICML 2019, arXiv:1902.00146",
@@ -53,6 +55,7 @@ class FedMGDASettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="fedmgda",
+        title="FedMGDA+",
         family="fair",
         summary="one model, moved along the shortest mean of unit updates with weights near the clients' shares",
         paper="Hu et al., FedMGDA+, IEEE TNSE 2022, arXiv:2006.11489",
@@ -75,6 +78,7 @@ class FedFVSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="fedfv",
+        title="FedFV",
         family="fair",
         summary="one model, moved by the mean of updates after what conflicts with other clients is projected away",
         paper="Wang et al., Federated Learning with Fair Averaging, IJCAI 2021, arXiv:2104.14937",
@@ -92,6 +96,7 @@ class TERMSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="term",
+        title="TERM",
         family="fair",
         summary="one model: the mean of the clients' adapters, with weights by the exponential of their losses",
         paper="Li et al., Tilted Empirical Risk Minimization, ICLR 2021, arXiv:2007.01162",
@@ -110,6 +115,7 @@ class FedHEALSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="fedheal",
+        title="FedHEAL",
         family="fair",
         summary="one model; only entries of an update that keep their direction count, and clients far away count more",
         paper="Chen et al., FedHEAL, CVPR 2024, arXiv:2405.16585",

@@ -25,6 +25,7 @@ class FFALoRASettings(MeanSettings):
 
     about: ClassVar[About] = About(
         name="ffa_lora",
+        title="FFA-LoRA",
         family="LoRA-aware",
         summary="one model: A is frozen and the same for all clients, the mean of B is exact",
         paper="Sun et al., ICLR 2024, arXiv:2403.12313",
@@ -42,6 +43,7 @@ class RoLoRASettings(MeanSettings):
 
     about: ClassVar[About] = About(
         name="rolora",
+        title="RoLoRA",
         family="LoRA-aware",
         summary="one model: rounds 0, 2, … train and average B, rounds 1, 3, … A; each mean is exact",
         paper="Chen et al., NeurIPS 2025, arXiv:2502.01755",
@@ -59,6 +61,7 @@ class FedSALoRASettings(MeanSettings):
 
     about: ClassVar[About] = About(
         name="fedsa_lora",
+        title="FedSA-LoRA",
         family="LoRA-aware",
         summary="all clients share the mean of A, each keeps its own B and is served with it",
         paper="Guo et al., ICLR 2025, arXiv:2410.01463",
@@ -75,6 +78,7 @@ class LoRAFAIRSettings(MeanSettings):
 
     about: ClassVar[About] = About(
         name="lora_fair",
+        title="LoRA-FAIR",
         family="LoRA-aware",
         summary="one model: means of A and B, with a correction of B towards the mean of products",
         paper="Bian et al., ICCV 2025, arXiv:2411.14961",
@@ -92,6 +96,7 @@ class FedRotLoRASettings(MeanSettings):
 
     about: ClassVar[About] = About(
         name="fedrot_lora",
+        title="FedRot-LoRA",
         family="LoRA-aware",
         summary="one model: means of A and B after each client's pair is rotated, which leaves its product unchanged",
         paper="Zhang et al., ICML 2026, arXiv:2602.23638",
@@ -109,6 +114,7 @@ class FLoRASettings(MeanSettings):
 
     about: ClassVar[About] = About(
         name="flora",
+        title="FLoRA",
         family="LoRA-aware",
         summary="the exact mean of products is added to the base; every round begins with a new adapter",
         paper="Wang et al., NeurIPS 2024, arXiv:2409.05976",
@@ -127,6 +133,7 @@ class FedExLoRASettings(MeanSettings):
 
     about: ClassVar[About] = About(
         name="fedex_lora",
+        title="FedEx-LoRA",
         family="LoRA-aware",
         summary="means of A and B; what their product misses of the mean of products is added to the base",
         paper="Singhal et al., ACL 2025, arXiv:2410.09432",
@@ -143,6 +150,7 @@ class FlexLoRASettings(MeanSettings):
 
     about: ClassVar[About] = About(
         name="flexlora",
+        title="FlexLoRA",
         family="LoRA-aware",
         summary="one model: the product of rank r that is nearest to the mean of products, by SVD",
         paper="Bai et al., NeurIPS 2024, arXiv:2402.11505",
@@ -158,6 +166,7 @@ class FedSVDSettings(MeanSettings):
 
     about: ClassVar[About] = About(
         name="fedsvd",
+        title="FedSVD",
         family="LoRA-aware",
         summary="FFA-LoRA whose A becomes the right singular vectors of the product after every round",
         paper="Lee et al., NeurIPS 2025, arXiv:2505.12805",
@@ -175,6 +184,7 @@ class HetLoRASettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="hetlora",
+        title="HetLoRA",
         family="LoRA-aware",
         summary="means of zero-padded A and B, weighted by the norm of products; each client gets the part of its rank",
         paper="Cho et al., EMNLP 2024, arXiv:2401.06432",
@@ -202,6 +212,7 @@ class RBLASettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="rbla",
+        title="RBLA",
         family="LoRA-aware",
         summary="means of each row of A and column of B over the clients that have it; each gets the part of its rank",
         paper="Chen et al., 2024, arXiv:2408.08699",
@@ -219,6 +230,7 @@ class FedSBSettings(MeanSettings):
 
     about: ClassVar[About] = About(
         name="fed_sb",
+        title="Fed-SB",
         family="LoRA-aware",
         summary="one model: the mean of R between a common A and B, which are frozen, is exact; needs adapter=lora_sb",
         paper="Singhal et al., 2025, arXiv:2502.15436",
@@ -236,6 +248,7 @@ class RAVANSettings(MeanSettings):
 
     about: ClassVar[About] = About(
         name="ravan",
+        title="RAVAN",
         family="LoRA-aware",
         summary="one model: the mean of s_i H_i of every head, then s_i = 1, is exact; needs adapter=lora_heads",
         paper="Raje et al., NeurIPS 2025, arXiv:2506.05568",

@@ -16,6 +16,7 @@ class FELLRecSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="fellrec",
+        title="FELLRec",
         family="personalised",
         summary="each client mixes adapters of similar clients, fewer of them early and at high loss",
         paper="Zhao et al., A Federated Framework for LLM-based Recommendation, 2024, arXiv:2402.09959",
@@ -45,6 +46,7 @@ class UpdateMixingSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="updatemixing",
+        title="update mixing",
         family="personalised",
         summary="each client adds a mixture of similar clients' updates to its own adapter",
         paper="this project, docs/updatemixing.md",
@@ -64,6 +66,7 @@ class PersistenceSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="persistence",
+        title="persistence",
         family="personalised",
         summary="each client keeps of its own adapter what its updates repeat over rounds, and takes an average",
         paper="this project, docs/persistence.md",

@@ -33,6 +33,7 @@ class DittoSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="ditto",
+        title="Ditto",
         family="personalised",
         summary="FedAvg's model, and a personal one a client with λ/2 ‖v − w‖² added to its loss; that one is tested",
         paper="Li et al., ICML 2021, arXiv:2012.04221",
@@ -51,6 +52,7 @@ class APFLSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="apfl",
+        title="APFL",
         family="personalised",
         summary="FedAvg's model w, and a personal v a client, trained by gradients at α v + (1 − α) w, which is tested",
         paper="Deng, Kamani and Mahdavi, 2020, arXiv:2003.13461",
@@ -73,6 +75,7 @@ class FedPerSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="fedper",
+        title="FedPer",
         family="personalised",
         summary="FedAvg of a part of the adapter; the other part is trained with it and never leaves its client",
         paper="Arivazhagan et al., 2019, arXiv:1912.00818",
@@ -91,6 +94,7 @@ class FedRepSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="fedrep",
+        title="FedRep",
         family="personalised",
         summary="as fedper, but in each round first the personal part is trained, then the shared one",
         paper="Collins et al., ICML 2021, arXiv:2102.07078",
@@ -111,6 +115,7 @@ class FedAMPSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="fedamp",
+        title="FedAMP",
         family="personalised",
         summary="each client is pulled towards a mixture of the models that are near its own",
         paper="Huang et al., AAAI 2021, arXiv:2007.03797",
@@ -130,11 +135,13 @@ class PFedMeSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="pfedme",
+        title="pFedMe",
         family="personalised",
         summary="personal models θ near local ones w_k, which follow θ slowly and are averaged",
         paper="Dinh et al., NeurIPS 2020, arXiv:2006.08848",
         sees="sums",
         cost="clients and server: one more adapter",
+        limits=Limits(no_transforms=True),  # which apply to θ, and w_k is sent
     )
     lam: Positive = 15.0
     """λ, how much θ is held near w_k."""
@@ -154,6 +161,7 @@ class CFLSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="cfl",
+        title="CFL",
         family="personalised",
         summary="FedAvg within clusters, which are split in two where the clients' updates cancel out",
         paper="Sattler et al., 2020, arXiv:1910.01991",
@@ -180,6 +188,7 @@ class IFCASettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="ifca",
+        title="IFCA",
         family="personalised",
         summary="the server has several models; each client trains that with the lowest loss on its data",
         paper="Ghosh et al., NeurIPS 2020, arXiv:2006.04088",
@@ -201,6 +210,7 @@ class FedFomoSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="fedfomo",
+        title="FedFomo",
         family="personalised",
         summary="before training, each client moves towards the models of others that have a lower loss on its data",
         paper="Zhang et al., ICLR 2021, arXiv:2012.08565",
@@ -218,6 +228,7 @@ class FedALTSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="fedalt",
+        title="FedALT",
         family="personalised",
         summary="own LoRA beside a frozen one, the mean of the others', mixed for each token; needs adapter=lora_mixed",
         paper="Bian et al., AAAI 2026, arXiv:2503.11880",

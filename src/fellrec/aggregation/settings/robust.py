@@ -20,6 +20,7 @@ class CoordinateMedianSettings(RobustSettings):
 
     about: ClassVar[About] = About(
         name="median",
+        title="median",
         family="robust",
         summary="one model, moved by the median of the clients' updates, entry by entry",
         paper="Yin et al., ICML 2018, arXiv:1803.01498",
@@ -34,6 +35,7 @@ class TrimmedMeanSettings(RobustSettings):
 
     about: ClassVar[About] = About(
         name="trimmed_mean",
+        title="trimmed mean",
         family="robust",
         summary="one model, moved by the mean of the clients' updates without each entry's f lowest and f highest",
         paper="Yin et al., ICML 2018, arXiv:1803.01498",
@@ -53,6 +55,7 @@ class KrumSettings(RobustSettings):
 
     about: ClassVar[About] = About(
         name="krum",
+        title="Krum",
         family="robust",
         summary="one model, moved by the update of the one client whose nearest neighbours are nearest",
         paper=_KRUM,
@@ -66,6 +69,7 @@ class MultiKrumSettings(RobustSettings):
 
     about: ClassVar[About] = About(
         name="multi_krum",
+        title="Multi-Krum",
         family="robust",
         summary="one model, moved by the mean of the updates with the best scores of Krum",
         paper=_KRUM,
@@ -82,6 +86,7 @@ class GeometricMedianSettings(RobustSettings):
 
     about: ClassVar[About] = About(
         name="geometric_median",
+        title="geometric median",
         family="robust",
         summary="one model, moved by the geometric median of the clients' updates",
         paper="Pillutla et al., IEEE TSP 2022, arXiv:1912.13445",
@@ -99,6 +104,7 @@ class BulyanSettings(RobustSettings):
 
     about: ClassVar[About] = About(
         name="bulyan",
+        title="Bulyan",
         family="robust",
         summary="one model, moved by the mean of each entry's values nearest to the median of N − 2f updates from Krum",
         paper="El Mhamdi et al., ICML 2018, arXiv:1802.07927",
@@ -112,6 +118,7 @@ class NormClippingSettings(RobustSettings):
 
     about: ClassVar[About] = About(
         name="norm_clipping",
+        title="norm clipping",
         family="robust",
         summary="one model, moved by the mean of the clients' updates after those that are too long are shortened",
         paper="Sun et al., 2019, arXiv:1911.07963",
@@ -128,6 +135,7 @@ class CenteredClippingSettings(RobustSettings):
 
     about: ClassVar[About] = About(
         name="centered_clipping",
+        title="centered clipping",
         family="robust",
         summary="one model, moved by the last step plus the mean of the updates' clipped differences from it",
         paper="Karimireddy et al., Learning from History, ICML 2021, arXiv:2012.10333",
@@ -147,6 +155,7 @@ class FLTrustSettings(RuleSettings):
 
     about: ClassVar[About] = About(
         name="fltrust",
+        title="FLTrust",
         family="robust",
         summary="one model, moved by the mean of updates, scaled to the server's own and weighted by the cosine to it",
         paper="Cao et al., NDSS 2021, arXiv:2012.13995",
