@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?= ../shared/data
+BENCH_ROWS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint format ml-1m clean
+.PHONY: help install demo test test-fast lint format ml-1m bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +43,9 @@ format: install  ## format the code and apply the automatic fixes of ruff
 
 ml-1m: install  ## the MovieLens-1M comparison of the README (DATA=folder that holds ml-1m, 20 minutes on 2 cores)
 	$(BIN)/fellrec compare experiment=ml_1m_small data.root=$(DATA)/ml-1m
+
+bench: install  ## compare with other frameworks (BENCH_ROWS=loop,flower: only these rows; an hour on 2 cores)
+	PYTHONPATH=src:benchmarks OMP_NUM_THREADS=1 $(BIN)/python -m bench --rows "$(BENCH_ROWS)" --work bench-work
 
 clean:  ## remove the virtual environment and tool caches; runs and mlflow.db stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
