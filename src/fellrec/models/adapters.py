@@ -19,6 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from fellrec.functional.rng import derive_seed
 from fellrec.models.architectures import ArchSpec
+from fellrec.models.dropout import PackedDropout
 from fellrec.models.modules import Targets, find_targets
 from fellrec.models.peft_folder import ADAPTER_NAME, copy_into, read_adapter, save_lora, write_tensors
 from fellrec.models.settings import FullSettings, LoraSettings, parts_of
@@ -110,6 +111,9 @@ class LoraAdapter(LoraSettings):
             return  # a partial model without any of these modules
         with torch.random.fork_rng(devices=[]):
             inject_adapter_in_model(self._config, model, adapter_name=ADAPTER_NAME)
+        for module in model.modules():
+            if isinstance(module, LoraLayer) and self.dropout:
+                module.lora_dropout[ADAPTER_NAME] = PackedDropout(self.dropout)
         cast_adapter_dtype(model, ADAPTER_NAME)  # as PeftModel does: small steps would be lost in half precision
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fellrec.errors import BackboneError
 from fellrec.functional.cores import joined, orthonormal
+from fellrec.models.dropout import PackedDropout
 
 
 class CoreLayer(nn.Module, BaseTunerLayer):
@@ -54,7 +55,7 @@ class CoreLayer(nn.Module, BaseTunerLayer):
         size_out, size_in = sizes_of(base_layer)
         self.base_layer = base_layer
         self.scale = scale
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.dropout = PackedDropout(dropout) if dropout else nn.Identity()
         device = base_layer.weight.device
         a, b = outer_factors(size_out, size_in, name, seed, num_heads, rank, is_empty=device.type == "meta")
         self.frozen_a = nn.Parameter(a.to(device), requires_grad=False)

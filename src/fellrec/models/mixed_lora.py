@@ -18,6 +18,7 @@ from fellrec.functional.names import last_part
 from fellrec.models.adapters import Frozen, PartOf
 from fellrec.models.architectures import ArchSpec
 from fellrec.models.core_layer import sizes_of
+from fellrec.models.dropout import PackedDropout
 from fellrec.models.modules import Targets, find_targets, wrap
 from fellrec.models.peft_folder import write_tensors
 from fellrec.models.settings import LoraMixedSettings, parts_of
@@ -45,7 +46,7 @@ class MixedLoraLayer(nn.Module, BaseTunerLayer):
         size_out, size_in = sizes_of(base_layer)
         self.base_layer = base_layer
         self.scale = scale
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.dropout = PackedDropout(dropout) if dropout else nn.Identity()
         device = base_layer.weight.device
         own, rest = (initial_a((rank, size_in), seed, "lora", name, which).to(device) for which in ("own", "rest"))
         self.lora_own_a, self.lora_own_b = nn.Parameter(own), _zeros(size_out, rank, device)
