@@ -85,6 +85,15 @@ class SplitModel(nn.Module):
         return context_of(self.model.config)
 
     @property
+    def has_window(self) -> bool:
+        """Whether a layer attends to the last tokens only."""
+        config = self.model.config
+        kinds = getattr(config, "layer_types", None)
+        if kinds:
+            return any(kind != "full_attention" for kind in kinds)
+        return getattr(config, "sliding_window", None) is not None
+
+    @property
     def num_embeddings(self) -> int:
         """Tokens that have an embedding."""
         return int(self.model.get_input_embeddings().num_embeddings)
