@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from fellrec.cut import messages as m
@@ -12,6 +14,24 @@ from fellrec.pool import messages as p
 HIDDEN = pack(torch.randn(2, 3, 4), "float32")
 WEIGHTS = {"a.b": torch.randn(2, 3), "c": torch.zeros(())}
 STATE = {"a.b|step": torch.tensor(7.0), "a.b|exp_avg": torch.ones(2, 3)}
+CLIENT = p.TrainClient(
+    1, -1, 2, 7, WEIGHTS, STATE, {"shared": WEIGHTS}, {}, ("c",), True, 1, ({"c|left": torch.ones(1)},)
+)
+TRAINED = p.ClientTrained(
+    1,
+    WEIGHTS,
+    STATE,
+    {},
+    0.1 + 0.2,
+    7,
+    2,
+    1 / 3,
+    None,
+    2**40,
+    (),
+    (0.25, 1 / 3),
+    ((0, 2, "train", "up", "scalar", 1, 16),),
+)
 EXAMPLES: list[Message] = [
     m.OpenSlot(
         1, 2, "train", WEIGHTS, STATE, {"shared|c": torch.ones(())}, {"variate|c": torch.ones(())}, ("c",), 1, 7
@@ -35,23 +55,11 @@ EXAMPLES: list[Message] = [
     Stop(),
     p.Begin(1, {"torch version": "2"}, "0123456789abcdef", 3, "bf16-mixed", "eager"),
     p.Begun(WEIGHTS),
-    p.TrainClient(1, -1, 2, 7, WEIGHTS, STATE, {"shared": WEIGHTS}, {}, ("c",), True, 1, ({"c|left": torch.ones(1)},)),
-    p.ClientTrained(
-        1,
-        WEIGHTS,
-        STATE,
-        {},
-        0.1 + 0.2,
-        7,
-        2,
-        1 / 3,
-        None,
-        2**40,
-        (),
-        (0.25, 1 / 3),
-        ((0, 2, "train", "up", "scalar", 1, 16),),
-    ),
+    CLIENT,
+    TRAINED,
     p.ClientFailed(1, "because"),
+    p.TrainClients((CLIENT, replace(CLIENT, row=3, changes=()))),
+    p.ClientsTrained((TRAINED, p.ClientFailed(3, "because"))),
     p.MeasureLosses(1, None, 2, (WEIGHTS, WEIGHTS), 1, ({"c|left": torch.ones(1)},)),
     p.LossesMeasured(1, (0.5, float("inf")), ((0, 2, "train", "up", "scalar", 1, 16),)),
     p.ScoreClients(1, WEIGHTS, (0, 2), "val", -1, 0, 2, 0, ()),

@@ -127,6 +127,20 @@ def test_two_processes_that_train_each_client_together_are_as_good_as_one(
         assert (left - right).norm() <= 1e-6 * left.norm()
 
 
+def test_processes_that_train_several_clients_at_once_are_as_good_as_one(
+    common: str, start: Start, tmp_path: Path
+) -> None:
+    """Five clients by two processes: groups of three and of two, and callbacks that count the steps of both."""
+    how = f"{common} aggregation=fedavg adapter=lora adapter.dropout=0.1 trainer.max_local_steps=3"
+    alone(arguments("train", how, tmp_path / "one"))
+    together = f"{how} trainer.devices=2 trainer.clients_per_step=3"
+    processes = start(*[[*FELLREC, *arguments("train", together, tmp_path / "two")]] * 2)
+    assert processes.wait() == [0, 0], processes.output()
+    for left, right in zip(adapters(tmp_path / "one"), adapters(tmp_path / "two"), strict=True):
+        for name in left:
+            assert (left[name] - right[name]).norm() <= 1e-5 * left[name].norm(), name
+
+
 def test_a_process_that_dies_ends_the_run_which_another_number_of_processes_resumes(
     common: str, start: Start, long_run: Path, tmp_path: Path
 ) -> None:

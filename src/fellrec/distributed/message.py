@@ -101,8 +101,7 @@ def encode(message: Message) -> tuple[dict[str, Any], list[Tensor]]:
         JSON-ready values in which a tensor is ``{"tensor": position}``, and the tensors.
     """
     tensors: list[Tensor] = []
-    values = {item.name: _encode(getattr(message, item.name), tensors) for item in fields(message)}
-    return {"type": type(message).__name__, "fields": values}, tensors
+    return _plain(message, tensors), tensors
 
 
 def header_of(plain: Mapping[str, Any], tensors: Sequence[Tensor]) -> bytes:
@@ -193,7 +192,14 @@ def _short(value: Any) -> str:
     return repr(value)[:100]
 
 
+def _plain(message: Message, tensors: list[Tensor]) -> dict[str, Any]:
+    values = {item.name: _encode(getattr(message, item.name), tensors) for item in fields(message)}
+    return {"type": type(message).__name__, "fields": values}
+
+
 def _encode(value: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(value, Message):
+        return {"message": _plain(value, tensors)}
     if isinstance(value, Tensor):
         tensors.append(value.detach().contiguous())
         return {"tensor": len(tensors) - 1}
@@ -211,6 +217,8 @@ def _decode(value: Any, tensors: Sequence[Tensor]) -> Any:
         return value
     ((form, content),) = value.items()
     match form:
+        case "message":
+            return decode(content, tensors)
         case "tensor":
             if type(content) is not int or not 0 <= content < len(tensors):
                 raise ValueError(f"tensor {_short(content)} of {len(tensors)}")

@@ -34,6 +34,7 @@ from fellrec.distributed.meeting import MeetingStrategy
 from fellrec.distributed.processes import check_cores, cluster_environment, launched_devices
 from fellrec.errors import ConfigError
 from fellrec.experiment.backbones import sasrec_backbone, tiny_backbone
+from fellrec.experiment.joint import joint_problems
 from fellrec.experiment.precision import AUTO, ChosenPrecision, check_precision, use_precision, weights_dtype
 from fellrec.federated.base_change import BaseWeights
 from fellrec.federated.kept import KeptUsers
@@ -69,7 +70,7 @@ _MEETING_SECONDS = 120.0
 _OF_TRAINING = (
     "num_rounds", "local_epochs", "max_local_steps", "batch_size", "accumulate_grad_batches", "learning_rate",
     "weight_decay", "warmup_steps", "learning_rate_decay", "gradient_clip", "reset_optimizer", "evaluate_every",
-    "patience", "select", "frontier_floor", "checkpoint_every", "checkpoints_kept",
+    "patience", "select", "frontier_floor", "checkpoint_every", "checkpoints_kept", "clients_per_step",
 )  # fmt: skip
 """Settings of ``trainer`` that no ranking depends on."""
 
@@ -244,7 +245,7 @@ def build_rule(config: DictConfig) -> AggregationCallback:
     """
     rule: AggregationCallback = instantiate(config.aggregation, "aggregation", of=AggregationCallback)
     limits = rule.limits if rule.second_model is None else replace(rule.limits, whole_model=True)
-    refuse(*limits.problems(rule.name, as_dict(config)))
+    refuse(*limits.problems(rule.name, as_dict(config)), *joint_problems(config, rule))
     ranks, num_clients = OmegaConf.select(config, "adapter.rank"), OmegaConf.select(config, "partition.num_clients")
     if OmegaConf.is_list(ranks) and isinstance(num_clients, int):
         Ranks(ranks, num_clients)  # refuses other numbers of ranks

@@ -25,6 +25,7 @@ from fellrec.federated.client_model import ClientModel, WholeClientModel
 from fellrec.federated.evaluator import Evaluator
 from fellrec.federated.exchange import Exchange, Meter, Transform
 from fellrec.federated.executor import Executor, SerialExecutor
+from fellrec.federated.joint import JointTrainer
 from fellrec.federated.kept import KeptOfPopulation
 from fellrec.federated.ledger import Ledger
 from fellrec.federated.local import LocalTrainer
@@ -197,7 +198,8 @@ def build_serial(
     fabric, module, datamodule = recommender.fabric, recommender.module, recommender.datamodule
     how = settings(TrainerSettings, config.trainer, "trainer")
     trainer = LocalTrainer(fabric, module, datamodule, model, how, config.seed, sharing, rule.held_out)
-    return SerialExecutor(trainer, Evaluator(fabric, module, datamodule, model, recommender.kept))
+    joint = JointTrainer(trainer) if how.clients_per_step > 1 else None
+    return SerialExecutor(trainer, Evaluator(fabric, module, datamodule, model, recommender.kept), joint)
 
 
 def build_server(config: DictConfig, part: ServerPart, num_rows: int, fabric: Fabric) -> BodyServer:

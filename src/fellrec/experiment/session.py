@@ -50,7 +50,7 @@ from fellrec.models.partial import fingerprint as fingerprint_of
 from fellrec.models.partial import load_partial
 from fellrec.models.split import SplitModel
 from fellrec.pool.executor import PoolExecutor, Worker
-from fellrec.pool.messages import Begin, Begun, MeasureLosses, ScoreClients, TrainClient
+from fellrec.pool.messages import Begin, Begun, MeasureLosses, ScoreClients, TrainClients
 from fellrec.pool.pool import COORDINATOR, Pool, process_groups
 
 _AGREED = ("seed", "split", "backbone", "adapter", "aggregation", "objective", "ranker", "trainer", "participation")
@@ -150,7 +150,7 @@ class Session:
             match message:
                 case Begin():
                     self.channel.send(COORDINATOR, self._begin_worker(message))
-                case TrainClient() if self._worker is not None:
+                case TrainClients() if self._worker is not None:
                     with reading(message):
                         answer = self._worker.train(message)
                     if self.sharing is None or self.sharing.position == 0:  # one answers for those that train together

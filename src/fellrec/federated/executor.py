@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 from fellrec.errors import SplitError, TrainingError
 from fellrec.federated.callback import Events
 from fellrec.federated.evaluator import Evaluator
+from fellrec.federated.joint import JointTrainer, OnClientStep
 from fellrec.federated.local import LocalTrainer, OnStep
 from fellrec.federated.records import Failed, Job, LossJob, ScoreJob, Trained
 from fellrec.types import Evaluation
@@ -52,22 +54,35 @@ class Executor(Protocol):
 
 
 class SerialExecutor:
-    """One client after the other, in this process.
+    """One client, or one group of clients, after the other, in this process.
 
     Args:
         trainer: Local training.
         evaluator: Ranking of users.
+        joint: Local training of several clients at once; ``None`` for one after the other.
     """
 
-    def __init__(self, trainer: LocalTrainer, evaluator: Evaluator) -> None:
+    def __init__(self, trainer: LocalTrainer, evaluator: Evaluator, joint: JointTrainer | None = None) -> None:
         self.trainer = trainer
         self.evaluator = evaluator
+        self.joint = joint
 
     def train(self, jobs: Sequence[Job], events: Events) -> Iterator[Trained | Failed]:
-        """See ``Executor``; in the order of the jobs."""
-        for job in jobs:
-            events.client_starts(job)
-            yield self.train_one(job, lambda loss: events.call("on_step_end", loss))
+        """See ``Executor``; in the order of the jobs, or of `groups`."""
+        for group in self.groups(jobs):
+            for job in group:
+                events.client_starts(job)
+            yield from self.train_group(group, lambda job, loss: events.call("on_step_end", loss))
+
+    def groups(self, jobs: Sequence[Job], num_processes: int = 1) -> list[list[Job]]:
+        """Jobs that are done at once, each alone without ``joint``; see ``JointTrainer.groups``."""
+        return [[job] for job in jobs] if self.joint is None else self.joint.groups(jobs, num_processes)
+
+    def train_group(self, jobs: Sequence[Job], on_step: OnClientStep) -> list[Trained | Failed]:
+        """Train the clients of a group here."""
+        if self.joint is not None and len(jobs) > 1:
+            return self.joint.train(jobs, on_step)
+        return [self.train_one(job, partial(on_step, job)) for job in jobs]
 
     def train_one(self, job: Job, on_step: OnStep) -> Trained | Failed:
         """Train one client here."""

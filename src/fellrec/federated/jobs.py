@@ -218,6 +218,11 @@ class ScoreJob:
     base: tuple[StoredTensors, ...] = ()
 
 
+def of_jobs(jobs: Sequence[Job]) -> str:
+    """Who trains in some jobs, for messages: ``client 3``, or ``client 3, client 0``."""
+    return ", ".join(job.who for job in jobs)
+
+
 def not_finite(name: str, who: str, round_index: int) -> str:
     """The message for a parameter that local training made infinite or undefined."""
     return f"{name} of {who} is not finite after local training in round {round_index}; lower trainer.learning_rate"

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -23,6 +24,7 @@ from fellrec.federated.client_model import ClientModel
 from fellrec.federated.records import Job, LossJob, Trained, not_finite
 from fellrec.federated.settings import TrainerSettings
 from fellrec.federated.slot import LocalSlot, Slot, clip_factor
+from fellrec.federated.slot_state import SlotState
 from fellrec.functional.rng import derive_seed
 from fellrec.functional.schedules import DECAYS
 from fellrec.models.module import FellrecModule, PreparesSteps
@@ -31,6 +33,31 @@ from fellrec.state.tensor_store import StoredTensors
 
 Batch = dict[str, Tensor]
 OnStep = Callable[[float], None]
+
+
+@dataclass
+class Tally:
+    """What the training of one client in one round adds up.
+
+    Attributes:
+        loss: Sum over all targets of the steps.
+        num_targets: Their number.
+        num_steps: Optimiser steps.
+        seconds: Wall seconds.
+        start_loss: Mean training loss at the received adapter; ``None`` if it was not asked for.
+    """
+
+    loss: float = 0.0
+    num_targets: int = 0
+    num_steps: int = 0
+    seconds: float = 0.0
+    start_loss: float | None = None
+
+    def add(self, loss: float, num_targets: int) -> None:
+        """Count an optimiser step, with its loss summed over its targets."""
+        self.loss += loss
+        self.num_targets += num_targets
+        self.num_steps += 1
 
 
 class LocalTrainer:
@@ -87,30 +114,38 @@ class LocalTrainer:
         Raises:
             TrainingError: If a loss or the adapter is not finite, or something else fails; names client and round.
         """
-        started = time.perf_counter()
+        started, tally = time.perf_counter(), Tally()
         with self.model.training(job, self.num_steps(job.data_of)) as slot:
             self._scale_loss(slot)
-            with _naming_client(job):
-                start_loss = self._start_loss(job) if job.needs_start_loss else None
-            total, num_targets, steps = 0.0, 0, 0
+            with naming(job.who, job.round_index):
+                tally.start_loss = self.start_loss(job)
             with self._random_numbers(job):
-                for step_total, count in self._steps(job, slot):
-                    total, num_targets, steps = total + step_total, num_targets + count, steps + 1
-                    on_step(step_total / count)
-            with _naming_client(job):
+                for loss, count in self._steps(job, slot):
+                    tally.add(loss, count)
+                    on_step(loss / count)
+            with naming(job.who, job.round_index):
                 state = slot.state()
-        for name, tensor in {**state.adapter, **state.tensors}.items():  # the last step can spoil them
+        tally.seconds = time.perf_counter() - started
+        return self.trained(job, state, tally)
+
+    def trained(self, job: Job, state: SlotState, tally: Tally) -> Trained:
+        """The result of a job, from what its slot and its steps ended with.
+
+        Raises:
+            TrainingError: If the adapter or a tensor of the client is not finite: the last step can spoil them.
+        """
+        for name, tensor in {**state.adapter, **state.tensors}.items():
             if not bool(tensor.isfinite().all()):
                 raise TrainingError(not_finite(name, job.who, job.round_index))
         return Trained(
             job=job,
             adapter=StoredTensors(state.adapter),
             optimizer=StoredTensors(state.optimizer),
-            loss=total / max(num_targets, 1),
+            loss=tally.loss / max(tally.num_targets, 1),
             num_samples=self.datamodule.num_samples(job.data_of, self.held_out),
-            num_steps=steps,
-            seconds=time.perf_counter() - started,
-            start_loss=start_loss,
+            num_steps=tally.num_steps,
+            seconds=tally.seconds,
+            start_loss=tally.start_loss,
             tensors=StoredTensors(state.tensors),
             peak_bytes=peak_bytes(),
             traffic=self.model.traffic(job),
@@ -137,15 +172,17 @@ class LocalTrainer:
         risen = min(1.0, (step + 1) / warmup) if warmup else 1.0
         return self.settings.learning_rate * risen * DECAYS[self.settings.learning_rate_decay](progress)
 
-    def _progress(self, job: Job, step: int) -> float:
+    def learning_rate_of(self, job: Job, step: int) -> float:
+        """The step size of an optimiser step of a round, counted from 0."""
         rounds = max(self.settings.num_rounds, job.round_index + 1)
-        return (job.round_index + step / self.num_steps(job.data_of)) / rounds
+        progress = (job.round_index + step / self.num_steps(job.data_of)) / rounds
+        return self.learning_rate(job.first_step + step, progress)
 
     def _steps(self, job: Job, slot: Slot) -> Iterator[tuple[float, int]]:
         """Take one round's optimiser steps; gives each one's loss, summed over its targets, and their number."""
         self.module.train()
         of_second = self._position(training_seed(self.seed, job.round_index, job.row))
-        with _naming_client(job):
+        with naming(job.who, job.round_index):
             for step, batches in enumerate(self.batches(job)):
                 if slot.second is not None:
                     with slot.second.at_point(), self.module.model.streams.using(of_second):
@@ -154,18 +191,26 @@ class LocalTrainer:
 
     def _step(self, job: Job, step: int, slot: Slot, batches: list[Batch]) -> tuple[float, int]:
         self._prepare_step(job.round_index, step)
-        learning_rate = self.learning_rate(job.first_step + step, self._progress(job, step))
+        learning_rate = self.learning_rate_of(job, step)
         count = sum(len(batch["targets"]) for batch in batches)
         if self.sharing is None:
             total = self._backward(slot, batches, count, len(batches), learning_rate)
         else:
             total = self._backward_together(slot, batches, count, self.sharing, learning_rate)
-        if not math.isfinite(total):
-            raise TrainingError(_diverged(job, step, total / count))
+        self.take_step(job, step, slot, total / count, learning_rate)
+        return total, count
+
+    def take_step(self, job: Job, step: int, slot: Slot, loss: float, learning_rate: float) -> None:
+        """Clip the gradients of an optimiser step and take it.
+
+        Raises:
+            TrainingError: If its mean loss is not finite.
+        """
+        if not math.isfinite(loss):
+            raise TrainingError(_diverged(job, step, loss))
         largest = self.settings.gradient_clip
         factor = 1.0 if largest is None else clip_factor(slot.norms(), largest)
         slot.step(factor, learning_rate)
-        return total, count
 
     def _backward(
         self, slot: Slot, batches: Iterable[Batch], count: int, num_batches: int, learning_rate: float
@@ -224,14 +269,16 @@ class LocalTrainer:
         losses = []
         for adapter in job.adapters:
             training = job.training(adapter)
-            with self.model.training(training) as slot, _naming_client(training):
+            with self.model.training(training) as slot, naming(training.who, job.round_index):
                 total, count = self._sum_of_losses(training, of_held_out=self.held_out > 0)
                 losses.append(total / count if count else math.nan)
                 slot.state()
         return tuple(losses)
 
-    def _start_loss(self, job: Job) -> float:
-        """Mean loss over the client's training targets at the received adapter, without dropout."""
+    def start_loss(self, job: Job) -> float | None:
+        """Mean loss over the client's training targets at the received adapter, without dropout, if it is needed."""
+        if not job.needs_start_loss:
+            return None
         total, count = self._sum_of_losses(job)
         return total / max(count, 1)
 
@@ -271,21 +318,21 @@ class LocalTrainer:
 
 
 @contextmanager
-def _naming_client(job: Job) -> Iterator[None]:
-    """Errors name client and round while this lasts; those that the package does not know become ``TrainingError``.
+def naming(who: str, round_index: int) -> Iterator[None]:
+    """Errors name who trains and the round while this lasts; unknown ones become ``TrainingError``.
 
     Out of memory, or a mistake in an objective or a local term: the client cannot finish.
     """
     try:
         yield
     except SplitError as error:
-        raise SplitError(f"{error}, in the training of {job.who} in round {job.round_index}") from error
+        raise SplitError(f"{error}, in the training of {who} in round {round_index}") from error
     except FellrecError:
         raise
     except Exception as error:
         first_line = (str(error).splitlines() or [""])[0]
         raise TrainingError(
-            f"the training of {job.who} failed in round {job.round_index} with {type(error).__name__}: "
+            f"the training of {who} failed in round {round_index} with {type(error).__name__}: "
             f"{first_line} (--debug shows where)"
         ) from error
 

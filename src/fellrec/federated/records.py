@@ -11,7 +11,18 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fellrec.federated.jobs import NOTHING, SCALARS, Cohort, Failed, Job, LossJob, ScoreJob, Trained, not_finite
+from fellrec.federated.jobs import (
+    NOTHING,
+    SCALARS,
+    Cohort,
+    Failed,
+    Job,
+    LossJob,
+    ScoreJob,
+    Trained,
+    not_finite,
+    of_jobs,
+)
 from fellrec.federated.updates import LoraLayer, SumsOnly, Updates
 from fellrec.functional.stacks import AdapterStack
 from fellrec.state.tensor_store import StoredTensors
@@ -35,6 +46,7 @@ __all__ = [
     "Trained",
     "Updates",
     "not_finite",
+    "of_jobs",
 ]
 
 

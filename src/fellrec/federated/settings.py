@@ -91,6 +91,9 @@ class TrainerSettings:
     """Nodes; with more than one, start the processes by srun or torchrun."""
     devices_per_client: Count = 1
     """Processes that train one client together, each on its rows of every batch."""
+    clients_per_step: Count = 1
+    """Clients that one process trains at once: their rows go through the frozen weights together, each with its own
+    LoRA. Faster with small batches, above all on a GPU."""
     timeout_seconds: Seconds = 300
     """Longest time without a message from a process that is waited for."""
     precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "auto"] = "32-true"

@@ -87,7 +87,7 @@ class LocalSlot:
         gradients = {name: p.grad for name, p in self._trained.items() if p.grad is not None}
         if not gradients:
             return {}
-        found = torch.stack([torch.linalg.vector_norm(gradient).float() for gradient in gradients.values()])
+        found = torch.stack([norm.float() for norm in torch._foreach_norm(list(gradients.values()))])
         return dict(zip(gradients, found.tolist(), strict=True))
 
     def step(self, clip_factor: float, learning_rate: float) -> None:
@@ -96,10 +96,9 @@ class LocalSlot:
             return
         self._context.learning_rate = learning_rate
         self._correct()
-        if clip_factor != 1.0:
-            for parameter in self._trained.values():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(torch.tensor(clip_factor, dtype=torch.float32).to(parameter.grad.device))
+        gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
+        if clip_factor != 1.0 and gradients:
+            torch._foreach_mul_(gradients, torch.tensor(clip_factor, dtype=torch.float32).to(gradients[0].device))
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         if self.scaler is None:

@@ -49,12 +49,14 @@ class PlanSettings:
         precision: ``trainer.precision``; its casts are not part of the activations.
         transport: ``split.transport``; with ``none`` a run keeps all parts in one process.
         clients_at_once: Clients that the server trains at the same time, one for each client process.
+        clients_per_step: ``trainer.clients_per_step``: clients that one process trains at the same time.
         keeps_item_vectors: Whether the objective caches item vectors across steps in some rounds.
     """
 
     precision: str
     transport: str
     clients_at_once: int
+    clients_per_step: int
     keeps_item_vectors: bool
 
 
@@ -108,8 +110,8 @@ class Plan:
 
     @property
     def client_peak_bytes(self) -> int:
-        """Peak memory of one client."""
-        return self.client.peak_bytes()
+        """Peak memory of one client, or of the ``clients_per_step`` that a process trains at once."""
+        return self.client.peak_bytes(self.settings.clients_per_step)
 
     @property
     def server_peak_bytes(self) -> int:
@@ -312,8 +314,9 @@ def _settings(config: DictConfig) -> PlanSettings:
     kept = objective.get("refresh_items", EVERY_STEP) != EVERY_STEP or objective.get("freeze_items_after") is not None
     devices, transport = config.trainer.devices, config.split.transport
     several = transport == "distributed" and devices != "auto"
-    at_once = max(1, devices * config.trainer.num_nodes - 1) if several else 1
-    return PlanSettings(config.trainer.precision, transport, at_once, kept)
+    per_step = config.trainer.clients_per_step
+    at_once = max(1, devices * config.trainer.num_nodes - 1) if several else per_step
+    return PlanSettings(config.trainer.precision, transport, at_once, per_step, kept)
 
 
 def _traffic_settings(config: DictConfig, model: Any, exchanges_adapters: bool) -> TrafficSettings:

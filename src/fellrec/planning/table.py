@@ -153,6 +153,9 @@ def _notes(rows: Sequence[Row]) -> str:
         "attention), peak memory (activations, weights, adapter, optimiser and gradients; on the server for "
         f"{at_once} clients at a time), compute (fraction of the forward FLOPs).",
     ]
+    together = ", ".join(str(number) for number in sorted({plan.settings.clients_per_step for plan in plans} - {1}))
+    if together:
+        notes.append(f"Peak memory is that of trainer.clients_per_step={together} clients, activations are of one.")
     if any(plan.settings.transport == "none" for plan in plans):
         notes.append("split.transport=none runs all parts in one process; the numbers are those of a split deployment.")
     for precision in sorted({plan.settings.precision for plan in plans} - {"32-true"}):

@@ -17,16 +17,18 @@ from fellrec.errors import SplitError
 from fellrec.federated.callback import Events
 from fellrec.federated.executor import SerialExecutor
 from fellrec.federated.ledger import Ledger
-from fellrec.federated.records import SCALARS, Failed, Job, LossJob, ScoreJob, Trained
+from fellrec.federated.records import SCALARS, Failed, Job, LossJob, ScoreJob, Trained, of_jobs
 from fellrec.functional.placement import estimate_seconds
 from fellrec.pool.messages import (
     ClientFailed,
+    ClientsTrained,
     ClientTrained,
     LossesMeasured,
     MeasureLosses,
     ScoreClients,
     Scored,
     TrainClient,
+    TrainClients,
 )
 from fellrec.pool.pool import Pool, Task
 from fellrec.state.tensor_store import StoredTensors
@@ -54,14 +56,18 @@ class PoolExecutor:
     def train(self, jobs: Sequence[Job], events: Events) -> Iterator[Trained | Failed]:
         """See ``Executor``."""
         steps = {job.row: self.local.trainer.num_steps(job.data_of) for job in jobs}
-        costs = estimate_seconds([job.row for job in jobs], steps, self._seconds)
+        seconds = estimate_seconds([job.row for job in jobs], steps, self._seconds)
+        of_row = {job.row: cost for job, cost in zip(jobs, seconds, strict=True)}
+        groups = self.local.groups(jobs, len(self.pool.groups))
+        costs = [sum(of_row[job.row] for job in group) for group in groups]
         self._busy_seconds = 0.0
-        for outcome in self.pool.run([self._training(job, events) for job in jobs], costs, together=True):
-            if isinstance(outcome, Trained):
-                self._seconds[outcome.row] = outcome.seconds
-                self._busy_seconds += outcome.seconds
-                self._peak_bytes = max(self._peak_bytes, outcome.peak_bytes)
-            yield outcome
+        for outcomes in self.pool.run([self._training(group, events) for group in groups], costs, together=True):
+            for outcome in outcomes:
+                if isinstance(outcome, Trained):
+                    self._seconds[outcome.row] = outcome.seconds
+                    self._busy_seconds += outcome.seconds
+                    self._peak_bytes = max(self._peak_bytes, outcome.peak_bytes)
+                yield outcome
 
     def measure(self, jobs: Sequence[LossJob]) -> list[tuple[float, ...]]:
         """See ``Executor``."""
@@ -106,31 +112,38 @@ class PoolExecutor:
         for _ in self.pool.run(tasks, costs):
             pass
 
-    def _training(self, job: Job, events: Events) -> Task:
-        def run() -> Trained | Failed:
-            """Train here."""
-            events.client_starts(job)
-            return self.local.train_one(job, on_step)
+    def _training(self, jobs: Sequence[Job], events: Events) -> Task:
+        """The training of a group of clients; of one, unless ``trainer.clients_per_step`` is above 1."""
 
-        def on_step(loss: float) -> None:
+        def run() -> list[Trained | Failed]:
+            """Train here."""
+            for job in jobs:
+                events.client_starts(job)
+            return self.local.train_group(jobs, on_step)
+
+        def on_step(job: Job, loss: float) -> None:
             """Tell the callbacks, and take messages of other processes."""
             events.call("on_step_end", loss)
             self.pool.poll()
 
-        def result(answer: Message) -> Trained | Failed:
+        def result(answer: Message) -> list[Trained | Failed]:
             """What another process trained; callbacks are told as if it had been trained here."""
-            events.client_starts(job)
-            outcome = self._outcome(job, answer)
-            for loss in answer.step_losses if isinstance(answer, ClientTrained) else ():
-                events.call("on_step_end", loss)
-            return outcome
+            if not isinstance(answer, ClientsTrained) or len(answer.outcomes) != len(jobs):
+                raise SplitError(f"unexpected message {type(answer).__name__} for the training of {of_jobs(jobs)}")
+            outcomes = []
+            for job, own in zip(jobs, answer.outcomes, strict=True):
+                events.client_starts(job)
+                outcomes.append(self._outcome(job, own))
+                for loss in own.step_losses if isinstance(own, ClientTrained) else ():
+                    events.call("on_step_end", loss)
+            return outcomes
 
         return Task(
-            message=lambda process: self._train_message(job, process),
+            message=lambda process: TrainClients(tuple(self._train_message(job, process) for job in jobs)),
             run=run,
             result=result,
-            lost=lambda reason: Failed(job, reason),
-            activity=f"training {job.who} in round {job.round_index}",
+            lost=lambda reason: [Failed(job, reason) for job in jobs],
+            activity=f"training {of_jobs(jobs)} in round {jobs[0].round_index}",
         )
 
     def _train_message(self, job: Job, process: int) -> TrainClient:
@@ -154,8 +167,8 @@ class PoolExecutor:
         self._sent_changes[process] = max(sent, len(base))
         return tuple(change.tensors() for change in base[sent:])
 
-    def _outcome(self, job: Job, answer: Message) -> Trained | Failed:
-        if not isinstance(answer, ClientTrained | ClientFailed) or answer.row != job.row:
+    def _outcome(self, job: Job, answer: ClientTrained | ClientFailed) -> Trained | Failed:
+        if answer.row != job.row:
             raise SplitError(f"unexpected message {type(answer).__name__} for the training of {job.who}")
         self.ledger.merge(answer.ledger)
         if isinstance(answer, ClientFailed):
@@ -239,11 +252,23 @@ class Worker:
         self._check = check
         self._changes: list[StoredTensors] = []
 
-    def train(self, message: TrainClient) -> Message:
-        """Train one client."""
-        self._report(f" while this process was training client {message.row} in round {message.round_index}")
+    def train(self, message: TrainClients) -> Message:
+        """Train a group of clients."""
+        jobs = [self._job(client) for client in message.clients]
+        self._report(f" while this process was training {of_jobs(jobs)} in round {jobs[0].round_index}")
+        losses: dict[int, list[float]] = {job.row: [] for job in jobs}
+
+        def on_step(job: Job, loss: float) -> None:
+            """Keep the loss for the coordinator's callbacks, and see whether another process has ended."""
+            losses[job.row].append(loss)
+            self._check()
+
+        outcomes = self.local.train_group(jobs, on_step)
+        return ClientsTrained(tuple(self._answer(outcome, losses[outcome.row]) for outcome in outcomes))
+
+    def _job(self, message: TrainClient) -> Job:
         self._changes += [StoredTensors(factors) for factors in message.changes]
-        job = Job(
+        return Job(
             row=message.row,
             data_of=message.data_of,
             round_index=message.round_index,
@@ -256,18 +281,12 @@ class Worker:
             needs_start_loss=message.needs_start_loss,
             base=tuple(self._changes[: message.base]),
         )
-        losses: list[float] = []
 
-        def on_step(loss: float) -> None:
-            """Tell the callbacks, and take messages of other processes."""
-            losses.append(loss)
-            self._check()
-
-        outcome = self.local.train_one(job, on_step)
+    def _answer(self, outcome: Trained | Failed, losses: Sequence[float]) -> ClientTrained | ClientFailed:
         if isinstance(outcome, Failed):
-            return ClientFailed(job.row, outcome.reason, self._rows())
+            return ClientFailed(outcome.row, outcome.reason, self._rows())
         return ClientTrained(
-            row=job.row,
+            row=outcome.row,
             adapter=outcome.adapter.tensors(),
             optimizer=outcome.optimizer.tensors(),
             tensors=outcome.tensors.tensors(),

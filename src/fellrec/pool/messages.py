@@ -64,7 +64,7 @@ class Begun(Message):
 
 @dataclass(frozen=True)
 class TrainClient(Message):
-    """To a worker: train this client; ``ClientTrained`` or ``ClientFailed`` answers. See ``Job``.
+    """In ``TrainClients``: one client; ``ClientTrained`` or ``ClientFailed`` is its outcome. See ``Job``.
 
     Attributes:
         row: Row of the population.
@@ -148,6 +148,31 @@ class ClientFailed(Message):
 
     def __post_init__(self) -> None:
         require(self, check_rows(self.ledger), "its rows are none of a ledger")
+
+
+@dataclass(frozen=True)
+class TrainClients(Message):
+    """To a worker: train these clients at once; ``ClientsTrained`` answers.
+
+    Attributes:
+        clients: At least one.
+    """
+
+    clients: tuple[TrainClient, ...]
+
+    def __post_init__(self) -> None:
+        require(self, len(self.clients) > 0, "it names no client")
+
+
+@dataclass(frozen=True)
+class ClientsTrained(Message):
+    """A worker's results.
+
+    Attributes:
+        outcomes: In the order of ``TrainClients.clients``.
+    """
+
+    outcomes: tuple[ClientTrained | ClientFailed, ...]
 
 
 @dataclass(frozen=True)

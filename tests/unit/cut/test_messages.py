@@ -31,6 +31,8 @@ def same(left: object, right: object) -> bool:
         return isinstance(right, dict) and left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
     if isinstance(left, tuple):
         return isinstance(right, tuple) and len(left) == len(right) and all(map(same, left, right))
+    if isinstance(left, Message):
+        return type(left) is type(right) and same(vars(left), vars(right))
     return left == right
 
 

@@ -187,6 +187,7 @@ PUBLISHED = {
     "mistral_7b": 7_241_732_096,
     "qwen2_7b": 7_615_616_512,
     "gpt2": 124_439_808,
+    "smollm2_135m": 134_515_008,
 }
 """Numbers of parameters in the model cards."""
 
