@@ -3,8 +3,8 @@
     python benchmarks/growth.py [--axes clients,catalogue,history,rank] [--json FILE] [--figure docs/growth.svg]
 
 Synthetic data, the tiny backbone with LoRA, one thread. A round is the training of all clients, with a fixed number of
-optimiser steps each, and the aggregation (FELLRec). The exponent is the slope of the last half of a line in log-log axes:
-1 is proportional, 0 is constant.
+optimiser steps each, and the aggregation (FELLRec). The exponent is the slope of the last half of a line in log-log
+axes: 1 is proportional, 0 is constant.
 """
 
 from __future__ import annotations
