@@ -33,7 +33,7 @@ Run = Callable[..., FederatedLoop]
 
 @pytest.fixture
 def run(tiny_overrides: list[str]) -> Run:
-    """Train three rounds with four layers; gives the loop."""
+    """Train two rounds with four layers; gives the loop."""
 
     def build(*overrides: str, callbacks: tuple[FederatedCallback, ...] = ()) -> FederatedLoop:
         loop = new_loop(tiny_overrides, *overrides, callbacks=callbacks)
@@ -44,7 +44,7 @@ def run(tiny_overrides: list[str]) -> Run:
 
 
 def new_federation(tiny_overrides: list[str], *overrides: str) -> Federation:
-    config = compose([*tiny_overrides, "backbone.num_layers=4", "trainer.num_rounds=3", *overrides])
+    config = compose([*tiny_overrides, "backbone.num_layers=4", *overrides])
     return build_federation(config, build_recommender(config, build_data(config)))
 
 
@@ -94,15 +94,15 @@ class Values(FederatedCallback):
         "trainer.learning_rate_decay=linear",
         "aggregation=centralized adapter=lora",
         "objective.item_encoder=encoded adapter=lora trainer.gradient_clip=0.01",
-        "split.head_layers=0 split.tail_layers=2 participation.rate=0.5 trainer.reset_optimizer=true",
-        "aggregation=scaffold adapter=lora trainer.gradient_clip=0.5 participation.rate=0.5",
+        "split.head_layers=0 split.tail_layers=2 participation.rate=0.5 trainer.reset_optimizer=true trainer.num_rounds=3",
+        "aggregation=scaffold adapter=lora trainer.gradient_clip=0.5 participation.rate=0.5 trainer.num_rounds=3",
         "aggregation=ditto",
-        "aggregation=fedper aggregation.personal=b adapter=lora trainer.num_rounds=2",
-        "aggregation=fedrep split.tail_layers=2 trainer.num_rounds=2",
+        "aggregation=fedper aggregation.personal=b adapter=lora",
+        "aggregation=fedrep split.tail_layers=2",
         "aggregation=fedamp aggregation.mu=1 trainer.gradient_clip=null",
         "aggregation=ifca aggregation.noise=0.5",
         "aggregation=fedfomo aggregation.num_models=1 adapter=lora",
-        "aggregation=fedavg participation=power_of_choice participation.rate=0.3",
+        "aggregation=fedavg participation=power_of_choice participation.rate=0.3 trainer.num_rounds=3",
         "aggregation=pfedme aggregation.inner_steps=2 adapter=lora",
         "adapter=lora adapter.layers=body+tail",
         "adapter.layers=tail",
@@ -141,17 +141,27 @@ def test_bf16_stays_within_its_resolution(run: Run) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=2**-7, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def of_whole_model(tiny_overrides: list[str]) -> dict[str, Tensor]:
+    """Adapters of a run without cuts."""
+    loop = new_loop(tiny_overrides, "adapter=lora")
+    loop.run()
+    return adapters(loop)
+
+
 @pytest.mark.parametrize("depth", [(0, 1), (2, 1), (1, 2)])
-def test_where_the_cuts_are_changes_nothing(run: Run, depth: tuple[int, int]) -> None:
+def test_where_the_cuts_are_changes_nothing(
+    run: Run, of_whole_model: dict[str, Tensor], depth: tuple[int, int]
+) -> None:
     """Dropout belongs to layers, not to parts: any two cuts give the same run."""
     where = [f"split.head_layers={depth[0]}", f"split.tail_layers={depth[1]}", "split.transport=inprocess"]
-    assert_same(adapters(run("adapter=lora")), adapters(run("adapter=lora", *where)))
+    assert_same(of_whole_model, adapters(run("adapter=lora", *where)))
 
 
 @pytest.mark.parametrize(("packing", "atol"), [("bfloat16", 0.02), ("int8", 0.05)])
 def test_packed_hidden_states_cost_little_and_save_bytes(tiny_overrides: list[str], packing: str, atol: float) -> None:
     """Bytes by arithmetic: bfloat16 halves 4 bytes a number; int8 is 1 byte, and 4 bytes of scale a token of 16."""
-    how = "split.transport=inprocess", "trainer.num_rounds=2"
+    how = ("split.transport=inprocess",)
     loops = [new_loop(tiny_overrides, *how, *more) for more in ([], packed_as(packing))]
     figures = [loop.run().evaluation.summary["ndcg_at_10/pooled"] for loop in loops]
     plain, packed = loops
@@ -194,7 +204,7 @@ def tensors_of(value: object) -> list[Tensor]:
 @pytest.fixture
 def recorded(tiny_overrides: list[str]) -> Callable[..., tuple[FederatedLoop, list[Message]]]:
     def build(*overrides: str) -> tuple[FederatedLoop, list[Message]]:
-        loop = new_loop(tiny_overrides, "split.transport=inprocess", "trainer.num_rounds=2", *overrides)
+        loop = new_loop(tiny_overrides, "split.transport=inprocess", *overrides)
         recording = Recording(server_of(loop))
         link_of(loop).connect(recording, loop.exchange.ledger)
         loop.run()
@@ -340,21 +350,29 @@ class StopsBeforeRound(FederatedCallback):
             raise Stopped
 
 
+RESUMED = ["adapter=lora", "trainer.num_rounds=3"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_overrides: list[str]) -> FederatedLoop:
+    loop = new_loop(tiny_overrides, *RESUMED, "split.transport=inprocess")
+    loop.run()
+    return loop
+
+
 @pytest.mark.parametrize(
     ("before", "after"), [("inprocess", "inprocess"), ("none", "inprocess"), ("inprocess", "none")]
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    tiny_overrides: list[str], tmp_path: Path, before: str, after: str
+    tiny_overrides: list[str], uninterrupted: FederatedLoop, tmp_path: Path, before: str, after: str
 ) -> None:
     """Also with the cut executed before the stop only, or after it only: the state of a run is the same in both."""
-    how = ["adapter=lora", "trainer.num_rounds=4"]
-    whole = new_loop(tiny_overrides, *how, "split.transport=inprocess")
-    whole.run()
-    first = new_federation(tiny_overrides, *how, f"split.transport={before}")
+    whole = uninterrupted
+    first = new_federation(tiny_overrides, *RESUMED, f"split.transport={before}")
     checkpoint = Checkpoint(tmp_path, first.persisted, first.population)
     with pytest.raises(Stopped):
         first.loop([checkpoint, StopsBeforeRound(2)]).run()
-    second = new_federation(tiny_overrides, *how, f"split.transport={after}")
+    second = new_federation(tiny_overrides, *RESUMED, f"split.transport={after}")
     assert Checkpoint(tmp_path, second.persisted, second.population).resume() == 2
     loop = second.loop()
     loop.run()
