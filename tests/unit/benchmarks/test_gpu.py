@@ -28,13 +28,20 @@ def test_all_cases_run_and_whole_and_cut_do_the_same_work(tmp_path: Path, capsys
     file = tmp_path / "figures.json"
     benchmark().main(["--dry-run", "--work", str(tmp_path / "work"), "--json", str(file)])
     results = {row["case"]: row for row in json.loads(file.read_text())}
-    assert list(results) == ["ml_1m_small", "ml_1m_small, cut", "llama_2_7b", "llama_2_7b, cut"]
-    for case in ("ml_1m_small", "llama_2_7b"):
-        whole, cut = results[case], results[f"{case}, cut"]
-        assert whole["tokens"] == cut["tokens"] > 0
-        assert whole["steps"] == cut["steps"] == 10, "five clients, two steps"
-        work = [row["flops_per_second"] * row["seconds_per_round"] for row in (whole, cut)]
-        assert work[0] == pytest.approx(work[1], rel=1e-9)
+    variants = {
+        "ml_1m_small": [", cut"],
+        "smollm2_135m": [", clients_per_step=5", ", cut", ", NCCL"],
+        "llama_2_7b": [", cut"],
+    }
+    assert list(results) == [name for case, more in variants.items() for name in (case, *(case + end for end in more))]
+    for case, more in variants.items():
+        whole, *others = (results[case + end] for end in ("", *more))
+        assert whole["steps"] == 10, "five clients, two steps"
+        for other in others:
+            assert other["tokens"] == whole["tokens"] > 0
+            assert other["steps"] == whole["steps"]
+            work = [row["flops_per_second"] * row["seconds_per_round"] for row in (whole, other)]
+            assert work[0] == pytest.approx(work[1], rel=1e-9)
     for row in results.values():
         assert row["seconds_per_round"] > 0
         assert row["utilisation"] == row["flops_per_second"] / row["matrix_rate"] > 0
