@@ -175,7 +175,7 @@ def without_launcher(config: DictConfig) -> DictConfig:
 
 def _hydra(overrides: Sequence[str]) -> DictConfig:
     """What Hydra composes; a configuration of the same choices is composed once, and values are set in a copy of it."""
-    given = parse(overrides)
+    given = parse(_with_default_callbacks(overrides))
     choosing = [item for item in given if item.key_or_group in group_choices()]
     setting = [item for item in given if item.key_or_group not in group_choices()]
     if all(map(_sets_a_value, setting)):
@@ -185,6 +185,13 @@ def _hydra(overrides: Sequence[str]) -> DictConfig:
                 OmegaConf.update(config, item.key_or_group, item.value(), merge=True)
             return config
     return _composed_by_hydra(given, overrides)
+
+
+def _with_default_callbacks(overrides: Sequence[str]) -> list[str]:
+    """``+callbacks=profile`` adds to the default callbacks, which Hydra calls a choice of a list."""
+    added = [item.removeprefix("+callbacks=") for item in overrides if item.startswith("+callbacks=")]
+    others = [item for item in overrides if not item.startswith("+callbacks=")]
+    return [*others, f"callbacks=[default,{','.join(added)}]"] if added else others
 
 
 def _sets_a_value(item: Override) -> bool:

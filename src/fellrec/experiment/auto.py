@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from lightning import Fabric
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from fellrec.data.prepared import PreparedData
 from fellrec.distributed.devices import matrix_rate, wait_for
 from fellrec.experiment.build import Recommender, build_fabric, build_recommender, recommender_key
 from fellrec.experiment.precision import AUTO, trains_all, weights_dtype
-from fellrec.models.module import PreparesSteps
-from fellrec.models.streams import StreamPosition, training_seed
+from fellrec.federated.trial import first_batch, trial_step
 
 TOLERANCE = 0.005
 """Largest relative difference of a loss from that of the reference; with a larger one a candidate is not chosen."""
@@ -162,45 +160,21 @@ def measure(recommender: Recommender, fabric: Fabric, seed: int) -> tuple[float,
     Args:
         recommender: What is trained.
         fabric: Precision of the steps.
-        seed: Of the run; each repetition draws the same dropout.
+        seed: Of the run.
 
     Returns:
-        Seconds of the fastest repetition, and the loss.
+        Seconds of the fastest repetition after the first, and the loss.
     """
-    module, (client, batch) = recommender.module, _first_batch(recommender, seed)
-    batch = fabric.to_device(batch)
-    module.train()
+    batch = fabric.to_device(first_batch(recommender.datamodule, seed))
+    loss = trial_step(fabric, recommender.module, batch, seed)
     seconds: list[float] = []
-    loss = float("nan")
-    is_warm = False
     while len(seconds) < _REPEATS and sum(seconds) < _SECONDS:
         wait_for(fabric.device)
         started = time.perf_counter()
-        with module.model.streams.using(StreamPosition(training_seed(seed, 0, client))):
-            if isinstance(module.objective, PreparesSteps):
-                with fabric.autocast():
-                    module.objective.prepare_step(module.model, 0, 0)
-            with fabric.autocast():
-                output = module.training_step(batch, 0)
-            fabric.backward(output["loss"])
-        loss = float(output["loss"].detach())
+        trial_step(fabric, recommender.module, batch, seed)
         wait_for(fabric.device)
-        if is_warm:
-            seconds.append(time.perf_counter() - started)
-        is_warm = True
-        module.zero_grad()
+        seconds.append(time.perf_counter() - started)
     return min(seconds), loss
-
-
-def _first_batch(recommender: Recommender, seed: int) -> tuple[int, Mapping[str, Tensor]]:
-    """The first client that has training rows, and its first batch."""
-
-    def batches() -> Iterator[tuple[int, Mapping[str, Tensor]]]:
-        for client in range(recommender.data.num_clients):
-            if recommender.datamodule.num_batches(client):
-                yield from ((client, batch) for batch in recommender.datamodule.train_loader(client, seed))
-
-    return next(batches())
 
 
 def _to_bf16(recommender: Recommender) -> None:

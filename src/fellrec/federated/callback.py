@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Sequence
 from types import FunctionType
 from typing import Any
@@ -107,11 +108,16 @@ class Events:
 
     Args:
         callbacks: The aggregation rule first, then the observers.
+
+    Attributes:
+        is_stopping: Whether `stop` was called.
+        seconds: In the hooks of the observers, so far.
     """
 
     def __init__(self, callbacks: Sequence[FederatedCallback] = ()) -> None:
         self.callbacks = list(callbacks)
         self.is_stopping = False
+        self.seconds = 0.0
         for callback in self.callbacks:
             callback.events = self
 
@@ -126,5 +132,9 @@ class Events:
 
     def call(self, hook: str, *records: object) -> None:
         """Call one hook of every callback."""
-        for callback in self.callbacks:
+        before = time.perf_counter()
+        for number, callback in enumerate(self.callbacks):
             getattr(callback, hook)(*records)
+            now = time.perf_counter()
+            self.seconds += (now - before) if number else 0.0
+            before = now

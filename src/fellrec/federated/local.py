@@ -157,9 +157,16 @@ class LocalTrainer:
         for epoch in range(self.settings.local_epochs):
             seed = derive_seed(self.seed, "order", job.round_index, job.row, epoch)
             batches = iter(self.datamodule.train_loader(job.data_of, seed, self.held_out))
-            while left and (step := [self.fabric.to_device(batch) for batch in islice(batches, together)]):
+            while left and (step := self._next(batches, together)):
                 left -= 1
                 yield step
+
+    def _next(self, batches: Iterator[Batch], together: int) -> list[Batch]:
+        times = self.module.model.times
+        times.enter("data")
+        step = [self.fabric.to_device(batch) for batch in islice(batches, together)]
+        times.enter(None)
+        return step
 
     def learning_rate(self, step: int, progress: float) -> float:
         """The optimiser's step size.
@@ -187,7 +194,9 @@ class LocalTrainer:
                 if slot.second is not None:
                     with slot.second.at_point(), self.module.model.streams.using(of_second):
                         self._step(job, step, slot.second, batches)
-                yield self._step(job, step, slot, batches)
+                found = self._step(job, step, slot, batches)
+                self.module.model.times.enter(None)
+                yield found
 
     def _step(self, job: Job, step: int, slot: Slot, batches: list[Batch]) -> tuple[float, int]:
         self._prepare_step(job.round_index, step)
@@ -216,8 +225,10 @@ class LocalTrainer:
         self, slot: Slot, batches: Iterable[Batch], count: int, num_batches: int, learning_rate: float
     ) -> float:
         """Add the gradients of the batches' loss, divided by ``count``; gives the loss's sum over the targets."""
-        total = 0.0
+        total, times = 0.0, self.module.model.times
         for number, batch in enumerate(batches):
+            times.count(batch)
+            times.enter("logits")
             is_last = number == num_batches - 1
             slot.before_backward(is_last and self.settings.gradient_clip is not None, learning_rate)
             with self.fabric.autocast():
@@ -225,6 +236,7 @@ class LocalTrainer:
             loss_sum = output["loss_sum"] if "loss_sum" in output else output["loss"] * len(batch["targets"])
             self.fabric.backward(loss_sum / count)
             total += float(loss_sum.detach())
+            times.enter("optimiser")
         return total
 
     def _backward_together(

@@ -35,6 +35,7 @@ from fellrec.models.remote import (
     with_layers,
 )
 from fellrec.models.streams import LayerStreams
+from fellrec.models.times import NO_TIMES, Times
 
 
 class SplitModel(nn.Module):
@@ -54,6 +55,7 @@ class SplitModel(nn.Module):
             ``generate``.
         cut: Where it is cut.
         streams: Random numbers of its layers.
+        times: Told where a training step is.
 
     Raises:
         BackboneError: If the cuts do not fit into the model's layers.
@@ -64,6 +66,7 @@ class SplitModel(nn.Module):
         self.model: Any = model
         self.arch = arch_of(model.config)
         self.cut = Cut(head_layers, tail_layers, len(decoder_layers(model, self.arch)))
+        self.times: Times = NO_TIMES
         self._link = link
         self._own_attention = self.attention
         if link is not None:
@@ -138,6 +141,7 @@ class SplitModel(nn.Module):
         """
         if attention_mask is None and not self.arch.is_causal:
             attention_mask = input_ids >= 0
+        self.times.enter_part("head", input_ids)
         return self._run(0, self.embed(input_ids), attention_mask)
 
     def body(self, hidden_BLD: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -165,7 +169,9 @@ class SplitModel(nn.Module):
         """
         if self._link is None or not self.training:
             return [self(ids) for ids in inputs]
-        bodies = remote_body(self._link, [self.head(ids) for ids in inputs])
+        heads = [self.head(ids) for ids in inputs]
+        self.times.enter_part("body")
+        bodies = [self.times.leave_part(body_BLD, "body") for body_BLD in remote_body(self._link, heads)]
         return [self.tail(hidden_BLD) for hidden_BLD in bodies]
 
     def serve_body(self, hidden_BLD: Tensor, mask: Tensor | None, positions: str, cache: Cache | None) -> Tensor:
@@ -247,6 +253,10 @@ class SplitModel(nn.Module):
         return {name: self.part_of(name) for name, _ in self.model.named_parameters()}
 
     def _run(self, part: int, inputs_embeds: Tensor, attention_mask: Tensor | None) -> Tensor:
+        self.times.enter_part(PARTS[part])
+        return self.times.leave_part(self._computed(part, inputs_embeds, attention_mask), PARTS[part])
+
+    def _computed(self, part: int, inputs_embeds: Tensor, attention_mask: Tensor | None) -> Tensor:
         inner = self._parts[part]
         if not self.arch.is_causal:
             mask = tokens_of(inputs_embeds) if attention_mask is None else attention_mask
