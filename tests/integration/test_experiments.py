@@ -78,7 +78,8 @@ SWEEPS = {
     "generative_targets": (1, {f"{s}_{t}": 1 for s in ("vocabulary", "catalogue") for t in ("one", "every")}),
     "rules": (
         2,
-        {"games/fellrec": 3, "games/fedbuff": 3, "ml_1m/fellrec": 1, "ml_1m_lora/fellrec": 1, "ml_1m_lora/hetlora": 1},
+        {"games/fellrec": 3, "games/fedbuff": 3, "ml_1m/fellrec": 1, "ml_1m/fedbuff": 1}
+        | {"ml_1m_lora/fellrec": 1, "ml_1m_lora/hetlora": 1},
     ),
 }
 """Of each sweep: how many folders of data it takes, and its cells with their runs for one seed."""

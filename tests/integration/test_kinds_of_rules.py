@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 import fellrec.aggregation
 from fellrec.aggregation.settings import RULES
 from fellrec.config.compose import compose
-from fellrec.experiment.build import build_data, build_recommender
+from fellrec.experiment.build import Recommender, build_data, build_recommender, recommender_key
 from fellrec.experiment.federation import Federation, build_federation
 from fellrec.federated.checkpoint import CheckpointFolder
 from fellrec.federated.loop import FederatedLoop
@@ -31,14 +32,32 @@ KINDS = {
     "fedex_lora": "a changed base",
 }
 """Rule → what it stands for."""
-WITH_CUT = {**KINDS, "fltrust": "a training of the server"}
+WITH_CUT = {
+    **KINDS,
+    "fltrust": "a training of the server",
+    "fed_sb": "small matrices between frozen factors",
+    "ravan": "several of them, with factors",
+    "fedalt": "a router, and the others' LoRA",
+}
 """Those that are checked in one process."""
+ADAPTERS = {"fed_sb": "lora_sb", "ravan": "lora_heads", "fedalt": "lora_mixed"}
+"""Rules with an adapter other than LoRA."""
 HOW = ["adapter=lora", "backbone.num_layers=4", "participation.rate=0.7", "trainer.num_rounds=3"]
 
 
-def federation_of(tiny_overrides: list[str], *overrides: str) -> Federation:
-    config = compose([*tiny_overrides, *HOW, *overrides])
-    return build_federation(config, build_recommender(config, build_data(config)))
+@pytest.fixture(scope="module")
+def federation_of(tiny_overrides: list[str]) -> Callable[..., Federation]:
+    """Makes the federation of some overrides in one of several models, each of which is loaded once."""
+    loaded: dict[tuple[str, str], Recommender] = {}
+
+    def make(model: str, *overrides: str) -> Federation:
+        config = compose([*tiny_overrides, *HOW, *overrides])
+        key = model, recommender_key(config)
+        if key not in loaded:
+            loaded[key] = build_recommender(config, build_data(config))
+        return build_federation(config, loaded[key])
+
+    return make
 
 
 def state_of(loop: FederatedLoop) -> dict[str, Tensor]:
@@ -49,22 +68,26 @@ def state_of(loop: FederatedLoop) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", WITH_CUT)
-def test_the_cut_and_a_resume_change_no_bit(name: str, tiny_overrides: list[str], tmp_path: Path) -> None:
-    whole = federation_of(tiny_overrides, f"aggregation={name}").loop()
+def test_the_cut_and_a_resume_change_no_bit(
+    name: str, federation_of: Callable[..., Federation], tmp_path: Path
+) -> None:
+    """The resumed run has a model of its own, as in another process."""
+    how = [f"aggregation={name}", *([f"adapter={ADAPTERS[name]}", "adapter.rank=4"] if name in ADAPTERS else [])]
+    whole = federation_of("first", *how).loop()
     whole.run()
-    first = federation_of(tiny_overrides, f"aggregation={name}")
+    first = federation_of("first", *how)
     loop = first.loop()
     loop.validate(-1)
     loop.run_round(0)
     CheckpointFolder(tmp_path).save(first.persisted, 1)
-    second = federation_of(tiny_overrides, f"aggregation={name}")
+    second = federation_of("second", *how)
     CheckpointFolder(tmp_path).load(second.persisted)
     resumed = second.loop()
     resumed.run()
     assert_same(state_of(whole), state_of(resumed))
     class_name = next(key for key, kind in RULES.items() if kind.about.name == name)
     if not getattr(fellrec.aggregation, class_name).limits.whole_model:
-        cut = federation_of(tiny_overrides, f"aggregation={name}", "split.transport=inprocess").loop()
+        cut = federation_of("cut", *how, "split.transport=inprocess").loop()
         cut.run()
         assert_same(state_of(whole), state_of(cut))
 
