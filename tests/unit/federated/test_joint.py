@@ -20,7 +20,7 @@ from fellrec.experiment.build import build_data, build_recommender, build_rule
 from fellrec.experiment.federation import Federation, build_federation
 from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.checkpoint import CheckpointFolder
-from fellrec.federated.records import Job, RoundRecord
+from fellrec.federated.records import Failed, Job, RoundRecord
 from fellrec.federated.terms import LocalTerm, TermContext
 
 JOINT = ["adapter=lora", "adapter.dropout=0.1", "aggregation=local", "trainer.max_local_steps=3",
@@ -192,6 +192,20 @@ def test_a_client_that_fails_leaves_the_others_untouched(
         assert one.loss == pytest.approx(other.loss, rel=1e-6)
         assert_close(one.adapter.tensors(), other.adapter.tensors(), 1e-6)
         assert_close(one.optimizer.tensors(), other.optimizer.tensors(), 1e-6)
+
+
+def test_a_pass_that_fails_fails_all_of_its_group(tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three clients two are in a group, the one with the most steps among them; the third trains."""
+    joint = federation(tiny_overrides, "trainer.clients_per_step=2")
+    trainer = joint.executor.joint  # type: ignore[attr-defined]
+    monkeypatch.setattr(trainer.lora, "encode", lambda *_: out_of_memory(torch.tensor(0.0)))
+    outcomes = joint.loop().train([joint.population.job(row, 0) for row in range(3)])
+    failed = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
+    assert [outcome.row for outcome in failed] == [0, 1]
+    for outcome in failed:
+        assert re.search(
+            r"client 0, client 1 failed in round 0 with OutOfMemoryError: out of memory \(", outcome.reason
+        )
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tiny_overrides: list[str], tmp_path: Path) -> None:
