@@ -42,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
             log.warning("%s was not measured: %s", name, error)
             results.append(Result(name, name, float("nan"), note="failed"))
         write(results, known, how.work / "results.json")
+        draw(results, how.work / "results.png")
     print_table(results, known)
-    draw(results, how.work / "results.png")
     log.info("written: %s", how.work / "results.json")
     return results
 

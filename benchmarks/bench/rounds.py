@@ -25,14 +25,12 @@ import torch
 from bench.plain import Client, Workload, mean
 from bench.workload import freeze, overrides_of
 from fellrec.config.compose import compose
+from fellrec.experiment.auto import choose, is_auto
 from fellrec.experiment.build import build_data, build_recommender
 from fellrec.experiment.federation import build_loop
 
-FAST: tuple[tuple[str, str], ...] = (
-    ("trainer.clients_per_step", "5"),
-    ("trainer.precision", "bf16-mixed"),
-)
-"""Settings that are faster and change losses by rounding only, of those that fellrec has."""
+FAST = {"precision": "auto", "attention": "auto", "clients_per_step": "5"}
+"""Settings of ``trainer`` that are faster and change losses by rounding only; those that fellrec has are used."""
 
 
 class Competitor(Protocol):
@@ -50,8 +48,10 @@ class Ours:
 
     def __init__(self, workload: Workload, overrides: Sequence[str]) -> None:
         # The last round of a run is validated: this run has more rounds than are trained.
-        self.config = compose([*overrides, "trainer.num_rounds=1000", "trainer.evaluate_every=1000"])
-        self.recommender = build_recommender(self.config, build_data(self.config))
+        config = compose([*overrides, "trainer.num_rounds=1000", "trainer.evaluate_every=1000"])
+        data = build_data(config)
+        self.config = choose([config], data)[0] if is_auto(config) else config
+        self.recommender = build_recommender(self.config, data)
         self.restart()
 
     def restart(self) -> None:
@@ -86,7 +86,7 @@ class Loop:
 def fast_overrides(overrides: Sequence[str]) -> list[str]:
     """Those of `FAST` that this version of fellrec has."""
     trainer = compose(list(overrides)).trainer
-    return [f"{name}={value}" for name, value in FAST if name.removeprefix("trainer.") in trainer]
+    return [f"trainer.{name}={value}" for name, value in FAST.items() if name in trainer]
 
 
 def competitor(name: str, workload: Workload, overrides: Sequence[str]) -> Competitor:
@@ -147,8 +147,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     workload = frozen(options.work, options.family, overrides)
     competitors = {name: competitor(name, workload, overrides) for name in options.competitors.split(",")}
     found = measure(competitors, workload.settings["rounds"], options.repeats)
-    if "ours_fast" in found:
-        found["ours_fast"]["settings"] = fast_overrides(overrides)
+    fast = competitors.get("ours_fast")
+    if isinstance(fast, Ours):
+        found["ours_fast"]["settings"] = [
+            f"{name}={fast.config.trainer[name]}" for name in FAST if name in fast.config.trainer
+        ]
     sys.stdout.write(json.dumps(found) + "\n")
 
 

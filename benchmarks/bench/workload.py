@@ -36,6 +36,7 @@ COMMON = (
     "trainer.reset_optimizer=true",
     "trainer.accelerator=cpu",
     "references.show=[]",
+    "backbone.pretrain.steps=50",
 )
 """The workload of all families, as overrides of fellrec's command."""
 ROUNDS, STEPS = 3, 6

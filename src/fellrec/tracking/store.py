@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import sqlite3
 import sys
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
     from sqlalchemy.engine import URL
 
+_PLAIN = re.compile(r"sqlite:///(?P<path>[\w./-]+)", re.ASCII)
+"""A sqlite address in which nothing is quoted: the path is read without SQLAlchemy, whose import takes a second."""
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 """Names of the loopback interface."""
 _CREDENTIALS = (
@@ -180,6 +183,8 @@ def absolute(uri: str) -> str:
     Raises:
         ConfigError: If it is a sqlite database in memory, or cannot be read.
     """
+    if (plain := _PLAIN.fullmatch(uri)) and _PLAIN.fullmatch(resolved := f"sqlite:///{Path(plain['path']).resolve()}"):
+        return resolved
     url = _sqlite_url(uri)
     path = _sqlite_path(uri)
     return uri if url is None else url.set(drivername="sqlite", database=str(path)).render_as_string(False)

@@ -143,7 +143,7 @@ def test_composing_and_checking_needs_no_pytorch() -> None:
     code = (
         "import sys; from fellrec.config.compose import compose; from fellrec.config.sweep import expand\n"
         "compose(['backbone=sasrec']); expand(['aggregation=fedavg,fellrec', 'aggregation.alpha=0.3'])\n"
-        "print([name for name in ('torch', 'lightning', 'transformers', 'pandas', 'sklearn') if name in sys.modules])"
+        "print([name for name in ('torch', 'lightning', 'transformers', 'pandas', 'sklearn', 'sqlalchemy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

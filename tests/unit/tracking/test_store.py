@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fellrec.errors import ConfigError
-from fellrec.tracking.store import check_reachable, make_client, ui_command
+from fellrec.tracking.store import absolute, check_reachable, make_client, ui_command
 
 
 @pytest.mark.parametrize("name", ["folder", "file.txt/mlflow.db", "file.txt"])
@@ -107,3 +107,14 @@ def test_a_new_sqlite_store_is_created_atomically(tmp_path: Path) -> None:
             assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     assert schemas[0] == schemas[1]
     assert make_client(f"sqlite:///{path}").search_experiments()[0].name == "Default"
+
+
+@pytest.mark.parametrize(
+    "path", ["mlflow.db", "a/../b.db", "/tmp/x-1/store_2.db", "./a b.db", "with%20percent.db", "ü.db"]
+)
+def test_an_address_is_made_absolute_as_sqlalchemy_reads_it(path: str) -> None:
+    """Most addresses are read without SQLAlchemy; what comes out must be the file that SQLAlchemy opens."""
+    from sqlalchemy.engine import make_url
+
+    uri = f"sqlite:///{path}"
+    assert make_url(absolute(uri)).database == str(Path(str(make_url(uri).database)).resolve())
