@@ -14,8 +14,7 @@ from typing import Any
 
 from bench.environments import ROOT, Environment
 from bench.measure import Seconds, run
-from bench.rounds import frozen
-from bench.workload import overrides_of
+from bench.settings import COMMAND, is_frozen, overrides_of
 
 _CLIENT = re.compile(r"train/client_(\d+)/loss")
 
@@ -83,8 +82,10 @@ def compete(
         repeats: How often.
         overrides: The user's.
     """
-    all_overrides = overrides_of("retrieval", overrides)
-    workload = frozen(work, "retrieval", all_overrides)
+    all_overrides, workload = overrides_of("retrieval", COMMAND, overrides), work / "workloads" / "command"
+    if not is_frozen(workload, all_overrides):
+        command = [sys.executable, "-m", "bench.workload", str(workload), *all_overrides]
+        checked(run(command, work / "commands" / "workload", environment()), "freezing the workload")
     found = {name: Found() for name in ("ours", *rivals)}
     for repeat in range(repeats):
         for name, one in found.items():
@@ -95,7 +96,7 @@ def compete(
                 seconds = checked(run(command, folder, environment()), name)
                 losses, ndcg = reported(folder / "run")
             else:
-                command = [str(rivals[name].python), "-m", f"bench.{name}", str(workload.folder), "result.json"]
+                command = [str(rivals[name].python), "-m", f"bench.{name}", str(workload), "result.json"]
                 seconds = checked(run(command, folder, environment()), name)
                 result: dict[str, Any] = json.loads((folder / "result.json").read_text())
                 losses, ndcg = result["losses"], result["ndcg"]

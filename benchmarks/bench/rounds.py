@@ -23,7 +23,8 @@ from typing import Any, Protocol
 import torch
 
 from bench.plain import Client, Workload, mean
-from bench.workload import freeze, overrides_of
+from bench.settings import ROUND, overrides_of
+from bench.workload import frozen
 from fellrec.config.compose import compose
 from fellrec.experiment.auto import choose, is_auto
 from fellrec.experiment.build import build_data, build_recommender
@@ -101,16 +102,6 @@ def competitor(name: str, workload: Workload, overrides: Sequence[str]) -> Compe
     return rival(workload)
 
 
-def frozen(work: Path, family: str, overrides: Sequence[str]) -> Workload:
-    """The workload of a family, which is written if it is not there or was made with other settings."""
-    folder, stamp = work / family, json.dumps(list(overrides))
-    mark = folder / "overrides.json"
-    if not mark.is_file() or mark.read_text() != stamp:
-        freeze(folder, compose(list(overrides)))
-        mark.write_text(stamp)
-    return Workload(folder)
-
-
 def measure(competitors: dict[str, Competitor], rounds: int, repeats: int) -> dict[str, Any]:
     """Seconds and losses of each competitor, which take turns."""
     found: dict[str, Any] = {name: {"wall": [], "cpu": [], "losses": []} for name in competitors}
@@ -142,9 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.disable(logging.INFO)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    pooled = options.family.startswith("pooled-")
-    overrides = overrides_of(options.family.removeprefix("pooled-"), options.overrides, pooled)
-    workload = frozen(options.work, options.family, overrides)
+    overrides = overrides_of(options.family, ROUND, options.overrides)
+    workload = frozen(options.work / options.family, overrides)
     competitors = {name: competitor(name, workload, overrides) for name in options.competitors.split(",")}
     found = measure(competitors, workload.settings["rounds"], options.repeats)
     fast = competitors.get("ours_fast")

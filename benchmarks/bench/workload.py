@@ -1,12 +1,11 @@
 """Freeze a workload: fellrec's batches, initial adapter and backbone as files that rivals read without fellrec.
 
-    PYTHONPATH=benchmarks python -m bench.workload FOLDER generative [OVERRIDES…]
+    PYTHONPATH=benchmarks python -m bench.workload FOLDER OVERRIDES…
 
 The folder has ``workload.json`` (hyper-parameters, number of batches and targets), ``batches.safetensors`` (each
 batch's tensors under ``ROUND.CLIENT.STEP.NAME``), ``adapter.safetensors`` (the initial adapter by fellrec's names),
 ``users.safetensors`` (validation and test users of the retrieval family, and the texts of all items) and ``model/``,
-the tiny backbone as a Hugging Face folder. Dropout is 0 and the optimiser begins anew in every round, so losses can be
-compared.
+the tiny backbone as a Hugging Face folder. See ``bench.settings`` for the overrides.
 """
 
 from __future__ import annotations
@@ -22,38 +21,13 @@ from omegaconf import DictConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bench.plain import Workload
+from bench.settings import is_frozen, mark_frozen
 from fellrec.config.compose import compose
 from fellrec.experiment.build import Recommender, build_data, build_recommender
 from fellrec.experiment.federation import build_loop
 from fellrec.federated.executor import SerialExecutor
 from fellrec.models.adapters import LoraAdapter
-
-COMMON = (
-    "data=synthetic",
-    "adapter=lora",
-    "adapter.dropout=0",
-    "aggregation=fedavg",
-    "trainer.reset_optimizer=true",
-    "trainer.accelerator=cpu",
-    "references.show=[]",
-    "backbone.pretrain.steps=50",
-)
-"""The workload of all families, as overrides of fellrec's command."""
-ROUNDS, STEPS = 3, 6
-"""Rounds, and local steps of each of the five clients in a round."""
-
-
-def overrides_of(family: str, more: Sequence[str] = (), pooled: bool = False) -> list[str]:
-    """Overrides of a workload.
-
-    Args:
-        family: ``retrieval`` or ``generative``.
-        more: The user's, which come last.
-        pooled: Whether one model is trained on the rows of all clients.
-    """
-    rule = ("aggregation=centralized",) if pooled else ()
-    rounds = (f"trainer.num_rounds={ROUNDS}", f"trainer.max_local_steps={STEPS}")
-    return [f"objective={family}", *COMMON, *rule, *rounds, *more]
 
 
 def freeze(folder: Path, config: DictConfig) -> dict[str, Any]:
@@ -126,11 +100,18 @@ def _users(recommender: Recommender) -> dict[str, Tensor]:
     return found | {f"items.{name}": tensor.contiguous() for name, tensor in items.items()}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def frozen(folder: Path, overrides: Sequence[str]) -> Workload:
+    """The workload of a folder, which is written if it is not there or was made with other overrides."""
+    if not is_frozen(folder, overrides):
+        freeze(folder, compose(list(overrides)))
+        mark_frozen(folder, overrides)
+    return Workload(folder)
+
+
+def main() -> None:
     """Freeze one workload."""
-    folder, family, *more = sys.argv[1:] if arguments is None else arguments
-    pooled = family.startswith("pooled-")
-    freeze(Path(folder), compose(overrides_of(family.removeprefix("pooled-"), more, pooled)))
+    folder, *overrides = sys.argv[1:]
+    frozen(Path(folder), overrides)
 
 
 if __name__ == "__main__":
