@@ -45,7 +45,7 @@ ml-1m: install  ## the MovieLens-1M comparison of the README (DATA=folder that h
 	$(BIN)/fellrec compare experiment=ml_1m_small data.root=$(DATA)/ml-1m
 
 bench: install  ## compare with other frameworks (BENCH_ROWS=loop,flower: only these rows; an hour on 2 cores)
-	PYTHONPATH=src:benchmarks OMP_NUM_THREADS=1 $(BIN)/python -m bench --rows "$(BENCH_ROWS)" --work bench-work
+	PYTHONPATH=src:benchmarks OMP_NUM_THREADS=1 $(BIN)/python -m bench --rows "$(BENCH_ROWS)" --work bench-work --data $(DATA)
 
 clean:  ## remove the virtual environment and tool caches; runs and mlflow.db stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

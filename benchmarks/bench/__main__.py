@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.environments import ROOT
 from bench.report import draw, facts, print_table, write
 from bench.rows import ROWS, How, Result
 
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     parser.add_argument("--rows", default="", help=f"names, separated by commas; all: {','.join(ROWS)}")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("bench-work"), help="folder for environments and runs")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder that holds ml-1m")
     parser.add_argument("overrides", nargs="*", help="overrides of fellrec for the rows that train")
     options = parser.parse_args(arguments)
     names = [name for name in options.rows.split(",") if name] or list(ROWS)
@@ -31,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
         parser.error(f"unknown rows {', '.join(unknown)}; there are {', '.join(ROWS)}")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
-    how = How(options.work.resolve(), options.repeats, options.overrides)
+    how = How(options.work.resolve(), options.repeats, options.overrides, options.data)
     how.work.mkdir(parents=True, exist_ok=True)
     known, results = facts(), list[Result]()
     for name in names:

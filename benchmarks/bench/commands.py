@@ -107,6 +107,18 @@ def compete(
     return found
 
 
+def profile(work: Path, root: Path) -> list[float]:
+    """Utilisation in each round of ``ml_1m_small``, which ``callbacks=profile`` logs."""
+    folder = work / "commands" / "profile"
+    shutil.rmtree(folder, ignore_errors=True)
+    arguments = ("+callbacks=profile", "experiment=ml_1m_small", f"data.root={root.resolve()}", "references.show=[]")
+    more = ("trainer.num_rounds=2", "trainer.evaluate_every=2", "run_dir=run")
+    checked(run(fellrec("train", *arguments, *more), folder, environment()), "profile")
+    lines = (folder / "run" / "outbox" / "operations.jsonl").read_text().splitlines()
+    metrics = [json.loads(line).get("metrics") or {} for line in lines]
+    return [found["profile/utilisation"] for found in metrics if "profile/utilisation" in found]
+
+
 def time_command(work: Path, name: str, command: Sequence[str], repeats: int, status: int = 0) -> Found:
     """Run one command several times, each in a new folder."""
     found = Found()

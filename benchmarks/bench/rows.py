@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import commands
-from bench.environments import environment_of
+from bench.environments import ROOT, environment_of
 
 TOLERANCE = 1e-5
 """Largest relative difference of losses that are equal up to the order of float32 sums."""
@@ -25,11 +25,13 @@ class How:
         work: Folder for environments, workloads and runs.
         repeats: How often.
         overrides: The user's, for rows that train.
+        data: Folder that holds ``ml-1m``, for the row that needs it.
     """
 
     work: Path
     repeats: int = 3
     overrides: Sequence[str] = ()
+    data: Path = ROOT.parent / "shared" / "data"
 
 
 @dataclass
@@ -197,6 +199,20 @@ def aggregation(how: How) -> list[Result]:
     return [result]
 
 
+def floor(how: How) -> list[Result]:
+    """Share of one large matrix product's speed that local training of ``ml_1m_small`` reaches, by the profile."""
+    result = Result("floor", "ml_1m_small, share of the arithmetic floor", 0.6, is_share=True)
+    if not (ROOT / "conf" / "callbacks" / "profile.yaml").is_file():
+        result.note = "not measured: this version has no callbacks=profile"
+    elif not (how.data / "ml-1m").is_dir():
+        result.note = f"not measured: {how.data / 'ml-1m'} is absent"
+    else:
+        found = commands.profile(how.work, how.data / "ml-1m")
+        result.ours, result.ours_cpu = found, found
+        result.note = "values are the rounds'"
+    return [result]
+
+
 def demo(how: How) -> list[Result]:
     """Seconds of ``make demo`` after installation, without any cache."""
     found = commands.time_command(how.work, "demo", commands.fellrec("compare"), 1)
@@ -212,6 +228,7 @@ ROWS: dict[str, Callable[[How], list[Result]]] = {
     "cli": cli,
     "clients": clients,
     "aggregation": aggregation,
+    "floor": floor,
     "demo": demo,
 }
 """How to measure each row, in the order of the table."""

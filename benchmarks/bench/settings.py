@@ -19,9 +19,9 @@ COMMON = (
 )
 """Of all workloads: five clients, three rounds. Losses can only agree without dropout, and the rivals' clients keep no
 state of an optimiser from round to round."""
-ROUND = ("trainer.max_local_steps=3",)
+ROUND = ("trainer.max_local_steps=3", "trainer.batch_size=16")
 """Of the rows that time rounds."""
-COMMAND = ("trainer.max_local_steps=2", "data.reader.num_users=300")
+COMMAND = ("trainer.max_local_steps=2", "trainer.batch_size=16", "data.reader.num_users=300")
 """Of the rows that time whole commands: a short run, in which what comes before the first step counts."""
 
 
