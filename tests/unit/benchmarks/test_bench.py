@@ -31,7 +31,7 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_in_this_process")
 def test_the_hand_written_loop_has_our_losses(tmp_path: Path, tiny_overrides: list[str]) -> None:
-    more = [*tiny_overrides, "trainer.max_local_steps=2", "trainer.cutoffs=[10]"]
+    more = [*tiny_overrides, "trainer.max_local_steps=1", "trainer.cutoffs=[10]"]
     results = bench.main(["--rows", "loop", "--repeats", "1", "--work", str(tmp_path), *more])
     same = [result for result in results if "hand-written" in result.what]
     assert len(same) == 2
