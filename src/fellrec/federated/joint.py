@@ -153,9 +153,14 @@ class JointTrainer:
                 loss, step = training.loss / training.num_targets, training.tally.num_steps
                 with _noting_failures(training):
                     self.trainer.take_step(training.job, step, training.slot, loss, rate)
+        self.module.model.times.enter(None)
 
     def _backward(self, trainings: Sequence[_Training], number: int) -> None:
         """Add the gradients of a micro-batch of each client, divided by the targets of its step, to its own."""
+        times = self.module.model.times
+        for training in trainings:
+            times.count(training.batches[number])
+        times.enter("logits")
         with self.fabric.autocast():
             losses = self._losses(trainings, number)
             shares = [loss / training.num_targets for training, loss in losses]
@@ -164,6 +169,7 @@ class JointTrainer:
             found = torch.stack([loss.detach() for _, loss in losses]).tolist()
             for (training, _), loss in zip(losses, found, strict=True):
                 training.loss += loss
+        times.enter("optimiser")
 
     def _losses(self, trainings: Sequence[_Training], number: int) -> list[tuple[_Training, Tensor]]:
         """The loss of a micro-batch of each client, summed over its targets; without those that fail."""

@@ -22,6 +22,7 @@ from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.checkpoint import CheckpointFolder
 from fellrec.federated.records import Failed, Job, RoundRecord
 from fellrec.federated.terms import LocalTerm, TermContext
+from fellrec.models.times import PartTimes
 
 JOINT = ["adapter=lora", "adapter.dropout=0.1", "aggregation=local", "trainer.max_local_steps=3",
          "trainer.num_rounds=9", "trainer.evaluate_every=9"]  # fmt: skip
@@ -145,6 +146,20 @@ def test_callbacks_see_every_step_of_every_client(tiny_overrides: list[str]) -> 
         found.append(seen)
     assert sorted(found[0].begun) == sorted(found[1].begun) == [0, 1, 2]
     assert sorted(found[1].losses) == pytest.approx(sorted(found[0].losses), rel=1e-6)
+
+
+def test_a_profile_sees_the_parts_and_tokens_of_all_clients(tiny_overrides: list[str]) -> None:
+    """Rows of all clients are padded to one length; the tokens in them are the same."""
+    found = []
+    for number in (1, 3):
+        made, times = federation(tiny_overrides, f"trainer.clients_per_step={number}"), PartTimes(torch.device("cpu"))
+        made.executor.trainer.module.model.times = times  # type: ignore[attr-defined]
+        rounds(made, number=1)
+        found.append(times)
+    alone, joint = found
+    assert joint.num_inside == alone.num_inside > 0
+    assert joint.num_tokens > alone.num_tokens
+    assert joint.seconds.keys() == alone.seconds.keys() >= {"data", "head", "logits", "optimiser"}
 
 
 def broken(joint: Federation, monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
