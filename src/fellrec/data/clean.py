@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,7 @@ MAX_TITLE = 10_000
 
 _EARLIEST, _FAR = 1e8, 100
 """Smallest usual timestamp, in seconds since 1970, at which one that is ``_FAR`` times smaller or larger is unusual."""
-_INVISIBLE = r"[\s\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff\u00ad]*"
+_INVISIBLE = re.compile(r"[\s\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff\u00ad]*")
 """Spaces, and signs that nothing is seen of."""
 
 
@@ -271,7 +272,8 @@ def _distinct_rows(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _is_blank(column: pd.Series) -> pd.Series:
-    return column.str.fullmatch(_INVISIBLE).astype(bool)
+    # Not column.str.fullmatch: with strings of pyarrow, its patterns have other rules.
+    return column.isin([text for text in column.unique() if _INVISIBLE.fullmatch(text)])
 
 
 def _of(chosen: pd.Series) -> str:
