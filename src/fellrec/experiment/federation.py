@@ -135,7 +135,7 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
     if recommender.link is not None:
         meters.append(recommender.link.costs)
     initial = {**recommender.initial, **body}
-    initial = {name: initial[name] for name in sorted(initial)}
+    initial = {name: initial[name].cpu() for name in sorted(initial)}  # rules compute there, whatever clients train on
     rule.begin(initial)
     ranks = _ranks(recommender.adapter, num_clients, rule.changes_ranks)
     population = rule.new_population(initial, num_clients, trainer.reset_optimizer, ranks)
