@@ -197,7 +197,7 @@ def test_the_executed_cut_is_exact(name: str, lengths: str) -> None:
     expected = gradients(whole, own_forward(whole, ids, inside), inside)
     client, link, server = cut_in_two(whole, 2, 1)
     with torch.no_grad(), link.on_behalf_of(0, 0, "val"):
-        assert torch.equal(client(ids)[inside], own_forward(whole, ids, inside)[inside])
+        assert is_same(name, client(ids)[inside], own_forward(whole, ids, inside)[inside])
     assert link.ledger.total(direction="up") == link.ledger.total(direction="down") == 3 * 9 * 32 * 4
     open_slot(link, server, 1)
     with link.on_behalf_of(1, 0, "train"):
@@ -205,7 +205,14 @@ def test_the_executed_cut_is_exact(name: str, lengths: str) -> None:
         found = gradients(client.model, hidden_BLD, inside)
     found |= {key: p.grad for key, p in server.jobs[1].slot.parameters.items() if p.grad is not None}
     assert found.keys() == expected.keys()
-    assert not [key for key in expected if not torch.equal(found[key], expected[key])]
+    assert not [key for key in expected if not is_same(name, found[key], expected[key])]
+
+
+def is_same(name: str, found: Tensor, expected: Tensor) -> bool:
+    """Equal to the last bit; with Longformer, which differs there on CPUs without AVX-512, nearly equal."""
+    if name == "longformer":
+        return torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+    return torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -253,6 +254,16 @@ def test_help_starts_at_once() -> None:
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     for module in ("torch", "hydra", "mlflow", "transformers", "pandas"):
         assert f"'{module}'" not in loaded
+
+
+@pytest.mark.parametrize("group", ["aggregation", "ranker"], ids=["more than a buffer", "less than a buffer"])
+def test_a_reader_that_leaves_ends_a_command_without_a_traceback(group: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "fellrec", "list", group]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_mistakes_are_found_without_heavy_imports() -> None:

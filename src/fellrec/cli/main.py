@@ -9,6 +9,7 @@ import argparse
 import importlib
 import logging
 import os
+import select
 import signal
 import sys
 import traceback
@@ -78,7 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         command = importlib.import_module(_module(options.verb))
         command.run(options)
+        if is_whole_process:
+            sys.stdout.flush()
     except Exception as raised:
+        if isinstance(raised, BrokenPipeError) and is_whole_process and _has_no_reader():
+            _exit(_OF_SIGPIPE)
         error = raised if options.debug else _of_memory(raised) or raised
         if not _is_distributed() and (options.debug or not isinstance(error, FellrecError)):
             raise
@@ -100,6 +105,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if is_whole_process:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # exit handlers, such as MLflow's, are not interrupted
     _exit(0)
+
+
+_OF_SIGPIPE = 141
+"""Exit status where the reader of the output has left, as with ``| head``."""
+
+
+def _has_no_reader() -> bool:
+    """Whether nobody reads the standard output any more; nothing more is written to it then."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    is_left = any(event & select.POLLERR for _, event in output.poll(0))
+    if is_left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_left
 
 
 def _module(verb: str) -> str:
