@@ -77,13 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _keep_secrets()
     umask = os.umask(0o077)
     try:
-        command = importlib.import_module(_module(options.verb))
-        command.run(options)
-        if is_whole_process:
-            sys.stdout.flush()
+        _run(options, is_whole_process)
     except Exception as raised:
-        if isinstance(raised, BrokenPipeError) and is_whole_process and _has_no_reader():
-            _exit(_OF_SIGPIPE)
         error = raised if options.debug else _of_memory(raised) or raised
         if not _is_distributed() and (options.debug or not isinstance(error, FellrecError)):
             raise
@@ -105,6 +100,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if is_whole_process:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # exit handlers, such as MLflow's, are not interrupted
     _exit(0)
+
+
+def _run(options: argparse.Namespace, is_whole_process: bool) -> None:
+    command = importlib.import_module(_module(options.verb))
+    try:
+        command.run(options)
+        if is_whole_process:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not is_whole_process or not _has_no_reader():
+            raise
+        _exit(_OF_SIGPIPE)
 
 
 _OF_SIGPIPE = 141
