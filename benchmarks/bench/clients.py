@@ -24,6 +24,7 @@ from fellrec.federated.loop import FederatedLoop
 COMMON = (
     *("data=synthetic", "data.reader.num_users=2500", "partition=random", "adapter=lora", "adapter.dropout=0"),
     *("trainer.max_local_steps=1", "trainer.batch_size=8", "trainer.num_rounds=1000", "trainer.accelerator=cpu"),
+    "backbone.pretrain.steps=10",
 )
 COHORT, MANY = 5, 500
 
