@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,16 +68,19 @@ def draw(results: Sequence[Result], file: Path) -> None:
     shown = [result for result in results if result.value is not None]
     if not shown:
         return
-    figure, axes = plt.subplots(figsize=(8, 0.4 * len(shown) + 1.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 0.3 * len(shown) + 1.2), layout="constrained")
     for place, result in enumerate(reversed(shown)):
         of_target = [result.target / v if result.is_share else v / result.target for v in result.values]
-        middle = sorted(of_target)[len(of_target) // 2]
+        middle = statistics.median(of_target)
         colour = BLUE if result.is_reached else ORANGE
         axes.plot([min(of_target), max(of_target)], [place, place], color=colour, linewidth=1.5)
         axes.plot([middle], [place], "o" if result.is_reached else "s", color=colour)
     axes.set_yticks(range(len(shown)), [f"{result.what} ({result.target:g})" for result in reversed(shown)])
     axes.axvline(1.0, color=GREY, linestyle="--", linewidth=1)
     axes.set_xscale("log")
-    axes.set_xlabel("measured / target; left of the dashed line the target is reached")
+    ticks = (0.1, 0.2, 0.5, 1, 2, 5, 10)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("measured / target (reached up to 1)")
     figure.savefig(file, dpi=150)
     plt.close(figure)
