@@ -14,6 +14,7 @@ import pytest
 
 from fellrec.config.compose import compose
 from fellrec.config.stored import read_config
+from fellrec.distributed.channel import PROTOCOL_VERSION
 from fellrec.experiment.build import build_backbone, build_data
 
 from .processes import (
@@ -239,5 +240,5 @@ def test_what_cannot_be_read_is_named_on_both_sides(start: Start) -> None:
         assert problem in heard[0][case], heard[0]
         if case != "abort":
             assert problem in heard[1][case], heard[1]
-    assert "process 1 has protocol version 99, process 0 has 3" in heard[0]["version"]
-    assert "process 0 has protocol version 3, process 1 has 99" in heard[1]["version"]
+    assert f"process 1 has protocol version 99, process 0 has {PROTOCOL_VERSION}" in heard[0]["version"]
+    assert f"process 0 has protocol version {PROTOCOL_VERSION}, process 1 has 99" in heard[1]["version"]

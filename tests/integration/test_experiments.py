@@ -204,7 +204,7 @@ def test_the_table_of_rules(tmp_path: Path) -> None:
     assert table["rule"].tolist() == ["ditto", "local"], "the best mean first"
     assert table["settings"].tolist() == ["lam=2", "learning_rate=0.1"]
     assert table["worst_share_of_local"].tolist() == pytest.approx([1.5, 1.0])
-    assert "| ditto | lam=2 | 0.4000 | 0.50 | 0.2000 | 150% | 2.5 | 3.0 |" in shown
+    assert "| Ditto | lam=2 | 0.4000 | 0.50 | 0.2000 | 150% | 2.5 | 3.0 |" in shown
     assert "*Measured*: commit 1234567, 1 thread, seed 0." in shown
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import growth
 import pytest
-
-from benchmarks import growth
 
 
 def test_rounds_of_few_clients_are_measured_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
