@@ -14,7 +14,7 @@ import pytest
 
 from fellrec.config.compose import compose
 from fellrec.config.stored import read_config
-from fellrec.distributed.channel import PROTOCOL_VERSION
+from fellrec.distributed.message import PROTOCOL_VERSION
 from fellrec.experiment.build import build_backbone, build_data
 
 from .processes import (
