@@ -111,7 +111,6 @@ def plan_submission(overrides: Sequence[str], is_sweep: bool, trusted: Collectio
     from fellrec.config.compose import compose
     from fellrec.config.stored import PLACES, own_classes
     from fellrec.config.sweep import expand, without_passwords
-    from fellrec.experiment.classes import check_transforms
     from fellrec.experiment.names import rule_name
 
     launcher_overrides = [item for item in overrides if _LAUNCHER.match(item)]
@@ -130,6 +129,8 @@ def plan_submission(overrides: Sequence[str], is_sweep: bool, trusted: Collectio
     if any(launcher != launchers[0] for launcher in launchers):
         raise ConfigError("the runs of a sweep must have the same launcher settings; submit them one by one")
     processes = [_processes(config, launchers[0]) for config in configs]
+    from fellrec.experiment.classes import check_transforms  # imports torch: not before a mistake is found
+
     for config in configs:
         _check_run(config)
         check_transforms([config])  # each is a run of its own

@@ -13,7 +13,8 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 _SCALE_BYTES = 4  # int8: one float32 scale per token
 _NORM_BYTES = 4  # float32 gradient norm of one tensor of the body
-_STEP_BYTES = 2 * 4  # float32 clip factor and learning rate of one step
+_RATE_BYTES = 4  # float32 learning rate
+_STEP_BYTES = 4 + _RATE_BYTES  # float32 clip factor and learning rate of one step
 _REPORT_BYTES = 2 * 8  # loss and number of samples of one client in one round
 _LOSS_BYTES = 8  # one loss that is measured
 _COUNT_BYTES = 4  # float32 step count of AdamW, one per tensor
@@ -134,6 +135,8 @@ class TrafficSettings:
         gradient_dtype: Dtype of transferred gradients, likewise.
         clips_gradients: Whether gradients are clipped by their norm over all parts, which needs the body's norms.
         exchanges_adapters: Whether the aggregation rule mixes adapters; if not, they are not transferred.
+        has_local_terms: Whether the rule adds terms to the clients' loss: before gradients are clipped, the body's need
+            the learning rate.
     """
 
     hidden_size: int
@@ -141,6 +144,7 @@ class TrafficSettings:
     gradient_dtype: str = "float32"
     clips_gradients: bool = False
     exchanges_adapters: bool = True
+    has_local_terms: bool = False
 
 
 @dataclass(frozen=True)
@@ -238,6 +242,7 @@ def traffic(head: PartCost, body: PartCost, tail: PartCost, load: RoundLoad, set
     hidden = crossing_bytes(num_tokens, settings.hidden_size, settings.hidden_dtype) if is_cut else 0
     gradient = crossing_bytes(load.num_tokens, settings.hidden_size, settings.gradient_dtype) if is_cut else 0
     norms = _NORM_BYTES * body.num_adapter_tensors if is_cut and settings.clips_gradients else 0
+    step = _STEP_BYTES + (_RATE_BYTES if settings.clips_gradients and settings.has_local_terms else 0)
     own = head.adapter_bytes + tail.adapter_bytes
     adapter = own if settings.exchanges_adapters else 0
     report = (_REPORT_BYTES if settings.exchanges_adapters else 0) + _LOSS_BYTES * load.num_losses
@@ -248,7 +253,7 @@ def traffic(head: PartCost, body: PartCost, tail: PartCost, load: RoundLoad, set
         gradient_down_bytes=gradient if head.num_adapter_tensors else 0,
         adapter_up_bytes=adapter,
         adapter_down_bytes=adapter + own * load.num_received,
-        scalar_up_bytes=(_STEP_BYTES * load.num_steps if is_cut else 0) + report,
+        scalar_up_bytes=(step * load.num_steps if is_cut else 0) + report,
         scalar_down_bytes=norms * load.num_steps,
     )
 

@@ -223,9 +223,7 @@ class Planner:
             cohort_size=num_updates,
             **parts,
             load=load,
-            traffic=traffic(
-                **parts, load=load.mean, settings=_traffic_settings(config, backbone.model, rule.sees != "nothing")
-            ),
+            traffic=traffic(**parts, load=load.mean, settings=_traffic_settings(config, backbone.model, rule)),
             checkpoint_bytes=checkpoint_bytes(total_cost(parts.values()), data.num_clients, population.num_rows),
             micro_batch=(rows, tokens),
             settings=_settings(config),
@@ -319,7 +317,7 @@ def _settings(config: DictConfig) -> PlanSettings:
     return PlanSettings(config.trainer.precision, transport, at_once, per_step, kept)
 
 
-def _traffic_settings(config: DictConfig, model: Any, exchanges_adapters: bool) -> TrafficSettings:
+def _traffic_settings(config: DictConfig, model: Any, rule: AggregationCallback) -> TrafficSettings:
     own = str(model.dtype).removeprefix("torch.")
     hidden, gradient = config.split.hidden_dtype, config.split.gradient_dtype
     return TrafficSettings(
@@ -327,5 +325,6 @@ def _traffic_settings(config: DictConfig, model: Any, exchanges_adapters: bool) 
         hidden_dtype=own if hidden == "float32" else hidden,  # never cast to a wider type
         gradient_dtype=own if gradient == "float32" else gradient,
         clips_gradients=config.trainer.gradient_clip is not None,
-        exchanges_adapters=exchanges_adapters,
+        exchanges_adapters=rule.sees != "nothing",
+        has_local_terms=bool(rule.local_terms),
     )

@@ -228,6 +228,7 @@ def test_llama_7b(head_layers: int, percent: int) -> None:
         ["aggregation=qfedavg"],
         ["aggregation=ifca", "aggregation.num_clusters=2"],
         ["aggregation=ditto"],
+        ["aggregation=fedprox"],
         ["participation=power_of_choice", "participation.rate=0.5"],
     ],
 )
