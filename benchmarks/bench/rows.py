@@ -71,7 +71,7 @@ class Result:
 
     @property
     def values(self) -> list[float]:
-        """Ratios by repeat, or seconds if there is no rival."""
+        """Ratio of our seconds to the rival's for each repeat; our seconds if there is no rival."""
         return _ratios(self.ours, self.rival) if self.rival else self.ours
 
     @property

@@ -38,8 +38,7 @@ class Profile(FederatedCallback):
     - ``profile/utilisation``: FLOPs of the matrix products of local training, by those of a step of the first batch
       for each token, over its seconds and the FLOPs per second of one large product in the same type.
 
-    Only what this process does is seen, and a resumed run is measured from there. Of clients that are trained together
-    (``trainer.clients_per_step``) only the data are seen: their steps are in ``other``.
+    Only what this process does is seen, and a resumed run is measured from there.
 
     Args:
         log: Of the run.

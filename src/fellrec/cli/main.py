@@ -28,6 +28,8 @@ _PLACES = (
     "MPI_LOCALRANKID",
 )
 """Variables with this process's number on its node: of torchrun, srun, jsrun, and mpirun of Open MPI and MPICH."""
+_BROKEN_PIPE = 141
+"""Exit status if the reader of the output has closed the pipe, such as ``| head``: 128 + SIGPIPE, as in a shell."""
 
 VERBS = (
     "prepare",
@@ -103,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(options: argparse.Namespace, is_whole_process: bool) -> None:
+    """Run the verb; exit if the reader of its output has closed the pipe."""
     command = importlib.import_module(_module(options.verb))
     try:
         command.run(options)
@@ -111,15 +114,11 @@ def _run(options: argparse.Namespace, is_whole_process: bool) -> None:
     except BrokenPipeError:
         if not is_whole_process or not _has_no_reader():
             raise
-        _exit(_OF_SIGPIPE)
-
-
-_OF_SIGPIPE = 141
-"""Exit status where the reader of the output has left, as with ``| head``."""
+        _exit(_BROKEN_PIPE)
 
 
 def _has_no_reader() -> bool:
-    """Whether nobody reads the standard output any more; nothing more is written to it then."""
+    """Whether the reader of the standard output has closed the pipe; if so, further output is discarded."""
     output = select.poll()
     output.register(sys.stdout.fileno(), 0)
     is_left = any(event & select.POLLERR for _, event in output.poll(0))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -35,8 +34,8 @@ from fellrec.config.registry import (
     wrong_groups,
 )
 from fellrec.config.secrets import secret_settings, settle_tracking
+from fellrec.config.transforms import expand_transforms
 from fellrec.errors import ConfigError, nearest_first, unknown
-from fellrec.federated.transform_settings import TRANSFORMS
 from fellrec.functional.nested import flatten
 from fellrec.functional.ranges import out_of_range
 
@@ -134,7 +133,7 @@ def composed(overrides: Sequence[str]) -> DictConfig:
     for key in CHOICES:
         if known_by(key) == "_target_" and f"{key}._target_" in given:
             _drop_defaults(config, key, overrides, given)
-    _expand_transforms(config)
+    expand_transforms(config)
     return config
 
 
@@ -195,7 +194,7 @@ def _with_default_callbacks(overrides: Sequence[str]) -> list[str]:
 
 
 def _sets_a_value(item: Override) -> bool:
-    """Whether an override is no more than a new value of a setting that exists."""
+    """Whether an override only changes the value of an existing setting."""
     is_plain = not (item.is_add() or item.is_force_add() or item.is_delete() or item.is_sweep_override())
     return is_plain and item.package is None and "/" not in item.key_or_group and not item.is_hydra_override()
 
@@ -225,59 +224,6 @@ def _composed_by_hydra(given: Sequence[Override], overrides: Sequence[str]) -> D
         raise (_UnknownKeyError(text, key) if key else ConfigError(text)) from error
     finally:
         GlobalHydra.instance().hydra = around
-
-
-def _expand_transforms(config: DictConfig) -> None:
-    """Replace short names of transforms by their classes and all their settings."""
-    try:
-        exchange = config.get("exchange")
-        given = OmegaConf.select(config, "exchange.transforms") if OmegaConf.is_dict(exchange) else None
-    except OmegaConfBaseException:  # an interpolation that cannot be resolved, which `check` reports
-        return
-    if OmegaConf.is_list(given):
-        nodes = OmegaConf.to_container(given, resolve=False)
-        assert isinstance(nodes, list)
-        expanded = [_expanded(node) for node in nodes]
-        _check_order(expanded)
-        config.exchange.transforms = expanded
-
-
-_NOT_AFTER = {"topk": ("clip", "topk"), "quantise": ("clip", "noise", "topk", "quantise")}
-"""Transforms that need the entries of an update, by the one after which there are places or levels instead."""
-
-
-def _check_order(nodes: Sequence[Any]) -> None:
-    names = {target: name for name, (target, _) in TRANSFORMS.items()}
-    before: list[str] = []
-    for node in nodes:
-        name = names.get(str(node.get("_target_")), "") if isinstance(node, Mapping) else ""
-        if wrong := [earlier for earlier in before if name in _NOT_AFTER.get(earlier, ())]:
-            raise ConfigError(
-                f"exchange.transforms: {name} after {wrong[0]} is not allowed; the order is clip, noise, topk, quantise"
-            )
-        if name == "quantise" and "topk" in before and node.get("error_feedback", True) is True:
-            raise ConfigError(
-                "exchange.transforms: quantise after topk has no error feedback, because the entries are others in "
-                "every round; give {name: quantise, error_feedback: false}"
-            )
-        before.append(name)
-
-
-def _expanded(node: Any) -> Any:
-    named = {"name": node} if isinstance(node, str) else node
-    name = named.get("name") if isinstance(named, Mapping) and "_target_" not in named else None
-    if not isinstance(name, str) or ("." in name and isinstance(node, str)):
-        return node
-    if name not in TRANSFORMS:
-        raise ConfigError(unknown("transform", name, TRANSFORMS))
-    target, kind = TRANSFORMS[name]
-    values = {key: value for key, value in named.items() if key != "name"}
-    settings(kind, {key: value for key, value in values.items() if not _is_interpolation(value)}, "exchange.transforms")
-    return {"_target_": target, **defaults_of(kind), **values}
-
-
-def _is_interpolation(value: Any) -> bool:
-    return isinstance(value, str) and "${" in value
 
 
 def _drop_defaults(config: DictConfig, key: str, overrides: Sequence[str], given: Collection[str]) -> None:

@@ -36,7 +36,7 @@ def test_elements_are_dropped_independently_and_the_mean_stays(p: float) -> None
 
 
 def test_the_mask_is_16_bits_of_the_generators_words_and_scaled_by_their_probability() -> None:
-    """NumPy's view of the same 64-bit words; 0.05 · 2¹⁶ is rounded to 3277. The number of elements is no multiple."""
+    """NumPy reads the same 64-bit words; 0.05 · 2¹⁶ is rounded to 3277. The number of elements is not divisible by 4."""
     values = torch.randn(3, 5, 7, dtype=torch.float64, requires_grad=True)
     words = torch.empty(27, dtype=torch.int64).random_(-(2**63), None, generator=torch.Generator().manual_seed(5))
     levels = words.numpy().view(np.int16).astype(np.int64)[:105].reshape(3, 5, 7) + 32768
