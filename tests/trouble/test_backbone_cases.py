@@ -525,8 +525,8 @@ def test_one_process_and_two_load_the_same_files(source: Path, tmp_path: Path, i
     ("name", "message"),
     [
         (
-            "model.gguf",
-            "model.gguf is a GGUF file; expected a Hugging Face model folder, with config.json, a tokenizer",
+            "model.onnx",
+            "model.onnx is an ONNX file; expected a Hugging Face model folder, with config.json, a tokenizer",
         ),
         ("model/model.safetensors", "model.safetensors is a file of weights; expected a Hugging Face model folder"),
         ("model/config.json", "config.json is not a directory but a file; its directory is"),

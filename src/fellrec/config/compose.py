@@ -38,6 +38,7 @@ from fellrec.config.transforms import expand_transforms
 from fellrec.errors import ConfigError, nearest_first, unknown
 from fellrec.functional.nested import flatten
 from fellrec.functional.ranges import out_of_range
+from fellrec.models.packages import missing_packages
 
 _MOST_CHOICES = 6
 """Names of choices that a message has at most."""
@@ -70,6 +71,7 @@ def compose(overrides: Sequence[str], optional: Collection[str] = ()) -> DictCon
             raise ConfigError(_not_resumed(f"resume={config.resume}"))
         settle_tracking(config, {item.key_or_group for item in parse(known)})
         check(config, optional)
+        _check_installed(config)
     except ConfigError as error:
         raise ConfigError("\n".join([*wrong, str(error)])) from error
     if wrong:
@@ -357,6 +359,19 @@ def _flat(config: DictConfig) -> dict[str, object]:
     plain = OmegaConf.to_container(config, resolve=False)
     assert isinstance(plain, dict)
     return flatten(plain)
+
+
+def _check_installed(config: DictConfig) -> None:
+    """Check that the packages which a backbone's file needs are installed, unless the run is not of this environment.
+
+    Raises:
+        ConfigError: Saying how to install them.
+    """
+    is_elsewhere = config.launcher.container is not None or config.launcher.python is not None
+    missing = OmegaConf.is_missing(config.backbone, "path") or is_elsewhere
+    path = None if missing else OmegaConf.select(config, "backbone.path")
+    if path is not None and (message := missing_packages(str(path))) is not None:
+        raise ConfigError(message)
 
 
 def _check_backbone(config: DictConfig) -> list[str]:

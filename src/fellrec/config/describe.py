@@ -124,7 +124,8 @@ def _own_values(group: str, name: str) -> dict[str, Any]:
 def _kinds_in(group: str, name: str, key: str) -> list[type]:
     """The dataclass that the file of a choice names, if it is one of ``CHOICES[key]``."""
     if known_by(key) == "name":
-        return [CHOICES[key][name]] if name in CHOICES[key] else []
+        kind = CHOICES[key].get(_own_values(group, name).get(f"{key}.name", name))
+        return [] if kind is None else [kind]
     text = (conf_dir() / group / f"{name}.yaml").read_text(encoding="utf-8").split()
     named = [kind for kind in CHOICES[key].values() if kind.__name__ in text]
     return named or [kind for value, kind in CHOICES[key].items() if value in text]

@@ -13,8 +13,6 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import Progress
-from safetensors.torch import save_file
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from fellrec.config.instantiate import settings as settings_of
 from fellrec.data.datamodule import FellrecDataModule
@@ -22,6 +20,7 @@ from fellrec.data.prepared import PreparedData
 from fellrec.data.prompts import TEMPLATES
 from fellrec.errors import BackboneError, ConfigError, SplitError
 from fellrec.models.backbone import Backbone, load_hf
+from fellrec.models.conversion import save_folder
 from fellrec.models.module import Objective
 from fellrec.models.pretrain import catalogue_tokens, pretrain
 from fellrec.models.sasrec import build_sasrec
@@ -182,9 +181,5 @@ def _make(
 
 
 def _save(backbone: Backbone, folder: Path) -> None:
-    # Not the model's save_pretrained: that writes nothing in a process that is not the first, which may be a client's.
-    weights = {name: parameter.detach() for name, parameter in backbone.model.named_parameters()}  # tied ones once
     with writing_entry(folder):
-        backbone.model.config.save_pretrained(folder)
-        save_file(weights, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
-        backbone.tokenizer.save_pretrained(folder)
+        save_folder(backbone.model, backbone.tokenizer, folder)

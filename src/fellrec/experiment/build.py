@@ -47,6 +47,7 @@ from fellrec.metrics.clients import ClientRankingMetrics
 from fellrec.models.adapters import AdapterKind, FullAdapter, plain_name
 from fellrec.models.architectures import decoder_layers
 from fellrec.models.backbone import Backbone, load_hf
+from fellrec.models.conversion import model_folder
 from fellrec.models.fingerprint import fingerprint
 from fellrec.models.module import (
     FellrecModule,
@@ -62,6 +63,8 @@ from fellrec.models.split import SplitModel
 
 log = logging.getLogger(__name__)
 
+_BACKBONES = "backbones"
+"""The kind of entries of the cache that are model folders."""
 PLUGINS = (ClusterEnvironment, Precision, CheckpointIO)
 """What Fabric takes as plugins."""
 _MEETING_SECONDS = 120.0
@@ -130,8 +133,13 @@ class Recommender:
 
 
 def cache_dir(config: DictConfig) -> Path:
-    """The folder of prepared data and pretrained tiny backbones."""
+    """The folder of prepared data, pretrained tiny backbones and converted models."""
     return Path(config.cache_dir or "~/.cache/fellrec").expanduser()
+
+
+def backbone_path(config: DictConfig) -> tuple[str, str | None]:
+    """The folder or hub name of ``backbone=hf``, and its short name if that is not the folder's; see `model_folder`."""
+    return model_folder(config.backbone.path, cache_dir(config) / _BACKBONES)
 
 
 def build_data(config: DictConfig) -> PreparedData:
@@ -331,10 +339,12 @@ def build_backbone(config: DictConfig, data: PreparedData) -> Backbone:
     cut = (split.head_layers, split.tail_layers) if split.transport == "distributed" else None
     name, dtype = config.backbone.name, weights_dtype(config)
     if name == "hf":
-        return load_hf(config.backbone.path, dtype, cut, config.backbone.get("quantize"))
+        path, short = backbone_path(config)
+        backbone = load_hf(path, dtype, cut, config.backbone.get("quantize"))
+        return backbone if short is None else replace(backbone, name=short)
     Cut(split.head_layers, split.tail_layers, config.backbone.num_layers)  # refused before anything is pre-trained
     shaping = {"backbone": as_dict(config.backbone), "objective": as_dict(config.objective)}
-    cache = cache_dir(config) / "backbones"
+    cache = cache_dir(config) / _BACKBONES
     if name == "sasrec":
         return sasrec_backbone(cache, shaping, data, dtype, cut)
     return tiny_backbone(cache, shaping, lambda backbone: _checked_objective(config, backbone, data), data, dtype, cut)

@@ -52,6 +52,7 @@ from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.records import FitResult
 from fellrec.launch.preemption import StopSignals
 from fellrec.models.adapters import name_base, plain_name, save_base
+from fellrec.models.conversion import source_of
 from fellrec.rankers.reference import ReferenceRanker, reference_rankers
 from fellrec.rankers.settings import PRETRAINED, ReferenceSettings
 from fellrec.report.comparison import Comparison, RuleResult
@@ -124,7 +125,8 @@ class Run:
         if self._has_checkpoint:
             note_versions(self.run_dir)
         else:
-            write_start(self.run_dir, config, recommender.data, recommender.module.objective.metadata)
+            origin = {**recommender.module.objective.metadata, **source_of(recommender.backbone.folder)}
+            write_start(self.run_dir, config, recommender.data, origin)
             write_backbone(self.run_dir, recommender.fingerprint)
         log = self._run_log()
         callbacks = self._callbacks(federation, log)

@@ -90,17 +90,17 @@ def _is_around_run(path: Path) -> bool:
     return is_lock(path) or (path.name == SLURM_FOLDER and "SLURM_JOB_ID" in os.environ)
 
 
-def write_start(run_dir: Path, config: DictConfig, data: PreparedData, prompt: Mapping[str, str]) -> None:
+def write_start(run_dir: Path, config: DictConfig, data: PreparedData, origin: Mapping[str, str]) -> None:
     """Write what defines the run: resolved configuration, versions, data statistics, partition.
 
     Args:
         run_dir: Of the run.
         config: Resolved.
         data: The prepared data set.
-        prompt: Versions of the objective's texts, see ``Objective.metadata``.
+        origin: Versions of the objective's texts, see ``Objective.metadata``, and what the backbone was converted from.
     """
     write_atomically(run_dir / CONFIG, to_yaml(config).encode())
-    write_json(run_dir / _VERSIONS, {**versions(), **prompt})
+    write_json(run_dir / _VERSIONS, {**versions(), **origin})
     write_json(run_dir / "data.json", {"key": data.key, "name": data.name, "statistics": data.statistics})
     partition = pd.DataFrame({"user_id": data.users["user_id"], "client": data.client_of_user})
     write_parquet(run_dir / "partition.parquet", partition)

@@ -35,6 +35,7 @@ from fellrec.experiment.backbones import cached_backbone
 from fellrec.experiment.build import (
     Recommender,
     attach_server,
+    backbone_path,
     build_data,
     build_fabric,
     build_recommender,
@@ -193,7 +194,7 @@ class Session:
         use_precision(self.fabric, config)
         split = config.split
         if config.backbone.name == "hf":
-            folder = local_folder(config.backbone.path)  # each node may have the backbone in a folder of its own
+            folder = local_folder(backbone_path(config)[0])  # each node may have the backbone in a folder of its own
         else:
             folder = cached_backbone(cache_dir(config) / "backbones", begin.backbone)
         self._agree(begin, self._settings(config) | {"backbone's files": fingerprint_of(folder)})

