@@ -13,6 +13,8 @@ from fellrec.cli.arguments import add_format, add_overrides
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from fellrec.data.prepared import PreparedData
+
 PURPOSE = "read a data set, verify its counts, print statistics, cache it"
 EXAMPLES = (
     "fellrec prepare data=ml_1m data.root=ml-1m",
@@ -34,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
     from fellrec.experiment.build import build_data, cache_dir
 
     data = build_data(config)
-    checks = verify(config, data.statistics)
+    checks = _checks(config, data)
     if options.format == "json":
         found = {"name": data.name, "key": data.key, "statistics": dict(data.statistics), "checks": checks}
         sys.stdout.write(json.dumps({**found, "notes": data.notes}, indent=1) + "\n")
@@ -45,13 +47,31 @@ def run(options: argparse.Namespace) -> None:
     from fellrec.report.tables import PLAIN
 
     console = Console(**PLAIN)
-    table = Table("statistic", "value", title=f"{data.name}, key {data.key}", title_justify="left")
-    for name, value in data.statistics.items():
-        table.add_row(name.replace("_", " "), _shown(value))
+    columns = {"value" if not data.members else "all": data.statistics}
+    columns |= {name: own.statistics for name, own in data.members.items()}
+    table = Table("statistic", *columns, title=f"{data.name}, key {data.key}", title_justify="left")
+    for name in dict.fromkeys(name for counts in columns.values() for name in counts if name != "members"):
+        cells = [_shown(counts[name]) if name in counts else "" for counts in columns.values()]
+        table.add_row(name.replace("_", " "), *cells)
     console.print(table)
     for line in (*checks, *(f"note: {note}" for note in data.notes)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"cached in {cache_dir(config) / 'data' / data.key}", highlight=False, markup=False, soft_wrap=True)
+    keys = [own.key for own in data.members.values()] or [data.key]
+    folders = ", ".join(str(cache_dir(config) / "data" / key) for key in keys)
+    console.print(f"cached in {folders}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _checks(config: DictConfig, data: PreparedData) -> list[str]:
+    """The checks of a data set, or of each member of a federation."""
+    from fellrec.config.members import member_configs
+
+    if not data.members:
+        return verify(config, data.statistics)
+    return [
+        f"{name}: {line}"
+        for name, own in member_configs(config).items()
+        for line in verify(own, data.members[name].statistics)
+    ]
 
 
 def verify(config: DictConfig, statistics: Mapping[str, Any]) -> list[str]:

@@ -190,12 +190,14 @@ def _slurm_dir(folder: Path) -> Path:
 
 
 def _check_run(config: DictConfig) -> None:
+    from fellrec.config.members import data_nodes
     from fellrec.experiment.classes import check_classes
     from fellrec.state.nearest import not_a_directory
 
     check_classes(config)
-    if config.data.root is not None and not (folder := Path(config.data.root).expanduser()).is_dir():
-        raise ConfigError(not_a_directory(f"data.root={config.data.root}", folder))
+    for key, node in data_nodes(config).items():
+        if node.root is not None and not (folder := Path(node.root).expanduser()).is_dir():
+            raise ConfigError(not_a_directory(f"{key}.root={node.root}", folder))
 
 
 def _continuation(config: DictConfig, run_dir: Path, asked: DictConfig, places: Sequence[str]) -> Submission:

@@ -21,6 +21,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fellrec.config.describe import choices
 from fellrec.config.instantiate import as_dict, settings
+from fellrec.config.members import (
+    about_member,
+    add_members,
+    data_nodes,
+    federation_problems,
+    is_federation,
+    split_overrides,
+)
 from fellrec.config.overrides import parse
 from fellrec.config.paths import conf_dir, group_choices
 from fellrec.config.registry import (
@@ -104,7 +112,7 @@ def _known(overrides: Sequence[str], first: ConfigError) -> tuple[list[str], lis
         try:
             if reason is not None:
                 raise reason
-            _hydra(known)
+            composed(known)
             return known, wrong
         except _UnknownKeyError as error:
             left = [text for text in known if parse([text])[0].key_or_group != error.key]
@@ -130,12 +138,17 @@ def composed(overrides: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError: For an unknown key or choice, or a malformed override.
     """
-    config = _hydra(overrides)
-    given = {item.key_or_group for item in parse(overrides)}
+    own, of_members = split_overrides(overrides)
+    config = _hydra(own)
+    if of_members and not is_federation(config):
+        return _hydra(overrides)  # it says what is wrong
+    given = {item.key_or_group for item in parse(own)}
     for key in CHOICES:
         if known_by(key) == "_target_" and f"{key}._target_" in given:
-            _drop_defaults(config, key, overrides, given)
+            _drop_defaults(config, key, own, given)
     expand_transforms(config)
+    if is_federation(config):
+        add_members(config, own, of_members, composed)
     return config
 
 
@@ -162,9 +175,9 @@ def check(config: DictConfig, optional: Collection[str] = ()) -> None:
         raise ConfigError("\n".join([*problems, *wrong]))
     for part in parts(plain):
         problems += _problems(part, missing)
-    problems += [*_check_backbone(config), *secret_settings(plain)]
-    if "data.root" in missing:
-        problems = [problem for problem in problems if not problem.startswith("data.reader.root=")]
+    problems += [*_check_backbone(config), *federation_problems(config), *secret_settings(plain)]
+    of_readers = tuple(f"{key.removesuffix('root')}reader.root=" for key in missing if key.endswith(".root"))
+    problems = [problem for problem in problems if not problem.startswith(of_readers)]
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
 
@@ -255,7 +268,8 @@ def _problems(part: Part, missing: Sequence[str]) -> Iterator[str]:
     try:
         settings(part.kind, part.values, part.key)
     except ConfigError as error:
-        yield from str(error).splitlines()
+        lines = str(error).splitlines()
+        yield from (about_member(part.member, line) for line in lines) if part.member else lines
 
 
 def _needs_value(key: str) -> str:
@@ -264,8 +278,9 @@ def _needs_value(key: str) -> str:
 
 def _make_paths_absolute(config: DictConfig) -> None:
     """A run directory's configuration must mean the same from any folder."""
-    if config.data.root is not None:
-        config.data.root = str(Path(config.data.root).expanduser().resolve())
+    for node in data_nodes(config).values():
+        if node.root is not None:
+            node.root = str(Path(node.root).expanduser().resolve())
     for key in ("backbone.path", "backbone.config", "adapter.path", "participation.sampler.path"):
         value = OmegaConf.select(config, key)
         if value and Path(str(value)).expanduser().exists():

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from fellrec.config.paths import conf_dir, group_choices
-from fellrec.config.registry import CHOICES, GROUPS, known_by, plain_default
+from fellrec.config.registry import CHOICES, GROUPS, OF_CHOICE, known_by, plain_default
 from fellrec.errors import ConfigError, unknown
 from fellrec.functional.nested import flatten
 from fellrec.functional.ranges import ranges
@@ -92,11 +92,12 @@ def _choice(group: str, name: str) -> Choice:
     kinds = {key: kind for key in CHOICES if key.partition(".")[0] == group for kind in _kinds_in(group, name, key)}
     settings = [setting for key, kind in kinds.items() for setting in settings_of(kind, key)]
     if group in GROUPS:
-        settings += list(settings_of(GROUPS[group], group))
+        settings += list(settings_of(OF_CHOICE.get((group, name), GROUPS[group]), group))
     own = _own_values(group, name)
     settings = [replace(setting, default=own.get(setting.key, setting.default)) for setting in settings]
     about = next((kind.about for kind in kinds.values() if hasattr(kind, "about")), None)
     if about is None:
+        kinds |= {group: OF_CHOICE[group, name]} if (group, name) in OF_CHOICE else {}
         lines = [(inspect.getdoc(kind) or "").split("\n")[0] for kind in kinds.values()]
         return Choice(name, " ".join(lines), {}, tuple(settings))
     facts = {

@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 
+from fellrec.config.members import alone
 from fellrec.config.paths import group_choices
 from fellrec.config.registry import CHOICES, GROUPS
 from fellrec.errors import ConfigError, unknown
@@ -39,7 +40,7 @@ def _read(text: str) -> Override:
     if not found and not _DELETION.fullmatch(text):
         raise ConfigError(_malformed(text))
     key, value = (found["key"], found["value"]) if found else (text, "")
-    is_text = key.lstrip("+") in text_settings()
+    is_text = alone(key.lstrip("+")) in text_settings()
     try:
         item = _parsed(text)
     except HydraException as error:

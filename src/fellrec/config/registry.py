@@ -7,18 +7,20 @@ that a ``_target_`` names takes the same settings; what a user's own class takes
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
 from fellrec.aggregation.settings import RULES
+from fellrec.config.members import FEDERATION, OF_MEMBER, is_federation, key_of_member
 from fellrec.cut.settings import SplitSettings
 from fellrec.data.settings import (
     AtomicSettings,
     AttributeSettings,
     DataSettings,
     DirichletSettings,
+    FederationSettings,
     FilesSettings,
     GivenSplitSettings,
     GlobalTimeSettings,
@@ -87,6 +89,9 @@ GROUPS: Mapping[str, type] = {
 }
 """Groups whose settings are the same for every choice."""
 
+OF_CHOICE: Mapping[tuple[str, str], type] = {("data", FEDERATION): FederationSettings}
+"""Choices whose settings of the group are others than those of `GROUPS`."""
+
 _READERS, _SAMPLERS = "fellrec.data.readers", "fellrec.federated.samplers"
 CHOICES: Mapping[str, Mapping[str, type]] = {
     "data.reader": {
@@ -151,11 +156,13 @@ class Part:
         key: Where they are, such as ``data.reader``; empty for those in no group.
         kind: The dataclass.
         values: The settings.
+        member: Of a federation, that they belong to; empty for the run.
     """
 
     key: str
     kind: type
     values: Mapping[str, Any]
+    member: str = ""
 
     def dotted(self, name: str) -> str:
         """The key of one of the settings."""
@@ -187,13 +194,24 @@ def parts(config: Mapping[str, Any]) -> Iterator[Part]:
     yield Part("", RunSettings, {name: value for name, value in config.items() if not isinstance(value, Mapping)})
     for group, kind in GROUPS.items():
         if group and group in config:
-            yield Part(group, kind, own_settings(config[group], group))
+            is_other = group == "data" and is_federation(config)
+            yield Part(group, FederationSettings if is_other else kind, own_settings(config[group], group))
     for key, kinds in CHOICES.items():
         node = config
         for name in key.split("."):
             node = node.get(name) or {}
         if kind_of_choice := kinds.get(str(node.get(known_by(key)))):
             yield Part(key, kind_of_choice, {name: value for name, value in node.items() if name != known_by(key)})
+    for name, member in (config["data"].get("member") or {}).items() if "data" in config else ():
+        for part in parts(_alone(member)):
+            if part.key:
+                yield replace(part, key=key_of_member(name, part.key), member=name)
+
+
+def _alone(member: Mapping[str, Any]) -> dict[str, Any]:
+    """The groups of a run on a member's data alone, as far as they belong to the member."""
+    data = {name: value for name, value in member.items() if name not in OF_MEMBER}
+    return {"data": data, **{group: member[group] for group in OF_MEMBER if group in member}}
 
 
 def wrong_groups(config: Mapping[str, Any]) -> list[str]:
@@ -204,12 +222,21 @@ def wrong_groups(config: Mapping[str, Any]) -> list[str]:
     known = {"callbacks", *filter(None, GROUPS), *(key.partition(".")[0] for key in CHOICES)}
     strange = [name for name, node in config.items() if name not in known and isinstance(node, Mapping)]
     wrong = [unknown("setting", name, known) for name in strange]
-    for key in ("callbacks", *(group for group in GROUPS if group not in ("", "launcher")), *CHOICES):
-        node: Any = config
-        for name in key.split("."):
-            node = node.get(name) if isinstance(node, Mapping) else None
-        if not isinstance(node, Mapping):
+    data = config.get("data")
+    has_members = isinstance(data, Mapping) and "members" in data
+    needed = ["callbacks", *(group for group in GROUPS if group not in ("", "launcher")), *CHOICES]
+    if has_members:
+        needed.remove("data.reader")
+        needed.append("data.member")
+    for key in needed:
+        if not isinstance(node := _node(config, key), Mapping):
             wrong.append(f"{key}={node} is not allowed: settings, such as those of {key}=… in --help")
+    members = _node(config, "data.member") if has_members else None
+    for name, member in members.items() if isinstance(members, Mapping) else ():
+        for key in ("data", "data.reader", *OF_MEMBER):
+            own = _node(_alone(member), key) if isinstance(member, Mapping) else None
+            if not isinstance(own, Mapping):
+                wrong.append(f"{key_of_member(name, key)}={own} is not allowed: settings, as of {key}=… in --help")
     callbacks = config.get("callbacks")
     for name, node in callbacks.items() if isinstance(callbacks, Mapping) else ():
         if node is not None and not isinstance(node, Mapping):
@@ -217,11 +244,21 @@ def wrong_groups(config: Mapping[str, Any]) -> list[str]:
     return wrong
 
 
+def _node(config: Mapping[str, Any], key: str) -> Any:
+    """What is under a dotted key; ``None`` for nothing."""
+    node: Any = config
+    for name in key.split("."):
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return node
+
+
 def register() -> None:
     """Give Hydra the defaults of all dataclasses, each as a choice with the dataclass's name in its group."""
     store = ConfigStore.instance()
     for group, kind in GROUPS.items():
         store.store(name=kind.__name__, node=defaults_of(kind), group=group or None)
+    for (group, _), kind in OF_CHOICE.items():
+        store.store(name=kind.__name__, node=defaults_of(kind), group=group)
     for key, kinds in CHOICES.items():
         for kind in kinds.values():
             group = key.partition(".")[0]

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fellrec.config.compose import check
 from fellrec.config.instantiate import is_own, targets
+from fellrec.config.members import alone
 from fellrec.config.registry import NEWER, defaults_of, parts, wrong_groups
 from fellrec.errors import ConfigError
 from fellrec.functional.nested import flatten
@@ -94,21 +95,22 @@ def moved(config: DictConfig, overrides: Sequence[str], allowed: Sequence[str] =
     """
     for item in overrides:
         key, _, value = item.partition("=")
-        if key not in allowed or not value or OmegaConf.select(config, key, default=None) is None:
+        if alone(key) not in allowed or not value or OmegaConf.select(config, key, default=None) is None:
             raise ConfigError(
                 f"{item!r} is not allowed: a run keeps its own configuration; leave out {item}. Only "
                 f"{', '.join(allowed)} can be changed, where it has them"
             )
     new = config.copy()
     for key, _, value in (item.partition("=") for item in overrides):
-        if key not in PLACES:
+        if alone(key) not in PLACES:
             new.merge_with_dotlist([f"{key}={value}"])
             continue
         old, here = OmegaConf.select(config, key), str(Path(value).expanduser().resolve())
         OmegaConf.update(new, key, here)
-        if key == "data.root":
-            for name in [name for name, own in config.data.reader.items() if own == old]:
-                new.data.reader[name] = here
+        if alone(key) == "data.root":
+            reader = f"{key.removesuffix('root')}reader"
+            for name in [name for name, own in OmegaConf.select(config, reader).items() if own == old]:
+                OmegaConf.update(new, f"{reader}.{name}", here)
     check(new)
     return new
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,47 @@ def _divided(lengths: Tensor, start: int, least_saving: int) -> list[tuple[int, 
             cut = place + 1
             return _divided(lengths[:cut], start, least_saving) + _divided(lengths[cut:], start + cut, least_saving)
     return [(start, start + size)]
+
+
+def batches_in_order(order: Sequence[int], members: Tensor, batch_size: int) -> list[list[int]]:
+    """Divide rows into batches, none of which has rows of several members of a federation.
+
+    Args:
+        order: Rows in the order of the batches.
+        members: ``[N]`` int64 member of each row.
+        batch_size: Rows per batch.
+
+    Example:
+        >>> batches_in_order([3, 0, 2, 1], torch.tensor([0, 1, 0, 0]), 2)
+        [[3, 2], [1], [0]]
+    """
+    index = torch.tensor(order, dtype=torch.long)
+    member_of_row = members[index]
+    parts = [index[member_of_row == member] for member in member_of_row.unique()]
+    return [batch.tolist() for part in parts for batch in part.split(batch_size)]
+
+
+def shuffled_batches(
+    members: Tensor, lengths: Tensor | None, batch_size: int, generator: torch.Generator
+) -> list[list[int]]:
+    """Batches of training rows in random order, none of which has rows of several members of a federation.
+
+    Args:
+        members: ``[N]`` int64 member of each row.
+        lengths: ``[N]`` int64 number of tokens of each row, to batch rows of similar length; ``None`` to only shuffle.
+        batch_size: Rows per batch.
+        generator: Source of the order.
+    """
+    found: list[list[int]] = []
+    for member in members.unique():
+        rows = (members == member).nonzero()[:, 0]
+        if lengths is None:
+            shuffled = rows[torch.randperm(len(rows), generator=generator)]
+            found += [batch.tolist() for batch in shuffled.split(batch_size)]
+        else:
+            own = length_grouped_batches(lengths[rows], batch_size, generator)
+            found += [rows[torch.tensor(batch)].tolist() for batch in own]
+    return [found[number] for number in torch.randperm(len(found), generator=generator).tolist()]
 
 
 def length_grouped_batches(

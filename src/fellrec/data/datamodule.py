@@ -13,8 +13,8 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fellrec.data.batching import length_grouped_batches
-from fellrec.data.guards import check_view
+from fellrec.data.batching import batches_in_order, length_grouped_batches, shuffled_batches
+from fellrec.data.guards import check_catalogues, check_view
 from fellrec.data.prepared import PreparedData
 from fellrec.data.ragged import IntArray, Ragged
 from fellrec.data.windows import TrainingRows, last_position_rows, windows
@@ -75,6 +75,7 @@ class _Users(Dataset[Any]):
         self._targets = data.valid if stage == "val" else data.test
         self._max_history, self._ranks_seen = data.max_history, data.ranks_seen
         self._history_lengths = history_lengths
+        self.members = torch.from_numpy(np.searchsorted(data.places.users, users, side="right") - 1)
         self._by_client = Ragged.from_pairs(self.clients, np.arange(len(users)), data.num_clients)
         check_view(data, stage, self._seen, self._targets)
 
@@ -128,6 +129,8 @@ def evaluated_users(data: PreparedData, stage: str) -> IntArray:
 class FellrecDataModule(LightningDataModule):
     """Training rows and users to evaluate, per client or pooled over all clients.
 
+    In a federation of data sets, a batch has rows of one of them.
+
     Lightning's hooks give the pooled data: ``Trainer().fit(module, datamodule)`` trains the centralised baseline.
 
     Args:
@@ -143,7 +146,8 @@ class FellrecDataModule(LightningDataModule):
             batched; their number of items by default.
 
     Raises:
-        LeakError: If the evaluation input contains a target, or lacks an interaction that precedes the targets.
+        LeakError: If the evaluation input contains a target, or lacks an interaction that precedes the targets, or a
+            user has an item that is not in the catalogue of the user's client.
     """
 
     def __init__(
@@ -159,6 +163,7 @@ class FellrecDataModule(LightningDataModule):
         history_lengths: HistoryLengths = _num_items,
     ) -> None:
         super().__init__()
+        check_catalogues(data)
         self.data = data
         self.collate = collate
         self.lengths = lengths
@@ -178,7 +183,8 @@ class FellrecDataModule(LightningDataModule):
 
     def num_batches(self, client: int | None, held_out: float = 0.0) -> int:
         """Number of training batches per epoch, as `num_samples`."""
-        return -(-len(self._rows(client).part(held_out)) // self.batch_size)
+        rows = self._rows(client).part(held_out)
+        return sum(-(-number // self.batch_size) for number in self._members(rows).bincount().tolist())
 
     def train_loader(
         self, client: int | None, seed: int, held_out: float = 0.0, of_held_out: bool = False
@@ -200,9 +206,9 @@ class FellrecDataModule(LightningDataModule):
         place = torch.arange(rows.items.shape[1])
         last = torch.where(rows.is_target, place, -1).amax(dim=1, keepdim=True)
         lengths = self.history_lengths(rows.items.masked_fill(place >= last, -1))
-        order: Any = lengths.argsort(descending=True, stable=True).tolist()
-        collate = self.collate
-        return DataLoader(rows, batch_size=self.batch_size, sampler=order, collate_fn=lambda batch: collate(*batch))
+        order = lengths.argsort(descending=True, stable=True).tolist()
+        collate, batches = self.collate, batches_in_order(order, self._members(rows), self.batch_size)
+        return DataLoader(rows, batch_sampler=batches, collate_fn=lambda batch: collate(*batch))
 
     def longest_batch(self, client: int) -> dict[str, Tensor] | None:
         """The batch of a client's longest rows, ``None`` if batches are not grouped by length.
@@ -232,7 +238,8 @@ class FellrecDataModule(LightningDataModule):
         users = self._users[stage]
         which = np.arange(len(users)) if clients is None else users.of_clients(clients)
         order = which[np.argsort(-users.lengths[which], kind="stable")].tolist()
-        return DataLoader(users, batch_size=self.eval_batch_size, sampler=order, collate_fn=lambda batch: batch)
+        batches = batches_in_order(order, users.members, self.eval_batch_size)
+        return DataLoader(users, batch_sampler=batches, collate_fn=lambda batch: batch)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Lightning's hook: pooled training batches, in the order of one pooled client's first federated epoch."""
@@ -257,6 +264,10 @@ class FellrecDataModule(LightningDataModule):
         self._cache.move_to_end(client)
         return self._cache[client]
 
+    def _members(self, rows: _Rows) -> Tensor:
+        """``[N]`` member of the federation that each row is of; 0 for one data set."""
+        return self.data.places.of_items(rows.items[:, 0])
+
     def _training_rows(self, users: IntArray, is_target: np.ndarray) -> TrainingRows:
         flags = Ragged(is_target.view(np.int8), self.data.train.offsets).take(users)
         return self._make_rows(self.data.train.take(users), flags.values.astype(bool), self.data.max_history)
@@ -264,9 +275,11 @@ class FellrecDataModule(LightningDataModule):
     def _loader(self, rows: _Rows, seed: int) -> DataLoader[Any]:
         generator = torch.Generator().manual_seed(seed)
         collate = self.collate
-        lengths = self.lengths(rows.items, rows.is_target)
-        if lengths is None:
-            order: dict[str, Any] = {"batch_size": self.batch_size, "shuffle": True}
+        lengths, members = self.lengths(rows.items, rows.is_target), self._members(rows)
+        if len(rows) and bool((members != members[0]).any()):
+            order: dict[str, Any] = {"batch_sampler": shuffled_batches(members, lengths, self.batch_size, generator)}
+        elif lengths is None:
+            order = {"batch_size": self.batch_size, "shuffle": True}
         else:
             order = {"batch_sampler": length_grouped_batches(lengths, self.batch_size, generator)}
         return DataLoader(rows, generator=generator, collate_fn=lambda batch: collate(*batch), **order)

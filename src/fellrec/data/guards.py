@@ -40,6 +40,33 @@ def check_holdout(data: PreparedData) -> None:
         )
 
 
+def check_catalogues(data: PreparedData) -> None:
+    """Check that all interactions of a federation's users are with items of their own catalogue.
+
+    Raises:
+        LeakError: If not, or if a user belongs to a client of another catalogue. Gives a user and an item.
+    """
+    places = data.places
+    member_of_user = np.repeat(np.arange(len(places)), np.diff(places.users))
+    for part in (data.histories, data.train, data.valid, data.test):
+        member_of_item = np.searchsorted(places.items, part.values, side="right") - 1
+        wrong = np.flatnonzero(member_of_item != member_of_user[part.row_index])
+        if len(wrong):
+            item, user = part.values[wrong[0]], part.row_index[wrong[0]]
+            raise LeakError(
+                f"{len(wrong)} interactions are with items of another catalogue than that of the user's client; first: "
+                f"item {_item(data, item)} of user {_user(data, user)}"
+            )
+    private = data.client_of_user >= 0
+    member_of_client = np.searchsorted(places.clients, data.client_of_user, side="right") - 1
+    strange = np.flatnonzero(private & (member_of_client != member_of_user))
+    if len(strange):
+        raise LeakError(
+            f"{len(strange)} users belong to clients with another catalogue; first: user {_user(data, strange[0])} of "
+            f"client {data.client_of_user[strange[0]]}"
+        )
+
+
 def check_view(data: PreparedData, stage: str, seen: Sequence[Ragged], targets: Ragged) -> None:
     """Check that an evaluation's input followed by its targets is a prefix of each user's history.
 
@@ -58,19 +85,22 @@ def check_view(data: PreparedData, stage: str, seen: Sequence[Ragged], targets: 
 
 
 def check_batch(batch: Mapping[str, Tensor], num_items: int) -> None:
-    """Check that no target is masked, and that all items of the histories are.
+    """Check that no target is masked, that all items of the histories are, and that all are in the catalogue.
 
     Prepared data contain each item at most once per user (`fellrec.data.clean.clean`), so the two do not conflict; with
     repeats (``PreparedData.ranks_seen``) no item is masked.
 
     Args:
         batch: From ``FellrecDataModule.eval_loader``.
-        num_items: I.
+        num_items: I, of the catalogue that the batch's users are ranked on.
 
     Raises:
         LeakError: If the check fails. Gives counts, a user index and an item index.
     """
     histories, users = batch["histories"], batch["users"]
+    for name, least in (("histories", -1), ("target_items", 0), ("masked_items", 0)):
+        if ((batch[name] < least) | (batch[name] >= num_items)).any():
+            raise LeakError(f"a batch has {name} that are not in the catalogue of {num_items} items of its first user")
     masked = torch.zeros(len(users), num_items, dtype=torch.bool, device=histories.device)
     masked[batch["masked_rows"], batch["masked_items"]] = True
     hidden = masked[batch["target_rows"], batch["target_items"]]

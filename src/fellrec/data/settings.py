@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from fellrec.functional.ranges import (
+    Allowed,
     Count,
     Line,
     Name,
@@ -72,6 +73,48 @@ class DataSettings:
     ranked too."""
     expected: Mapping[str, Any] = field(default_factory=dict)
     """Published counts that ``fellrec prepare`` checks."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "data")
+
+
+MEMBER = "member"
+"""``data.domain`` of a federation whose prompts have each member's own wording."""
+
+
+def _are_members(members: Any) -> bool:
+    texts = [*members, *members.values()] if isinstance(members, Mapping) else members
+    is_listed = isinstance(members, (list, tuple, Mapping)) and len(members) > 0
+    return is_listed and len(set(members)) == len(members) and all(isinstance(text, str) for text in texts)
+
+
+Members = Annotated[
+    Any,
+    Allowed(
+        _are_members,
+        "a list of different choices of data, such as [ml_1m,games], or names with choices, such as "
+        "{films: ml_1m, books: atomic}",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class FederationSettings:
+    """Several data sets, each the data of one client or of several, which rank the items of their own data set only."""
+
+    members: Members
+    """The data sets: choices of data, such as [ml_1m,games], or names with choices, such as {films: ml_1m, books:
+    atomic}. data.member.NAME has the settings of each, such as data.member.games.max_users=500; partition and holdout
+    are for all, data.member.NAME.partition and data.member.NAME.holdout for one."""
+    name: Name = "federation"
+    """Name of the federation, for tables and files."""
+    domain: str = MEMBER
+    """Wording of prompts: member, that of each member's own domain; or movie, game, product or video for all."""
+    max_history: Count = 10
+    """Longest history in items that a model receives, in all members."""
+    member: Mapping[str, Any] = field(default_factory=dict)
+    """The settings of the members by name, each as in a run on its data alone."""
 
     def __post_init__(self) -> None:
         """Check all ranges."""

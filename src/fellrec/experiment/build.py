@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from fellrec.aggregation.base import AggregationCallback
 from fellrec.config.instantiate import as_dict, instantiate, settings
+from fellrec.config.members import is_federation, with_totals
 from fellrec.config.registry import own_settings
 from fellrec.cut.link import ServerLink
 from fellrec.data.cold import ColdStart
 from fellrec.data.datamodule import FellrecDataModule
-from fellrec.data.guards import check_prompts
+from fellrec.data.federation import join
 from fellrec.data.holdout import Holdout
 from fellrec.data.partition import Partition
 from fellrec.data.prepare import prepare
@@ -35,6 +36,7 @@ from fellrec.distributed.processes import check_cores, cluster_environment, laun
 from fellrec.errors import ConfigError
 from fellrec.experiment.backbones import sasrec_backbone, tiny_backbone
 from fellrec.experiment.joint import joint_problems
+from fellrec.experiment.objectives import build_objective, build_ranker, check_all_prompts, of_members
 from fellrec.experiment.precision import AUTO, ChosenPrecision, check_precision, use_precision, weights_dtype
 from fellrec.federated.base_change import BaseWeights
 from fellrec.federated.kept import KeptUsers
@@ -149,6 +151,8 @@ def build_data(config: DictConfig) -> PreparedData:
         DataError: If the data cannot be used.
         ConfigError: If a cutoff is larger than the catalogue.
     """
+    if is_federation(config):
+        return join(config.data.name, of_members(config, lambda own, _: build_data(own)))
     shaping = own_settings(as_dict(config.data), "data")
     data = prepare(
         reader=instantiate(config.data.reader, "data.reader", of=Reader),
@@ -168,7 +172,7 @@ def log_notes(config: DictConfig, data: PreparedData) -> None:
     """Warn of what a user may not expect of the data: ties in time, repeated interactions, absent clients or items."""
     for note in data.notes:
         log.warning("data: %s", note)
-    num, num_items = config.trainer.sampled_candidates, len(data.catalogue)
+    num, num_items = config.trainer.sampled_candidates, max(np.diff(data.places.items))
     if num is not None and num >= num_items:
         log.warning("trainer.sampled_candidates=%d: there are %d items, and all of them are candidates", num, num_items)
 
@@ -199,13 +203,13 @@ def build_recommender(config: DictConfig, data: PreparedData, fabric: Fabric | N
         link = ServerLink(split.hidden_dtype, split.gradient_dtype, trains_body="body" in adapter.parts)
     model = SplitModel(backbone.model, split.head_layers, split.tail_layers, link)
     model.use_attention(config.trainer.attention)
-    objective = _objective(config, backbone, data)
+    objective = build_objective(config, backbone, data)
     objective.check(model)
-    check_prompts(objective, data)
+    check_all_prompts(objective, data)
     fabric.to_device(backbone.model)
     adapter.attach(backbone.model, backbone.arch, config.seed, model.part_of)
     trainable = adapter.trainable(backbone.model)
-    ranker, cold = _ranker(config, objective, data), ColdStart.of(data, config.trainer.cold_users_below)
+    ranker, cold = build_ranker(config, objective, data), ColdStart.of(data, config.trainer.cold_users_below)
     module = FellrecModule(
         model=model,
         trainable=trainable,
@@ -216,6 +220,7 @@ def build_recommender(config: DictConfig, data: PreparedData, fabric: Fabric | N
         optimizer=OptimizerSettings(config.trainer.learning_rate, config.trainer.weight_decay),
         candidates=_candidates(config),
         choice_metric=config.trainer.metric,
+        places=data.places if data.members else None,
     )
     return Recommender(
         fabric=fabric,
@@ -253,8 +258,9 @@ def build_rule(config: DictConfig) -> AggregationCallback:
     """
     rule: AggregationCallback = instantiate(config.aggregation, "aggregation", of=AggregationCallback)
     limits = rule.limits if rule.second_model is None else replace(rule.limits, whole_model=True)
-    refuse(*limits.problems(rule.name, as_dict(config)), *joint_problems(config, rule))
-    ranks, num_clients = OmegaConf.select(config, "adapter.rank"), OmegaConf.select(config, "partition.num_clients")
+    plain = with_totals(as_dict(config))
+    refuse(*limits.problems(rule.name, plain), *joint_problems(config, rule))
+    ranks, num_clients = OmegaConf.select(config, "adapter.rank"), plain.get("partition", {}).get("num_clients")
     if OmegaConf.is_list(ranks) and isinstance(num_clients, int):
         Ranks(ranks, num_clients)  # refuses other numbers of ranks
     return rule
@@ -344,6 +350,8 @@ def build_backbone(config: DictConfig, data: PreparedData) -> Backbone:
         return backbone if short is None else replace(backbone, name=short)
     Cut(split.head_layers, split.tail_layers, config.backbone.num_layers)  # refused before anything is pre-trained
     shaping = {"backbone": as_dict(config.backbone), "objective": as_dict(config.objective)}
+    if data.members:
+        shaping["of_members"] = of_members(config, lambda own, _: as_dict(own.objective))
     cache = cache_dir(config) / _BACKBONES
     if name == "sasrec":
         return sasrec_backbone(cache, shaping, data, dtype, cut)
@@ -391,40 +399,11 @@ def _server_model(config: DictConfig, backbone: Backbone) -> SplitModel:
     return SplitModel(server_shell(backbone.model, cut), head, tail)
 
 
-def _objective(config: DictConfig, backbone: Backbone, data: PreparedData) -> Objective:
-    objective: Objective = instantiate(
-        config.objective,
-        "objective",
-        {"item_counts": _item_counts(data), "is_causal": backbone.arch.is_causal},
-        of=Objective,
-        tokenizer=backbone.tokenizer,
-        catalogue=data.catalogue,
-        max_history=data.max_history,
-    )
-    return objective
-
-
-def _item_counts(data: PreparedData) -> Tensor:
-    """How often each item was used by the public users; without any, by all clients' users, centrally.
-
-    Training interactions only.
-    """
-    public = np.flatnonzero(data.client_of_user < 0)
-    rows = data.train.take(public) if len(public) else data.train
-    return torch.from_numpy(np.bincount(rows.values, minlength=len(data.catalogue)))
-
-
 def _checked_objective(config: DictConfig, backbone: Backbone, data: PreparedData) -> Objective:
     """The objective to pre-train with; a ranker that cannot be is refused before that."""
-    objective = _objective(config, backbone, data)
-    _ranker(config, objective, data)
+    objective = build_objective(config, backbone, data)
+    build_ranker(config, objective, data)
     return objective
-
-
-def _ranker(config: DictConfig, objective: Objective, data: PreparedData) -> Ranker:
-    """A ranker may take the training interactions of all clients, too; `README` says what that stands for."""
-    ranker: Ranker = instantiate(config.ranker, "ranker", {"train": data.train}, of=Ranker, objective=objective)
-    return ranker
 
 
 def _candidates(config: DictConfig) -> SampledCandidates | None:
@@ -444,10 +423,17 @@ def _metrics(
             groups,
             reported,
             config.trainer.sampled_candidates,
+            members=_clients_of_members(data),
             sync_on_compute=False,  # the coordinator collects the metrics of all processes
         )
         for _ in choices or (None,)
     ]
+
+
+def _clients_of_members(data: PreparedData) -> dict[str, range]:
+    """The clients of each member of a federation; empty for one data set."""
+    bounds = data.places.clients
+    return {name: range(bounds[place], bounds[place + 1]) for place, name in enumerate(data.members)}
 
 
 def _datamodule(config: DictConfig, data: PreparedData, objective: Objective) -> FellrecDataModule:
@@ -466,5 +452,5 @@ def _datamodule(config: DictConfig, data: PreparedData, objective: Objective) ->
 
 def build_batches(config: DictConfig, backbone: Backbone, data: PreparedData) -> tuple[Objective, FellrecDataModule]:
     """The local objective and its batches by client; for counting, the backbone needs no weights."""
-    objective = _objective(config, backbone, data)
+    objective = build_objective(config, backbone, data)
     return objective, _datamodule(config, data, objective)

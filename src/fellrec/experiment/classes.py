@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from fellrec.config.instantiate import as_dict, check_settings
+from fellrec.config.members import OF_MEMBER, key_of_member, member_configs
 from fellrec.data.holdout import Holdout
 from fellrec.data.partition import Partition
 from fellrec.data.schema import Reader
@@ -73,9 +74,13 @@ def check_transforms(configs: Sequence[DictConfig]) -> None:
 
 
 def _places(config: DictConfig) -> Iterator[tuple[str, Any, type | tuple[type, ...]]]:
-    plain = as_dict(config)
+    plain, members = as_dict(config), member_configs(config)
     for key, kind in KINDS.items():
-        yield key, OmegaConf.to_container(OmegaConf.select(config, key), resolve=True), kind
+        if not (members and key == "data.reader"):
+            yield key, OmegaConf.to_container(OmegaConf.select(config, key), resolve=True), kind
+    for name, own in members.items():
+        for key in ("data.reader", *OF_MEMBER):
+            yield key_of_member(name, key), OmegaConf.to_container(OmegaConf.select(own, key), resolve=True), KINDS[key]
     for name, node in plain["callbacks"].items():
         if node is not None:
             yield f"callbacks.{name}", node, FederatedCallback

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from fellrec.aggregation.base import AggregationCallback
 from fellrec.config.instantiate import as_dict, instantiate, settings
+from fellrec.config.members import with_totals
 from fellrec.config.registry import own_settings
 from fellrec.cut.client_model import CutClientModel
 from fellrec.cut.link import InProcess, Transport
@@ -140,9 +141,10 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
     ranks = _ranks(recommender.adapter, num_clients, rule.changes_ranks)
     population = rule.new_population(initial, num_clients, trainer.reset_optimizer, ranks)
     if population.server_rows and not recommender.datamodule.num_samples(PUBLIC):
+        rate = with_totals(as_dict(config))["data"]["public_user_rate"]
         raise ConfigError(
-            f"aggregation {rule.name} trains on the public users at the server, and data.public_user_rate="
-            f"{config.data.public_user_rate} gives none with a training target: raise it"
+            f"aggregation {rule.name} trains on the public users at the server, and data.public_user_rate={rate} gives "
+            "none with a training target: raise it"
         )
     transforms = [instantiate(node, "exchange.transforms", of=Transform) for node in config.exchange.transforms]
     trained = [row for participant in range(population.num_participants) for row in population.rows_of(participant)]

@@ -17,6 +17,8 @@ from fellrec.callbacks.mlflow_logging import DatasetInput
 from fellrec.callbacks.preemption import Preemption
 from fellrec.config.compose import without_launcher
 from fellrec.config.instantiate import as_dict, instantiate, settings
+from fellrec.config.members import data_nodes
+from fellrec.data.prepared import PreparedData
 from fellrec.distributed.memory import peak_bytes
 from fellrec.errors import ConfigError, shorten
 from fellrec.experiment.auto import choose
@@ -53,6 +55,7 @@ from fellrec.federated.records import FitResult
 from fellrec.launch.preemption import StopSignals
 from fellrec.models.adapters import name_base, plain_name, save_base
 from fellrec.models.conversion import source_of
+from fellrec.rankers.members import MembersReference
 from fellrec.rankers.reference import ReferenceRanker, reference_rankers
 from fellrec.rankers.settings import PRETRAINED, ReferenceSettings
 from fellrec.report.comparison import Comparison, RuleResult
@@ -244,7 +247,8 @@ class Run:
 
     def _dataset(self) -> DatasetInput:
         data = self.recommender.data
-        return DatasetInput(data.name, data.key, str(self.config.data.root or "embedded"), data.statistics)
+        roots = [str(node.root or "embedded") for node in data_nodes(self.config).values()]
+        return DatasetInput(data.name, data.key, ", ".join(roots), data.statistics)
 
     def _run_log(self) -> RunLog:
         config, data = self.config, self.recommender.data
@@ -354,8 +358,23 @@ def collect(recommender: Recommender, results: Sequence[RuleResult], run_dir: Pa
     users_per_client = torch.bincount(evaluation.client_of_user, minlength=data.num_clients).tolist()
     cold = recommender.cold.counts(evaluation.users.numpy())
     return Comparison(
-        data.name, users_per_client, len(data.catalogue), results, cold=cold, provenance=provenance(run_dir)
+        data.name,
+        users_per_client,
+        len(data.catalogue),
+        results,
+        cold=cold,
+        provenance=provenance(run_dir),
+        members=clients_and_items(data),
     )
+
+
+def clients_and_items(data: PreparedData) -> dict[str, dict[str, Any]]:
+    """The clients of each member of a federation, and the number of items that they rank; empty for one data set."""
+    bounds = data.places.clients
+    return {
+        name: {"clients": list(range(bounds[place], bounds[place + 1])), "items": len(own.catalogue)}
+        for place, (name, own) in enumerate(data.members.items())
+    }
 
 
 def reference_results(
@@ -364,7 +383,7 @@ def reference_results(
     """The reference rankers that ``references.show`` names, and the backbone before any round, on the same users."""
     data, seed = recommender.data, config.seed
     shown = settings(ReferenceSettings, config.references, "references")
-    rankers = reference_rankers(data.train, data.client_of_user, len(data.catalogue), shown, seed)
+    rankers = _reference_rankers(data, shown, seed)
     results = [
         RuleResult(name, seed, "reference", _evaluate(recommender, ranker, stage)) for name, ranker in rankers.items()
     ]
@@ -372,6 +391,17 @@ def reference_results(
         name = PRETRAINED if recommender.backbone.is_pretrained else "untrained"
         results.append(RuleResult(name, seed, "reference", loop.evaluate_start(stage)))
     return results
+
+
+def _reference_rankers(data: PreparedData, shown: ReferenceSettings, seed: int) -> dict[str, ReferenceRanker]:
+    """Fitted to the data, or to each member of a federation by itself."""
+    parts = [
+        reference_rankers(own.train, own.client_of_user, len(own.catalogue), shown, seed)
+        for own in (data.members or {data.name: data}).values()
+    ]
+    if not data.members:
+        return parts[0]
+    return {name: MembersReference([rankers[name] for rankers in parts], data.places) for name in parts[0]}
 
 
 def _evaluate(recommender: Recommender, ranker: ReferenceRanker, stage: str) -> Evaluation:

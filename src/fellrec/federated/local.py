@@ -27,7 +27,7 @@ from fellrec.federated.slot import LocalSlot, Slot, clip_factor
 from fellrec.federated.slot_state import SlotState
 from fellrec.functional.rng import derive_seed
 from fellrec.functional.schedules import DECAYS
-from fellrec.models.module import FellrecModule, PreparesSteps
+from fellrec.models.module import FellrecModule, HasMembers, PreparesSteps
 from fellrec.models.streams import OF_LOSS, StreamPosition, training_seed
 from fellrec.state.tensor_store import StoredTensors
 
@@ -199,7 +199,7 @@ class LocalTrainer:
                 yield found
 
     def _step(self, job: Job, step: int, slot: Slot, batches: list[Batch]) -> tuple[float, int]:
-        self._prepare_step(job.round_index, step)
+        self._prepare_step(job, step)
         learning_rate = self.learning_rate_of(job, step)
         count = sum(len(batch["targets"]) for batch in batches)
         if self.sharing is None:
@@ -321,12 +321,14 @@ class LocalTrainer:
         """The beginning of the random streams of a seed, of this process's part where several train the client."""
         return StreamPosition(seed if self.sharing is None else self.sharing.seed(seed), seed)
 
-    def _prepare_step(self, round_index: int, step: int) -> None:
+    def _prepare_step(self, job: Job, step: int) -> None:
         objective = self.module.objective
+        if isinstance(objective, HasMembers):
+            objective = objective.of_client(job.data_of)
         if isinstance(objective, PreparesSteps):
             # A context of its own: what it has cast without gradients must not be found by the training step.
             with self.fabric.autocast():
-                objective.prepare_step(self.module.model, round_index, step)
+                objective.prepare_step(self.module.model, job.round_index, step)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 from fellrec.functional.candidates import sampled_name
 from fellrec.functional.first_items import FirstItems
 from fellrec.functional.ranking import METRICS, ranking_metrics
-from fellrec.metrics.summary import client_means, group_figures, summarise, user_mean
+from fellrec.metrics.summary import client_means, group_figures, member_figures, summarise, user_mean
 from fellrec.types import Evaluation
 
 
@@ -62,6 +62,8 @@ class ClientRankingMetrics(Metric):
         groups: Stage → name → ``[U]`` bool, one flag per user index: groups that have metrics of their own.
         reported: Names of the values that a ranker reports of each user; see ``ReportingRanker``.
         num_candidates: N, if targets are also ranked among a sample of N items; ``None`` if not.
+        members: Of a federation of data sets, the clients of each by its name: metrics of their own, see
+            ``member_figures``.
         **kwargs: As for ``torchmetrics.Metric``.
     """
 
@@ -83,10 +85,12 @@ class ClientRankingMetrics(Metric):
         groups: Mapping[str, Mapping[str, Tensor]] | None = None,
         reported: Sequence[str] = (),
         num_candidates: int | None = None,
+        members: Mapping[str, range] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.groups = dict(groups or {})
+        self.members = dict(members or {})
         self.num_clients = num_clients
         self.cutoffs = tuple(cutoffs)
         full = tuple(f"{name}_at_{cutoff}" for cutoff in self.cutoffs for name in METRICS)
@@ -188,7 +192,11 @@ class ClientRankingMetrics(Metric):
         items, scores, is_tied = (result[name] for name in FirstItems._fields)
         return replace(
             evaluation,
-            summary={**evaluation.summary, **group_figures(per_user, groups)},
+            summary={
+                **evaluation.summary,
+                **group_figures(per_user, groups),
+                **member_figures(evaluation, self.members),
+            },
             first_items=FirstItems(items, scores, is_tied.reshape(-1)) if items.numel() else None,
             reported=_vectors(result["reported"]),
         )

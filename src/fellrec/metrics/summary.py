@@ -106,3 +106,27 @@ def group_figures(per_user: Mapping[str, Tensor], groups: Mapping[str, Tensor]) 
         if inside.any():
             figures |= {f"{group}/{name}/pooled": user_mean(values[inside]) for name, values in per_user.items()}
     return figures
+
+
+def member_figures(evaluation: Evaluation, members: Mapping[str, range]) -> dict[str, float]:
+    """Metrics of each data set of a federation.
+
+    Args:
+        evaluation: Of the clients of all.
+        members: Name → its clients.
+
+    Returns:
+        ``member/NAME/num_users``, and for each metric ``member/NAME/METRIC/mean`` over its clients with users and
+        ``/pooled`` over its users: those that a run on its data alone calls ``METRIC/mean`` and ``METRIC/pooled``.
+    """
+    figures = {}
+    for name, clients in members.items():
+        inside = (evaluation.client_of_user >= clients.start) & (evaluation.client_of_user < clients.stop)
+        figures[f"member/{name}/num_users"] = float(inside.sum())
+        if not inside.any():
+            continue
+        for metric, values in evaluation.per_user.items():
+            of_clients = evaluation.per_client[metric][clients.start : clients.stop]
+            figures[f"member/{name}/{metric}/mean"] = float(of_clients[~of_clients.isnan()].mean())
+            figures[f"member/{name}/{metric}/pooled"] = user_mean(values[inside])
+    return figures

@@ -11,6 +11,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from fellrec.data.guards import check_batch
+from fellrec.data.prepared import Places
 from fellrec.errors import ConfigError
 from fellrec.functional.candidates import SampledCandidates
 from fellrec.functional.first_items import first_items
@@ -74,6 +75,14 @@ class MeasuresHistories(Protocol):
 
     def history_lengths(self, histories: Tensor) -> Tensor:
         """Tokens ``[B]`` of the model's input for histories ``[B, H]``, by which users are batched."""
+
+
+@runtime_checkable
+class HasMembers(Protocol):
+    """What the objective of a federation of data sets provides beside `Objective`."""
+
+    def of_client(self, client: int | None) -> Objective:
+        """The objective of a client's own data set; itself for pooled data (``None``) and public users (-1)."""
 
 
 def drawn(objective: Objective, batch: dict[str, Tensor], streams: LayerStreams) -> dict[str, Tensor]:
@@ -148,6 +157,8 @@ class FellrecModule(LightningModule):
         candidates: Draws what targets are ranked among, beside full ranking; ``None`` for full ranking alone.
         choice_metric: Name of the metric by whose mean over clients validation selects among the ranker's choices;
             ``None`` for the first.
+        places: Where the members of a federation are in the data: a batch's users are ranked on the items of their own
+            member. ``None`` if all users are ranked on all items.
     """
 
     def __init__(
@@ -161,6 +172,7 @@ class FellrecModule(LightningModule):
         optimizer: OptimizerSettings,
         candidates: SampledCandidates | None = None,
         choice_metric: str | None = None,
+        places: Places | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -173,6 +185,7 @@ class FellrecModule(LightningModule):
         self.optimizer_settings = optimizer
         self.candidates = candidates
         self.choice_metric = choice_metric
+        self.places = places
         self._choice: int | None = None
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int = 0) -> dict[str, Any]:
@@ -213,17 +226,24 @@ class FellrecModule(LightningModule):
         """Add the metrics of the batch's users to ``self.metrics``.
 
         Args:
-            scores: ``[B, I]``, from any ranker, or ``[G, B, I]`` for each of its choices.
+            scores: ``[B, I]``, from any ranker, or ``[G, B, I]`` for each of its choices. Of a federation, of the items
+                of the users' member.
             batch: From ``FellrecDataModule.eval_loader``.
             report: ``[B, R]``, what ``self.ranker`` told of these users; ``None`` from other rankers.
             keep_rankings: As for ``score_batch``.
 
         Raises:
             TrainingError: If a score is NaN.
-            LeakError: If a target is masked, or an item of a history is not.
+            LeakError: If a target is masked, or an item of a history is not, or an item is of another catalogue.
         """
+        users, clients, titles, first_item = batch["users"], batch["clients"], self.title_groups, 0
+        if self.places is not None:
+            member = self.places.of_batch(batch["histories"])
+            batch = self.places.local_batch(batch, member)
+            first_item = self.places.items[member]
+            titles = titles[first_item : self.places.items[member + 1]]
         check_batch(batch, scores.shape[-1])
-        titles = self.title_groups.to(scores.device)
+        titles = titles.to(scores.device)
         targets = batch["target_rows"], batch["target_items"]
         masked = batch["masked_rows"], batch["masked_items"]
         drawn_BI = None
@@ -237,8 +257,10 @@ class FellrecModule(LightningModule):
             ranks = target_ranks(scores_BI, *targets, *masked, titles)
             longest = max(metric.cutoffs)
             first = first_items(scores_BI, targets, masked, titles, longest) if keep_rankings else None
+            if first is not None and first_item:
+                first = first._replace(items=torch.where(first.items >= 0, first.items + first_item, -1))
             sampled = None if drawn_BI is None else target_ranks(scores_BI, *targets, *masked, titles, drawn_BI)
-            metric.update(batch["users"], batch["clients"], ranks, targets[0], report, first, sampled)
+            metric.update(users, clients, ranks, targets[0], report, first, sampled)
 
     def take_users(self) -> tuple[UserMetrics, ...]:
         """The states of all metrics, which are reset: for ``add_users`` in another process."""

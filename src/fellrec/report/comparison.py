@@ -126,6 +126,7 @@ class Comparison:
         cold: Counts of cold items and users, see ``ColdStart.counts``; empty if they are not known.
         differences: Of the learned rules to `reference_rule`, from ``fellrec.report.significance``.
         provenance: What the results were measured with; ``None`` if it is not known.
+        members: Of a federation of data sets, the ``clients`` of each and the number of ``items`` that they rank.
     """
 
     data: str
@@ -135,6 +136,7 @@ class Comparison:
     cold: Mapping[str, int] = field(default_factory=dict)
     differences: Sequence[Difference] = ()
     provenance: Provenance | None = None
+    members: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def stage(self) -> str:
@@ -250,6 +252,7 @@ class Comparison:
             "stage": self.stage,
             "num_items": self.num_items,
             "users_per_client": list(self.users_per_client),
+            "members": {name: dict(member) for name, member in self.members.items()},
             "cold": dict(self.cold),
             "measured": {**({} if self.provenance is None else self.provenance.to_dict()), "seeds": self.seeds},
             "chosen_on_validation": self.chosen,

@@ -173,7 +173,7 @@ def _table(comparison: Comparison, frame: pd.DataFrame, cutoff: int, is_stacked:
     headings = [_NARROW.get(name.partition("@")[0], name) if is_narrow else name for name in columns]
     return text_table(
         f"{comparison.data}: {sum(comparison.users_per_client)} users of "
-        f"{len(comparison.users_per_client)} clients, {comparison.num_items} items ranked, {comparison.stage} holdout",
+        f"{len(comparison.users_per_client)} clients, {_items_text(comparison)} ranked, {comparison.stage} holdout",
         [heading.strip() for heading in headings],
         rows,
         f"NDCG@{cutoff} and Recall@{cutoff}: mean over clients | pooled over users. std, variance, worst: "
@@ -186,6 +186,13 @@ def _table(comparison: Comparison, frame: pd.DataFrame, cutoff: int, is_stacked:
         + (f" Measured: {comparison.measured_with}." if comparison.measured_with else ""),
         padding=0 if is_narrow else (0, 1, 0, 0),
     )
+
+
+def _items_text(comparison: Comparison) -> str:
+    """How many items are ranked; in a federation each client ranks those of its own data set."""
+    if not comparison.members:
+        return f"{comparison.num_items} items"
+    return ", ".join(f"{member['items']} items of {name}" for name, member in comparison.members.items())
 
 
 def _chosen_text(comparison: Comparison) -> str:
