@@ -52,6 +52,7 @@ def run(options: argparse.Namespace) -> None:
     """Entry point of the verb."""
     from omegaconf import OmegaConf
 
+    from fellrec.config.compose import check_limits
     from fellrec.experiment.variants import check_comparable, configurations
 
     configs = configurations(options.overrides, options.run or ())
@@ -60,6 +61,7 @@ def run(options: argparse.Namespace) -> None:
         return
 
     check_comparable(configs)
+    check_limits(configs)
     from fellrec.experiment.session import run_processes
 
     run_processes(configs, lambda session: _report(*compare(configs, session), configs[0], options.format))

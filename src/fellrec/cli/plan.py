@@ -62,13 +62,14 @@ def plan(overrides: Sequence[str], probe_steps: int | None = None) -> list[Row]:
         DataError: If the data cannot be used.
         BackboneError: If the backbone cannot be read, split, or adapted.
     """
-    from fellrec.config.compose import compose
+    from fellrec.config.compose import check_limits, compose
     from fellrec.config.sweep import expand
 
     if probe_steps is not None and probe_steps < 1:
         raise ConfigError(f"--probe {probe_steps} is not allowed: a whole number of at least 1")
     combinations = expand(overrides)
     configs = [compose(combination, optional=("backbone.path",)) for combination in combinations]
+    check_limits(configs)
     from fellrec.planning.plan import Planner
     from fellrec.planning.table import Row
 

@@ -108,7 +108,7 @@ def plan_submission(overrides: Sequence[str], is_sweep: bool, trusted: Collectio
     Raises:
         ConfigError: If a setting of any run is not allowed.
     """
-    from fellrec.config.compose import compose
+    from fellrec.config.compose import check_limits, compose
     from fellrec.config.stored import PLACES, own_classes
     from fellrec.config.sweep import expand, without_passwords
     from fellrec.experiment.names import rule_name
@@ -129,6 +129,7 @@ def plan_submission(overrides: Sequence[str], is_sweep: bool, trusted: Collectio
     if any(launcher != launchers[0] for launcher in launchers):
         raise ConfigError("the runs of a sweep must have the same launcher settings; submit them one by one")
     processes = [_processes(config, launchers[0]) for config in configs]
+    check_limits(configs)
     from fellrec.experiment.classes import check_transforms  # imports torch: not before a mistake is found
 
     for config in configs:

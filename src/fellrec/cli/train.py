@@ -69,7 +69,9 @@ def train(config: DictConfig, take_results: Callable[[dict[str, Any]], None] | N
         config: The composed configuration.
         take_results: Given the results as JSON-ready values; ``None`` prints a table.
     """
-    from fellrec.config.compose import without_launcher
+    from fellrec.config.compose import check_limits, without_launcher
+
+    check_limits([config])
     from fellrec.experiment.classes import check_classes, check_transforms
     from fellrec.experiment.run_dir import check_new
     from fellrec.experiment.session import run_processes
@@ -176,10 +178,9 @@ def _multirun(overrides: Sequence[str], output_format: str, show_config: bool) -
     import hydra
     from omegaconf import OmegaConf
 
-    from fellrec.config.compose import compose
+    from fellrec.config.compose import check_limits, compose
     from fellrec.config.paths import conf_dir
     from fellrec.config.sweep import expand, sweeps, without_passwords
-    from fellrec.experiment.run_dir import check_new
 
     combinations = expand(overrides := without_passwords(overrides))
     if show_config:
@@ -188,8 +189,10 @@ def _multirun(overrides: Sequence[str], output_format: str, show_config: bool) -
     launchers = [item for item in overrides if item.startswith("hydra/launcher=") and item != "hydra/launcher=basic"]
     if output_format == "json" and launchers:
         raise ConfigError(f"--format json is not allowed with {launchers[-1]}: its runs are in other processes")
-    for combination in combinations:
-        config = compose(combination)
+    check_limits(configs := [compose(combination) for combination in combinations])
+    from fellrec.experiment.run_dir import check_new  # imports torch: not before a mistake is found
+
+    for combination, config in zip(combinations, configs, strict=True):
         trainer, uri = config.trainer, config.tracking.uri
         if uri is not None and reveal(uri) != uri:
             os.environ[VARIABLE] = reveal(uri)  # for launchers that start processes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from functools import lru_cache
@@ -45,7 +45,7 @@ from fellrec.config.secrets import secret_settings, settle_tracking
 from fellrec.config.transforms import expand_transforms
 from fellrec.errors import ConfigError, nearest_first, unknown
 from fellrec.functional.nested import flatten
-from fellrec.functional.ranges import out_of_range
+from fellrec.functional.ranges import out_of_range, refuse
 from fellrec.models.packages import missing_packages
 
 _MOST_CHOICES = 6
@@ -180,6 +180,19 @@ def check(config: DictConfig, optional: Collection[str] = ()) -> None:
     problems = [problem for problem in problems if not problem.startswith(of_readers)]
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
+def check_limits(configs: Iterable[DictConfig]) -> None:
+    """Refuse what a rule says it cannot work with, as far as that is known without its class, and so without PyTorch.
+
+    Raises:
+        ConfigError: With one line for each problem of a configuration.
+    """
+    for config in configs:
+        plain = as_dict(config)
+        kinds = [part.kind for part in parts(plain) if part.key == "aggregation"]
+        abouts = [kind.about for kind in kinds if hasattr(kind, "about")]
+        refuse(*(problem for about in abouts for problem in about.limits.problems(about.name, plain)))
 
 
 def without_launcher(config: DictConfig) -> DictConfig:

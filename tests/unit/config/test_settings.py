@@ -149,6 +149,20 @@ def test_composing_and_checking_needs_no_pytorch() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_what_a_rule_cannot_work_with_is_refused_without_pytorch() -> None:
+    code = (
+        "import sys; from fellrec.cli.main import main\n"
+        "for words in (['train'], ['train', '-m'], ['compare'], ['plan'], ['submit']):\n"
+        "    try: main([*words, 'aggregation=afl', 'participation.rate=0.5'])\n"
+        "    except SystemExit as stop: print(stop.code)\n"
+        "print([name for name in ('torch', 'lightning', 'transformers', 'mlflow') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"] * 5 + ["[]"]
+    message = "aggregation afl needs every client in every round: participation.rate=0.5 is not allowed, leave it at 1"
+    assert [line.partition(": ")[2] for line in done.stderr.splitlines()] == [message] * 5
+
+
 def test_a_runs_configuration_is_read_as_it_was_written(tmp_path: Path) -> None:
     config = compose(["aggregation=fedavg", "seed=3"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
