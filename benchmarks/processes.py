@@ -76,12 +76,12 @@ def measure(processes: int, clients: int, rounds: int, overrides: Sequence[str],
         points = sorted(client.get_metric_history(run.info.run_id, metric), key=lambda point: point.step)
         return [point.value for point in points][1:]
 
-    busy, peaks = history("cost/process/busy_rate"), history("cost/process/peak_bytes")
+    busy, peaks = history("train/cost/process/busy_rate"), history("train/cost/process/peak_bytes")
     (learned,) = (rule for rule in json.loads(done.stdout)["rules"].values() if rule["kind"] == "learned")
     return Cell(
         processes=processes,
         clients=clients,
-        seconds_per_round=statistics.median(history("cost/round_seconds")),
+        seconds_per_round=statistics.median(history("train/cost/round_seconds")),
         busy_rate=statistics.mean(busy) if busy else None,
         peak_bytes=int(max([*peaks, learned["runs"][0]["peak_memory_bytes"]])),
     )

@@ -189,7 +189,8 @@ class Content:
     def comparable(self) -> tuple[Any, ...]:
         """Everything that two runs with the same settings must share: no times, no directory names."""
         points = [
-            (key, step, None if "seconds" in key or "busy" in key else value) for key, step, _, value in self.points
+            (key, step, None if "seconds" in key or "busy" in key or key.startswith("system/") else value)
+            for key, step, _, value in self.points
         ]
         params = {key: value for key, value in self.params.items() if key not in ("run_dir", "tracking.uri", "resume")}
         tags = {key: value for key, value in self.tags.items() if not key.startswith(_OWN_TAGS)}

@@ -16,7 +16,7 @@ from bench.environments import ROOT, Environment
 from bench.measure import Seconds, run
 from bench.settings import COMMAND, is_frozen, overrides_of
 
-_CLIENT = re.compile(r"train/client_(\d+)/loss")
+_CLIENT = re.compile(r"train/loss/client/(\d+)")
 
 
 @dataclass
@@ -116,7 +116,7 @@ def profile(work: Path, root: Path) -> list[float]:
     checked(run(fellrec("train", *arguments, *more), folder, environment()), "profile")
     lines = (folder / "run" / "outbox" / "operations.jsonl").read_text().splitlines()
     metrics = [json.loads(line).get("metrics") or {} for line in lines]
-    return [found["profile/utilisation"] for found in metrics if "profile/utilisation" in found]
+    return [found["train/profile/utilisation"] for found in metrics if "train/profile/utilisation" in found]
 
 
 def time_command(work: Path, name: str, command: Sequence[str], repeats: int, status: int = 0) -> Found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -18,6 +19,8 @@ from preloaded import Preloaded, python
 
 from fellrec.aggregation.settings import TITLES
 from fellrec.cli.main import main
+from fellrec.config.stored import read_config
+from fellrec.experiment.build import build_data
 from fellrec.models.backbone import load_hf
 
 
@@ -83,16 +86,16 @@ def test_mlflow_has_everything(finished: tuple[Path, str]) -> None:
     assert [run.data.tags[name] for name in ("rule", "data", "backbone")] == ["fellrec", "synthetic", "tiny"]
     assert len(run.data.tags["git_commit"]) > 6
     results = json.loads((folder / "run" / "results.json").read_text())
-    for name, value in results["summary"].items():
-        assert run.data.metrics[f"test/{name}"] == pytest.approx(value, rel=1e-9)
+    for name in ("ndcg_at_10/mean", "ndcg_at_10/worst_10_percent", "ndcg_at_10/gini", "recall_at_10/pooled"):
+        assert run.data.metrics[f"test/{name}"] == pytest.approx(results["summary"][name], rel=1e-9)
     history = client.get_metric_history(run.info.run_id, "train/loss/mean")
     assert [point.step for point in history] == [0, 1]
     validated = client.get_metric_history(run.info.run_id, "val/ndcg_at_10/mean")
     assert [point.step for point in validated] == [-1, 0, 1], "the start of the run is step -1"
     assert history[1].value < history[0].value
     for name in (
-        *("val/ndcg_at_10/mean", "val/client_02/recall_at_20", "val/ndcg_at_5/gini", "cost/round_seconds"),
-        *("train/client_01/loss", "aggregation/client_00/learning_speed"),
+        *("val/ndcg_at_10/mean", "val/ndcg_at_10/client/02", "test/ndcg_at_10/client/02", "train/cost/round_seconds"),
+        *("train/loss/client/01", "train/aggregation/cosine_to_mean"),
     ):
         assert name in run.data.metrics
     files = {item.path for item in client.list_artifacts(run.info.run_id)}
@@ -100,14 +103,19 @@ def test_mlflow_has_everything(finished: tuple[Path, str]) -> None:
         "config.yaml",
         "clients.csv",
         "clients.json",
+        "evaluations.json",
         "results.json",
         "adapters",
         "matrices.npz",
         "matrices.png",
     }
-    assert run.data.metrics["aggregation/drift"] > 0
-    assert 1 <= run.data.metrics["aggregation/effective_senders/mean"] <= 3
-    assert -1 <= run.data.metrics["aggregation/cosine_to_mean/client_02"] <= 1
+    assert run.data.metrics["train/aggregation/drift"] > 0
+    assert 1 <= run.data.metrics["train/aggregation/effective_senders"] <= 3
+    of_clients = {name for name in run.data.metrics if re.search(r"/client/\d", name)}
+    assert len(of_clients) == 3 * 3, "three figures a client"
+    assert len(run.data.metrics) - len(of_clients) <= 40
+    assert not set(run.data.params.values()) & {"None", "[]"}
+    assert run.data.params["holdout"] == "LeaveOneOut"
     (dataset,) = run.inputs.dataset_inputs
     assert dataset.dataset.name == "synthetic"
     assert dataset.dataset.digest == json.loads((folder / "run" / "data.json").read_text())["key"]
@@ -131,6 +139,37 @@ def test_evaluate_reproduces_the_runs_own_figures(
     shown = json.loads(capsys.readouterr().out)
     results = json.loads((finished[0] / "run" / "results.json").read_text())
     assert shown["rules"]["fellrec"]["mean"] == results["summary"]
+
+
+def test_recommend_gives_the_list_that_the_test_ranked(
+    finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tested user's whole history at its client gives the items of ``rankings.parquet``, with their scores."""
+    monkeypatch.chdir(finished[0])
+    data = build_data(read_config(Path("run")))
+    rankings = pd.read_parquet("run/rankings.parquet").sort_values(["user_id", "rank"])
+    user_id, wanted = next(iter(rankings.groupby("user_id", sort=False)))
+    user = data.users["user_id"].tolist().index(user_id)
+    seen = [data.train.take(np.array([user])).values, data.valid.take(np.array([user])).values]
+    titles = [data.catalogue.titles[item] for item in np.concatenate(seen)]
+    client = str(wanted["client"].iloc[0])
+    main(["recommend", "run", "--client", client, "--format", "json", "-k", "10", "--history", *map(str.upper, titles)])
+    shown = json.loads(capsys.readouterr().out)
+    assert [item["item_id"] for item in shown["items"]] == wanted["item_id"].tolist()[:10]
+    assert [item["score"] for item in shown["items"]] == pytest.approx(wanted["score"].tolist()[:10], abs=1e-5)
+    assert [item["rank"] for item in shown["items"]] == list(range(1, 11))
+    main(["recommend", "run", "--nearest", "--format", "json", "--history", titles[0]])
+    assert json.loads(capsys.readouterr().out)["client"] in range(3)
+    misspelt = titles[0][:-1]
+    for arguments, said in (
+        (["--client", "0", "--history", misspelt], f"no item is called '{misspelt}'; did you mean '{titles[0]}'"),
+        (["--client", "3", "--history", titles[0]], "client 3 is not allowed: the run has clients 0 to 2"),
+        (["--client", "0", "-k", "61", "--history", titles[0]], "k=61 is not allowed: a whole number from 1 to 60"),
+    ):
+        with pytest.raises(SystemExit) as done:
+            main(["recommend", "run", *arguments])
+        assert done.value.code == 1
+        assert said in capsys.readouterr().err
 
 
 def test_an_existing_run_directory_is_refused_and_unchanged(
@@ -218,8 +257,7 @@ def test_compare_tunes_each_rule_by_its_own_settings_on_validation(
     for rule, line in chosen.items():
         seen = {}
         for rate in rates:
-            evaluated = f"{TITLES[rule]}-{rate}-s0"
-            (run,) = [run for run in runs_of(workplace) if run.info.run_name.endswith(f"-{evaluated}")]
+            (run,) = [run for run in runs_of(workplace) if run.info.run_name.startswith(f"{TITLES[rule]} {rate} · ")]
             history = client_of(workplace).get_metric_history(run.info.run_id, "val/ndcg_at_10/mean")
             seen[f"{rule} {rate}"] = max(point.value for point in history)
         assert seen == pytest.approx({name: comparison["rules"][name]["validation"] for name in seen})
@@ -336,7 +374,7 @@ def test_mlflow_is_not_sent_the_figures_of_each_of_many_clients(
     assert "3 clients are more than tracking.max_logged_clients=2" in caplog.text
     runs = {run.data.params["run_dir"]: run for run in runs_of(workplace)}
     with_clients, without = (set(runs[name].data.metrics) for name in ("few", "many"))
-    assert {name for name in with_clients if "/client_" in name} == with_clients - without != set()
+    assert {name for name in with_clients if re.search(r"/client/\d", name)} == with_clients - without != set()
     client = client_of(workplace)
     artifacts = {name: {f.path for f in client.list_artifacts(runs[name].info.run_id)} for name in runs}
     assert artifacts["few"] - artifacts["many"] == {"adapters", "matrices.npz", "matrices.png"}

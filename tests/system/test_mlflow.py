@@ -3,80 +3,100 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-import socket
+import signal
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack, redirect_stdout
+from html import unescape
+from io import StringIO
 from pathlib import Path
+from tempfile import mkdtemp
 
+import psutil
 import pytest
+from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
+from tracking_servers import free_port, postgresql
 
+from fellrec.aggregation.settings import TITLES
 from fellrec.cli.main import main
-from fellrec.tracking.store import ui_command
 
+TRAINING = "workflowType=machine_learning"
 CHROMIUM = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The command of ``fellrec ui`` on a free port; yields its address."""
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """``fellrec ui`` on a free port; yields its address. A signal to this one process must stop all that it started."""
     folder, port = tmp_path_factory.mktemp("server"), free_port()
-    command = ui_command(f"sqlite:///{folder / 'mlflow.db'}", "127.0.0.1", port)
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=2)
-                break
-            except OSError:
-                assert process.poll() is None, (folder / "log").read_text()
-                assert time.monotonic() < deadline, (folder / "log").read_text()
-                time.sleep(0.3)
-        yield address
-    finally:
-        os.killpg(process.pid, 15)
-        process.wait(timeout=30)
+    with ExitStack() as stack:
+        sqlite = f"sqlite:///{folder / 'mlflow.db'}"
+        database = sqlite if request.param == "sqlite" else stack.enter_context(postgresql())
+        command = [sys.executable, "-m", "fellrec", "ui", f"tracking.uri={database}", "--port", str(port)]
+        log = stack.enter_context((folder / "log").open("w"))
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+        address = f"http://127.0.0.1:{port}"
+        started: list[psutil.Process] = []
+        try:
+            deadline = time.monotonic() + 240
+            while True:
+                try:
+                    urllib.request.urlopen(f"{address}/health", timeout=2)
+                    break
+                except OSError:
+                    assert process.poll() is None, (folder / "log").read_text()
+                    assert time.monotonic() < deadline, (folder / "log").read_text()
+                    time.sleep(0.3)
+            started = psutil.Process(process.pid).children(recursive=True)
+            assert f"{address}/#/experiments" in (folder / "log").read_text()
+            yield address
+        finally:
+            process.terminate()
+            status = process.wait(timeout=60)
+            left = [child for child in started if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert status == 128 + signal.SIGTERM
+    assert started
+    assert not left, "no server is left behind"
 
 
 @pytest.fixture(scope="module")
-def logged(server: str, tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A comparison logged through the server; yields the experiment's id."""
-    before = Path.cwd()
-    os.chdir(tmp_path_factory.mktemp("runs"))
-    try:
-        main(["compare", *tiny_overrides, "aggregation=fedavg,fellrec", f"tracking.uri={server}"])
-    finally:
-        os.chdir(before)
-    experiment = MlflowClient(tracking_uri=server).get_experiment_by_name("fellrec")
-    assert experiment is not None
-    return str(experiment.experiment_id)
-
-
-def test_a_comparison_is_logged_to_the_server(server: str, logged: str) -> None:
+def compared(server: str, tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Run], str]:
+    """A comparison logged through the server: its runs, the parent first, and the link that was printed."""
+    folder = tmp_path_factory.mktemp("runs")
+    overrides = [*tiny_overrides, "aggregation=fedavg,fellrec", "references.show=[]", f"tracking.uri={server}"]
+    shown = StringIO()
+    with redirect_stdout(shown):
+        main(["compare", *overrides, f"run_dir={folder / 'compared'}"])
     client = MlflowClient(tracking_uri=server)
-    runs = client.search_runs([logged])
-    parents = [run for run in runs if run.data.tags.get("kind") == "comparison"]
-    children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
-    (parent,) = parents
-    assert sorted(run.data.tags["rule"] for run in children) == ["fedavg", "fellrec"]
+    experiment = client.get_experiment_by_name("fellrec")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    link = shown.getvalue().rpartition("Result: ")[2].strip()
+    return sorted(runs, key=lambda run: run.data.tags["kind"] != "comparison"), link
+
+
+def test_a_comparison_is_logged_to_the_server(server: str, compared: tuple[list[Run], str]) -> None:
+    client = MlflowClient(tracking_uri=server)
+    (parent, *children), _ = compared
+    assert parent.info.run_name == "FedAvg vs FELLRec · synthetic · seed 0"
+    assert parent.data.metrics == {}, "MLflow would draw a chart with one bar of each"
+    assert parent.data.params["rules"] == "FedAvg, FELLRec"
+    assert parent.inputs.dataset_inputs
+    assert "clients.png" in {item.path for item in client.list_artifacts(parent.info.run_id)}
+    assert sorted(run.info.run_name for run in children) == [
+        "FELLRec · 3 clients · seed 0",
+        "FedAvg · 3 clients · seed 0",
+    ]
     for run in children:
         assert run.info.status == "FINISHED"
-        assert {"test/ndcg_at_10/mean", "test/ndcg_at_10/variance"} <= set(run.data.metrics)
-        rule = run.data.tags["rule"]
-        assert parent.data.metrics[f"ndcg_at_10/mean/{rule}"] == run.data.metrics["test/ndcg_at_10/mean"]
+        assert {"test/ndcg_at_10/mean", "test/ndcg_at_10/std"} <= set(run.data.metrics)
+        assert run.data.tags["comparison"] == parent.data.tags["comparison"]
+        assert run.outputs.model_outputs
         assert "adapters" in {item.path for item in client.list_artifacts(run.info.run_id)}
 
 
@@ -92,27 +112,35 @@ def chromium() -> str:
     return found
 
 
-def test_runs_can_be_compared_in_the_browser(server: str, logged: str, chromium: str, tmp_path: Path) -> None:
-    """MLflow's metric page shows NDCG and its variance of both runs, with the logged values."""
-    client = MlflowClient(tracking_uri=server)
-    children = [run for run in client.search_runs([logged]) if "mlflow.parentRunId" in run.data.tags]
-    ids = ",".join(f"%22{run.info.run_id}%22" for run in children)
-    mean, variance = (f"%22val%2Fndcg_at_10%2F{figure}%22" for figure in ("mean", "variance"))
-    page = f"{server}/#/metric?runs=[{ids}]&metric={mean}&experiments=[%22{logged}%22]"
-    page += f"&plot_metric_keys=[{mean},{variance}]&plot_layout={{}}"
-    options = [*CHROMIUM, "--disable-sync", "--disable-quic", "--window-size=1600,2400"]
+def page_of(chromium: str, address: str, wanted: str, folder: Path) -> str:
+    """The page at an address as soon as it has a text; three attempts, each with a profile of its own."""
+    options = [*CHROMIUM, "--disable-sync", "--disable-quic", "--window-size=1600,2400", "--virtual-time-budget=40000"]
     text = ""
-    for number in range(3):
-        profile = f"--user-data-dir={tmp_path / str(number)}"
-        command = [chromium, *options, profile, "--virtual-time-budget=40000", "--dump-dom", page]
-        text = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False).stdout
-        if "synthetic-FedAvg-s0" in text:
+    for _ in range(3):
+        profile = f"--user-data-dir={mkdtemp(dir=folder)}"
+        command = [chromium, *options, profile, "--dump-dom", address]
+        text = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False).stdout
+        if wanted in text:
             break
-    for run in children:
-        assert run.info.run_name in text
-        for figure in ("mean", "variance"):
-            assert f"val/ndcg_at_10/{figure}" in text
-            assert f"{run.data.metrics[f'val/ndcg_at_10/{figure}']:.12f}"[:8] in text
+    return unescape(text)
+
+
+def test_the_printed_link_opens_the_result_in_the_browser(
+    server: str, compared: tuple[list[Run], str], chromium: str, tmp_path: Path
+) -> None:
+    """The values of both rules on the page, and on the one that it links to, are those of the store."""
+    (parent, *children), link = compared
+    assert link == f"{server}/#/experiments/{parent.info.experiment_id}/runs/{parent.info.run_id}?{TRAINING}"
+    values = {run.data.tags["rule"]: run.data.metrics["test/ndcg_at_10/mean"] for run in children}
+    text = page_of(chromium, link, "<td>FELLRec</td>", tmp_path)
+    for rule, value in values.items():
+        (shown,) = re.findall(rf"<td[^>]*>{TITLES[rule]}</td>\s*<td[^>]*>([\d.]+)</td>", text)[:1]
+        assert shown == f"{value:.4f}"
+    (target,) = set(re.findall(r'href="([^"]*#/compare-runs[^"]*)"', text))
+    side_by_side = page_of(chromium, f"{server}/{target[target.index('#') :]}", "test/ndcg_at_10/mean", tmp_path)
+    after = side_by_side.partition(">test/ndcg_at_10/mean<")[2]
+    cells = [float(cell) for cell in re.findall(r">(\d+\.\d+)<", after)[:2]]
+    assert sorted(cells) == pytest.approx(sorted(values.values()), abs=6e-4)
 
 
 def test_an_installed_wheel_contains_the_configuration(tmp_path: Path) -> None:

@@ -506,6 +506,8 @@ def test_the_environment_names_the_store(monkeypatch: pytest.MonkeyPatch) -> Non
         "uri": f"sqlite:///{here / 'from_env.db'}",
         "experiment": "mine",
         "on_unreachable": "stop",
+        "metrics": "headline",
+        "register_model": None,
         "max_logged_clients": 0,
     }
     assert compose(["tracking.uri=sqlite:///mlflow.db"]).tracking.uri == f"sqlite:///{here / 'mlflow.db'}"
@@ -664,14 +666,16 @@ def test_the_ui_says_under_which_names_it_answers(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr("fellrec.cli.ui.os.execve", lambda _, command, __: started.append(command))
+    monkeypatch.setattr("fellrec.cli.ui._serve", lambda command, _: started.append(command))
     monkeypatch.setattr("fellrec.cli.ui._check_port", lambda *_: None)
     main(["ui", "--host", "node17", "--allowed-hosts", "node17.cluster, node17"])
     main(["ui"])
     shown = capsys.readouterr().err
     lines = shown.splitlines()
     assert "under the name node17, node17.cluster (others: --allowed-hosts, or MLFLOW_SERVER_ALLOWED_HOSTS)" in lines[0]
-    assert "under the name localhost (others: --allowed-hosts" in lines[1]
+    assert lines[1] == "Runs: http://node17:5000/#/experiments?workflowType=machine_learning"
+    assert "under the name localhost (others: --allowed-hosts" in lines[2]
+    assert lines[3] == "Runs: http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"
     assert "--allowed-hosts" not in started[1]
     for address in ("null", "http://127.0.0.1:5000"):
         assert status_of("ui", f"tracking.uri={address}") == 1

@@ -11,6 +11,7 @@ from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.records import Aggregated, FitStart, SumsOnly, Updates
 from fellrec.functional.mixing import gram_matrix
 from fellrec.functional.ranges import Count, Natural
+from fellrec.tracking.headline import client_name
 from fellrec.tracking.run_log import RunLog
 
 
@@ -19,8 +20,8 @@ class Diagnostics(FederatedCallback):
 
     - ``aggregation/drift``: root mean square distance of the adapters after local training to their mean, divided by
       the norm of the mean update; 0 for equal adapters;
-    - ``aggregation/cosine_to_mean/mean``, and of each client: cosine of its update to the plain mean of updates;
-    - ``aggregation/effective_senders/mean``, and of each client: ``1 / Σ_n W[c, n]²`` of the mixing matrix's rows, from
+    - ``aggregation/cosine_to_mean``, mean and of each client: cosine of its update to the plain mean of updates;
+    - ``aggregation/effective_senders``, mean and of each client: ``1 / Σ_n W[c, n]²`` of the mixing matrix's rows, from
       1 (one sender) to N (all alike); of a rule with one model ``(Σ|c_n|)² / Σ c_n²`` of the updates' weights;
 
     These are figures of the simulation: a server that sees sums only could not compute them.
@@ -80,7 +81,7 @@ class Diagnostics(FederatedCallback):
     def _per_client(self, name: str, values: Tensor) -> Mapping[str, float]:
         has_each = self._names_clients and len(values) == len(self._clients)
         each = zip(self._clients, values.tolist(), strict=True) if has_each else ()
-        return {f"{name}/mean": float(values.mean()), **{f"{name}/client_{c:02d}": value for c, value in each}}
+        return {name: float(values.mean()), **{client_name(name, client): value for client, value in each}}
 
 
 def drift(adapters: Tensor, changes: Tensor) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from fellrec.callbacks import evaluations
 from fellrec.callbacks.costs import CostMeter
 from fellrec.errors import FellrecError
 from fellrec.federated.callback import FederatedCallback
@@ -18,13 +19,15 @@ from fellrec.federated.records import FitResult, FitStart, RoundRecord
 from fellrec.functional.balance import STATISTICS
 from fellrec.functional.nested import flatten
 from fellrec.functional.ranges import Natural
+from fellrec.tracking.headline import client_name
 from fellrec.tracking.run_log import RunLog
 from fellrec.types import Evaluation
 
 TABLE = "clients.json"
+_TABLES = (TABLE, evaluations.TABLE)
 _FILES = (
-    *("clients.csv", "ledger.csv", "results.json", "users.parquet", "targets.parquet", "rankings.parquet"),
-    *("partition.parquet", "versions.json"),
+    *("clients.csv", evaluations.FILE, "ledger.csv", "results.json", "users.parquet", "targets.parquet"),
+    *("rankings.parquet", "partition.parquet", "versions.json"),
 )
 
 _log = logging.getLogger(__name__)
@@ -48,7 +51,9 @@ class DatasetInput:
 
 
 class MLflowLogging(FederatedCallback):
-    """Logs a run; a step is a round. What a resumed run repeats is not logged twice, see ``RunLog``.
+    """Logs a run; a step is a round, and 0 for what a run has once; the tag ``best_round`` says which was tested.
+
+    What a resumed run repeats is not logged twice, see ``RunLog``.
 
     Figures of single clients and of balance are logged by ``ClientMetrics`` and ``Balance``.
 
@@ -75,10 +80,12 @@ class MLflowLogging(FederatedCallback):
         self.costs = costs
         self.max_logged_clients = max_logged_clients
         self._logs_clients = True
+        self._num_clients: int | None = None
 
     def on_fit_start(self, fit: FitStart) -> None:
         """Log parameters, configuration and data set."""
         data = self.dataset
+        self._num_clients = fit.num_clients
         self._logs_clients = fit.num_clients <= self.max_logged_clients
         if not self._logs_clients:
             _log.warning(
@@ -88,27 +95,29 @@ class MLflowLogging(FederatedCallback):
                 self.max_logged_clients,
                 self.run_dir,
             )
-        self.log.log_params(flatten(dict(self.params)))
+        self.log.log_params(shown_params(self.params))
         self.log.log_artifact(self.run_dir / "config.yaml")
         self.log.log_dataset(data.name, data.key, data.source, data.statistics)
 
     def on_evaluate_end(self, evaluation: Evaluation) -> None:
         """Log what is not part of a round: the start of the run, as step -1, and the test."""
         if evaluation.stage == "test" or evaluation.round_index < 0:
-            self.log.log_metrics(evaluation_metrics(evaluation), evaluation.round_index, once=evaluation.stage)
+            self.log.log_metrics(evaluation_metrics(evaluation), step_of(evaluation), once=evaluation.stage)
 
     def on_round_end(self, record: RoundRecord) -> None:
         """Log the round."""
-        self.log.log_metrics(round_metrics(record), record.round_index, once="round")
+        self.log.log_metrics(round_metrics(record, self._num_clients), record.round_index, once="round")
 
     def on_fit_end(self, result: FitResult) -> None:
         """Log the costs, the files and the adapters, and close the run."""
         if self.costs is not None and self.costs.cost is not None:
-            self.log.log_metrics(self.costs.cost.metrics(), step=max(0, result.num_rounds - 1), once="cost")
-        for name in (TABLE, *_FILES):
+            self.log.log_metrics(self.costs.cost.metrics(), step=0, once="cost")
+        self.log.set_tag("best_round", str(result.best_round))
+        for name in (*_TABLES, *_FILES):
             self.log.log_artifact(self.run_dir / name)
         # How MLflow's UI knows that an artefact is a table.
-        self.log.set_tag("mlflow.loggedArtifacts", json.dumps([{"path": TABLE, "type": "table"}]))
+        tables = [{"path": name, "type": "table"} for name in _TABLES if (self.run_dir / name).exists()]
+        self.log.set_tag("mlflow.loggedArtifacts", json.dumps(tables))
         if self._logs_clients:
             self.log.log_artifact(self.run_dir / "adapters", "adapters")
         self.log.close()
@@ -120,6 +129,27 @@ class MLflowLogging(FederatedCallback):
             self.log.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         except FellrecError as second:  # the first error is the one to see
             _log.warning("%s", second)
+
+
+def shown_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, flat, that say something: no unset ones, no paths of classes beside the names of choices.
+
+    A class of the user's own is kept: nothing else names it. ``config.yaml`` has everything.
+
+    Example:
+        >>> shown_params({"resume": None, "holdout": {"_target_": "fellrec.data.holdout.LeaveOneOut", "min_length": 3}})
+        {'holdout': 'LeaveOneOut', 'holdout.min_length': 3}
+        >>> shown_params({"callbacks": {"balance": {"_target_": "fellrec.callbacks.mlflow_logging.Balance"}}})
+        {}
+    """
+    found = {}
+    for key, value in flatten(dict(params)).items():
+        group, is_target = key.removesuffix("._target_"), key.endswith("_target_")
+        is_ours = is_target and str(value).startswith("fellrec.")
+        if value is None or (is_ours and group.startswith("callbacks.")) or value in ([], {}):
+            continue
+        found[group if is_target else key] = str(value).rpartition(".")[2] if is_ours else value
+    return found
 
 
 class Balance(FederatedCallback):
@@ -137,7 +167,7 @@ class Balance(FederatedCallback):
         figures = {name: value for name, value in evaluation.summary.items() if _is_balance(name)}
         if figures:
             metrics = {f"{evaluation.stage}/{name}": value for name, value in figures.items()}
-            self.log.log_metrics(metrics, evaluation.round_index, once=f"balance {evaluation.stage}")
+            self.log.log_metrics(metrics, step_of(evaluation), once=f"balance {evaluation.stage}")
 
 
 class ClientMetrics(FederatedCallback):
@@ -159,10 +189,10 @@ class ClientMetrics(FederatedCallback):
         self._is_on = fit.num_clients <= self.max_logged_clients
 
     def on_evaluate_end(self, evaluation: Evaluation) -> None:
-        """Log ``val/client_03/ndcg_at_10`` and so on."""
+        """Log ``val/ndcg_at_10/client/03`` and so on."""
         if self._is_on:
             metrics = client_metrics(evaluation)
-            self.log.log_metrics(metrics, evaluation.round_index, once=f"clients {evaluation.stage}")
+            self.log.log_metrics(metrics, step_of(evaluation), once=f"clients {evaluation.stage}")
 
     def on_round_end(self, record: RoundRecord) -> None:
         """Log the clients' losses and seconds, and what the aggregation reports of each."""
@@ -171,11 +201,11 @@ class ClientMetrics(FederatedCallback):
         metrics: dict[str, float] = {}
         for trained in record.trained:
             model = "" if trained.row == trained.job.client else "personal_"
-            prefix = f"train/{model}client_{trained.job.client:02d}"
-            metrics |= {f"{prefix}/loss": trained.loss, f"{prefix}/seconds": trained.seconds}
+            for name, value in (("loss", trained.loss), ("seconds", trained.seconds)):
+                metrics[client_name(f"train/{model}{name}", trained.job.client)] = value
         for name, values in record.aggregated.per_client.items():
             for client, value in zip(record.clients, values, strict=True):
-                metrics[f"aggregation/client_{client:02d}/{name}"] = float(value)
+                metrics[client_name(f"aggregation/{name}", client)] = float(value)
         self.log.log_metrics(metrics, record.round_index, once="clients round")
 
     def on_fit_end(self, result: FitResult) -> None:
@@ -185,27 +215,37 @@ class ClientMetrics(FederatedCallback):
         table.to_json(self.run_dir / TABLE, orient="split", index=False, date_format="iso")
 
 
+def step_of(evaluation: Evaluation) -> int:
+    """The step of an evaluation: its round; 0 for the test, which a run has once: MLflow draws bars of it."""
+    return 0 if evaluation.stage == "test" else evaluation.round_index
+
+
 def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
     """Names and values of one evaluation over all clients: ``val/ndcg_at_10/mean``, …, without those of balance."""
     return {f"{evaluation.stage}/{name}": v for name, v in evaluation.summary.items() if not _is_balance(name)}
 
 
 def client_metrics(evaluation: Evaluation) -> dict[str, float]:
-    """Names and values of every client: ``val/client_03/ndcg_at_10``, …; a client without evaluated users has none."""
+    """Names and values of every client: ``val/ndcg_at_10/client/03``, …; a client without evaluated users has none."""
     return {
-        f"{evaluation.stage}/client_{client:02d}/{name}": value
+        client_name(f"{evaluation.stage}/{name}", client): value
         for name, values in evaluation.per_client.items()
         for client, value in enumerate(values.tolist())
         if not math.isnan(value)
     }
 
 
-def round_metrics(record: RoundRecord) -> dict[str, float]:
-    """Names and values of one round over all clients, its validation included."""
+def round_metrics(record: RoundRecord, num_clients: int | None = None) -> dict[str, float]:
+    """Names and values of one round over all clients, its validation included.
+
+    Args:
+        record: Of the round.
+        num_clients: C: figures of participation are left out where all clients take part; ``None`` keeps them.
+    """
     losses: Sequence[float] = [trained.loss for trained in record.trained]
     metrics = {"cost/round_seconds": record.seconds, "train/loss/mean": sum(losses) / len(losses), **record.costs}
     metrics |= {f"aggregation/{k}": v for k, v in record.aggregated.metrics.items() if math.isfinite(v)}
-    if record.cohort is not None:
+    if record.cohort is not None and not _is_everyone(record, num_clients):
         metrics |= record.cohort.metrics
     if record.failed:
         metrics["train/num_dropped_clients"] = len(record.failed)
@@ -219,6 +259,15 @@ def client_table(evaluation: Evaluation) -> pd.DataFrame:
     table.insert(0, "users", users)
     table.insert(0, "client", table.index)
     return table
+
+
+def _is_everyone(record: RoundRecord, num_clients: int | None) -> bool:
+    """Whether all clients, or their pooled data, were trained from the model of this round."""
+    cohort, jobs = record.cohort, [trained.job for trained in record.trained]
+    if cohort is None or cohort.dropped or cohort.late or set(cohort.start_rounds) != {record.round_index}:
+        return False
+    trained = {job.client for job in jobs if not job.is_at_server}
+    return any(job.data_of is None for job in jobs) or len(trained) == num_clients
 
 
 def _is_balance(name: str) -> bool:

@@ -74,7 +74,7 @@ class UserGroups(FederatedCallback):
             figures = {"num_cells": float(len(values)), **({"mean": float(values.mean())} if len(values) else {})}
             figures |= balance(values) if len(values) else {}
             metrics |= {f"test/groups/{name}/{self.metric}/{figure}": value for figure, value in figures.items()}
-        self.log.log_metrics(metrics, result.best_round, once="user groups")
+        self.log.log_metrics(metrics, step=0, once="user groups")
 
 
 def group_labels(data: PreparedData, column: str) -> np.ndarray[Any, np.dtype[np.object_]]:

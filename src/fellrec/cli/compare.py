@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from fellrec.experiment.variants import Label
     from fellrec.federated.kept import KeptUsers
     from fellrec.report.comparison import Comparison, RuleResult
-    from fellrec.tracking.run_log import RunLog
 
 PURPOSE = "several rules and seeds on one partition, in one table with the non-learned baselines"
 EXAMPLES = (
@@ -31,8 +30,6 @@ EXAMPLES = (
     "fellrec compare aggregation=fedavg,fellrec trainer.learning_rate=1e-3,2e-3",
     "fellrec compare --run 'aggregation=fedavg trainer.learning_rate=2e-3' --run 'aggregation=fellrec'",
 )
-
-_SHOWN = ("mean", "pooled", "variance", "worst")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +61,8 @@ def run(options: argparse.Namespace) -> None:
     check_limits(configs)
     from fellrec.experiment.session import run_processes
 
-    run_processes(configs, lambda session: _report(*compare(configs, session), configs[0], options.format))
+    command = options.arguments
+    run_processes(configs, lambda session: _report(*compare(configs, session, command), configs[0], options.format))
 
 
 def _report(comparison: Comparison, run_dir: Path, config: DictConfig, output_format: str) -> None:
@@ -87,12 +85,15 @@ def _report(comparison: Comparison, run_dir: Path, config: DictConfig, output_fo
     console.print(finish_message(run_dir, config), highlight=False, markup=False)
 
 
-def compare(configs: Sequence[DictConfig], session: Session | None = None) -> tuple[Comparison, Path]:
+def compare(
+    configs: Sequence[DictConfig], session: Session | None = None, command: Sequence[str] = ()
+) -> tuple[Comparison, Path]:
     """Run every configuration and collect the results.
 
     Args:
         configs: One per rule, setting, seed and cut; see `check_comparable` for what must be the same in all.
         session: The processes of the command; ``None`` if there is one.
+        command: Its words after ``fellrec``, for the note in MLflow.
 
     Returns:
         The results, and the directory that holds every run.
@@ -105,13 +106,14 @@ def compare(configs: Sequence[DictConfig], session: Session | None = None) -> tu
     from fellrec.experiment.classes import check_classes, check_transforms
     from fellrec.experiment.federation import build_loop
     from fellrec.experiment.names import table_cutoff
+    from fellrec.experiment.parent import dataset_of, log_result, log_settings, parent_of
     from fellrec.experiment.run import collect, reference_results
-    from fellrec.experiment.run_dir import check_new, new_run_dir, provenance
-    from fellrec.experiment.store import check_store, store_of
+    from fellrec.experiment.run_dir import check_new, new_run_dir
+    from fellrec.experiment.store import check_store
     from fellrec.experiment.variants import labels
     from fellrec.report.significance import with_significance
     from fellrec.state.files import private_files
-    from fellrec.tracking.run_log import NewRun, parent_run
+    from fellrec.tracking.run_log import parent_run
 
     for config in configs:
         check_classes(config)  # report errors of every rule before the first run starts
@@ -125,14 +127,14 @@ def compare(configs: Sequence[DictConfig], session: Session | None = None) -> tu
     configs = choose(configs, data)
     first = configs[0]
     recommenders = _Recommenders(data, session)
-    recommenders.of(first)
+    backbone = recommenders.of(first).backbone.name
     run_dir = new_run_dir(first.run_dir, f"{first.data.name}-compare")
-    tags = {"data": data.name, "kind": "comparison", **provenance().to_dict()}
-    new = NewRun(store_of(first), first.tracking.experiment, run_dir.name, tags)
-    with parent_run(run_dir, new) as log:
+    names = labels(configs)
+    with parent_run(run_dir, parent_of(configs, names, data, backbone, run_dir.name)) as log:
+        log_settings(log, configs, names, dataset_of(first, data))
         learned = [
             _one(config, label, recommenders, run_dir, log.uid or None)
-            for config, label in zip(configs, labels(configs), strict=True)
+            for config, label in zip(configs, names, strict=True)
         ]
         recommender = recommenders.of(first)
         references = reference_results(first, recommender, build_loop(first, recommender, session=session))
@@ -140,8 +142,7 @@ def compare(configs: Sequence[DictConfig], session: Session | None = None) -> tu
         comparison = with_significance(collected, table_cutoff(first))
         with private_files():
             write_outputs(comparison, run_dir, table_cutoff(first))
-        log.log_artifact(run_dir / "comparison")
-        log_figures(log, comparison, table_cutoff(first))
+        log_result(log, comparison, table_cutoff(first), command)
     return comparison, run_dir
 
 
@@ -187,28 +188,6 @@ def _plain(comparison: Comparison, cutoff: int) -> dict[str, Any]:
     from fellrec.report.reachable import to_dict
 
     return {**comparison.to_dict(), "reachable": to_dict(comparison, f"ndcg_at_{cutoff}")}
-
-
-def log_figures(log: RunLog, comparison: Comparison, cutoff: int) -> None:
-    """Log every rule's main metrics to the parent run, whose row in the MLflow UI then shows the table."""
-    from fellrec.report.cost_tables import COSTS
-
-    figures = [f"{metric}_at_{cutoff}/{figure}" for metric in ("ndcg", "recall") for figure in _SHOWN]
-    lines = [*comparison.rules("learned"), *comparison.rules("reference")]
-    metrics = {
-        f"{figure}/{_metric_name(line)}": comparison.mean_and_sd(line, figure)[0]
-        for figure in figures
-        for line in lines
-    }
-    for name, figure in COSTS.items() if comparison.variants else ():
-        costs = {line: comparison.cost(line, figure) for line in comparison.rules("learned")}
-        metrics |= {f"{name}/{_metric_name(line)}": value for line, value in costs.items() if value is not None}
-    log.log_metrics(metrics, step=0, once="comparison")
-
-
-def _metric_name(rule: str) -> str:
-    """MLflow allows no equals sign in names: ``fedavg/head_layers_2``."""
-    return rule.replace(" ", "/").replace("=", "_")
 
 
 class _Recommenders:

@@ -62,34 +62,14 @@ def evaluate(run_dir: Path, stage: str, config: DictConfig | None = None) -> Com
             training.
     """
     from fellrec.config.stored import read_config
-    from fellrec.experiment.build import build_data, build_recommender
-    from fellrec.experiment.classes import check_classes
-    from fellrec.experiment.federation import build_federation
     from fellrec.experiment.names import rule_name
+    from fellrec.experiment.restore import restore
     from fellrec.experiment.run import collect, reference_results
-    from fellrec.experiment.run_dir import check_backbone, check_finished, check_prompt, check_same_data
-    from fellrec.federated.checkpoint import CHECKPOINTS, CheckpointFolder
     from fellrec.report.comparison import RuleResult
 
     config = read_config(run_dir) if config is None else config.copy()
-    check_classes(config)
-    check_finished(run_dir, config.trainer.num_rounds)
-    # In one process, with the same figures: one model, unless what is sent is rounded.
-    config.split.transport = _transport(config)
-    data = build_data(config)
-    check_same_data(run_dir, data)
-    recommender = build_recommender(config, data)
-    check_prompt(run_dir, recommender.module.objective)
-    check_backbone(run_dir, recommender.fingerprint, recommender.backbone.name)
-    federation = build_federation(config, recommender)
-    parts = {name: part for name, part in federation.persisted.items() if name != "kept"}  # all users are ranked again
-    CheckpointFolder(run_dir / CHECKPOINTS).load(parts)
+    recommender, federation = restore(run_dir, config)
     loop, best_round = federation.loop(), federation.selection.round_index
     evaluation = loop.evaluate(federation.selection.score_jobs(), stage, best_round)
     result = RuleResult(rule_name(config), config.seed, "learned", evaluation, best_round=best_round)
     return collect(recommender, [result, *reference_results(config, recommender, loop, stage)], run_dir)
-
-
-def _transport(config: DictConfig) -> str:
-    is_rounded = config.split.transport != "none" and config.split.hidden_dtype != "float32"
-    return "inprocess" if is_rounded else "none"

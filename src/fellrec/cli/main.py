@@ -36,6 +36,7 @@ VERBS = (
     "train",
     "compare",
     "evaluate",
+    "recommend",
     "export",
     "plan",
     "submit",

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from fellrec.cli.arguments import add_overrides
 from fellrec.errors import ConfigError
+from fellrec.tracking.links import UI_PORT, runs_page
 
 PURPOSE = "open the MLflow UI on the tracking store"
 EXAMPLES = (
@@ -20,13 +24,16 @@ EXAMPLES = (
 
 _EVERYWHERE = ("0.0.0.0", "::", "")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_GRACE_SECONDS = 10.0
+"""How long the server may take to stop before it is killed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
     add_overrides(parser, lists_groups=False)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=5000, help="port (default: 5000)")
+    parser.add_argument("--port", type=int, default=UI_PORT, help=f"port (default: {UI_PORT})")
     parser.add_argument(
         "--allowed-hosts",
         metavar="NAMES",
@@ -37,27 +44,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Entry point of the verb: becomes the process of the server.
+    """Entry point of the verb: waits for the server, and hands signals on to it.
 
     Raises:
         ConfigError: If there is no store that needs a server, or the port cannot be used.
     """
     from fellrec.config.compose import compose
-    from fellrec.tracking.store import ui_command, ui_environment
+    from fellrec.tracking.store import experiment_id, ui_command, ui_environment
 
-    uri = compose(options.overrides).tracking.uri
+    tracking = compose(options.overrides).tracking
+    uri = tracking.uri
     if uri is None or uri.startswith("http"):
         raise ConfigError(f"tracking.uri={uri} is " + ("no store" if uri is None else "a server: open it in a browser"))
     _check_port(options.host, options.port)
     names = _names(options.host, options.allowed_hosts)
+    name = options.host if options.host in _LOOPBACK else next(iter(names), "127.0.0.1")
+    address = f"http://{f'[{name}]' if ':' in name else name}:{options.port}"
     sys.stderr.write(
-        f"MLflow UI on http://{options.host}:{options.port} for {uri}, under the name "
+        f"MLflow UI for {uri}, on --host {options.host} --port {options.port}, under the name "
         f"{', '.join(names) or 'localhost'} (others: --allowed-hosts, or MLFLOW_SERVER_ALLOWED_HOSTS); "
-        "stop it with Ctrl-C\n"
+        f"stop it with Ctrl-C\nRuns: {runs_page(address, experiment_id(uri, tracking.experiment))}\n"
     )
     sys.stderr.flush()
-    command = ui_command(uri, options.host, options.port, names)
-    os.execve(command[0], command, ui_environment(uri))
+    if status := _serve(ui_command(uri, options.host, options.port, names), ui_environment(uri)):
+        sys.exit(status)
+
+
+def _serve(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run the server as a process group of its own until it ends or this process is told to stop.
+
+    MLflow's command does not hand signals on: if it alone were stopped, its workers would keep the port.
+
+    Returns:
+        The exit status: the server's, or 128 and the number of the signal.
+    """
+    received: list[int] = []
+    server: subprocess.Popen[bytes] | None = None
+
+    def stop(number: int, frame: object) -> None:
+        """Hand the signal on; one that comes before the server exists is handed on below."""
+        received.append(number)
+        if server is not None:
+            _signal(server.pid, number)
+
+    for number in _STOP:
+        signal.signal(number, stop)
+    server = subprocess.Popen(command, env=environment, start_new_session=True)
+    for early in list(received):
+        _signal(server.pid, early)
+    while not received and server.poll() is None:
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(0.5)
+    with suppress(subprocess.TimeoutExpired):
+        server.wait(_GRACE_SECONDS)
+    _signal(server.pid, signal.SIGKILL)  # what is left of the group
+    status = server.wait()
+    return 128 + received[0] if received else abs(status)
+
+
+def _signal(group: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, number)
 
 
 def _names(host: str, allowed: str) -> Sequence[str]:

@@ -202,17 +202,59 @@ def build_recommender(config: DictConfig, data: PreparedData, fabric: Fabric | N
     if transport != "none":
         link = ServerLink(split.hidden_dtype, split.gradient_dtype, trains_body="body" in adapter.parts)
     model = SplitModel(backbone.model, split.head_layers, split.tail_layers, link)
+    cold = ColdStart.of(data, config.trainer.cold_users_below)
+    module = build_module(config, data, backbone, model, adapter, fabric, cold)
+    return Recommender(
+        fabric=fabric,
+        data=data,
+        cold=cold,
+        datamodule=_datamodule(config, data, module.objective),
+        module=module,
+        initial=copy_adapter(module.trainable),
+        adapter=adapter,
+        backbone=backbone,
+        base=BaseWeights(backbone.model, is_whole=link is None),
+        fingerprint=loaded,
+        link=link,
+        server=None if body is None else attach_server(config, body, fabric),
+    )
+
+
+def build_module(
+    config: DictConfig,
+    data: PreparedData,
+    backbone: Backbone,
+    model: SplitModel,
+    adapter: Any,
+    fabric: Fabric,
+    cold: ColdStart,
+) -> FellrecModule:
+    """Attach the adapter to a backbone and connect objective, ranker and metrics.
+
+    Args:
+        config: The configuration.
+        data: The prepared data; without users, as where a model is served, nothing can be trained or evaluated.
+        backbone: The backbone.
+        model: The same, cut.
+        adapter: Not yet attached.
+        fabric: The device.
+        cold: Cold items and users of the data.
+
+    Raises:
+        ConfigError: If settings do not fit together.
+        BackboneError: If the backbone cannot be adapted.
+    """
     model.use_attention(config.trainer.attention)
     objective = build_objective(config, backbone, data)
     objective.check(model)
-    check_all_prompts(objective, data)
+    if len(data.users):
+        check_all_prompts(objective, data)
     fabric.to_device(backbone.model)
     adapter.attach(backbone.model, backbone.arch, config.seed, model.part_of)
-    trainable = adapter.trainable(backbone.model)
-    ranker, cold = build_ranker(config, objective, data), ColdStart.of(data, config.trainer.cold_users_below)
-    module = FellrecModule(
+    ranker = build_ranker(config, objective, data)
+    return FellrecModule(
         model=model,
-        trainable=trainable,
+        trainable=adapter.trainable(backbone.model),
         objective=objective,
         ranker=ranker,
         metrics=_metrics(config, data, ranker, cold.groups(data)),
@@ -221,20 +263,6 @@ def build_recommender(config: DictConfig, data: PreparedData, fabric: Fabric | N
         candidates=_candidates(config),
         choice_metric=config.trainer.metric,
         places=data.places if data.members else None,
-    )
-    return Recommender(
-        fabric=fabric,
-        data=data,
-        cold=cold,
-        datamodule=_datamodule(config, data, objective),
-        module=module,
-        initial=copy_adapter(trainable),
-        adapter=adapter,
-        backbone=backbone,
-        base=BaseWeights(backbone.model, is_whole=link is None),
-        fingerprint=loaded,
-        link=link,
-        server=None if body is None else attach_server(config, body, fabric),
     )
 
 

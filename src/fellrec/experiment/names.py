@@ -18,6 +18,21 @@ def run_name(rule: str, variant: str, seed: int) -> str:
     return "-".join([*rule.split(), *variant.split(), f"s{seed}"])
 
 
+def choice_name(node: DictConfig, suffix: str) -> str:
+    """What a choice of a group is called in tags, from its class: ``kmeans`` for ``KMeansPartition``."""
+    return str(node["_target_"]).rpartition(".")[2].removesuffix(suffix).lower()
+
+
+def data_title(name: str) -> str:
+    """A data set's name for people.
+
+    Example:
+        >>> data_title("ml_1m"), data_title("synthetic")
+        ('ML-1M', 'synthetic')
+    """
+    return name.upper().replace("_", "-") if name.startswith("ml_") else name
+
+
 def table_cutoff(config: DictConfig) -> int:
     """The cutoff that tables show: 10 if it is among the run's, else its first."""
     cutoffs = list(config.trainer.cutoffs)

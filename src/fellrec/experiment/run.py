@@ -13,11 +13,9 @@ from torch import Tensor
 
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.callbacks.costs import CostMeter
-from fellrec.callbacks.mlflow_logging import DatasetInput
 from fellrec.callbacks.preemption import Preemption
 from fellrec.config.compose import without_launcher
 from fellrec.config.instantiate import as_dict, instantiate, settings
-from fellrec.config.members import data_nodes
 from fellrec.data.prepared import PreparedData
 from fellrec.distributed.memory import peak_bytes
 from fellrec.errors import ConfigError, shorten
@@ -30,9 +28,11 @@ from fellrec.experiment.build import (
     frozen_parameters,
     log_notes,
 )
+from fellrec.experiment.bundle import save_pyfunc, why_not
 from fellrec.experiment.classes import check_classes, check_transforms
 from fellrec.experiment.federation import Federation, build_federation
 from fellrec.experiment.names import rule_name, run_name
+from fellrec.experiment.parent import common_tags, dataset_of
 from fellrec.experiment.run_dir import (
     check_backbone,
     check_new,
@@ -64,6 +64,7 @@ from fellrec.report.tables import display_name
 from fellrec.state.files import explaining_full_disks, private_files
 from fellrec.state.lock import hold
 from fellrec.state.tensor_store import StoredTensors
+from fellrec.tracking.headline import headline
 from fellrec.tracking.run_log import NewRun, RunLog, open_log
 from fellrec.types import Evaluation
 
@@ -183,12 +184,15 @@ class Run:
             "metric": config.trainer.metric,
             "params": as_dict(config),
             "seed": config.seed,
-            "dataset": self._dataset(),
+            "dataset": dataset_of(config, recommender.data),
             "max_logged_clients": config.tracking.max_logged_clients,
             "transport": config.split.transport,
             "storage": lambda: storage_of(config, recommender),
             "write_results": self._write_results,
             "save_adapter": self._save_adapter,
+            "write_model": self._write_model,
+            "is_tracked": store_of(config) is not None,
+            "register": config.tracking.register_model,
             "every": config.trainer.checkpoint_every,
             "keep": config.trainer.checkpoints_kept,
             "cohort_size": federation.participation.num_aggregated * len(federation.population.rows_of(0)),
@@ -236,6 +240,12 @@ class Run:
                 save_base(self._frozen(base), recommender.backbone, changed)
             name_base(folder, changed)
 
+    def _write_model(self, result: FitResult, folder: Path) -> str | None:
+        """Write the MLflow model of the run; says why if it cannot be served without the run."""
+        if (why := why_not(self.config, self.recommender.data)) is None:
+            save_pyfunc(folder, self.config, self.recommender, result)
+        return why
+
     def _frozen(self, base: tuple[StoredTensors, ...]) -> dict[str, Tensor]:
         """The frozen weights with some changes of the base."""
         recommender = self.recommender
@@ -245,23 +255,24 @@ class Run:
         plain = [StoredTensors({plain_name(key): t for key, t in change.tensors().items()}) for change in base]
         return with_changes(frozen_parameters(recommender), plain)
 
-    def _dataset(self) -> DatasetInput:
-        data = self.recommender.data
-        roots = [str(node.root or "embedded") for node in data_nodes(self.config).values()]
-        return DatasetInput(data.name, data.key, ", ".join(roots), data.statistics)
-
     def _run_log(self) -> RunLog:
         config, data = self.config, self.recommender.data
         tags = {
+            "kind": "run",
             "rule": self.rule,
-            "data": data.name,
-            "backbone": self.recommender.backbone.name,
+            "seed": str(config.seed),
+            **common_tags(config, data, self.recommender.backbone.name),
             **({"variant": self.variant} if self.variant else {}),
+            **({"comparison": self.run_dir.parent.name} if self.parent_uid else {}),
             **self.recommender.module.objective.metadata,
             **provenance().to_dict(),
         }
-        new = NewRun(store_of(config), config.tracking.experiment, self.title, tags, self.parent_uid)
-        return open_log(self.run_dir, new)
+        clients = f"{data.num_clients} client{'' if data.num_clients == 1 else 's'}"
+        name = " ".join(part for part in (display_name(self.rule), self.variant) if part)
+        title = f"{name} · {clients} · seed {config.seed}"
+        new = NewRun(store_of(config), config.tracking.experiment, title, tags, self.parent_uid)
+        is_shown = headline(config.trainer.metric) if config.tracking.metrics == "headline" else lambda name: True
+        return open_log(self.run_dir, new, is_shown)
 
 
 def build(

@@ -9,7 +9,10 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from fellrec.functional.quoting import hydra_value
+from fellrec.functional.secrets import hide
 from fellrec.tracking.known import remember
+from fellrec.tracking.links import UI_ADDRESS, run_page
+from fellrec.tracking.run_log import place_of
 from fellrec.tracking.settings import DEFAULT_URI
 from fellrec.tracking.store import absolute, check_reachable
 
@@ -34,14 +37,18 @@ def check_store(config: DictConfig) -> None:
 
 
 def finish_message(run_dir: Path, config: DictConfig) -> str:
-    """Paths of the run directory and of the MLflow store, and how to open them."""
+    """Paths of the run directory and of the MLflow store, how to open them, and the link of the run's page there."""
     uri = store_of(config)
     if uri is None:
         return f"Run directory: {run_dir}"
     value = uri if re.fullmatch(r"[\w:/.@%+-]+", uri, re.ASCII) else hydra_value(uri)
     option = "" if uri == absolute(DEFAULT_URI) else f" {_in_shell(f'tracking.uri={value}')}"
-    how = uri if uri.startswith("http") else f"fellrec ui{option}"
-    return f"Run directory: {run_dir}\nMLflow: {uri}, experiment {config.tracking.experiment}; open it by: {how}"
+    is_server = uri.startswith("http")
+    how = hide(uri) if is_server else f"fellrec ui{option}"
+    found = place_of(run_dir)
+    link = "" if found is None else f"\nResult: {run_page(hide(uri) if is_server else UI_ADDRESS, *found)}"
+    shown = f"MLflow: {uri}, experiment {config.tracking.experiment}; open it by: {how}{link}"
+    return f"Run directory: {run_dir}\n{shown}"
 
 
 def _in_shell(word: str) -> str:

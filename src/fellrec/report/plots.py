@@ -50,7 +50,8 @@ def heat_map(matrix: Sequence[Sequence[float]], clients: Sequence[int], title: s
 def matrices_over_rounds(found: Mapping[str, NDArray[Any]]) -> Figure:
     """Every matrix in the first, the middle and the last round, one scale a matrix.
 
-    A mixing matrix is shown as ``N W[receiver, sender]``: 1 is the weight that every sender has in a plain mean.
+    A mixing matrix is shown as ``N W[receiver, sender]``: 1, in white, is the weight that every sender has in a plain
+    mean; what counts more is red, what counts less blue.
 
     Args:
         found: ``rounds`` ``[R]``, ``clients`` ``[R, N]`` (-1 for none), and matrices ``[R, N, N]``.
@@ -66,9 +67,13 @@ def matrices_over_rounds(found: Mapping[str, NDArray[Any]]) -> Figure:
         shown = [matrix * len(matrix) if is_mixing else matrix for matrix in shown]
         values = np.concatenate([matrix[np.isfinite(matrix)].ravel() for matrix in shown])
         low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+        if is_mixing:
+            most = max(abs(low - 1), abs(high - 1), 1e-9)
+            low, high = 1 - most, 1 + most
         image = None
         for axes, matrix, place in zip(row, shown, places, strict=True):
-            image = axes.imshow(matrix, cmap="viridis", vmin=low, vmax=max(high, low + 1e-9))
+            colours = "RdBu_r" if is_mixing else "viridis"
+            image = axes.imshow(matrix, cmap=colours, vmin=low, vmax=max(high, low + 1e-9))
             axes.set_title(f"{name}{' × N' if is_mixing else ''}, round {found['rounds'][place]}", fontsize=9)
             clients = found["clients"][place][: sizes[place]]
             if len(clients) <= _MOST_NUMBERS:

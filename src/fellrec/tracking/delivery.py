@@ -9,7 +9,7 @@ import json
 import logging
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -91,7 +91,9 @@ class OutboxClient:
         with self._reporting(f"operation {operation.number} ({operation.kind})"):
             client = self._connected()
             if operation.kind == "create":
-                sent = replace(sent, run_id=_create(client, self.uri, self._creation))
+                experiment_id = ensure_experiment(client, self.uri, self._creation.fields["experiment"])
+                run_id = _create(client, self.uri, self._creation, experiment_id)
+                sent = replace(sent, run_id=run_id, experiment_id=experiment_id)
                 self._has_run = True
             else:
                 assert sent.run_id is not None
@@ -177,10 +179,9 @@ class Sender:
             _log.warning("%s; the run continues, and its metrics are recorded in %s", self.error, self._client.folder)
 
 
-def _create(client: MlflowClient, uri: str, operation: Operation) -> str:
+def _create(client: MlflowClient, uri: str, operation: Operation, experiment_id: str) -> str:
     """Create the run, unless an earlier attempt created it and its response was lost."""
     fields = operation.fields
-    experiment_id = ensure_experiment(client, uri, fields["experiment"])
     uid, parent_uid = fields["uid"], fields["parent_uid"]
     found = _find(client, experiment_id, uid)
     if found is not None:
@@ -231,6 +232,8 @@ def _deliver(client: MlflowClient, run_id: str, run_dir: Path, operation: Operat
             client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
         case "artifact":
             _upload(client, run_id, _inside(run_dir, fields["path"]), fields["folder"])
+        case "model":
+            _log_model(client, run_id, _inside(run_dir, fields["path"]), fields["register"])
         case "reopen":
             client.update_run(run_id, status="RUNNING")
             if "error" in client.get_run(run_id).data.tags:
@@ -239,6 +242,28 @@ def _deliver(client: MlflowClient, run_id: str, run_dir: Path, operation: Operat
             client.set_terminated(run_id, fields["status"], end_time=operation.time)
         case unexpected:
             raise ValueError(f"unexpected operation {unexpected}")
+
+
+def _log_model(client: MlflowClient, run_id: str, folder: Path, register: str | None) -> None:
+    """Log a model of the run, and register it; what an earlier attempt has done is not done again."""
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+    from mlflow.exceptions import MlflowException
+
+    run = client.get_run(run_id)
+    model_id = next(iter(output.model_id for output in run.outputs.model_outputs), None) if run.outputs else None
+    if model_id is None:
+        tags: dict[str, str] = {key: run.data.tags[key] for key in ("rule", "data", "seed") if key in run.data.tags}
+        model = client.create_logged_model(run.info.experiment_id, "clients", run_id, tags, model_type="pyfunc")
+        model_id = str(model.model_id)
+        client.log_model_artifacts(model_id, str(folder))
+        client.finalize_logged_model(model_id, LoggedModelStatus.READY)
+        client.log_outputs(run_id, [LoggedModelOutput(model_id, 0)])
+    if register is None or client.search_model_versions(f"run_id = '{run_id}'"):
+        return
+    with suppress(MlflowException):  # it exists
+        client.create_registered_model(register)
+    source = client.get_logged_model(model_id).artifact_location  # models:/ID is looked for in MLflow's default store
+    client.create_model_version(register, source, run_id, model_id=model_id)
 
 
 def _upload(client: MlflowClient, run_id: str, path: Path, folder: str | None) -> None:

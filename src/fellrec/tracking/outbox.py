@@ -52,11 +52,13 @@ class Sent:
         number: Number of operations that the server acknowledged.
         end: Offset in the file after them, in bytes.
         run_id: The run's id on the server; ``None`` until it is created there.
+        experiment_id: That of its experiment.
     """
 
     number: int = 0
     end: int = 0
     run_id: str | None = None
+    experiment_id: str | None = None
 
 
 class Outbox:
@@ -213,7 +215,8 @@ def read_sent(folder: Path) -> Sent:
         raise TrainingError(f"{path} is damaged; delete it to send everything again") from error
     size = (folder / _OPERATIONS).stat().st_size if (folder / _OPERATIONS).is_file() else 0
     is_place = all(isinstance(number, int) and 0 <= number <= size for number in (sent.number, sent.end))
-    if not is_place or not isinstance(sent.run_id, str | None) or (sent.number > 0 and sent.run_id is None):
+    are_ids = all(isinstance(text, str | None) for text in (sent.run_id, sent.experiment_id))
+    if not is_place or not are_ids or (sent.number > 0 and sent.run_id is None):
         raise TrainingError(f"{path} is damaged; delete it to send everything again")
     return sent
 

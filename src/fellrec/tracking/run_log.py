@@ -7,7 +7,7 @@ import logging
 import re
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from fellrec.errors import ConfigError
 from fellrec.functional.secrets import hide, redact
 from fellrec.state.run_folder import which_run
 from fellrec.tracking.delivery import OutboxClient, Sender
+from fellrec.tracking.headline import logged_name
 from fellrec.tracking.outbox import Outbox, first_operation, num_left, operations, read_sent
 from fellrec.tracking.store import absolute
 
@@ -59,10 +60,12 @@ class RunLog:
     Args:
         run_dir: The run directory; it contains all uploaded files.
         new: Used to create the run if the directory has no outbox.
+        is_shown: Whether a metric of this name is logged.
     """
 
-    def __init__(self, run_dir: Path, new: NewRun) -> None:
+    def __init__(self, run_dir: Path, new: NewRun, is_shown: Callable[[str], bool] = lambda name: True) -> None:
         self.run_dir = run_dir
+        self._is_shown = is_shown
         self._outbox = Outbox(run_dir / _OUTBOX)
         if self._outbox.is_empty:
             self._outbox.append("create", **_creation(new))
@@ -83,6 +86,11 @@ class RunLog:
         """The run's id on the server; ``None`` until it is created there."""
         return read_sent(self._outbox.folder).run_id
 
+    @property
+    def place(self) -> tuple[str, str] | None:
+        """The ids of the experiment and of the run on the server; ``None`` until it is created there."""
+        return place_of(self.run_dir)
+
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log the settings, once per run."""
         values = {_key(key): _text(key, value, _MAX_PARAM_LENGTH) for key, value in params.items()}
@@ -92,12 +100,14 @@ class RunLog:
         """Log metrics of a step.
 
         Args:
-            metrics: Name → value; what MLflow does not allow is removed from names.
-            step: The round.
+            metrics: Name → value; what MLflow does not allow is removed from names. See ``tracking.metrics`` and
+                `logged_name`.
+            step: The round; 0 for what a run has once, which MLflow then draws as bars beside those of other runs.
             once: Key of these metrics within the step; a resumed run that repeats the step does not log them again.
         """
-        values = {_key(key): float(value) for key, value in metrics.items()}
-        self._append("metrics", once=f"{once} {step}", step=step, metrics=values)
+        values = {_key(logged_name(key)): float(value) for key, value in metrics.items() if self._is_shown(key)}
+        if values:
+            self._append("metrics", once=f"{once} {step}", step=step, metrics=values)
 
     def log_dataset(self, name: str, digest: str, source: str, statistics: Mapping[str, Any]) -> None:
         """Log the data set, once per run."""
@@ -115,6 +125,15 @@ class RunLog:
         """
         if path.exists():
             self._append("artifact", path=str(path.relative_to(self.run_dir)), folder=folder)
+
+    def log_model(self, folder: Path, register: str | None = None) -> None:
+        """Log an MLflow model, once per run; it must not change afterwards.
+
+        Args:
+            folder: Inside the run directory; has the file ``MLmodel``.
+            register: Name of a registered model of which it becomes a version.
+        """
+        self._append("model", once="model", path=str(folder.relative_to(self.run_dir)), register=register)
 
     def set_tag(self, key: str, value: str) -> None:
         """Set a tag."""
@@ -158,6 +177,7 @@ class Untracked(RunLog):
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
+        self._is_shown = lambda name: True
 
     @property
     def uid(self) -> str:
@@ -169,6 +189,11 @@ class Untracked(RunLog):
         """``None``."""
         return None
 
+    @property
+    def place(self) -> None:
+        """``None``."""
+        return None
+
     def close(self, status: str = "FINISHED") -> None:
         """Nothing is open."""
 
@@ -176,14 +201,15 @@ class Untracked(RunLog):
         pass
 
 
-def open_log(run_dir: Path, new: NewRun) -> RunLog:
+def open_log(run_dir: Path, new: NewRun, is_shown: Callable[[str], bool] = lambda name: True) -> RunLog:
     """The MLflow run of a run.
 
     Args:
         run_dir: The run directory.
         new: See `RunLog`; without a store the run is not tracked.
+        is_shown: See `RunLog`.
     """
-    return Untracked(run_dir) if new.uri is None else RunLog(run_dir, new)
+    return Untracked(run_dir) if new.uri is None else RunLog(run_dir, new, is_shown)
 
 
 @contextmanager
@@ -209,6 +235,15 @@ def outboxes(run_dir: Path) -> list[Path]:
         raise ConfigError(f"{run_dir} has no outbox; {which_run(run_dir)}")
     others = [folder for folder in sorted(run_dir.glob(f"*/{_OUTBOX}")) if not folder.parent.is_symlink()]
     return [own, *others]
+
+
+def place_of(run_dir: Path) -> tuple[str, str] | None:
+    """The ids of the experiment and of the run in the store; ``None`` if it has not been sent there."""
+    folder = run_dir / _OUTBOX
+    sent = read_sent(folder) if folder.is_dir() else None
+    if sent is None or sent.run_id is None or sent.experiment_id is None:
+        return None
+    return sent.experiment_id, sent.run_id
 
 
 def store_of_run(run_dir: Path, named: str) -> str:

@@ -44,6 +44,11 @@ class TrackingSettings:
     on_unreachable: Literal["stop", "keep"] = "stop"
     """If a store does not answer when a run starts: stop reports it and trains nothing, keep starts and sends later.
     A resumed run always starts."""
+    metrics: Literal["headline", "all"] = "headline"
+    """Which metrics MLflow gets: headline, about 30 and three a client, without copies and constants; or all. Every
+    metric, cutoff and statistic is in the tables ``evaluations.csv`` and ``clients.csv`` in any case."""
+    register_model: Name | None = None
+    """Name of a registered model of which the run's model becomes a version; null: it is logged, not registered."""
     max_logged_clients: Natural = 100
     """With more clients MLflow gets figures over all of them only; the run directory has each client's."""
 

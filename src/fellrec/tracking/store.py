@@ -64,6 +64,7 @@ def connect(uri: str) -> MlflowClient:
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output has the results only
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     if reveal(uri).startswith("http") and set("?#") & set(reveal(uri)):
         raise ConfigError(f"tracking.uri={uri} cannot be used: an address of a server has no options after ? or #")
     _check_answers(uri)
@@ -177,6 +178,26 @@ def ensure_experiment(client: MlflowClient, uri: str, name: str) -> str:
     return str(found.experiment_id)
 
 
+def experiment_id(uri: str, name: str) -> str | None:
+    """The id of an experiment in a database, read without importing MLflow; ``None`` if it is not there."""
+    from sqlalchemy import create_engine, text
+    from sqlalchemy.exc import SQLAlchemyError
+
+    path = _sqlite_path(uri)
+    if path is not None and not path.is_file():
+        return None
+    engine = create_engine(reveal(uri))
+    try:
+        with engine.connect() as database:
+            query = text("SELECT experiment_id FROM experiments WHERE name = :name AND lifecycle_stage = 'active'")
+            found = database.execute(query, {"name": name}).scalar()
+    except SQLAlchemyError:  # a store without tables, or one that does not answer: MLflow reports it
+        return None
+    finally:
+        engine.dispose()
+    return None if found is None else str(found)
+
+
 def absolute(uri: str) -> str:
     """The URI with an absolute path if it is a sqlite database.
 
@@ -206,7 +227,7 @@ def ui_command(uri: str, host: str, port: int, allowed_hosts: Sequence[str] = ()
     location = _artifact_location(uri)
     names = [*_LOOPBACK, *allowed_hosts] if allowed_hosts else []
     return [
-        *(sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port)),
+        *(sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", host, "--port", str(port)),
         *(["--backend-store-uri", uri] if reveal(uri) == uri else []),
         *(["--default-artifact-root", location] if location else []),
         *(["--allowed-hosts", ",".join(f"{name},{name.replace('[', '[[]')}:*" for name in names)] if names else []),

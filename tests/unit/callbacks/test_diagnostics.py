@@ -63,8 +63,8 @@ def test_effective_senders(rule: Any, expected: float, tmp_path: Path) -> None:
     diagnostics.on_round_start(3)
     diagnostics.on_aggregate_start(given)
     diagnostics.on_aggregate_end(rule.aggregate(given, 3))
-    assert log.metrics[3]["aggregation/effective_senders/mean"] == pytest.approx(expected)
-    assert {f"aggregation/cosine_to_mean/client_{c:02d}" for c in given.clients} < log.metrics[3].keys()
+    assert log.metrics[3]["aggregation/effective_senders"] == pytest.approx(expected)
+    assert {f"aggregation/cosine_to_mean/client/{c:02d}" for c in given.clients} < log.metrics[3].keys()
 
 
 def test_adapters_that_a_rule_may_not_read_are_measured_too(tmp_path: Path) -> None:

@@ -488,13 +488,13 @@ def test_metrics_of_clients_with_two_models_name_clients() -> None:
     log = Log()
     metrics = ClientMetrics(log)  # type: ignore[arg-type]
     metrics.on_round_end(fake_loop(Speeds(), num_clients=2).run_round(0))
-    assert {name: value for name, value in log.metrics.items() if not name.endswith("seconds")} == {
-        "train/client_00/loss": 1.0,
-        "train/client_01/loss": 0.5,
-        "train/personal_client_00/loss": 1 / 3,
-        "train/personal_client_01/loss": 0.25,
-        "aggregation/client_00/speed": 0.25,
-        "aggregation/client_01/speed": 0.75,
+    assert {name: value for name, value in log.metrics.items() if "seconds" not in name} == {
+        "train/loss/client/00": 1.0,
+        "train/loss/client/01": 0.5,
+        "train/personal_loss/client/00": 1 / 3,
+        "train/personal_loss/client/01": 0.25,
+        "aggregation/speed/client/00": 0.25,
+        "aggregation/speed/client/01": 0.75,
     }
 
 

@@ -1,0 +1,50 @@
+"""Items by their titles, as people type them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rapidfuzz import fuzz, process, utils
+
+from fellrec.data.schema import Catalogue
+from fellrec.errors import DataError
+
+_SUGGESTED, _CANDIDATES, _LEAST_SCORE = 3, 50, 60.0
+_MOST_UNKNOWN = 10
+
+
+def items_of(titles: Sequence[str], catalogue: Catalogue) -> list[int]:
+    """The items that titles name; case and punctuation do not count, and of items with one title the first is taken.
+
+    Args:
+        titles: As a user typed them.
+        catalogue: The items.
+
+    Raises:
+        DataError: If a title is not in the catalogue; names the most similar ones.
+    """
+    exact = {title: item for item, title in reversed(list(enumerate(catalogue.titles)))}
+    plain = {utils.default_process(title): item for title, item in reversed(exact.items())}
+    found = [exact.get(title, plain.get(utils.default_process(title))) for title in titles]
+    unknown = [title for title, item in zip(titles, found, strict=True) if item is None]
+    if unknown:
+        raise DataError("\n".join(_unknown(title, catalogue) for title in unknown[:_MOST_UNKNOWN]))
+    return [item for item in found if item is not None]
+
+
+def _unknown(title: str, catalogue: Catalogue) -> str:
+    choices = list(dict.fromkeys(catalogue.titles))
+    similar = process.extract(
+        title,
+        choices,
+        scorer=fuzz.WRatio,
+        processor=utils.default_process,
+        limit=_CANDIDATES,
+        score_cutoff=_LEAST_SCORE,
+    )
+    # WRatio finds parts of a title and scores many of them the same; of these the whole title decides.
+    nearest = sorted(
+        (name for name, *_ in similar), key=lambda name: -fuzz.QRatio(title, name, processor=utils.default_process)
+    )
+    names = ", ".join(map(repr, nearest[:_SUGGESTED]))
+    return f"no item is called {title!r}; " + (f"did you mean {names}?" if names else "no title is similar")
