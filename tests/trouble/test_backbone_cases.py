@@ -189,7 +189,7 @@ def refused(overrides: list[str], capsys: pytest.CaptureFixture[str], verb: str 
         (in_config(num_hidden_layers=0), "num_hidden_layers=0 in config.json is not allowed"),
         (in_config(num_hidden_layers=20), r"missing \d+ \(model.layers.10"),
         (in_config(vocab_size=10**12), r"of another shape 1 \(model.embed_tokens.weight\)"),
-        (in_config(model_type="t5"), "unknown architecture .model_type. 't5'; choose from: "),
+        (in_config(model_type="t5"), "model_type t5 is an encoder-decoder, which is not supported; use a causal LM"),
         (in_config(model_type="bloom"), "unknown architecture .model_type. 'bloom'; choose from: "),
         (in_tokenizer_config(model_max_length="x"), "the tokenizer cannot be loaded"),
         (in_config(compression_config={"format": "int-quantized"}), "quantised checkpoint"),

@@ -35,6 +35,7 @@ NEEDS = {
     ("ranker", "likelihood"): ["objective=generative"],
     ("ranker", "grounding"): ["objective=generative"],
     ("ranker", "constrained"): ["objective=generative"],
+    ("experiment", "demo_llm"): ["backbone.path=x"],
     ("experiment", "ml_1m_small"): ["data.root=x"],
 }
 CHOICES = [(group, choice) for group, choices in group_choices().items() for choice in choices]

@@ -26,8 +26,8 @@ from fellrec.functional.ranges import (
 MICRO_LENS_ITEMS_PER_USER = 19_738 / 100_000
 """From MicroLens-100k's published counts."""
 MIN_LENGTH = 5
-"""Fewest interactions of a user in generated data, with both presets."""
-LEAST_ITEMS, MOST_ITEMS = 20, {"films": 500, "micro_lens_shaped": 81_920}
+"""Fewest interactions of a user in generated data, with every preset."""
+LEAST_ITEMS, MOST_ITEMS = 20, {"films": 500, "genre_films": 1280, "micro_lens_shaped": 81_920}
 """Limits of ``num_items`` for each preset: the number of distinct titles."""
 MOST_USERS, MOST_GROUPS = 10_000_000, 10_000
 """Limits of what fits into memory."""
@@ -162,12 +162,13 @@ MeanLength = Annotated[float, number(lambda x: x >= MIN_LENGTH + 1, f"a number o
 class SyntheticSettings:
     """Generated data: users in groups with tastes and habits of their own."""
 
-    preset: Literal["films", "micro_lens_shaped"] = "films"
-    """films: a small catalogue with genres. micro_lens_shaped: scales to MicroLens's size and has its shape."""
+    preset: Literal["films", "genre_films", "micro_lens_shaped"] = "films"
+    """films: a small catalogue with genres. genre_films: the same with titles that fit the genre, for language models.
+    micro_lens_shaped: scales to MicroLens's size and has its shape."""
     num_users: Annotated[int, whole(1, MOST_USERS)] = 1000
     """U; 100000 is MicroLens's size."""
     num_items: Annotated[int, whole(LEAST_ITEMS)] | None = 400
-    """I, at most 500 films or 81920 videos; null: in MicroLens's proportion to the users."""
+    """I, at most 500 films, 1280 genre_films or 81920 videos; null: in MicroLens's proportion to the users."""
     num_groups: Annotated[int, whole(1, MOST_GROUPS)] = 5
     """G, a column of the users; sizes fall geometrically."""
     mean_length: MeanLength = 24
@@ -175,7 +176,7 @@ class SyntheticSettings:
     habit_rate: Rate = 0.6
     """Fraction of steps that follow the group's habit."""
     random_rate: Rate = 0.0
-    """Fraction of steps that are random; must be 0 for films."""
+    """Fraction of steps that are random; must be 0 for films and genre_films."""
     shared_rate: Rate = 0.5
     """Fraction of items whose habit is the same in all groups."""
     seed: Seed = 0
@@ -207,8 +208,8 @@ class SyntheticSettings:
 
     @property
     def _wrong_rates(self) -> str | None:
-        if self.preset == "films" and self.random_rate > 0:
-            return f"data.reader.random_rate={self.random_rate} must be 0 for data.reader.preset=films"
+        if self.preset != "micro_lens_shaped" and self.random_rate > 0:
+            return f"data.reader.random_rate={self.random_rate} must be 0 for data.reader.preset={self.preset}"
         if self.habit_rate + self.random_rate <= 1:
             return None
         return (

@@ -138,9 +138,14 @@ def arch_of(config: Any) -> ArchSpec:
     """The architecture of a Hugging Face configuration.
 
     Raises:
-        BackboneError: If ``config.model_type`` is unknown (lists the known ones), or an encoder is configured as a
-            decoder.
+        BackboneError: If ``config.model_type`` is unknown (lists the known ones) or an encoder-decoder, or an encoder
+            is configured as a decoder.
     """
+    if getattr(config, "is_encoder_decoder", False):
+        raise BackboneError(
+            f"model_type {config.model_type} is an encoder-decoder, which is not supported; use a causal LM, or an "
+            f"encoder with objective=retrieval: {', '.join(sorted(ARCHITECTURES))}"
+        )
     found = ARCHITECTURES.get(config.model_type)
     if found is None:
         raise BackboneError(unknown("architecture (model_type)", config.model_type, ARCHITECTURES))

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from fellrec.errors import BackboneError, unknown
@@ -126,6 +126,8 @@ def load_hf(
                 raise do_not_match(given, list(missing), mismatched)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _not_loadable(path, error) from error
+    if arch.is_causal:
+        model.generation_config = GenerationConfig()  # sampling or penalties of the folder would change the metrics
     check_tokenizer(given, tokenizer, model)
     check_finite(given, model)
     return Backbone(model, tokenizer, arch, os.path.basename(os.path.abspath(folder)), folder if is_local else None)

@@ -20,7 +20,14 @@ from fellrec.config.paths import conf_dir
 from fellrec.config.registry import CHOICES, GROUPS, defaults_of, known_by, own_settings
 from fellrec.config.stored import read_config, to_yaml
 from fellrec.cut.settings import Packing
-from fellrec.data.readers.synthetic import _FILM_TITLES, _PRESETS, _SUBJECTS, _VIDEOS_PER_TOPIC
+from fellrec.data.readers.synthetic import (
+    _ADJECTIVES,
+    _FILM_TITLES,
+    _NOUNS_OF_GENRE,
+    _PRESETS,
+    _SUBJECTS,
+    _VIDEOS_PER_TOPIC,
+)
 from fellrec.data.settings import MOST_ITEMS, SyntheticSettings
 from fellrec.errors import ConfigError
 from fellrec.federated.settings import TrainerSettings
@@ -135,7 +142,9 @@ def test_names_that_are_written_twice_are_the_same() -> None:
     assert get_args(Packing) == PACKINGS
     assert NAMES_OF_PARTS == PARTS
     assert (*_FITS, PRETRAINED) == SHOWN
-    assert {"films": len(_FILM_TITLES), "micro_lens_shaped": len(_SUBJECTS) * _VIDEOS_PER_TOPIC} == MOST_ITEMS
+    genre_films = len(_ADJECTIVES) * len(" ".join(_NOUNS_OF_GENRE.values()).split())
+    videos = len(_SUBJECTS) * _VIDEOS_PER_TOPIC
+    assert {"films": len(_FILM_TITLES), "genre_films": genre_films, "micro_lens_shaped": videos} == MOST_ITEMS
     assert get_args(get_type_hints(SyntheticSettings)["preset"]) == (*_PRESETS,)
 
 

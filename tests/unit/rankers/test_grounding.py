@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -13,7 +15,8 @@ from fellrec.data.schema import Catalogue
 from fellrec.errors import ConfigError
 from fellrec.functional.grounding import min_max, weighted_distances
 from fellrec.metrics import ClientRankingMetrics
-from fellrec.models.backbone import Backbone
+from fellrec.models.backbone import Backbone, load_hf
+from fellrec.models.conversion import save_folder
 from fellrec.models.module import FellrecModule, OptimizerSettings, ReportingRanker
 from fellrec.models.objectives.generative import GenerativeObjective
 from fellrec.models.settings import GenerativeSettings, TinySettings
@@ -202,3 +205,28 @@ def test_a_title_truncated_as_in_training_counts_as_a_title(tiny: Backbone, mode
     assert ranker.take_report()[0, 0] == 1
     assert scores[0].argmax().item() == 1
     assert scores[0, 1].item() == pytest.approx(0, abs=1e-4)
+
+
+def test_a_generation_config_beside_the_weights_changes_nothing(tmp_path: Path) -> None:
+    """Folders from the hub have one with settings for chats."""
+    tiny = build_tiny(TITLES, TinySettings(hidden_size=16, num_layers=2, vocab_size=300, seed=3))
+    with torch.no_grad():  # so that the texts are not empty
+        for parameter in tiny.model.parameters():
+            parameter.mul_(3)
+        tiny.model.get_input_embeddings().weight[:3] = 0
+    own = {"do_sample": True, "temperature": 9.0, "top_k": 5, "num_beams": 2, "num_return_sequences": 2}
+    penalties = {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "min_new_tokens": 8, "length_penalty": -3.0}
+    for name in ("plain", "chat"):
+        (tmp_path / name).mkdir()
+        save_folder(tiny.model, tiny.tokenizer, tmp_path / name)
+    (tmp_path / "chat" / "generation_config.json").write_text(json.dumps(own | penalties))
+    texts, scores, histories = [], [], torch.tensor([[0, 1, 3], [2, -1, -1]])
+    for name in ("plain", "chat"):
+        loaded = load_hf(str(tmp_path / name))
+        split, ranker = SplitModel(loaded.model, 1, 1).eval(), ranker_of(loaded)
+        ranker.refresh(split)
+        texts.append(ranker.generate(split, histories))
+        scores.append(ranker.scores(split, histories))
+    assert all(texts[0])
+    assert texts[0] == texts[1]
+    assert torch.equal(*scores)

@@ -27,6 +27,16 @@ _NOUNS = (
     "Ladder Empire Forest Signal River Tower Feather Market Shadow Anchor"
 ).split()
 _FILM_TITLES = [f"The {adjective} {noun}" for adjective in _ADJECTIVES for noun in _NOUNS]
+_NOUNS_OF_GENRE = {
+    "Drama": "Verdict Widow Funeral Hospital Divorce Orphan Marriage Farewell",
+    "Comedy": "Prank Clown Butler Roommate Holiday Nuisance Babysitter Mischief",
+    "Thriller": "Assassin Detective Hostage Conspiracy Heist Witness Alibi Spy",
+    "Romance": "Kiss Bride Sweetheart Wedding Valentine Bouquet Lover Honeymoon",
+    "Sci-Fi": "Robot Galaxy Spaceship Android Asteroid Alien Cyborg Planet",
+    "Western": "Sheriff Cowboy Saloon Outlaw Ranch Rodeo Gunslinger Stagecoach",
+    "Horror": "Vampire Zombie Ghost Curse Crypt Werewolf Demon Haunting",
+    "Musical": "Melody Orchestra Singer Opera Tango Chorus Ballet Jazz",
+}
 _GENRES = ("Drama", "Comedy", "Thriller", "Romance", "Sci-Fi", "Western", "Horror", "Musical")
 
 _SUBJECTS = {
@@ -106,9 +116,13 @@ class _Films:
 
     def items(self, generator: np.random.Generator, genre: IntArray) -> pd.DataFrame:
         """The catalogue."""
-        titles = [_FILM_TITLES[index] for index in generator.permutation(len(_FILM_TITLES))[: len(genre)]]
+        titles = self.titles(generator, genre)
         item_ids = _ids("film{:03d}", len(genre), 0)
         return pd.DataFrame({"item_id": item_ids, "title": titles, "genre": [_GENRES[index] for index in genre]})
+
+    def titles(self, generator: np.random.Generator, genre: IntArray) -> list[str]:
+        """Distinct titles, which have nothing to do with the genre."""
+        return [_FILM_TITLES[index] for index in generator.permutation(len(_FILM_TITLES))[: len(genre)]]
 
     def times(self, generator: np.random.Generator, inside: NDArray[np.bool_]) -> FloatArray:
         """Seconds, about an hour apart, where ``[U, num_steps]`` is true."""
@@ -116,6 +130,24 @@ class _Films:
         starts = generator.uniform(0, 1e6, size=len(inside))
         steps = generator.exponential(3600, size=len(owner)) + 1.0
         return np.round(starts[owner] + pd.Series(steps).groupby(owner).cumsum().to_numpy() + position, 3)
+
+
+class _GenreFilms(_Films):
+    """As films, and a language model knows something of their titles: the noun fits the genre."""
+
+    def topics(self, generator: np.random.Generator, count: int) -> tuple[IntArray, IntArray]:
+        """As many films of each genre as of any other, or one more."""
+        genre = generator.permutation(np.arange(count) % len(_GENRES))
+        return genre, genre
+
+    def titles(self, generator: np.random.Generator, genre: IntArray) -> list[str]:
+        """Distinct titles with a noun of the genre."""
+        found = [""] * len(genre)
+        for number, name in enumerate(_GENRES):
+            pairs = [f"The {adjective} {noun}" for noun in _NOUNS_OF_GENRE[name].split() for adjective in _ADJECTIVES]
+            for item, index in zip(np.flatnonzero(genre == number), generator.permutation(len(pairs)), strict=False):
+                found[item] = pairs[index]
+        return found
 
 
 class _Videos:
@@ -181,7 +213,11 @@ class _Videos:
         return (1_640_000_000_000 + np.floor(hours * 3_600_000) + np.arange(inside.shape[1]))[inside]
 
 
-_PRESETS: dict[str, _Films | _Videos] = {"films": _Films(), "micro_lens_shaped": _Videos()}
+_PRESETS: dict[str, _Films | _Videos] = {
+    "films": _Films(),
+    "genre_films": _GenreFilms(),
+    "micro_lens_shaped": _Videos(),
+}
 
 
 class SyntheticReader(SyntheticSettings):
@@ -191,10 +227,12 @@ class SyntheticReader(SyntheticSettings):
     likes, popular items first), or at random. Some of the habits are common to all groups; the others send the same
     item to different successors in different groups, so no single model can serve all groups perfectly.
 
-    The preset ``films`` has a small catalogue with genres, and times in seconds. ``micro_lens_shaped`` scales to
-    MicroLens's size and has its shape: more users the shorter the history, few videos that many watch and many that
-    few do, titles of a dozen words with a hashtag and no other attributes, ids from 1, times in milliseconds. The
-    configurations ``data=synthetic`` and ``data=micro_lens_shaped`` have settings that suit them.
+    The preset ``films`` has a small catalogue with genres, and times in seconds; the titles of ``genre_films`` have a
+    noun that fits the genre, such as The Silent Vampire, so that a language model knows something of them.
+    ``micro_lens_shaped`` scales to MicroLens's size and has its shape: more users the shorter the history, few videos
+    that many watch and many that few do, titles of a dozen words with a hashtag and no other attributes, ids from 1,
+    times in milliseconds. The configurations ``data=synthetic`` and ``data=micro_lens_shaped`` have settings that suit
+    them.
     """
 
     def read(self) -> RawData:

@@ -157,6 +157,18 @@ def test_synthetic_is_seeded() -> None:
     assert not same.interactions.duplicated(["user_id", "item_id"]).any()
 
 
+def test_titles_of_genre_films_fit_their_genre() -> None:
+    """Each noun occurs in one genre only, in no title twice; as many films of each genre."""
+    items = SyntheticReader(preset="genre_films", num_users=20, num_items=400).read().items
+    assert items["title"].is_unique
+    assert items["genre"].value_counts().tolist() == [50] * 8
+    nouns = items["title"].str.split().str[-1]
+    assert (items["genre"].groupby(nouns).nunique() == 1).all()
+    assert set(nouns[items["genre"] == "Western"]) <= set(
+        "Sheriff Cowboy Saloon Outlaw Ranch Rodeo Gunslinger Stagecoach".split()
+    )
+
+
 @pytest.mark.parametrize("character", ["\r", "\x85", "\u2028", "\0", "\x1c"])
 def test_only_a_line_feed_begins_a_line(atomic: Path, character: str) -> None:
     """A carriage return in a title is no new item; line breaks within a title become a space."""
