@@ -153,8 +153,9 @@ def write_outputs(comparison: Comparison, run_dir: Path, cutoff: int) -> None:
     from fellrec.report.cost_tables import cost_panels, write_cost
     from fellrec.report.plots import client_dots, frontier, panels, save_png
     from fellrec.report.reachable import write_shares
+    from fellrec.report.sections import spread_points
     from fellrec.report.significance import write_significance
-    from fellrec.report.tables import display_name, write_tables
+    from fellrec.report.tables import write_tables
     from fellrec.state.files import write_json
 
     folder = run_dir / "comparison"
@@ -165,20 +166,12 @@ def write_outputs(comparison: Comparison, run_dir: Path, cutoff: int) -> None:
     write_json(folder / "comparison.json", _plain(comparison, cutoff))
     metric = f"ndcg_at_{cutoff}"
     dots = {
-        display_name(rule): torch.stack([r.evaluation.per_client[metric] for r in comparison.of_rule(rule)])
-        .mean(dim=0)
-        .tolist()
+        rule: torch.stack([r.evaluation.per_client[metric] for r in comparison.of_rule(rule)]).mean(dim=0).tolist()
         for rule in comparison.rules("learned")
     }
-    references = {
-        display_name(rule): comparison.mean_and_sd(rule, f"{metric}/mean")[0] for rule in comparison.rules("reference")
-    }
+    references = {rule: comparison.mean_and_sd(rule, f"{metric}/mean")[0] for rule in comparison.rules("reference")}
     save_png(client_dots(dots, f"NDCG@{cutoff}", references), folder / "clients.png")
-    points = {
-        display_name(rule): tuple(comparison.mean_and_sd(rule, f"{metric}/{figure}")[0] for figure in ("mean", "std"))
-        for rule in comparison.rules("learned")
-    }
-    save_png(frontier(points, f"NDCG@{cutoff}"), folder / "frontier.png")
+    save_png(frontier(spread_points(comparison, metric), f"NDCG@{cutoff}"), folder / "frontier.png")
     if comparison.variants:
         write_cost(comparison, folder, cutoff)
         save_png(panels(*cost_panels(comparison, cutoff)), folder / "cost.png")

@@ -38,6 +38,7 @@ VERBS = (
     "evaluate",
     "recommend",
     "export",
+    "report",
     "plan",
     "submit",
     "ui",

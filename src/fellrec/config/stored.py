@@ -82,6 +82,21 @@ def read_config(run_dir: Path, trusted: Collection[str] = ()) -> DictConfig:
     return config
 
 
+def read_settings(run_dir: Path) -> dict[str, Any]:
+    """The settings that a run was started with, flat, as they are in the file: to be shown, not to make objects of.
+
+    Raises:
+        ConfigError: If the directory is not a run's or has links that leave it, or if the file is damaged.
+    """
+    path = run_dir / CONFIG
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} has no {CONFIG}; {which_run(run_dir)}")
+    check_inside(run_dir)
+    plain: Any = OmegaConf.to_container(_load(path))
+    plain.pop("format", None)
+    return {str(key): value for key, value in flatten(plain).items()}
+
+
 def moved(config: DictConfig, overrides: Sequence[str], allowed: Sequence[str] = PLACES) -> DictConfig:
     """The configuration of a run with other values of the settings that do not change its result.
 

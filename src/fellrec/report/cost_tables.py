@@ -13,7 +13,8 @@ from fellrec.report.comparison import Comparison
 from fellrec.report.costs import DIRECTIONS, RunCost
 from fellrec.report.tables import display_name, number_text, text_table, write_table
 
-_KINDS = {"hidden_state": "hidden states", "gradient": "gradients", "adapter": "adapters", "scalar": "scalars"}
+KINDS = {"hidden_state": "hidden states", "gradient": "gradients", "adapter": "adapters", "scalar": "scalars"}
+"""Kinds of the ledger → what they are called."""
 
 COSTS: dict[str, Callable[[RunCost], float | None]] = {
     "cost/client/weight_bytes": lambda cost: cost.storage.client_bytes,
@@ -38,7 +39,7 @@ def cost_panels(comparison: Comparison, cutoff: int) -> tuple[str, list[str], di
         "server busy, %": lambda rule: _scaled(comparison.cost(rule, COSTS["cost/server/busy_rate"]), 100),
     }
     shown = {
-        title: {display_name(rule): [figure(f"{rule} {variant}") for variant in variants] for rule in of_rule}
+        title: {rule: [figure(f"{rule} {variant}") for variant in variants] for rule in of_rule}
         for title, figure in figures.items()
     }
     keys = {variant.partition("=")[0] for variant in variants} if all(" " not in v for v in variants) else set()
@@ -85,7 +86,7 @@ def write_cost(comparison: Comparison, folder: Path, cutoff: int) -> None:
 
 def print_run_cost(cost: RunCost, console: Console) -> None:
     """Print one run's traffic by kind and direction, and below it storage, time and memory."""
-    kinds = {**{_KINDS[kind]: kind for kind in cost.train_bytes}, "total": None}
+    kinds = {**{KINDS[kind]: kind for kind in cost.train_bytes}, "total": None}
     rows = [
         [name, *(human_bytes(cost.round_bytes(direction, kind)) for direction in DIRECTIONS)]
         for name, kind in kinds.items()

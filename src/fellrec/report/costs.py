@@ -108,6 +108,24 @@ class RunCost:
         train_bytes = {kind: booked[kind] for kind in kinds}
         return cls(storage, rounds, train_bytes, max(len(seen), rounds.num_rounds), evaluation_bytes, transport)
 
+    @classmethod
+    def of_dict(cls, plain: Mapping[str, Any]) -> RunCost:
+        """From `to_dict`.
+
+        Raises:
+            LookupError: If a value is absent.
+        """
+        measured = plain["measured"]
+        seconds = tuple(measured["round_seconds"]), tuple(measured["cpu_seconds"])
+        return cls(
+            Storage(plain["client_weight_bytes"], plain["server_weight_bytes"]),
+            Rounds(*seconds, measured["sums"], measured["peaks"]),
+            plain["train_bytes"],
+            plain["num_rounds"],
+            plain["evaluation_bytes"],
+            plain["transport"],
+        )
+
     def round_bytes(self, direction: str | None = None, kind: str | None = None) -> float:
         """Mean bytes of a round of training, all clients together."""
         total = sum(

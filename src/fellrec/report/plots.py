@@ -9,14 +9,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fellrec.report.styles import drawing, plain, shared_legend, styles
+from fellrec.report.tables import display_name
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _MOST_NUMBERS = 12
 """Largest matrix whose cells are labelled with numbers."""
-_MOST_COLOURS = 10
-"""Largest number of clients whose dots have colours of their own."""
+_MOST_LABELS = 12
+"""Largest number of clients whose dots have their numbers."""
+_MOST_UPRIGHT = 8
+"""Largest number of rules whose names are not turned."""
+_SMALL: Any = {"fontsize": 7, "ha": "center", "color": "dimgrey"}
 _LABEL_GAP = 0.045
 """Smallest distance of two labels, as a fraction of the axis."""
 
@@ -90,27 +96,27 @@ def client_dots(values: Mapping[str, Sequence[float]], metric: str, references: 
     """One dot per client and rule, the mean as a bar, reference rankers as dashed lines.
 
     Args:
-        values: Rule → the metric of each client.
+        values: Line of a comparison → the metric of each client.
         metric: Axis label.
         references: Reference ranker → its mean over clients.
     """
     figure, (axes,) = _axes(1, 1, 1.6 + 1.1 * max(4, len(values)), 4.0)
-    for position, per_client in enumerate(values.values()):
+    look = styles(values)
+    for position, (line, per_client) in enumerate(values.items()):
         spread = np.linspace(-0.18, 0.18, len(per_client)) if len(per_client) > 1 else np.zeros(1)
-        if len(per_client) > _MOST_COLOURS:
-            axes.plot(position + spread, per_client, "o", markersize=2, color="C0")
-        else:
+        is_small = len(per_client) > _MOST_LABELS
+        dots = {"markersize": 2.5 if is_small else 6, "alpha": 0.6 if is_small else 1.0}
+        axes.plot(position + spread, per_client, **look[line].of_point() | dots)
+        if not is_small:
             for client, (offset, value) in enumerate(zip(spread, per_client, strict=True)):
-                label = f"client {client}" if position == 0 else None
-                axes.plot(position + offset, value, "o", markersize=5, color=f"C{client}", label=label)
+                axes.annotate(f"{client}", (position + offset, value), (0, 6), textcoords="offset points", **_SMALL)
         axes.hlines(float(np.nanmean(per_client)), position - 0.3, position + 0.3, color="black", linewidth=1.5)
-    axes.set_xticks(range(len(values)), list(values))
-    axes.set_ylabel(metric)
+    axes.set_xticks(range(len(values)), [plain(display_name(line)) for line in values])
+    axes.tick_params(axis="x", labelrotation=30 if len(values) > _MOST_UPRIGHT else 0)
+    axes.set_ylabel(f"{metric} of a client")
     axes.set_ylim(bottom=0)
-    axes.set_title("one dot per client, bar: mean over clients", fontsize=9)
+    axes.set_title("a dot for each client, with its number; bar: mean over clients", fontsize=9)
     _label_references(axes, references)
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False, handletextpad=0.1)
     return figure
 
 
@@ -118,21 +124,43 @@ def frontier(points: Mapping[str, tuple[float, ...]], metric: str) -> Figure:
     """Mean over clients against spread, one point a rule; the rules that no other is better than in both are joined.
 
     Args:
-        points: Rule → mean and standard deviation over clients.
+        points: Line of a comparison → mean and standard deviation over clients; then, if there are several seeds, the
+            standard deviations of both over seeds.
         metric: Axis label.
     """
-    figure, (axes,) = _axes(1, 1, 6.0, 4.4)
-    best = pareto(points)
-    for rule, (mean, spread) in points.items():
-        axes.plot(spread, mean, "o" if rule in best else "x", color="C0" if rule in best else "grey", markersize=6)
-        axes.annotate(rule, (spread, mean), (5, 4), textcoords="offset points", fontsize=8)
-    line = sorted((points[rule][1], points[rule][0]) for rule in best)
-    axes.plot(*zip(*line), "-", color="C0", linewidth=1.0, label="Pareto front: higher mean, smaller spread")
-    axes.set_xlabel(f"standard deviation of {metric} over clients")
-    axes.set_ylabel(f"mean of {metric} over clients")
-    axes.margins(0.12)
-    axes.legend(fontsize=8, frameon=False)
+    figure, (axes,) = _axes(1, 1, 5.6, 4.2)
+    draw_frontier(axes, points, metric)
+    shared_legend(figure)
     return figure
+
+
+def draw_frontier(
+    axes: Axes, points: Mapping[str, tuple[float, ...]], metric: str, spread: str = "standard deviation of {}"
+) -> None:
+    """The content of `frontier`, for figures with several panels.
+
+    Args:
+        axes: To draw on.
+        points: See `frontier`.
+        metric: Axis label.
+        spread: What the second value of a point is, with a place for the metric.
+    """
+    look, best = styles(points), pareto(points)
+    line = sorted((points[rule][1], points[rule][0]) for rule in best)
+    if len(line) > 1:
+        axes.plot(*zip(*line), "-", color="#BBBBBB", linewidth=2.5, zorder=0, label="no rule is better in both")
+    for rule, (mean, deviation, *over_seeds) in points.items():
+        if any(over_seeds):
+            errors: dict[str, Any] = {"fmt": "none", "elinewidth": 0.8, "capsize": 2, "color": look[rule].colour}
+            axes.errorbar(deviation, mean, yerr=over_seeds[0], xerr=over_seeds[1], **errors)
+        axes.plot([deviation], [mean], **look[rule].of_point() | {"markersize": 7}, label=plain(display_name(rule)))
+    axes.set_xlabel(f"{spread.format(metric)} over clients")
+    axes.set_ylabel(f"mean of {metric} over clients")
+    axes.margins(0.15)
+    axes.annotate(
+        "better", (0.015, 0.985), (0.1, 0.9), "axes fraction", fontsize=8, style="italic", color="#444444", va="center",
+        arrowprops={"arrowstyle": "->", "color": "#444444"},
+    )  # fmt: skip
 
 
 def pareto(points: Mapping[str, tuple[float, ...]]) -> list[str]:
@@ -156,32 +184,31 @@ def panels(axis: str, points: Sequence[str], figures: Mapping[str, Mapping[str, 
     Args:
         axis: Label of the points.
         points: Label of each point, in order.
-        figures: Title of a panel → series → its value at each point; ``None`` for a point without a value.
+        figures: Title of a panel → rule → its value at each point; ``None`` for a point without a value.
     """
+    look = styles(rule for series in figures.values() for rule in series)
     columns = min(3, len(figures))
     rows = -(-len(figures) // columns)
     figure, grid = _axes(rows, columns, 3.2 * columns, 2.6 * rows)
     for axes, (title, series) in zip(grid, figures.items()):
         for name, values in series.items():
             shown = [np.nan if value is None else value for value in values]
-            axes.plot(range(len(points)), shown, "o-", markersize=4, linewidth=1.2, label=name)
-        axes.set_xticks(range(len(points)), points, fontsize=8)
+            axes.plot(range(len(points)), shown, **look[name].of_line(), label=plain(display_name(name)))
+        axes.set_xticks(range(len(points)), map(plain, points), fontsize=8)
         axes.set_title(title, fontsize=9)
         axes.set_ylim(0, 1.08 * axes.dataLim.y1 or 1.0)
         axes.set_xlabel(axis, fontsize=8)
         axes.tick_params(axis="y", labelsize=8)
     for axes in grid[len(figures) :]:
         axes.set_visible(False)
-    names = list(dict.fromkeys(name for series in figures.values() for name in series))
-    if len(names) > 1:
-        handles = {label: handle for axes in grid for handle, label in zip(*axes.get_legend_handles_labels())}
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    shared_legend(figure)
     return figure
 
 
 def save_png(figure: Figure, path: Path) -> None:
     """Write the figure as PNG."""
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    with drawing():
+        figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def _label_references(axes: Axes, references: Mapping[str, float]) -> None:
@@ -195,8 +222,8 @@ def _label_references(axes: Axes, references: Mapping[str, float]) -> None:
         previous = max(height, previous + _LABEL_GAP)
         axes.axhline(value, linestyle="--", linewidth=0.8, color="grey", zorder=0)
         axes.annotate(
-            name, (1.0, height), (1.05, previous), "axes fraction", fontsize=8, color="dimgrey", va="center",
-            arrowprops={"arrowstyle": "-", "color": "lightgrey", "linewidth": 0.8},
+            plain(display_name(name)), (1.0, height), (1.05, previous), "axes fraction", fontsize=8, color="dimgrey",
+            va="center", arrowprops={"arrowstyle": "-", "color": "lightgrey", "linewidth": 0.8},
         )  # fmt: skip
 
 
