@@ -29,6 +29,7 @@ _MANY = 40
 """From so many clients on, lines are thin."""
 _GAP = 0.04
 """Smallest distance of two labels, as a fraction of the axis."""
+_ROUNDING = 1e-12
 _LEAST_PART = 0.005
 """Kinds of traffic that are a smaller fraction of the largest bar are not drawn; the table has them."""
 _MARKED = 10
@@ -68,11 +69,11 @@ def slopes(comparison: Comparison, metric: str) -> Figure:
     look = styles(comparison.rules("learned"))
     columns = min(3, len(others))
     rows = -(-len(others) // columns)
-    figure, grid = new_figure(rows, columns, 2.5 * columns + 0.6, 3.0 * rows + 0.4, sharey=True)
+    figure, grid = new_figure(rows, columns, max(3.6, 2.5 * columns + 0.6), 3.0 * rows + 0.4, sharey=True)
     for axes, line in zip(grid, others):
         before, after = _paired(comparison, line, base, metric)
         _slope(axes, before, after, (look[base], look[line]))
-        is_better = np.nanmean(after, axis=0) > np.nanmean(before, axis=0)
+        is_better = _is_better(after.mean(axis=0), before.mean(axis=0))
         known = np.isfinite(before).all(axis=0) & np.isfinite(after).all(axis=0)
         axes.set_xticks([0, 1], [plain(display_name(base)), plain(display_name(line))])
         axes.set_title(f"better for {int(is_better[known].sum())} of {int(known.sum())} clients")
@@ -82,6 +83,11 @@ def slopes(comparison: Comparison, metric: str) -> Figure:
         axes.set_ylabel(f"{metric_title(metric)} of a client")
     shared_legend(figure)
     return figure
+
+
+def _is_better(values: NDArray[Any], others: NDArray[Any]) -> NDArray[Any]:
+    """Where values are higher, by more than rounding."""
+    return values > others + _ROUNDING
 
 
 def _paired(comparison: Comparison, line: str, base: str, metric: str) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -102,12 +108,12 @@ def _slope(axes: Axes, before: NDArray[Any], after: NDArray[Any], look: tuple[St
     count = len(left)
     width, opacity = (0.5, 0.35) if count > _MANY else (1.0, 0.9)
     for is_better, dash, label in ((True, "-", "client, better"), (False, "--", "client, not better")):
-        chosen = np.flatnonzero((right > left) == is_better)
+        chosen = np.flatnonzero(_is_better(right, left) == is_better)
         if len(chosen):
             colour = look[1].colour if is_better else "#7F7F7F"
             ends = np.stack([left[chosen], right[chosen]])
-            drawn = axes.plot([0, 1], ends, dash, color=colour, linewidth=width, alpha=opacity)
-            drawn[0].set_label(label)
+            axes.plot([0, 1], ends, dash, color=colour, linewidth=width, alpha=opacity)
+            axes.plot([], [], dash, color=colour, linewidth=1.0, label=label)
     if count <= _MOST_LABELS:
         for place, ends in ((0, before), (1, after)):
             if len(ends) > 1:
@@ -243,10 +249,11 @@ def costs(comparison: Comparison) -> Figure | None:
     _stacked(traffic, comparison, lines, {KINDS[kind]: (_kind(kind), 1e-6) for kind in kinds})
     traffic.set_xlabel("MB of a round, all clients, up and down")
     values = [[result.seconds_per_round or np.nan for result in comparison.of_rule(line)] for line in lines]
-    deviations = [np.std(own, ddof=1) if len(own) > 1 else 0.0 for own in values]
+    has_seeds = all(len(own) > 1 for own in values)
+    deviations = [np.std(own, ddof=1) for own in values] if has_seeds else None
     bars: dict[str, Any] = {"color": "#BBBBBB", "edgecolor": "black", "linewidth": 0.5, "height": 0.65}
     seconds.barh(range(len(lines)), [np.mean(own) for own in values], xerr=deviations, capsize=2, **bars)
-    seconds.set_xlabel("seconds of a round, ± over seeds")
+    seconds.set_xlabel(f"seconds of a round{', ± over seeds' if has_seeds else ''}")
     sides = {
         "weights on the client": lambda cost: cost.storage.client_bytes,
         "weights on the server": lambda cost: cost.storage.server_bytes,
@@ -255,7 +262,7 @@ def costs(comparison: Comparison) -> Figure | None:
     weights.set_xlabel("MB of weights")
     traffic.set_yticks(range(len(lines)), [plain(display_name(line)) for line in lines])
     traffic.invert_yaxis()
-    shared_legend(figure, columns=5)
+    shared_legend(figure)
     return figure
 
 

@@ -100,10 +100,11 @@ def _inline(drawn: Drawn) -> str:
 
 
 def _saved(figure: Figure, form: str) -> bytes:
-    """The file's content, which depends on the figure alone."""
+    """The file's content, which depends on the figure alone; where its parts are is decided once."""
     buffer = io.BytesIO()
     date: Mapping[str, Any] = {"Date": None} if form == "svg" else {"CreationDate": None}
     figure.savefig(buffer, format=form, metadata=date)
+    figure.set_layout_engine("none")
     return buffer.getvalue()
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fellrec.aggregation.settings import TITLES
+from fellrec.errors import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,6 +29,8 @@ _FILLS = ("full", "none", "left", "right", "top", "bottom")
 _FIRST = ("local", "fedavg", "fellrec", "centralized", "uniform", "persistence", "updatemixing", "fedprox")
 """Rules that most figures show: no two have the same colour or marker."""
 _ORDER = (*_FIRST, *(name for name in TITLES if name not in _FIRST))
+_LABEL_INCHES = 1.6
+"""Width of a label in a legend."""
 _MOST = len(COLOURS) * len(MARKERS)
 
 _SETTINGS: Any = {
@@ -128,19 +131,19 @@ def _rule(line: str) -> str:
 
 
 def part_colours(count: int) -> list[str]:
-    """Colours of the parts of a bar, from dark to light, so that they differ in grey."""
-    order = ("#0072B2", "#56B4E9", "#E69F00", "#CC79A7", "#009E73", "#7F7F7F")
+    """Colours of the parts of a bar; neighbours differ in grey."""
+    order = ("#0072B2", "#E69F00", "#CC79A7", "#56B4E9", "#009E73", "#7F7F7F")
     return [order[number % len(order)] for number in range(count)]
 
 
 def plain(text: str) -> str:
-    """A text that matplotlib shows as it is: a name may have dollar signs, which would begin a formula.
+    """A text that matplotlib shows as it is: dollar signs in a name begin no formula, control characters are escaped.
 
     Example:
         >>> plain("price$rank$")
         'price\\\\$rank\\\\$'
     """
-    return text.replace("$", r"\$")
+    return printable(text).replace("$", r"\$")
 
 
 @contextmanager
@@ -154,14 +157,15 @@ def drawing() -> Iterator[None]:
         yield
 
 
-def shared_legend(figure: Figure, columns: int = 4) -> None:
+def shared_legend(figure: Figure) -> None:
     """One legend below all panels of a figure, with every label once."""
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
+    columns = max(1, min(len(handles), int(figure.get_figwidth() / _LABEL_INCHES)))
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(columns, len(handles)))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
 
 
 def metric_title(metric: str) -> str:
