@@ -35,8 +35,8 @@ _MISSING = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
     parser.add_argument(
-        "runs",
-        nargs="+",
+        "overrides",
+        nargs="*",
         metavar="RUN",
         help="directory of a run, a comparison or a sweep; id of an MLflow run, of a comparison too; or an MLflow "
         "search expression; tracking.uri=… and tracking.experiment=… say where MLflow's runs are",
@@ -55,8 +55,8 @@ def run(options: argparse.Namespace) -> None:
     """
     from fellrec.report.page import check_empty
 
-    words = [word for word in options.runs if not word.startswith(_SETTINGS)]
-    settings = [word for word in options.runs if word.startswith(_SETTINGS)]
+    words = [word for word in options.overrides if not word.startswith(_SETTINGS)]
+    settings = [word for word in options.overrides if word.startswith(_SETTINGS)]
     folder = Path(options.output) if options.output else _default(words)
     check_empty(folder)
     with ExitStack() as stack:
@@ -76,6 +76,8 @@ def _read(words: Sequence[str], settings: Sequence[str], stack: ExitStack) -> tu
     from fellrec.report.runs import read_references, read_run, run_folders
     from fellrec.state.nearest import similar
 
+    if not words:
+        raise ConfigError(f"no run is given: {_MISSING}")
     folders: dict[Path, str] = {}
     comparisons: list[Path] = []
     remote: list[str] = []
@@ -88,8 +90,6 @@ def _read(words: Sequence[str], settings: Sequence[str], stack: ExitStack) -> tu
             remote.append(word)
         else:
             raise ConfigError(f"{word} does not exist{similar(path)}; {_MISSING}")
-    if not words:
-        raise ConfigError(f"no run is given: {_MISSING}")
     if remote:
         from fellrec.tracking.finished import download
 

@@ -6,6 +6,7 @@ Importing MLflow takes seconds, so functions import it when they need it.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -60,6 +61,7 @@ def download(words: Sequence[str], uri: str, experiment: str, folder: Path) -> D
         ConfigError: If the store cannot be used, a run does not exist or is not finished, or an expression is wrong or
             finds nothing.
     """
+    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     client = make_client(uri)
     found = Downloaded()
     runs: dict[str, Run] = {}
