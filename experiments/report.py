@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -19,8 +21,10 @@ from matplotlib.figure import Figure
 
 from fellrec.functional.rng import derive_seed
 from fellrec.functional.statistics import bootstrap_intervals, holm, wilcoxon_p
+from fellrec.report.plots import draw_frontier
 from fellrec.report.provenance import measured_line, text_of_comparison
 from fellrec.report.significance import SEED, p_text
+from fellrec.report.styles import drawing, shared_legend, styles
 from fellrec.report.tables import display_name, markdown
 
 METRIC = "ndcg_at_10"
@@ -150,32 +154,38 @@ def _per_user(folder: Path, rule: str, comparison: dict[str, Any]) -> pd.Series:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Plot mean over clients by spread of each learned rule, one panel per cell; up and left is better."""
+    """Plot mean over clients by spread of each learned rule, one panel per cell; up and left is better.
+
+    A rule looks the same in all cells, and as in every other figure of fellrec.
+    """
     learned = table[table["kind"] == "learned"]
-    names = list(dict.fromkeys(learned["cell"]))
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
-    figure = Figure(figsize=(4.2 * columns, 5 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for ax in axes[len(names) :]:
-        ax.set_axis_off()
-    # A rule has the same colour in all cells; if it has several lines in a cell, each has its own colour.
-    base = learned["rule"].str.partition(" ")[0]
-    is_only = ~learned.assign(base=base).duplicated(["cell", "base"], keep=False)
-    keys = base.where(is_only, learned["rule"])
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    for ax, name in zip(axes, names, strict=False):
-        some = learned[learned["cell"] == name]
-        for key, row in zip(keys[some.index], some.to_dict("records"), strict=True):
-            number = numbers[key]
-            style = {"fmt": "os^"[number // 10 % 3], "color": f"C{number % 10}", "capsize": 2}
-            ax.errorbar(row["cv"], row["mean"], yerr=row["sd"], label=display_name(row["rule"]), **style)
-        ax.set_title(name, fontsize=9)
-        ax.set_xlabel("coefficient of variation over clients", fontsize=8)
-        ax.set_ylabel("NDCG@10, mean over clients", fontsize=8)
-        ax.tick_params(labelsize=7)
-        ax.margins(0.2)
-        ax.legend(fontsize=6, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    panels = {
+        cell: {row["rule"]: (row["mean"], row["cv"], row["sd"], 0.0) for row in some.to_dict("records")}
+        for cell, some in learned.groupby("cell", sort=False)
+    }
+    return frontiers(panels)
+
+
+def frontiers(
+    panels: Mapping[str, Mapping[str, tuple[float, ...]]], labels: Mapping[str, str] = MappingProxyType({})
+) -> Figure:
+    """Mean of NDCG@10 over clients by its coefficient of variation, in several panels with one legend.
+
+    Args:
+        panels: Title → rule → mean, coefficient of variation, and the deviations of both over seeds.
+        labels: Rule → what it is called, if not by its own name.
+    """
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.4 * columns, 3.1 * rows + 0.5), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    look = styles(rule for points in panels.values() for rule in points)
+    for axes, (title, points) in zip(grid, panels.items(), strict=False):
+        draw_frontier(axes, points, "NDCG@10", "coefficient of variation of {}", look, labels)
+        axes.set_title(title)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    shared_legend(figure)
     return figure
 
 
@@ -185,7 +195,8 @@ def main(out: Path, wanted: list[str]) -> None:
     table.to_csv(out / "report.csv", index=False)
     shown = markdown(text(table)) + measured(out, found)
     (out / "report.md").write_text(shown)
-    draw(table).savefig(out / "report.png", dpi=90)
+    with drawing():
+        draw(table).savefig(out / "report.png", dpi=110)
     sys.stdout.write(shown)
     chosen = pairs(out, found, [tuple(pair.split("-", 1)) for pair in wanted])  # type: ignore[misc]
     if len(chosen):

@@ -17,6 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from fellrec.report.provenance import measured_line, text_of_comparison
+from fellrec.report.styles import Style, drawing, shared_legend
 from fellrec.report.tables import markdown
 
 CLAIMS = {"storage saved, %": 28, "compute saved, %": 48}
@@ -91,36 +92,44 @@ def reached(frame: pd.DataFrame, column: str, percent: float) -> pd.Series[Any] 
 
 
 def draw(tiny: pd.DataFrame, llama: pd.DataFrame) -> Figure:
-    """Two rows for the measured runs, one for the plan."""
-    figure = Figure(figsize=(10, 7.6), layout="constrained")
-    axes = figure.subplots(3, 3).flat
+    """Two rows for the measured runs, one for the plan; one legend: split or not, processor time or not."""
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    grid = figure.subplots(3, 3).flat
     panels = [
-        ("client storage, MB", tiny, ["client MB"]),
-        ("client compute, % of busy seconds", tiny.assign(left=100 - tiny["compute saved, %"]), ["left"]),
-        ("traffic of a round, MB", tiny, ["MB a round", "adapters alone"]),
-        ("seconds of a round", tiny, ["s/round", "unsplit", "CPU s/round", "CPU unsplit"]),
-        ("accuracy: NDCG@10, mean over clients", tiny, ["NDCG@10", "NDCG@10 unsplit"]),
-        ("balance: std of NDCG@10 over clients", tiny, ["std"]),
-        ("LLaMA-7B: client storage saved, %", llama, ["storage saved, %"]),
-        ("LLaMA-7B: client compute saved, %", llama, ["compute saved, %"]),
-        ("LLaMA-7B: GB a client and round", llama, ["GB a client and round"]),
+        ("client storage, MB", tiny, {"client MB": "split"}),
+        ("client compute, % of busy seconds", tiny.assign(left=100 - tiny["compute saved, %"]), {"left": "split"}),
+        ("traffic of a round, MB", tiny, {"MB a round": "split", "adapters alone": "not split"}),
+        ("seconds of a round", tiny, _SECONDS),
+        ("NDCG@10, mean over clients", tiny, {"NDCG@10": "split", "NDCG@10 unsplit": "not split"}),
+        ("std of NDCG@10 over clients", tiny, {"std": "split"}),
+        ("LLaMA-7B: client storage saved, %", llama, {"storage saved, %": "planned"}),
+        ("LLaMA-7B: client compute saved, %", llama, {"compute saved, %": "planned"}),
+        ("LLaMA-7B: GB a client and round", llama, {"GB a client and round": "planned"}),
     ]
-    for ax, (title, frame, columns) in zip(axes, panels, strict=True):
-        for number, column in enumerate(columns):
-            style = "o-" if number % 2 == 0 else "x--"
-            ax.plot(frame["k"], frame[column], style, markersize=4, linewidth=1.1, label=column)
-        ax.set_ylim(0, 1.1 * float(frame[columns].to_numpy().max()))
-        ax.set_title(title, fontsize=9)
-        ax.set_xlabel("k, layers of the head", fontsize=8)
-        ax.tick_params(labelsize=8)
-        if len(columns) > 1:
-            ax.legend(fontsize=7, frameon=False)
-        if columns[0] in CLAIMS and frame is llama:
-            claim, found = CLAIMS[columns[0]], reached(llama, columns[0], CLAIMS[columns[0]])
+    for axes, (title, frame, series) in zip(grid, panels, strict=True):
+        for column, label in series.items():
+            axes.plot(frame["k"], frame[column], **_STYLES[label].of_line(), label=label)
+        axes.set_ylim(0, 1.1 * float(frame[list(series)].to_numpy().max()))
+        axes.set_title(title)
+        axes.set_xlabel("k, layers of the head")
+        column = next(iter(series))
+        if column in CLAIMS and frame is llama:
+            claim, found = CLAIMS[column], reached(llama, column, CLAIMS[column])
             where = "" if found is None else f": up to k = {found['k']:.0f}"
-            ax.axhline(claim, color="grey", linestyle=":", linewidth=1)
-            ax.annotate(f"{claim} %{where}", (0, claim), (2, 3), textcoords="offset points", fontsize=8)
+            axes.axhline(claim, color="grey", linestyle=":", linewidth=1)
+            axes.annotate(f"paper: {claim} %{where}", (0, claim), (2, 3), textcoords="offset points", fontsize=8)
+    shared_legend(figure)
     return figure
+
+
+_SECONDS = {"s/round": "split", "unsplit": "not split", "CPU s/round": "split, CPU", "CPU unsplit": "not split, CPU"}
+_STYLES = {
+    "split": Style("#0072B2", "o", "-"),
+    "not split": Style("#D55E00", "X", "--"),
+    "split, CPU": Style("#0072B2", "o", ":", "none"),
+    "not split, CPU": Style("#D55E00", "s", "-.", "none"),
+    "planned": Style("#000000", "D", "-"),
+}
 
 
 def table(frame: pd.DataFrame) -> str:
@@ -153,7 +162,8 @@ def main(comparison: Path, plan: Path, folder: Path) -> None:
     shown = table(tiny) + measured_line(text_of_comparison(comparison.parents[1]))
     (folder / "measured.md").write_text(shown)
     (folder / "planned.md").write_text(table(llama) + "\n" + claims(llama))
-    draw(tiny, llama).savefig(folder / "split_depth.png", dpi=90)
+    with drawing():
+        draw(tiny, llama).savefig(folder / "split_depth.png", dpi=110)
     sys.stdout.write(f"{shown}\n{table(llama)}\n{claims(llama)}")
 
 

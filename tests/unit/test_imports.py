@@ -17,6 +17,7 @@ FLOORS = (
     ("experiment",),
     ("planning",),
     ("cli",),
+    ("library",),
     ("__main__",),
 )
 ROOT = Path(fellrec.__file__).parent

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -275,6 +276,19 @@ class Run:
         return open_log(self.run_dir, new, is_shown)
 
 
+def check_alone(config: DictConfig) -> Fabric:
+    """The Fabric of a run in this process alone.
+
+    Raises:
+        ConfigError: If the configuration needs several processes.
+    """
+    fabric = build_fabric(config)
+    if fabric.world_size > 1:
+        raise ConfigError(f"one process cannot be {fabric.world_size}; start several by fellrec train")
+    check_processes(config, 1)
+    return fabric
+
+
 def build(
     config: DictConfig,
     callbacks: Sequence[FederatedCallback] = (),
@@ -295,10 +309,7 @@ def build(
     """
     if session is None:
         config = without_launcher(config)
-        fabric = build_fabric(config)
-        if fabric.world_size > 1:
-            raise ConfigError(f"one process cannot be {fabric.world_size}; start several by fellrec train")
-        check_processes(config, 1)
+        fabric = check_alone(config)
     else:
         fabric = session.fabric
     if config.run_dir and not config.resume:
@@ -314,14 +325,6 @@ def build(
     config = choose([config], data)[0]
     recommender = build_recommender(config, data, fabric)
     return Run(config, recommender, signals=signals, session=session, callbacks=callbacks)
-
-
-def run(config: DictConfig, callbacks: Sequence[FederatedCallback] = ()) -> RuleResult:
-    """Train and test in this process; as `build` and ``execute``.
-
-    The metrics are in ``result.evaluation.summary``, such as ``"ndcg_at_10/mean"``.
-    """
-    return build(config, callbacks).execute()
 
 
 class _States:

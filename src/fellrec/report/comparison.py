@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
+from fellrec.errors import ConfigError, unknown
 from fellrec.functional.balance import mean_gain
 from fellrec.report.costs import RunCost
 from fellrec.report.provenance import Provenance
@@ -127,6 +130,7 @@ class Comparison:
         differences: Of the learned rules to `reference_rule`, from ``fellrec.report.significance``.
         provenance: What the results were measured with; ``None`` if it is not known.
         members: Of a federation of data sets, the ``clients`` of each and the number of ``items`` that they rank.
+        run_dir: The directory with the files of the comparison; ``None`` if it is not known.
     """
 
     data: str
@@ -137,6 +141,7 @@ class Comparison:
     differences: Sequence[Difference] = ()
     provenance: Provenance | None = None
     members: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    run_dir: Path | None = None
 
     @property
     def stage(self) -> str:
@@ -244,6 +249,28 @@ class Comparison:
             if base.rule == other and result.is_paired_with(base)
         ]
 
+    def to_frame(self, of: str = "runs") -> pd.DataFrame:
+        """The results as a table of numbers for pandas.
+
+        Args:
+            of: ``"runs"``: a row for each run, with every figure of its summary, such as ``ndcg_at_10/mean``;
+                ``"clients"``: a row for each run and client, with every metric, such as ``ndcg_at_10``; ``"users"``: a
+                row for each run and evaluated user, with the same.
+
+        Raises:
+            ConfigError: If ``of`` is another text.
+        """
+        if of not in _ROWS:
+            raise ConfigError(unknown("kind of rows", of, _ROWS))
+        tables = []
+        for result in self.results:
+            table = _ROWS[of](result)
+            about = {"rule": result.name, "kind": result.kind, "seed": result.seed}
+            for place, (name, value) in enumerate(about.items()):
+                table.insert(place, name, value)
+            tables.append(table)
+        return pd.concat(tables, ignore_index=True)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values, those of the tables among them."""
         rules = [*self.rules("learned"), *self.rules("reference")]
@@ -276,6 +303,31 @@ class Comparison:
             "seconds_per_round": self.seconds_per_round(rule),
             "runs": [_run_dict(result) for result in results],
         }
+
+
+def _run_rows(result: RuleResult) -> pd.DataFrame:
+    own = {name: getattr(result, name) for name in ("best_round", "validation", "seconds_per_round", "run_id")}
+    return pd.DataFrame([{**result.evaluation.summary, **own}])
+
+
+def _client_rows(result: RuleResult) -> pd.DataFrame:
+    table = pd.DataFrame({name: values.numpy() for name, values in result.evaluation.per_client.items()})
+    table.insert(0, "client", table.index)
+    return table
+
+
+def _user_rows(result: RuleResult) -> pd.DataFrame:
+    evaluation = result.evaluation
+    about = {"user": evaluation.users.numpy(), "client": evaluation.client_of_user.numpy()}
+    return pd.DataFrame({**about, **{name: values.numpy() for name, values in evaluation.per_user.items()}})
+
+
+_ROWS: Mapping[str, Callable[[RuleResult], pd.DataFrame]] = {
+    "runs": _run_rows,
+    "clients": _client_rows,
+    "users": _user_rows,
+}
+"""What a row of `Comparison.to_frame` is → the rows of a run."""
 
 
 def _base(rule: str) -> str:

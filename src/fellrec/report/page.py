@@ -49,7 +49,7 @@ def write_report(runs: Sequence[StoredRun], comparison: Comparison, cutoff: int,
         ]
         files = {PAGE: _html(title_of(comparison), facts_of(runs, comparison), sections).encode()}
         for drawn in (drawn for section in sections for drawn in section.figures):
-            files[f"figures/{drawn.name}.pdf"] = _saved(drawn.figure, "pdf")
+            files[f"figures/{drawn.name}.pdf"] = save_figure(drawn.figure, "pdf")
     for table in (section.table for section in sections if section.table is not None):
         files[f"tables/{table.name}.csv"] = table.numbers.to_csv(None, index=False).encode()
         if table.name in _FOR_PAPERS:
@@ -95,15 +95,20 @@ def _visible(value: Any) -> Any:
 
 def _inline(drawn: Drawn) -> str:
     """The figure as an element of the page."""
-    text = _saved(drawn.figure, "svg").decode()
+    text = save_figure(drawn.figure, "svg").decode()
     return text[text.index("<svg") :]
 
 
-def _saved(figure: Figure, form: str) -> bytes:
-    """The file's content, which depends on the figure alone; where its parts are is decided once."""
+def save_figure(figure: Figure, form: str) -> bytes:
+    """The content of a figure's file, which depends on the figure alone; where its parts are is decided once.
+
+    Args:
+        figure: To be saved.
+        form: ``"svg"``, ``"pdf"`` or ``"png"``.
+    """
     buffer = io.BytesIO()
-    date: Mapping[str, Any] = {"Date": None} if form == "svg" else {"CreationDate": None}
-    figure.savefig(buffer, format=form, metadata=date)
+    dates: Mapping[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    figure.savefig(buffer, format=form, metadata=dates.get(form), dpi=150)
     figure.set_layout_engine("none")
     return buffer.getvalue()
 

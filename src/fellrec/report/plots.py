@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fellrec.report.styles import drawing, plain, shared_legend, styles
+from fellrec.report.styles import Style, drawing, plain, shared_legend, styles
 from fellrec.report.tables import display_name
 
 if TYPE_CHECKING:
@@ -135,7 +135,12 @@ def frontier(points: Mapping[str, tuple[float, ...]], metric: str) -> Figure:
 
 
 def draw_frontier(
-    axes: Axes, points: Mapping[str, tuple[float, ...]], metric: str, spread: str = "standard deviation of {}"
+    axes: Axes,
+    points: Mapping[str, tuple[float, ...]],
+    metric: str,
+    spread: str = "standard deviation of {}",
+    look: Mapping[str, Style] | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> None:
     """The content of `frontier`, for figures with several panels.
 
@@ -144,8 +149,10 @@ def draw_frontier(
         points: See `frontier`.
         metric: Axis label.
         spread: What the second value of a point is, with a place for the metric.
+        look: The styles of the rules of all panels; ``None`` for those of the points.
+        labels: Rule → what it is called, if not by its own name.
     """
-    look, best = styles(points), pareto(points)
+    look, best = look or styles(points), pareto(points)
     line = sorted((points[rule][1], points[rule][0]) for rule in best)
     if len(line) > 1:
         axes.plot(*zip(*line), "-", color="#BBBBBB", linewidth=2.5, zorder=0, label="no rule is better in both")
@@ -153,7 +160,12 @@ def draw_frontier(
         if any(over_seeds):
             errors: dict[str, Any] = {"fmt": "none", "elinewidth": 0.8, "capsize": 2, "color": look[rule].colour}
             axes.errorbar(deviation, mean, yerr=over_seeds[0], xerr=over_seeds[1], **errors)
-        axes.plot([deviation], [mean], **look[rule].of_point() | {"markersize": 7}, label=plain(display_name(rule)))
+        axes.plot(
+            [deviation],
+            [mean],
+            **look[rule].of_point() | {"markersize": 7},
+            label=plain((labels or {}).get(rule, display_name(rule))),
+        )
     axes.set_xlabel(f"{spread.format(metric)} over clients")
     axes.set_ylabel(f"mean of {metric} over clients")
     axes.margins(0.15)
