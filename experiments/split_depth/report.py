@@ -117,7 +117,8 @@ def draw(tiny: pd.DataFrame, llama: pd.DataFrame) -> Figure:
             claim, found = CLAIMS[column], reached(llama, column, CLAIMS[column])
             where = "" if found is None else f": up to k = {found['k']:.0f}"
             axes.axhline(claim, color="grey", linestyle=":", linewidth=1)
-            axes.annotate(f"paper: {claim} %{where}", (0, claim), (2, 3), textcoords="offset points", fontsize=8)
+            end = (float(frame["k"].max()), claim)
+            axes.annotate(f"paper: {claim} %{where}", end, (2, 3), textcoords="offset points", fontsize=8, ha="right")
     shared_legend(figure)
     return figure
 

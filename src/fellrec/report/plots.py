@@ -168,7 +168,7 @@ def draw_frontier(
         )
     axes.set_xlabel(f"{spread.format(metric)} over clients")
     axes.set_ylabel(f"mean of {metric} over clients")
-    axes.margins(0.15)
+    axes.margins(x=0.15, y=0.25)
     axes.annotate(
         "better", (0.015, 0.985), (0.1, 0.9), "axes fraction", fontsize=8, style="italic", color="#444444", va="center",
         arrowprops={"arrowstyle": "->", "color": "#444444"},

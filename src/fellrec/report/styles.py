@@ -29,8 +29,8 @@ _FILLS = ("full", "none", "left", "right", "top", "bottom")
 _FIRST = ("local", "fedavg", "fellrec", "centralized", "uniform", "persistence", "updatemixing", "fedprox")
 """Rules that most figures show: no two have the same colour or marker."""
 _ORDER = (*_FIRST, *(name for name in TITLES if name not in _FIRST))
-_LABEL_INCHES = 1.6
-"""Width of a label in a legend."""
+_HANDLE_INCHES, _LETTER_INCHES = 0.6, 0.065
+"""Widths in a legend."""
 _MOST = len(COLOURS) * len(MARKERS)
 
 _SETTINGS: Any = {
@@ -163,8 +163,9 @@ def shared_legend(figure: Figure) -> None:
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    columns = max(1, min(len(handles), int(figure.get_figwidth() / _LABEL_INCHES)))
     if handles:
+        inches = _HANDLE_INCHES + _LETTER_INCHES * max(map(len, handles))
+        columns = max(1, min(len(handles), int(figure.get_figwidth() / inches)))
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
 
 
