@@ -66,7 +66,7 @@ def test_rows_of_users_give_those_of_clients_and_runs(notebook: tuple[list[Any],
     """A client's metric is the mean over its users, and a run's the mean over its clients."""
     comparison = notebook[1]["comparison"]
     users, clients, runs = (comparison.to_frame(of) for of in ("users", "clients", "runs"))
-    means = users.groupby(["rule", "client"], sort=False)["ndcg_at_10"].mean().reset_index()
+    means = users.groupby(["rule", "client"])["ndcg_at_10"].mean().reset_index()
     pd.testing.assert_series_equal(means["ndcg_at_10"], clients["ndcg_at_10"])
     np.testing.assert_allclose(
         clients.groupby("rule", sort=False)["ndcg_at_10"].mean(), runs["ndcg_at_10/mean"], rtol=1e-12

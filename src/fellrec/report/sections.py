@@ -195,9 +195,10 @@ def title_of(comparison: Comparison) -> str:
 def facts_of(runs: Sequence[StoredRun], comparison: Comparison) -> list[str]:
     """What was compared, in lines."""
     seeds = ", ".join(map(str, comparison.seeds))
+    items = f"{comparison.num_items} items" if comparison.num_items else "items"
     facts = [
         f"{sum(comparison.users_per_client)} evaluated users of {len(comparison.users_per_client)} clients, "
-        f"{comparison.num_items} items ranked, {comparison.stage} split",
+        f"{items} ranked, {comparison.stage} split",
         f"{len(runs)} runs; seeds {seeds}",
     ]
     return facts + ([f"measured: {comparison.measured_with}"] if comparison.measured_with else [])
