@@ -114,13 +114,7 @@ def save_figure(figure: Figure, form: str) -> bytes:
 
 
 def latex(table: ReportTable) -> str:
-    r"""A table for LaTeX with ``\usepackage{booktabs}``; the best values are bold.
-
-    Example:
-        >>> text = pd.DataFrame({"rule": ["a_b"], "NDCG": ["0.1 ±0.2"]})
-        >>> print(latex(ReportTable("results", text, text, frozenset({(0, "NDCG")}))).splitlines()[4])
-        a\_b & \textbf{0.1 $\pm$0.2} \\
-    """
+    r"""A table for LaTeX with ``\usepackage{booktabs}``; the best values are bold."""
     frame = table.text.map(lambda cell: _escaped(cell.replace("\n", " ")))
     for row, column in table.best:
         frame.iloc[row, frame.columns.get_loc(column)] = rf"\textbf{{{frame.iloc[row][column]}}}"

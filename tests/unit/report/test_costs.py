@@ -117,5 +117,5 @@ def test_variants_of_one_rule_and_seed_stay_apart() -> None:
     axis, points, figures = cost_panels(comparison, 10)
     assert (axis, points) == ("split.head_layers", ["1", "2"])
     assert figures["NDCG@10, mean over clients"] == {
-        "local": pytest.approx([0.2, 0.4]), "FedAvg": pytest.approx([0.3, 0.7])
+        "local": pytest.approx([0.2, 0.4]), "fedavg": pytest.approx([0.3, 0.7])
     }  # fmt: skip
