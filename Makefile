@@ -39,7 +39,7 @@ test: models  ## all tests, the linter and the type checker
 	# A file in one process: some share a server. Three processes, because many wait for others. Long files come first.
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-test-fast: install  ## tests without services, processes and long runs (2 minutes)
+test-fast: models  ## tests without services, processes and long runs (2 minutes)
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 lint: install  ## only the linter and the type checker

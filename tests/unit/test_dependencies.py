@@ -12,7 +12,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DECLARED = [Requirement(text) for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]]
+EXTRAS = PROJECT["optional-dependencies"]
+DECLARED = [Requirement(text) for text in dict.fromkeys([*PROJECT["dependencies"], *EXTRAS["dev"], *EXTRAS["models"]])]
 PINNED = {
     re.sub(r"[-_.]+", "-", name).lower(): pin
     for name, pin in (line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
