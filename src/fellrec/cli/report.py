@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,12 +53,10 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: If a run does not exist, is not finished, or cannot be compared with the others.
     """
-    from fellrec.report.page import check_empty
-
     words = [word for word in options.overrides if not word.startswith(_SETTINGS)]
     settings = [word for word in options.overrides if word.startswith(_SETTINGS)]
     folder = Path(options.output) if options.output else _default(words)
-    check_empty(folder)
+    _check_empty(folder)
     with ExitStack() as stack:
         runs, references = _read(words, settings, stack)
         files = _write(runs, references, options.cutoff, folder)
@@ -70,10 +68,25 @@ def _default(words: Sequence[str]) -> Path:
     return Path(words[0]) / "report" if is_one else Path("fellrec-report")
 
 
-def _read(words: Sequence[str], settings: Sequence[str], stack: ExitStack) -> tuple[list[StoredRun], list[RuleResult]]:
-    """The runs that the words name, each once, and the reference rankers of their comparisons."""
+def _check_empty(folder: Path) -> None:
+    """Refuse a folder with something in it.
+
+    Raises:
+        ConfigError: Saying what to do.
+    """
     from fellrec.errors import ConfigError
-    from fellrec.report.runs import read_references, read_run, run_folders
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is not empty; remove it, or give another folder by --output")
+
+
+def _read(words: Sequence[str], settings: Sequence[str], stack: ExitStack) -> tuple[list[StoredRun], list[RuleResult]]:
+    """The runs that the words name, each once, and the reference rankers of their comparisons.
+
+    Words are checked before anything heavy is imported.
+    """
+    from fellrec.errors import ConfigError
+    from fellrec.report.folders import run_folders
     from fellrec.state.nearest import similar
 
     if not words:
@@ -94,10 +107,15 @@ def _read(words: Sequence[str], settings: Sequence[str], stack: ExitStack) -> tu
         from fellrec.tracking.finished import download
 
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fellrec-report-")))
-        uri, experiment = _store(settings)
-        loaded = download(remote, uri, experiment, place)
+        loaded = download(remote, *_store(settings), place)
         folders |= loaded.runs
         comparisons += loaded.comparisons
+    return _results(folders, comparisons)
+
+
+def _results(folders: Mapping[Path, str], comparisons: Sequence[Path]) -> tuple[list[StoredRun], list[RuleResult]]:
+    from fellrec.report.runs import read_references, read_run
+
     runs = [read_run(folder, name) for folder, name in folders.items()]
     references = {
         (result.rule, result.seed): result

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fellrec.errors import ConfigError, printable
+from fellrec.errors import printable
 from fellrec.report.comparison import Comparison
 from fellrec.report.report_tables import ReportTable
 from fellrec.report.runs import StoredRun
@@ -31,16 +31,14 @@ def write_report(runs: Sequence[StoredRun], comparison: Comparison, cutoff: int,
         runs: Labelled.
         comparison: Of them, with differences.
         cutoff: K of the metrics that are shown.
-        folder: Target directory, which must not exist or be empty.
+        folder: Target directory.
 
     Returns:
         The files, the page first.
 
     Raises:
-        ConfigError: If the folder is not empty.
         StorageError: If a file cannot be written.
     """
-    check_empty(folder)
     with drawing():
         sections = [
             section
@@ -59,16 +57,6 @@ def write_report(runs: Sequence[StoredRun], comparison: Comparison, cutoff: int,
     for name, content in files.items():
         write_atomically(folder / name, content)
     return [folder / name for name in files]
-
-
-def check_empty(folder: Path) -> None:
-    """Refuse a folder with something in it.
-
-    Raises:
-        ConfigError: Saying what to do.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists and is not empty; remove it, or give another folder by --output")
 
 
 def _html(title: str, facts: Sequence[str], sections: Sequence[Section]) -> str:

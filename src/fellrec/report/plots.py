@@ -27,6 +27,7 @@ _LABEL_GAP = 0.045
 """Smallest distance of two labels, as a fraction of the axis."""
 
 
+@drawing()
 def heat_map(matrix: Sequence[Sequence[float]], clients: Sequence[int], title: str, is_mixing: bool) -> Figure:
     """A square matrix between clients.
 
@@ -53,6 +54,7 @@ def heat_map(matrix: Sequence[Sequence[float]], clients: Sequence[int], title: s
     return figure
 
 
+@drawing()
 def matrices_over_rounds(found: Mapping[str, NDArray[Any]]) -> Figure:
     """Every matrix in the first, the middle and the last round, one scale a matrix.
 
@@ -92,6 +94,7 @@ def matrices_over_rounds(found: Mapping[str, NDArray[Any]]) -> Figure:
     return figure
 
 
+@drawing()
 def client_dots(values: Mapping[str, Sequence[float]], metric: str, references: Mapping[str, float]) -> Figure:
     """One dot per client and rule, the mean as a bar, reference rankers as dashed lines.
 
@@ -111,7 +114,7 @@ def client_dots(values: Mapping[str, Sequence[float]], metric: str, references: 
             for client, (offset, value) in enumerate(zip(spread, per_client, strict=True)):
                 axes.annotate(f"{client}", (position + offset, value), (0, 6), textcoords="offset points", **_SMALL)
         axes.hlines(float(np.nanmean(per_client)), position - 0.3, position + 0.3, color="black", linewidth=1.5)
-    axes.set_xticks(range(len(values)), [plain(display_name(line)) for line in values])
+    axes.set_xticks(range(len(values)), [plain(display_name(line)).replace(" ", "\n") for line in values])
     axes.tick_params(axis="x", labelrotation=30 if len(values) > _MOST_UPRIGHT else 0)
     axes.set_ylabel(f"{metric} of a client")
     axes.set_ylim(bottom=0)
@@ -120,6 +123,7 @@ def client_dots(values: Mapping[str, Sequence[float]], metric: str, references: 
     return figure
 
 
+@drawing()
 def frontier(points: Mapping[str, tuple[float, ...]], metric: str) -> Figure:
     """Mean over clients against spread, one point a rule; the rules that no other is better than in both are joined.
 
@@ -190,6 +194,7 @@ def pareto(points: Mapping[str, tuple[float, ...]]) -> list[str]:
     return [rule for rule, own in points.items() if not any(is_better(other, own) for other in points.values())]
 
 
+@drawing()
 def panels(axis: str, points: Sequence[str], figures: Mapping[str, Mapping[str, Sequence[float | None]]]) -> Figure:
     """Several figures over the same points, one panel each, one line per series.
 

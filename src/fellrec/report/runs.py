@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,12 @@ from fellrec.config.stored import read_settings
 from fellrec.errors import ConfigError, shorten
 from fellrec.report.comparison import Comparison, RuleResult
 from fellrec.report.costs import RunCost
+from fellrec.report.folders import FINISHED, RESULTS, USERS, some
 from fellrec.report.provenance import Provenance
 from fellrec.report.styles import in_order
-from fellrec.state.lock import check_free
-from fellrec.state.run_folder import CONFIG, which_run
+from fellrec.state.run_folder import CONFIG
 from fellrec.types import Evaluation
 
-COMPARISON = "comparison.json"
-FINISHED, RESULTS, USERS = "finished.json", "results.json", "users.parquet"
 _DATA, _VERSIONS, _PARTITION, _ROUNDS, _MATRICES = (
     *("data.json", "versions.json", "partition.parquet"),
     *("rounds.csv", "matrices.npz"),
@@ -40,8 +38,6 @@ _OF_MACHINE = (
     *("trainer.timeout_seconds", "trainer.checkpoint", "split.timeout_seconds", "participation.sampler.path"),
 )
 """Settings that are shown as a difference, but do not tell two lines of a table from each other."""
-_MOST_NAMES = 5
-"""So many runs or settings are named in a message."""
 
 
 @dataclass(frozen=True)
@@ -78,31 +74,6 @@ class StoredRun:
                 return dict(found)
         except (OSError, ValueError, EOFError, KeyError) as error:
             raise ConfigError(f"{path} is damaged: {' '.join(str(error).split())}") from error
-
-
-def run_folders(folder: Path) -> list[Path]:
-    """The directories of the runs of a run, a comparison or a sweep.
-
-    Raises:
-        ConfigError: If there are none, or if some are not finished.
-    """
-    found = [folder] if (folder / CONFIG).is_file() else [path.parent for path in sorted(folder.glob(f"*/{CONFIG}"))]
-    if not found:
-        raise ConfigError(f"{folder} has no {CONFIG}; {which_run(folder)}")
-    for path in found:
-        if not (path / RESULTS).is_file():
-            check_free(path)
-    unfinished = [path for path in found if not all((path / name).is_file() for name in (RESULTS, USERS))]
-    if unfinished:
-        names = _some(str(path) for path in unfinished)
-        many = len(found) > 1
-        verb = "compare" if many and (folder / "outbox").is_dir() else "train"
-        how = f"fellrec {verb} resume={folder}" + (", or give the finished runs alone" if many else "")
-        raise ConfigError(
-            f"not finished, or made with ~callbacks.outputs: {names} {'has' if len(unfinished) == 1 else 'have'} no "
-            f"{RESULTS}; finish {'it' if len(unfinished) == 1 else 'them'} by {how}"
-        )
-    return found
 
 
 def read_run(folder: Path, name: str = "") -> StoredRun:
@@ -229,7 +200,7 @@ def check_comparable(runs: Sequence[StoredRun]) -> None:
         evaluations = first.result.evaluation, other.result.evaluation
         if set(evaluations[0].per_client) != set(evaluations[1].per_client):
             names = sorted(set(evaluations[0].per_client) ^ set(evaluations[1].per_client))
-            raise ConfigError(f"{both}: only one of them has {_some(names)}; give runs with the same trainer.cutoffs")
+            raise ConfigError(f"{both}: only one of them has {some(names)}; give runs with the same trainer.cutoffs")
         if not torch.equal(evaluations[0].users, evaluations[1].users):
             raise ConfigError(f"{both}: they were tested on different users")
 
@@ -241,7 +212,7 @@ def _data_text(run: StoredRun) -> str:
 def _differing_text(first: StoredRun, other: StoredRun) -> str:
     groups = ("data.", "partition.", "holdout.")
     keys = [key for key in differing([first, other]) if key.startswith(groups)]
-    return f"; they differ in {_some(keys)}" if keys else ""
+    return f"; they differ in {some(keys)}" if keys else ""
 
 
 def differing(runs: Sequence[StoredRun]) -> list[str]:
@@ -308,12 +279,6 @@ def comparison_of(runs: Sequence[StoredRun], references: Sequence[RuleResult] = 
     usable = [one for one in references if set(one.evaluation.per_client) >= set(evaluation.per_client)]
     name = str(first.data.get("name", ""))
     return Comparison(name, users, items, [*results, *usable], first.cold, provenance=provenance)
-
-
-def _some(names: Iterable[str]) -> str:
-    names = [shorten(name, 120) for name in names]
-    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return f"{', '.join(names[:_MOST_NAMES])}{more}"
 
 
 def cutoff_of(runs: Sequence[StoredRun], requested: int | None) -> int:

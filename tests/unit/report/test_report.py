@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,9 +16,10 @@ from report_runs import write_pair, write_run
 
 from fellrec.cli.main import main
 from fellrec.report.figures import mixing_curves, slope_lines
+from fellrec.report.folders import run_folders
 from fellrec.report.page import latex
 from fellrec.report.report_tables import ReportTable, results_table, settings_table
-from fellrec.report.runs import check_comparable, comparison_of, labelled, read_run, run_folders
+from fellrec.report.runs import check_comparable, comparison_of, labelled, read_run
 
 FIGURES = ("clients", "spread", "learning", "mixing", "cost")
 HOSTILE = "<script>alert('x')</script> & \"$\\frac$\"\x07_%"
@@ -223,13 +226,37 @@ def test_runs_on_other_users_cannot_be_compared(tmp_path: Path) -> None:
         check_comparable([first, read_run(other)])
 
 
+def test_wrong_runs_are_refused_without_heavy_imports(tmp_path: Path) -> None:
+    """A folder that does not exist, one that is not finished, and a report that exists."""
+    unfinished = write_run(tmp_path / "run", "FedAvg", 0, [0.1], [0])
+    (unfinished / "results.json").unlink()
+    (tmp_path / "old" / "report").mkdir(parents=True)
+    (tmp_path / "old" / "report" / "report.html").touch()
+    code = """import sys
+from fellrec.cli.main import main
+for word in sys.argv[1:]:
+    try:
+        main(["report", word])
+    except SystemExit as stop:
+        print(stop.code)
+print(*{"torch", "pandas", "matplotlib", "mlflow", "jinja2"} & set(sys.modules))
+"""
+    words = [str(tmp_path / name) for name in ("run", "none", "old")]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"] * 3
+    for message in ("has no results.json; resume it: fellrec train resume=", "none does not exist", "is not empty"):
+        assert message in done.stderr
+
+
 def test_wrong_runs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_pair(tmp_path / "runs", 2, seeds=(0,))
     (folder / "FELLRec-0" / "results.json").unlink()
     damaged = write_run(tmp_path / "damaged", "FedAvg", 0, [0.1], [0])
     (damaged / "users.parquet").write_text("nothing")
     wrong = {
-        str(folder): f"{folder / 'FELLRec-0'} has no results.json; finish it by fellrec train resume={folder}",
+        str(
+            folder
+        ): f"{folder / 'FELLRec-0'} has no results.json; resume it: fellrec train resume={folder / 'FELLRec-0'}",
         str(tmp_path / "runz"): "runz does not exist; similar: ",
         str(damaged): "the results in ",
         str(tmp_path): "",
