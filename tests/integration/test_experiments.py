@@ -73,6 +73,10 @@ SWEEPS = {
     "ablation": (2, {"games": 8, "ml_1m": 8}),
     "alpha_beta": (1, {"games": 11}),
     "clients": (1, {**{f"kmeans_{n}": 3 for n in (3, 5, 10, 20)}, "random_5": 3, "per_user": 3}),
+    "cross_domain": (
+        3,
+        {f"{model}_{n}{part}": runs for model in ("tiny", "minilm") for n in (1, 2) for part, runs in (("", 6), ("_halves", 3))},
+    ),
     "markov_bar": (1, {"ml_1m": 1}),
     "few_shot": (1, {"samples_1024": 4, "samples_null": 4}),
     "generative_targets": (1, {f"{s}_{t}": 1 for s in ("vocabulary", "catalogue") for t in ("one", "every")}),
