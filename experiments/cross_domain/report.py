@@ -2,8 +2,8 @@
 
 python experiments/cross_domain/report.py OUT
 
-Writes ``domains.md`` (every rule's metric in each domain) and ``attention.md`` (similarity and weight of a client of the same
-domain and of another one, in the first and last round) into OUT, which has one directory per comparison.
+Writes ``domains.md`` (every rule's metric in each domain) and ``attention.md`` (similarity and weight of a client in
+the same domain and of one in another, first and last round) into OUT, which has one directory per comparison.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def attention(out: Path, found: dict[str, dict[str, Any]]) -> pd.DataFrame:
                 own = [weights(each["similarity"][place], each["mixing"][place], domain) for each in matrices]
                 figures = pd.DataFrame(own).mean()
                 texts = {name: "" if np.isnan(value) else f"{value:.3f}" for name, value in figures.items()}
-                rows.append({"cell": cell, "rule": display_name(rule), "round": matrices[0]["rounds"][place] + 1, **texts})
+                number = str(int(matrices[0]["rounds"][place]) + 1)
+                rows.append({"cell": cell, "rule": display_name(rule), "round": number, **texts})
     return pd.DataFrame(rows)
 
 

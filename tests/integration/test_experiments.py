@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.image
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -75,7 +76,12 @@ SWEEPS = {
     "clients": (1, {**{f"kmeans_{n}": 3 for n in (3, 5, 10, 20)}, "random_5": 3, "per_user": 3}),
     "cross_domain": (
         3,
-        {f"{model}_{n}{part}": runs for model in ("tiny", "minilm") for n in (1, 2) for part, runs in (("", 6), ("_halves", 3))},
+        {
+            f"{model}_{n}{part}": runs
+            for model in ("tiny", "minilm")
+            for n in (1, 2)
+            for part, runs in (("", 6), ("_halves", 3))
+        },
     ),
     "markov_bar": (1, {"ml_1m": 1}),
     "few_shot": (1, {"samples_1024": 4, "samples_null": 4}),
@@ -210,6 +216,29 @@ def test_the_table_of_rules(tmp_path: Path) -> None:
     assert table["worst_share_of_local"].tolist() == pytest.approx([1.5, 1.0])
     assert "| Ditto | lam=2 | 0.4000 | 0.50 | 0.2000 | 150% | 2.5 | 3.0 |" in shown
     assert "*Measured*: commit 1234567, 1 thread, seed 0." in shown
+
+
+def test_what_matrices_say_of_domains(tmp_path: Path) -> None:
+    """Four clients of two domains, by hand: the means over pairs of the same domain, and over the others."""
+    cell = tmp_path / "tiny_2"
+    (cell / "comparison").mkdir(parents=True)
+    (cell / "fellrec-s0").mkdir()
+    figures = {"ndcg_at_10/mean": 0.25, "ndcg_at_10/worst": 0.1, "member/films/ndcg_at_10/mean": 0.3}
+    figures["member/clips/ndcg_at_10/mean"] = 0.2
+    line = {"mean": figures, "sd": dict.fromkeys(figures, 0.01), "runs": [{"seed": 0}]}
+    members = {"films": {"clients": [0, 1], "items": 5}, "clips": {"clients": [2, 3], "items": 7}}
+    found = {"rules": {"fellrec": line}, "members": members, "users_per_client": [1, 1, 1, 1]}
+    (cell / "comparison" / "comparison.json").write_text(json.dumps(found))
+    near, far = 0.8, 0.2
+    similarity = np.array([[1, near, far, far], [near, 1, far, far], [far, far, 1, near], [far, far, near, 1]])
+    mixing = similarity / similarity.sum(axis=1, keepdims=True)  # rows sum to 2.2
+    rounds = {"rounds": np.array([0, 4]), "similarity": np.stack([similarity] * 2), "mixing": np.stack([mixing] * 2)}
+    np.savez(cell / "fellrec-s0" / "matrices.npz", **rounds)
+    code, shown = python([str(ROOT / "experiments" / "cross_domain" / "report.py"), str(tmp_path)], tmp_path)
+    assert code == 0, shown
+    assert "| tiny_2 | FELLRec | 0.3000 | 0.2000 | 0.2500 | 0.1000 |" in shown
+    for number in (1, 5):
+        assert f"| tiny_2 | FELLRec | {number} | 0.800 | 0.200 | 0.455 | 0.364 | 0.091 |" in shown
 
 
 def test_the_benchmark_of_the_cut(tmp_path: Path, tiny_overrides: list[str]) -> None:

@@ -193,6 +193,10 @@ def test_the_files_of_a_run_follow_the_users_client(finished: tuple[Any, Path], 
         assert summary[f"member/{name}/ndcg_at_10/mean"] == pytest.approx(mean, rel=1e-12)
     counts = json.loads((run_dir / "data.json").read_text())["statistics"]
     assert counts["members"]["clips"]["items"] + counts["members"]["films"]["items"] == counts["items"]
+    costs = pd.read_csv(run_dir / "client_costs.csv")
+    assert costs["ndcg_at_10"].tolist() == pytest.approx(per_client)
+    assert (costs["seconds_per_round"] > 0).all()
+    assert costs["adapter_bytes"].nunique() == 1
     matrices = np.load(run_dir / "matrices.npz")
     assert matrices["mixing"].shape == (1, 4, 4)
 

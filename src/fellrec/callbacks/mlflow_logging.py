@@ -15,6 +15,7 @@ from fellrec.callbacks import evaluations
 from fellrec.callbacks.costs import CostMeter
 from fellrec.errors import FellrecError
 from fellrec.federated.callback import FederatedCallback
+from fellrec.federated.population import Population
 from fellrec.federated.records import FitResult, FitStart, RoundRecord
 from fellrec.functional.balance import STATISTICS
 from fellrec.functional.nested import flatten
@@ -25,8 +26,9 @@ from fellrec.types import Evaluation
 
 TABLE = "clients.json"
 _TABLES = (TABLE, evaluations.TABLE)
+COSTS = "client_costs.csv"
 _FILES = (
-    *("clients.csv", evaluations.FILE, "ledger.csv", "results.json", "users.parquet", "targets.parquet"),
+    *("clients.csv", COSTS, evaluations.FILE, "ledger.csv", "results.json", "users.parquet", "targets.parquet"),
     *("rankings.parquet", "partition.parquet", "versions.json"),
 )
 
@@ -171,15 +173,21 @@ class Balance(FederatedCallback):
 
 
 class ClientMetrics(FederatedCallback):
-    """Logs every client's metrics, loss and values of the aggregation, and writes a table of the tested metrics.
+    """Logs every client's metrics, loss and values of the aggregation, and writes tables of the clients.
+
+    ``clients.csv`` has the tested metrics. ``client_costs.csv`` has beside them ``adapter_bytes``, what a client
+    trains, and ``seconds_per_round``, its mean local training; where LoRA ranks can differ, also its ``rank``.
 
     Args:
         log: Of the run.
+        population: Its clients; ``None`` for no table of costs.
         max_logged_clients: In a larger population nothing of single clients is sent to MLflow.
     """
 
-    def __init__(self, log: RunLog, max_logged_clients: Natural = 100) -> None:
+    def __init__(self, log: RunLog, population: Population | None = None, max_logged_clients: Natural = 100) -> None:
         self.log = log
+        self.population = population
+        self.rounds: dict[int, tuple[int, float]] = {}
         self.run_dir = log.run_dir
         self.max_logged_clients = max_logged_clients
         self._is_on = True
@@ -196,6 +204,12 @@ class ClientMetrics(FederatedCallback):
 
     def on_round_end(self, record: RoundRecord) -> None:
         """Log the clients' losses and seconds, and what the aggregation reports of each."""
+        in_round: dict[int, float] = {}
+        for trained in record.trained:  # a client may have a personal model beside the shared one
+            in_round[trained.job.client] = in_round.get(trained.job.client, 0.0) + trained.seconds
+        for client, seconds in in_round.items():
+            number, total = self.rounds.get(client, (0, 0.0))
+            self.rounds[client] = number + 1, total + seconds
         if not self._is_on:
             return
         metrics: dict[str, float] = {}
@@ -212,7 +226,34 @@ class ClientMetrics(FederatedCallback):
         """Write ``clients.csv`` and the table that MLflow shows."""
         table = client_table(result.evaluation)
         table.to_csv(self.run_dir / "clients.csv", index=False)
+        if self.population is not None:
+            costs = self._costs(self.population, len(table)).join(table.drop(columns="client"))
+            costs.to_csv(self.run_dir / COSTS, index=False)
         table.to_json(self.run_dir / TABLE, orient="split", index=False, date_format="iso")
+
+    def _costs(self, population: Population, num_clients: int) -> pd.DataFrame:
+        """One row per client; NaN for the seconds of one that has not trained by itself."""
+        ranks, initial, rows = population.needs.ranks, population.initial.tensors(), []
+        for client in range(num_clients):
+            number, total = self.rounds.get(client, (0, 0.0))
+            own = [tensor if ranks is None else ranks.narrow(client, name, tensor) for name, tensor in initial.items()]
+            rows.append(
+                {
+                    "client": client,
+                    "rank": None if ranks is None else ranks.of_row(client),
+                    "adapter_bytes": sum(tensor.numel() * tensor.element_size() for tensor in own),
+                    "seconds_per_round": total / number if number else math.nan,
+                }
+            )
+        return pd.DataFrame(rows).dropna(axis=1, how="all")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rounds and seconds of each client so far."""
+        return {"rounds": {str(client): list(own) for client, own in self.rounds.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore them."""
+        self.rounds = {int(client): (number, total) for client, (number, total) in state["rounds"].items()}
 
 
 def step_of(evaluation: Evaluation) -> int:

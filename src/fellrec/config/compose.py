@@ -148,8 +148,14 @@ def composed(overrides: Sequence[str]) -> DictConfig:
             _drop_defaults(config, key, own, given)
     expand_transforms(config)
     if is_federation(config):
-        add_members(config, own, of_members, composed)
+        add_members(config, own, of_members, lambda alone: _of_member(conf_dir(), tuple(alone)))
     return config
+
+
+@lru_cache(maxsize=64)
+def _of_member(conf: Path, overrides: tuple[str, ...]) -> DictConfig:
+    """A run on one data set, composed once for all runs of a sweep; not to be changed."""
+    return composed(overrides)
 
 
 def check(config: DictConfig, optional: Collection[str] = ()) -> None:

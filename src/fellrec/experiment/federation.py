@@ -16,6 +16,7 @@ from fellrec.config.registry import own_settings
 from fellrec.cut.client_model import CutClientModel
 from fellrec.cut.link import InProcess, Transport
 from fellrec.cut.server import BodyServer, ServerSettings
+from fellrec.data.datamodule import FellrecDataModule
 from fellrec.distributed.batch_sharing import BatchSharing
 from fellrec.errors import ConfigError
 from fellrec.experiment.build import Recommender, ServerPart, build_rule, build_sampler
@@ -138,7 +139,7 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
     initial = {**recommender.initial, **body}
     initial = {name: initial[name].cpu() for name in sorted(initial)}  # rules compute there, whatever clients train on
     rule.begin(initial)
-    ranks = _ranks(recommender.adapter, num_clients, rule.changes_ranks)
+    ranks = ranks_of(recommender.adapter, recommender.datamodule, rule.changes_ranks)
     population = rule.new_population(initial, num_clients, trainer.reset_optimizer, ranks)
     if population.server_rows and not recommender.datamodule.num_samples(PUBLIC):
         rate = with_totals(as_dict(config))["data"]["public_user_rate"]
@@ -230,12 +231,18 @@ def _layers(recommender: Recommender) -> list[LoraLayer]:
     return [LoraLayer(*found) for model in models for found in lora_layers(model)]
 
 
-def _ranks(adapter: Any, num_clients: int, change: bool) -> Ranks | None:
-    """The clients' ranks, if they differ or can change."""
+def ranks_of(adapter: Any, batches: FellrecDataModule, changes: bool = False) -> Ranks | None:
+    """The LoRA ranks of the clients, if they differ or can change.
+
+    Args:
+        adapter: Of the run.
+        batches: Training samples by client, for ranks by size.
+        changes: Whether the rule changes them.
+    """
     rank = getattr(adapter, "rank", None)
-    if isinstance(rank, int) and change:
-        rank = [rank] * num_clients
-    return Ranks(rank, num_clients) if isinstance(rank, Sequence) else None
+    if rank is None or (isinstance(rank, int) and not changes):
+        return None
+    return Ranks.of_setting(rank, [batches.num_samples(client) for client in range(batches.data.num_clients)])
 
 
 def _participation(

@@ -6,12 +6,13 @@ one of its own rank is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fellrec.errors import ConfigError
+from fellrec.functional.by_size import by_size
 from fellrec.functional.lora import is_factor
 from fellrec.state.tensor_store import StoredTensors
 
@@ -41,6 +42,25 @@ class Ranks:
             )
         self.of_client = list(of_client)
         self._parts: dict[int, tuple[StoredTensors, StoredTensors]] = {}
+
+    @classmethod
+    def of_setting(cls, rank: int | Sequence[int] | Mapping[int, int], sizes: Sequence[int]) -> Ranks:
+        """The ranks that a value of ``adapter.rank`` gives clients.
+
+        Args:
+            rank: One for all, that of each client, or ranks by size, see ``by_size``.
+            sizes: Number of training samples of each client.
+
+        Raises:
+            ConfigError: If a list has not one for each client.
+
+        Example:
+            >>> [Ranks.of_setting(rank, [9, 70]).of_client for rank in (4, [1, 2], {0: 2, 50: 8})]
+            [[4, 4], [1, 2], [2, 8]]
+        """
+        if isinstance(rank, Mapping):
+            return cls(by_size(rank, sizes), len(sizes))
+        return cls([rank] * len(sizes) if isinstance(rank, int) else rank, len(sizes))
 
     def of_row(self, row: int) -> int:
         """The rank of a row of the population."""

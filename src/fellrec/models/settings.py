@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -50,9 +50,18 @@ def _are_parts(layers: Any) -> bool:
 
 def _are_ranks(rank: Any) -> bool:
     one = whole(1)
+    if isinstance(rank, Mapping):
+        return 0 in rank and all(map(whole(0).accepts, rank)) and all(map(one.accepts, rank.values()))
     return one.accepts(rank) or (isinstance(rank, (list, tuple)) and len(rank) > 0 and all(map(one.accepts, rank)))
 
 
+Ranks = Annotated[
+    int | Sequence[int] | Mapping[int, int],
+    Allowed(
+        _are_ranks,
+        "a whole number of at least 1, or a list of them, or ranks by size such as {0: 4, 500: 8}",
+    ),
+]
 Layers = Annotated[str, Allowed(_are_parts, "head, body or tail, or several of them joined with +")]
 
 
@@ -172,8 +181,9 @@ class TargetSettings:
 class LoraSettings(TargetSettings):
     """Low-rank adapters of PEFT; the backbone is frozen."""
 
-    rank: Annotated[int | Sequence[int], Allowed(_are_ranks, "a whole number of at least 1, or a list of them")] = 8
-    """Rank r of the update B·A; or a list with that of each client, for rules that allow it."""
+    rank: Ranks = 8
+    """Rank r of the update B·A; or, for rules that allow it, a list with that of each client, or ranks by its number of
+    training samples: {0: 4, 500: 8} is 4 for clients with fewer than 500, and 8 for the others."""
     alpha: Count = 16
     """Scaling numerator; the update is scaled by alpha / r, with different ranks for all by the largest one."""
     path: Line | None = None
@@ -182,7 +192,9 @@ class LoraSettings(TargetSettings):
     @property
     def largest_rank(self) -> int:
         """The rank, or the largest of the clients' ranks."""
-        return self.rank if isinstance(self.rank, int) else max(self.rank)
+        if isinstance(self.rank, int):
+            return self.rank
+        return max(self.rank.values() if isinstance(self.rank, Mapping) else self.rank)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from fellrec.config.instantiate import as_dict
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.errors import ConfigError
 from fellrec.experiment.build import build_adapter, build_batches, build_data, build_rule, build_sampler
+from fellrec.experiment.federation import ranks_of
 from fellrec.federated.population import Population
 from fellrec.federated.settings import TrainerSettings
 from fellrec.functional.cost import (
@@ -30,8 +31,9 @@ from fellrec.functional.cost import (
 from fellrec.functional.participation import cohort_size
 from fellrec.models.adapters import FullAdapter
 from fellrec.models.module import Objective
+from fellrec.models.remote import PARTS
 from fellrec.models.settings import EVERY_STEP
-from fellrec.models.split import SplitModel
+from fellrec.models.split import SplitModel, bytes_of_parts
 from fellrec.planning.load import Load, count_load, count_pass, count_work
 from fellrec.planning.losses import Losses, losses_of, with_losses
 from fellrec.planning.measure import measure_parts
@@ -61,6 +63,25 @@ class PlanSettings:
 
 
 @dataclass(frozen=True)
+class ClientPlan:
+    """A client's part of the adapter.
+
+    Attributes:
+        rank: LoRA rank.
+        num_samples: Training samples.
+        head_bytes: Adapter in the head.
+        body_bytes: Adapter in the body, at the server.
+        tail_bytes: Adapter in the tail.
+    """
+
+    rank: int
+    num_samples: int
+    head_bytes: int
+    body_bytes: int
+    tail_bytes: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """The cost of one configuration.
 
@@ -80,6 +101,7 @@ class Plan:
         settings: Settings that the notes below the tables depend on.
         has_own_tokenizer: Whether tokens were counted with the backbone's own tokenizer.
         seconds_per_round: Training time of a round with clients one after another; ``None`` without a probe.
+        clients: What the clients have of the adapter, where LoRA ranks may differ; empty otherwise.
     """
 
     data: str
@@ -97,6 +119,7 @@ class Plan:
     settings: PlanSettings
     has_own_tokenizer: bool
     seconds_per_round: float | None = None
+    clients: tuple[ClientPlan, ...] = ()
 
     @property
     def client(self) -> PartCost:
@@ -165,6 +188,7 @@ class Plan:
             "checkpoint_bytes": self.checkpoint_bytes,
             "seconds_per_round": self.seconds_per_round,
             **asdict(self.settings),
+            "clients": [asdict(client) for client in self.clients],
             "is_sampled": self.load.is_sampled,
             "has_own_tokenizer": self.has_own_tokenizer,
         }
@@ -206,7 +230,9 @@ class Planner:
         rule = build_rule(config)
         population = rule.new_population({}, data.num_clients)
         load = self._load(config, objective, batches, rule, population)
-        parts = measure_parts(model, build_adapter(config), objective, load.largest_batch)
+        adapter = build_adapter(config)
+        parts = measure_parts(model, adapter, objective, load.largest_batch)
+        clients = _clients(adapter, model, batches)
         num_training = cohort_size(data.num_clients, config.participation.rate)
         num_updates = rule.buffer_of(num_training) or num_training
         seconds = None
@@ -223,12 +249,17 @@ class Planner:
             cohort_size=num_updates,
             **parts,
             load=load,
-            traffic=traffic(**parts, load=load.mean, settings=_traffic_settings(config, backbone.model, rule)),
+            traffic=traffic(
+                **_with_mean_adapter(parts, clients),
+                load=load.mean,
+                settings=_traffic_settings(config, backbone.model, rule),
+            ),
             checkpoint_bytes=checkpoint_bytes(total_cost(parts.values()), data.num_clients, population.num_rows),
             micro_batch=(rows, tokens),
             settings=_settings(config),
             has_own_tokenizer=is_own,
             seconds_per_round=seconds,
+            clients=clients,
         )
 
     def _load(
@@ -305,6 +336,27 @@ def _check_probe(config: DictConfig, num_steps: int) -> None:
         raise ConfigError(
             f"--probe {num_steps} runs in one process; use split.transport=none or inprocess, not distributed"
         )
+
+
+def _clients(adapter: Any, model: SplitModel, batches: FellrecDataModule) -> tuple[ClientPlan, ...]:
+    """What each client has of an adapter that is attached to the model; empty if all have the same."""
+    ranks = ranks_of(adapter, batches)
+    if ranks is None:
+        return ()
+    parameters = adapter.trainable(model.model)
+    found = []
+    for client, rank in enumerate(ranks.of_client):
+        sizes = bytes_of_parts(model, {name: ranks.narrow(client, name, p) for name, p in parameters.items()})
+        found.append(ClientPlan(rank, batches.num_samples(client), *(sizes[part] for part in PARTS)))
+    return tuple(found)
+
+
+def _with_mean_adapter(parts: Mapping[str, PartCost], clients: Sequence[ClientPlan]) -> dict[str, PartCost]:
+    """The parts with the adapter's mean size over clients, rounded to bytes: traffic is the mean over clients."""
+    if not clients:
+        return dict(parts)
+    means = {name: round(sum(getattr(c, f"{name}_bytes") for c in clients) / len(clients)) for name in parts}
+    return {name: replace(part, adapter_bytes=means[name]) for name, part in parts.items()}
 
 
 def _settings(config: DictConfig) -> PlanSettings:

@@ -138,6 +138,18 @@ def _table(rows: Sequence[Row], title: str, columns: Sequence[_Column]) -> Table
     return text_table(title, [*left, *(heading for heading, _ in columns)], cells, num_left=len(left) + 1)
 
 
+def _ranks_text(plan: Plan) -> str:
+    """How many clients have which LoRA rank, and how many bytes it has; empty if all have one rank."""
+    groups: dict[tuple[int, int], int] = {}
+    for client in plan.clients:
+        key = client.rank, client.head_bytes + client.body_bytes + client.tail_bytes
+        groups[key] = groups.get(key, 0) + 1
+    if len(groups) < 2:
+        return ""
+    shown = ", ".join(f"{count} of rank {rank} ({human_bytes(size)})" for (rank, size), count in sorted(groups.items()))
+    return f"LoRA ranks: clients {shown}. Traffic is their mean; adapter, optimiser and memory are of the largest rank."
+
+
 def _notes(rows: Sequence[Row]) -> str:
     plans = [row.plan for row in rows]
     shapes = sorted({plan.micro_batch for plan in plans})
@@ -176,6 +188,7 @@ def _notes(rows: Sequence[Row]) -> str:
         notes.append(
             f"Losses that clients measure before they train are counted in traffic: {numbers} a client that trains."
         )
+    notes += list(dict.fromkeys(text for plan in plans if (text := _ranks_text(plan))))
     if any(plan.seconds_per_round is not None for plan in plans):
         notes.append(
             "s/round: median step of the largest client times the number of steps, on this machine; losses that are "

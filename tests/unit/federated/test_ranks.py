@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from fellrec.cli.plan import plan
 from fellrec.config.compose import compose
 from fellrec.errors import ConfigError
-from fellrec.experiment.build import Recommender, build_data, build_recommender
+from fellrec.experiment.build import Recommender, build_data, build_recommender, build_rule
 from fellrec.experiment.federation import build_federation
 from fellrec.federated.checkpoint import CheckpointFolder
 from fellrec.federated.ranks import Ranks
@@ -18,6 +19,8 @@ from fellrec.federated.ranks import Ranks
 RANKS = (1, 4, 2)
 HOW = ["adapter=lora", "adapter.rank=[1,4,2]", "adapter.alpha=8", "adapter.dropout=0", "trainer.max_local_steps=2",
        "trainer.learning_rate=0.05", "trainer.num_rounds=2"]  # fmt: skip
+
+WITHOUT_RANK = [item for item in HOW if "rank" not in item]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +96,7 @@ def test_rules_that_need_one_rank_are_refused_by_name(recommender: Recommender, 
             federation(recommender, tiny_overrides, f"aggregation={rule}")
 
 
-@pytest.mark.parametrize("rank", ["0", "[]", "[1,0]", "1.5", "[1,a]"])
+@pytest.mark.parametrize("rank", ["0", "[]", "[1,0]", "1.5", "[1,a]", "{5: 1}", "{0: 0}"])
 def test_a_rank_is_a_number_or_a_list(tiny_overrides: list[str], rank: str) -> None:
     with pytest.raises(ConfigError, match=r"adapter\.rank=.*a whole number of at least 1, or a list of them"):
         compose([*tiny_overrides, "adapter=lora", f"adapter.rank={rank}"])
@@ -132,3 +135,50 @@ def test_a_run_that_is_stopped_within_a_round_continues_with_the_same_parts(
     for row in range(3):
         mine, theirs = (made.population.bank.row(row) for made in (third, whole))
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_ranks_by_size_are_those_of_the_list(recommender: Recommender, tiny_overrides: list[str]) -> None:
+    """The threshold is the second largest client's number of samples; where all ranks are equal, one number does the
+    same, in rules that need one rank too."""
+    sizes = [recommender.datamodule.num_samples(client) for client in range(3)]
+    limit = sorted(sizes)[1]
+    by_size = [*tiny_overrides, *WITHOUT_RANK, f"adapter.rank={{0: 1, {limit}: 4}}"]
+    config = compose([*by_size, "aggregation=hetlora"])
+    made = build_federation(config, build_recommender(config, build_data(config)))
+    expected = [4 if size >= limit else 1 for size in sizes]
+    assert sorted(expected) == [1, 4, 4]
+    assert made.population.needs.ranks.of_client == expected  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match="aggregation fedavg needs clients with one rank: adapter.rank="):
+        build_rule(compose([*by_size, "aggregation=fedavg"]))
+
+
+def test_equal_ranks_are_one_rank(tiny_overrides: list[str]) -> None:
+    """A list, ranks by size and one number give the same bits."""
+    found: dict[str, list[list[Any]]] = {"fedavg": [], "hetlora": []}
+    for rank in ("2", "[2,2,2]", "{0: 2, 100: 2}"):
+        overrides = [*tiny_overrides, *WITHOUT_RANK, f"adapter.rank={rank}"]
+        same = build_recommender(compose(overrides), build_data(compose(overrides)))
+        for rule, adapters in found.items():
+            made = build_federation(compose([*overrides, f"aggregation={rule}"]), same)
+            made.loop().run_round(0)
+            adapters.append([made.population.bank.row(row) for row in range(3)])
+    for first, *others in found.values():
+        for other in others:
+            for mine, theirs in zip(first, other, strict=True):
+                assert all(torch.equal(theirs[name], tensor) for name, tensor in mine.items())
+
+
+def test_the_plan_has_what_each_client_has_of_the_adapter(tiny_overrides: list[str]) -> None:
+    """Bytes and mean traffic are those of the run's ledger."""
+    overrides = [*tiny_overrides, *HOW, "aggregation=hetlora", "split.head_layers=1", "split.tail_layers=1"]
+    (row,) = plan(overrides)
+    config = compose(overrides)
+    made = build_federation(config, build_recommender(config, build_data(config)))
+    made.loop().run_round(0)
+    sizes = [made.exchange.ledger.total(client=c, round=0, direction="up", kind="adapter") for c in range(3)]
+    assert [client.rank for client in row.plan.clients] == list(RANKS)
+    assert [c.head_bytes + c.body_bytes + c.tail_bytes for c in row.plan.clients] == sizes
+    assert row.plan.traffic.adapter_up_bytes == pytest.approx(sum(sizes) / 3, abs=1)
+    (uniform,) = plan([*(item for item in overrides if "rank" not in item), "adapter.rank=4"])
+    assert not uniform.plan.clients
+    assert uniform.plan.traffic.adapter_up_bytes == max(sizes)

@@ -127,6 +127,7 @@ class Limits:
     def _of_models(self, config: Mapping[str, Any]) -> list[str | None]:
         """Problems with the adapter, where the model is, and what is exchanged."""
         adapter, ranks = _at(config, "adapter._target_", ""), _at(config, "adapter.rank", None)
+        ranks = list(ranks) if isinstance(ranks, Sequence) else ranks
         devices, nodes = _at(config, "trainer.devices", 1), _at(config, "trainer.num_nodes", 1)
         transport, quantize = _at(config, "split.transport", "none"), _at(config, "backbone.quantize", None)
         return [
@@ -155,10 +156,17 @@ class Limits:
             f"changes the weights of the backbone: backbone.quantize={quantize} is not allowed, leave it out"
             if self.changes_base and quantize
             else None,
-            f"needs clients with one rank: adapter.rank={list(ranks)} is not allowed, give one number"
-            if self.one_rank and isinstance(ranks, Sequence) and len(set(ranks)) > 1
+            f"needs clients with one rank: adapter.rank={ranks} is not allowed, give one number"
+            if self.one_rank and len(_ranks(ranks)) > 1
             else None,
         ]
+
+
+def _ranks(given: Any) -> set[int]:
+    """The ranks that ``adapter.rank`` may give clients."""
+    if isinstance(given, Mapping):
+        return set(given.values())
+    return set(given) if isinstance(given, Sequence) else {given}
 
 
 def _at(config: Mapping[str, Any], key: str, default: Any) -> Any:
