@@ -144,13 +144,14 @@ def save_pyfunc(folder: Path, config: DictConfig, recommender: Recommender, resu
     with TemporaryDirectory(dir=folder.parent) as work:
         write_bundle(Path(work) / "bundle", config, recommender, result)
         mlflow.pyfunc.save_model(
-            folder,
+            Path(work) / "model",
             python_model=str(Path(__file__).with_name("served_pyfunc.py")),
             artifacts={"bundle": str(Path(work) / "bundle"), "source": str(_source(Path(work)))},
             signature=signature,
             input_example=example,
             pip_requirements=requirements(),
         )
+        (Path(work) / "model").rename(folder)  # a run that is killed leaves no part of it
 
 
 def _copy_backbone(source: Path | None, folder: Path) -> str | None:
