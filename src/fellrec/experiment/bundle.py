@@ -7,9 +7,12 @@ interactions of users.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -141,7 +144,7 @@ def save_pyfunc(folder: Path, config: DictConfig, recommender: Recommender, resu
         params=ParamSchema([ParamSpec("k", DataType.long, 10)]),
     )
     example = pd.DataFrame({"client": [0], "history": [list(recommender.data.catalogue.titles[:2])]})
-    with TemporaryDirectory(dir=folder.parent) as work:
+    with TemporaryDirectory(dir=folder.parent) as work, _quiet():
         write_bundle(Path(work) / "bundle", config, recommender, result)
         mlflow.pyfunc.save_model(
             Path(work) / "model",
@@ -152,6 +155,20 @@ def save_pyfunc(folder: Path, config: DictConfig, recommender: Recommender, resu
             pip_requirements=requirements(),
         )
         (Path(work) / "model").rename(folder)  # a run that is killed leaves no part of it
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """While this lasts, MLflow does not print what it checks, nor that `predict` could have type hints."""
+    logger = logging.getLogger("mlflow")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    finally:
+        logger.setLevel(before)
 
 
 def _copy_backbone(source: Path | None, folder: Path) -> str | None:
