@@ -20,11 +20,13 @@ from fellrec.cli.main import main
 from fellrec.cli.plan import plan
 from fellrec.config.compose import compose
 from fellrec.config.members import member_configs
+from fellrec.config.stored import read_config
 from fellrec.data.prepared import PreparedData
-from fellrec.errors import LeakError
+from fellrec.errors import DataError, LeakError
 from fellrec.experiment.build import Recommender, build_data, build_recommender
 from fellrec.experiment.federation import build_loop
 from fellrec.experiment.run import Run, reference_results
+from fellrec.experiment.served import ServedModel, nearest_client
 from fellrec.types import Evaluation
 
 Make = Callable[..., tuple[DictConfig, Recommender]]
@@ -199,6 +201,29 @@ def test_the_files_of_a_run_follow_the_users_client(finished: tuple[Any, Path], 
     assert costs["adapter_bytes"].nunique() == 1
     matrices = np.load(run_dir / "matrices.npz")
     assert matrices["mixing"].shape == (1, 4, 4)
+
+
+def test_recommendations_are_of_the_clients_own_catalogue(finished: tuple[Any, Path], data: PreparedData) -> None:
+    """After a tested user's history, a client's model recommends what the test ranked first; the nearest client of a
+    history is one of its data set, and titles of another catalogue are refused."""
+    run_dir = finished[1]
+    served = ServedModel.of_run(run_dir, read_config(run_dir))
+    rankings = pd.read_parquet(run_dir / "rankings.parquet")
+    best = rankings[rankings["rank"] == 0]
+    for name, clients in (("films", (0, 1)), ("clips", (2, 3))):
+        catalogue = data.members[name].catalogue
+        titles = dict(zip((f"{name}/{item}" for item in catalogue.item_ids), catalogue.titles, strict=True))
+        row = best[best["client"] == clients[1]].iloc[0]
+        user = data.users["user_id"].tolist().index(row["user_id"])
+        items = [*data.train.row(user), *data.valid.row(user)]
+        history = [titles[data.catalogue.item_ids[item]] for item in items]
+        found = served.recommend(clients[1], history, len(catalogue) - len(items))
+        assert {item.item_id for item in found} <= set(catalogue.item_ids)
+        assert found[0].score == pytest.approx(row["score"], abs=1e-5)
+        assert nearest_client(data, items) in clients
+        other = clients[0] - 2 if name == "clips" else 2
+        with pytest.raises(DataError, match="no item is called"):
+            served.recommend(other, history, 1)
 
 
 def test_a_run_can_be_evaluated_and_resumed(

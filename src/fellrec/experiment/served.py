@@ -17,6 +17,7 @@ from sklearn.preprocessing import normalize
 from fellrec.data.partition import user_item_matrix
 from fellrec.data.prepared import PreparedData
 from fellrec.data.ragged import Ragged
+from fellrec.data.schema import Catalogue
 from fellrec.data.titles import items_of
 from fellrec.errors import ConfigError, DataError
 from fellrec.experiment.restore import restore
@@ -92,11 +93,11 @@ class ServedModel:
             DataError: If the history is empty or a title is not in the catalogue.
         """
         items = check_request(self.data, client, history, k)
-        scores = self._scores(client, items)
+        catalogue, first = catalogue_of(self.data, client)
+        scores = self._scores(client, [item + first for item in items])
         if not self.data.ranks_seen:
             scores[items] = -np.inf
         order = np.argsort(-scores, kind="stable")[:k]
-        catalogue = self.data.catalogue
         return [
             Recommended(rank, catalogue.item_ids[item], catalogue.titles[item], float(scores[item]))
             for rank, item in enumerate(order[np.isfinite(scores[order])].tolist(), start=1)
@@ -104,7 +105,7 @@ class ServedModel:
 
     @torch.no_grad()
     def _scores(self, client: int, items: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Scores of all items, ``[I]``."""
+        """Scores of all items of the client's catalogue, ``[I]``."""
         histories = self.fabric.to_device(torch.tensor([items[-self.data.max_history :]]))
         module = self.module.eval()
         with self._model.evaluating(self.jobs[client], "test", 0), self.fabric.autocast():
@@ -113,19 +114,23 @@ class ServedModel:
 
 
 def check_request(data: PreparedData, client: int, history: Sequence[str], k: int) -> list[int]:
-    """The items of a history; see `ServedModel.recommend`."""
-    if data.members:
-        raise ConfigError(
-            "recommendations of data=federation are not supported: its clients have catalogues of their own"
-        )
+    """The items of a history in the client's catalogue; see `ServedModel.recommend`."""
     if not 0 <= client < data.num_clients:
         raise ConfigError(f"client {client} is not allowed: the run has clients 0 to {data.num_clients - 1}")
-    num_items = len(data.catalogue)
+    catalogue, _ = catalogue_of(data, client)
+    num_items = len(catalogue)
     if not 1 <= k <= num_items:
         raise ConfigError(f"k={k} is not allowed: a whole number from 1 to {num_items}, the number of items")
     if not history:
         raise DataError("the history is empty: give at least one title")
-    return items_of(history, data.catalogue)
+    return items_of(history, catalogue)
+
+
+def catalogue_of(data: PreparedData, client: int) -> tuple[Catalogue, int]:
+    """The items that a client ranks, and the number of the first one among all items of the data."""
+    place = data.places.of_client(client)
+    own = list(data.members.values())[place] if data.members else data
+    return own.catalogue, data.places.items[place]
 
 
 def nearest_client(data: PreparedData, items: Sequence[int]) -> int:
