@@ -15,6 +15,7 @@ from fellrec.report.tables import display_name
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 _MOST_NUMBERS = 12
 """Largest matrix whose cells are labelled with numbers."""
@@ -47,11 +48,18 @@ def heat_map(matrix: Sequence[Sequence[float]], clients: Sequence[int], title: s
     axes.set_ylabel("receiver" if is_mixing else "client")
     axes.set_title(title, fontsize=10)
     if len(clients) <= _MOST_NUMBERS:
-        for (row, column), value in np.ndenumerate(values):
-            colour = "black" if image.norm(value) > 0.6 else "white"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+        _write_cells(axes, image, values)
     figure.colorbar(image, ax=axes, shrink=0.85)
     return figure
+
+
+def _write_cells(axes: Axes, image: AxesImage, values: NDArray[Any]) -> None:
+    """The number in each cell, so that the figure can be read in grey: white on dark colours, black on light ones."""
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            red, green, blue, _ = image.to_rgba(np.array([value]))[0]
+            colour = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=7)
 
 
 @drawing()
@@ -87,6 +95,7 @@ def matrices_over_rounds(found: Mapping[str, NDArray[Any]]) -> Figure:
             if len(clients) <= _MOST_NUMBERS:
                 axes.set_xticks(range(len(clients)), clients)
                 axes.set_yticks(range(len(clients)), clients)
+                _write_cells(axes, image, matrix)
             axes.set_xlabel("sender" if is_mixing else "client", fontsize=8)
             axes.set_ylabel("receiver" if is_mixing else "client", fontsize=8)
         if image is not None:

@@ -106,7 +106,7 @@ def sections_of(runs: Sequence[StoredRun], comparison: Comparison, cutoff: int) 
                 "spread",
                 frontier(spread_points(comparison, metric), title),
                 "Up and left is better: a higher mean and a smaller standard deviation over clients. No rule is better "
-                f"in both than those on the grey line.{over_seeds}",
+                f"in both than those that a grey line joins.{over_seeds}",
             ),
         ),
         Section(
