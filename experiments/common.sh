@@ -1,5 +1,6 @@
 # Sourced by the sweeps: `. "$(dirname "$0")/../common.sh"` after `out=FOLDER`. Each cell of a sweep is one `fellrec compare`
-# in its own directory under OUT; a finished cell is not run again, so an interrupted sweep can be restarted.
+# in its own directory under OUT; a finished cell is not run again and a begun one is resumed, so an interrupted sweep can
+# be restarted.
 #
 # Environment variables: RULES and SEEDS select runs, BACKBONE replaces SASRec in sweeps that use it (such as
 # "backbone=hf backbone.path=MODEL adapter=lora"); FELLREC and PYTHON are the commands to run.
@@ -17,7 +18,12 @@ small="trainer.batch_size=32 trainer.learning_rate=3e-3 trainer.num_rounds=12 tr
 cell() {
     name=$1
     shift
-    [ -f "$out/$name/comparison/comparison.json" ] || $fellrec compare "$@" "seed=$seeds" "run_dir=$out/$name"
+    if [ -f "$out/$name/comparison/comparison.json" ]; then return; fi
+    if [ -f "$out/$name/runs.json" ]; then
+        $fellrec compare "resume=$out/$name"
+    else
+        $fellrec compare "$@" "seed=$seeds" "run_dir=$out/$name"
+    fi
 }
 
 # report [PAIR...]: write tables and a figure of all cells into OUT

@@ -25,7 +25,8 @@ from fellrec.data.prepared import PreparedData
 from fellrec.errors import DataError, LeakError
 from fellrec.experiment.build import Recommender, build_data, build_recommender
 from fellrec.experiment.federation import build_loop
-from fellrec.experiment.run import Run, reference_results
+from fellrec.experiment.results import reference_results
+from fellrec.experiment.run import Run
 from fellrec.experiment.served import ServedModel, nearest_client
 from fellrec.types import Evaluation
 

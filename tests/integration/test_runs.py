@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -54,6 +55,15 @@ def test_a_run_ends_with_a_table_and_says_where_it_lies(finished: tuple[Path, st
     folder, shown = finished
     for name in ("FELLRec", "random", "popularity", "Markov", "Markov, decayed", "pretrained base", "NDCG@10", "worst"):
         assert name in shown
+    first = shown.index("FELLRec on synthetic: 3 clients, 72 users, 60 items; 2 rounds\n")
+    assert re.match(
+        r".*\nbackbone tiny: all [\d,]+ parameters are trained\ninput of a user: \d+ tokens on average, at most \d+\n"
+        r"training: about \d+ s \(\d+ steps of [\d.e-]+ s\); evaluations come on top\n",
+        shown[first:],
+    )
+    assert "round 2/2, train loss " in shown
+    assert ", val NDCG@10 " in shown
+    assert not {"\x1b[1m", "\x1b[3m"} & set(re.findall("\x1b\\[\\d+m", shown)), "plain, as it is no terminal"
     assert f"Run directory: {folder / 'run'}" in shown
     assert "fellrec ui" in shown
 
@@ -63,8 +73,10 @@ def test_the_run_directory_is_complete(finished: tuple[Path, str]) -> None:
     names = {path.name for path in run.iterdir()}
     assert names >= {
         *("config.yaml", "versions.json", "data.json", "partition.parquet", "results.json", "users.parquet"),
-        *("clients.csv", "adapters", "checkpoints", "matrices.npz", "matrices.png"),
+        *("clients.csv", "adapters", "checkpoints", "matrices.npz", "matrices.png", "rounds.csv", "finished.json"),
     }
+    report = (run / "report.md").read_text()
+    assert names - {"finished.json"} == {name for name in names if f"| `{name}` |" in report}, "it says what each is"
     users = pd.read_parquet(run / "users.parquet")
     results = json.loads((run / "results.json").read_text())
     assert users["ndcg_at_10"].mean() == pytest.approx(results["summary"]["ndcg_at_10/pooled"], rel=1e-12)
@@ -192,23 +204,35 @@ def test_compare_prints_the_same_figures_as_table_and_json(
     workplace: Path, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep = ["aggregation=local,fedavg,fellrec,centralized", "seed=0,1", "trainer.num_rounds=1"]
-    main(["compare", *tiny_overrides, *sweep, "run_dir=both", "--format", "json"])
-    shown = capsys.readouterr().out
-    comparison = json.loads(shown)
+    main(["compare", *tiny_overrides, *sweep, "run_dir=both", "--format", "json", "--quiet"])
+    shown = capsys.readouterr()
+    assert not re.search("comparison of|on synthetic:|round 1/1", shown.err), "no progress"
+    comparison = json.loads(shown.out)
     assert comparison == json.loads((workplace / "both" / "comparison" / "comparison.json").read_text())
     assert list(comparison["rules"]) == [
         *("local", "fedavg", "fellrec", "centralized"),
         *("random", "popularity", "client_popularity", "markov", "markov_decay", "item_knn", "mf", "pretrained"),
     ]
-    table = pd.read_csv(workplace / "both" / "comparison" / "comparison.csv", keep_default_na=False)
-    for row, rule in zip(table.to_dict("records"), comparison["rules"].values(), strict=True):
+    table = pd.read_csv(workplace / "both" / "comparison" / "comparison.csv")
+    lines = (workplace / "both" / "comparison" / "comparison.md").read_text().splitlines()[2:]
+    for row, line, rule in zip(table.to_dict("records"), lines, comparison["rules"].values(), strict=False):
         mean = rule["mean"]["ndcg_at_10/mean"]
-        assert row["NDCG@10"].startswith(f"{mean:.4f}")
+        assert row["ndcg_at_10_mean"] == pytest.approx(mean, rel=1e-12)
+        assert f"{mean:.4f}" in line.split("|")[2]
         assert len(rule["runs"]) == (2 if rule["kind"] == "learned" else 1)
         if rule["kind"] == "learned":
             values = [run["summary"]["ndcg_at_10/mean"] for run in rule["runs"]]
             assert mean == pytest.approx(sum(values) / 2)
-            assert row["NDCG@10"].endswith(f"±{abs(values[0] - values[1]) / 2**0.5:.4f}")
+            assert row["ndcg_at_10_mean_sd"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+            assert f" ±{abs(values[0] - values[1]) / 2**0.5:.4f}" in line.split("|")[2]
+    assert len(table) == len(comparison["rules"])
+    assert all(map(pd.api.types.is_numeric_dtype, table.dtypes.drop(["rule", "kind"]))), "numbers"
+    report = (workplace / "both" / "comparison" / "report.md").read_text()
+    for path in (workplace / "both" / "comparison").iterdir():
+        assert f"| `{path.name}` |" in report
+    assert "![Clients](clients.png)" in report
+    command = shlex.split((workplace / "both" / "command.txt").read_text())
+    assert command == ["fellrec", "compare", *tiny_overrides, *sweep, "run_dir=both", "--format", "json", "--quiet"]
     gain = comparison["rules"]["fellrec"]["gain_over_local"]["ndcg_at_10"]
     differences = [
         mine - base

@@ -417,13 +417,14 @@ def test_a_multirun_writes_its_runs_into_its_run_dir(
     """As ``fellrec submit -m`` does; and a folder with files is refused before the first run."""
     monkeypatch.chdir(tmp_path)
     made: list[str] = []
-    monkeypatch.setattr("fellrec.cli.train.train", lambda config, *_: made.append(config.run_dir))
+    monkeypatch.setattr("fellrec.cli.train.train", lambda config, _, folder: made.append(folder))
     monkeypatch.setattr("sys.argv", ["fellrec"])
     main(["train", "-m", "aggregation=fedavg,fellrec", "aggregation.alpha=0.3,0.7", "run_dir=here"])
-    assert made == [f"here/{name}" for name in ("000-fedavg-s0", "000-fellrec-s0", "001-fellrec-s0")]
+    names = ["000-fedavg-s0", "001-fellrec-s0", "002-fellrec-s0"]
+    assert made == [tmp_path / "here" / name for name in names]
+    alphas = [read_config(folder).aggregation.get("alpha") for folder in made]
+    assert alphas == [None, 0.3, 0.7], "what each run is was written before the first one starts"
     made.clear()
-    (tmp_path / "here").mkdir()
-    (tmp_path / "here" / "file").touch()
     with pytest.raises(SystemExit):
         main(["train", "-m", "seed=0,1", "run_dir=here"])
     assert not made

@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 
 from fellrec.cli.main import main
-from fellrec.cli.train import resumed
 from fellrec.config.compose import compose
 from fellrec.config.stored import to_yaml
 from fellrec.config.sweep import without_passwords
 from fellrec.errors import ConfigError
+from fellrec.experiment.resume import resumed
 from fellrec.experiment.store import finish_message
 from fellrec.functional import secrets
 from fellrec.tracking.delivery import OutboxClient, OutboxError

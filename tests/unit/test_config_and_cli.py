@@ -256,7 +256,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_help_starts_at_once() -> None:
     """The help text of every verb needs no heavy import."""
-    code = "import sys; import fellrec.cli.main; fellrec.cli.main._parser(); print(sorted(sys.modules))"
+    code = "import sys; import fellrec.cli.main; fellrec.cli.main.command_parser(); print(sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     for module in ("torch", "hydra", "mlflow", "transformers", "pandas"):
         assert f"'{module}'" not in loaded
@@ -290,7 +290,64 @@ for words in ("train", "compare", "plan", "submit", "prepare", "check-rule fedav
     assert done.stderr.count("unknown backbone 'tinny'") == 6
 
 
-@pytest.mark.parametrize("arguments", [["trian"], ["train", "--frmat", "json"], ["evaluate"], []])
+def test_without_a_verb_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main([])
+    assert not done.value.code
+    shown = capsys.readouterr()
+    assert all(verb in shown.out for verb in VERBS)
+    assert not shown.err
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert not done.value.code
+    assert capsys.readouterr().out.startswith("fellrec ")
+
+
+@pytest.mark.parametrize(("verb", "hint"), [("trian", "did you mean train?"), ("xyzzy", "choose from: prepare, train")])
+def test_a_wrong_verb_is_told_the_nearest(verb: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([verb])
+    assert f"unknown verb '{verb}'; {hint}" in capsys.readouterr().err
+
+
+def test_bash_completes_verbs_options_and_groups() -> None:
+    """In a real shell, by the function that the script defines."""
+    words = {"fellrec tra": "train", "fellrec train --show": "--show-config", "fellrec train aggr": "aggregation="}
+    script = 'eval "$("$@")"; shift $#\n' + "\n".join(
+        f"COMP_WORDS=({line}); COMP_CWORD={line.count(' ')}; COMPREPLY=(); _shtab_fellrec; echo ${{COMPREPLY[0]}}"
+        for line in words
+    )
+    command = [sys.executable, "-m", "fellrec", "completion", "bash"]
+    done = subprocess.run(["bash", "-c", script, "bash", *command], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == list(words.values()), done.stderr
+
+
+def test_a_rule_of_ones_own_is_named_beside_those_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_named_rules.py").write_text(
+        "from fellrec.aggregation import FedAvg\n"
+        "class Median(FedAvg):\n    def __init__(self, friends: int = 2):\n        self.friends = friends\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = "aggregation._target_=my_named_rules.Median"
+    assert expand(["aggregation=fedavg,my_named_rules.Median,local", "seed=0,1"]) == [
+        [rule, seed] for rule in ("aggregation=fedavg", mine, "aggregation=local") for seed in ("seed=0", "seed=1")
+    ]
+    assert expand(["+aggregation.friends=3"], [["aggregation=my_named_rules.Median,fedavg"]]) == [
+        ["+aggregation.friends=3", mine],
+        ["aggregation=fedavg"],
+    ], "a setting is for the rules that have it"
+    config = compose(["aggregation=my_named_rules.Median", "+aggregation.friends=3"])
+    assert OmegaConf.to_container(config.aggregation) == {"_target_": "my_named_rules.Median", "friends": 3}
+    with pytest.raises(ConfigError, match="unknown aggregation 'fedavgg'"):
+        compose(["aggregation=fedavgg"])
+
+
+@pytest.mark.parametrize("arguments", [["trian"], ["train", "--frmat", "json"], ["evaluate"]])
 def test_wrong_words_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main(arguments)

@@ -8,7 +8,7 @@ from pathlib import Path
 import fellrec
 
 FLOORS = (
-    ("errors", "types", "functional"),
+    ("errors", "types", "functional", "terminal"),
     ("data", "state", "distributed"),
     ("models", "metrics"),
     ("federated", "rankers"),

@@ -31,7 +31,7 @@ class AggregationCallback(FederatedCallback):
     A rule defines one of three methods: `mixing_matrix`, where each client gets a mixture of the clients' adapters;
     `update_weights`, where the server has one model that moves by a weighted sum of the clients' updates; or
     `aggregate`, for everything else. A rule with state overrides `state_dict` and `load_state_dict`, whose values may
-    be tensors. A rule of your own needs one class and the override ``aggregation._target_=my_package.MyRule``.
+    be tensors. A rule of your own needs one class and the override ``aggregation=my_package.MyRule``.
 
     Attributes:
         sees: What the rule reads of the clients' adapters: ``"adapters"``, all of them; ``"sums"``, only weighted sums

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fellrec.cli.arguments import add_format, add_overrides, add_show_config
+from fellrec.cli.arguments import add_format, add_overrides, add_show_config, add_trust
+from fellrec.errors import ConfigError
+from fellrec.launch.preemption import StopSignals
+from fellrec.terminal import tell
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     from fellrec.experiment.session import Session
     from fellrec.experiment.variants import Label
     from fellrec.federated.kept import KeptUsers
-    from fellrec.report.comparison import Comparison, RuleResult
+    from fellrec.report.comparison import Comparison
 
 PURPOSE = "several rules and seeds on one partition, in one table with the non-learned baselines"
 EXAMPLES = (
@@ -29,6 +32,7 @@ EXAMPLES = (
     "fellrec compare experiment=ml_1m_small data.root=ml-1m --format json",
     "fellrec compare aggregation=fedavg,fellrec trainer.learning_rate=1e-3,2e-3",
     "fellrec compare --run 'aggregation=fedavg trainer.learning_rate=2e-3' --run 'aggregation=fellrec'",
+    "fellrec compare resume=runs/COMPARISON",
 )
 
 
@@ -43,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="overrides of one rule, in quotes, combined with the other overrides; may be repeated",
     )
     add_show_config(parser)
+    add_trust(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -50,9 +55,11 @@ def run(options: argparse.Namespace) -> None:
     from omegaconf import OmegaConf
 
     from fellrec.config.compose import check_limits
-    from fellrec.experiment.variants import check_comparable, configurations
+    from fellrec.experiment.resume import resume_dir
+    from fellrec.experiment.variants import check_comparable
 
-    configs = configurations(options.overrides, options.run or ())
+    folder = resume_dir(options.overrides)
+    configs = _configurations(options, folder)
     if options.show_config:
         sys.stdout.write("---\n".join(OmegaConf.to_yaml(config) for config in configs))
         return
@@ -61,17 +68,36 @@ def run(options: argparse.Namespace) -> None:
     check_limits(configs)
     from fellrec.experiment.session import run_processes
 
-    command = options.arguments
-    run_processes(configs, lambda session: _report(*compare(configs, session, command), configs[0], options.format))
+    with StopSignals() as signals:
+        run_processes(
+            configs,
+            lambda session: _report(
+                *compare(configs, session, folder, signals, options.arguments), configs[0], options.format
+            ),
+        )
+
+
+def _configurations(options: argparse.Namespace, folder: Path | None) -> list[DictConfig]:
+    """The configurations of a new comparison, or of the one in ``folder``."""
+    from fellrec.config.compose import without_launcher
+    from fellrec.experiment.resume import resumed_group
+    from fellrec.experiment.variants import configurations
+
+    if folder is None:
+        return configurations(options.overrides, options.run or ())
+    if options.run:
+        raise ConfigError(f"--run is not allowed with resume={folder}: a comparison keeps its own runs; leave it out")
+    return list(map(without_launcher, resumed_group(options.overrides, folder, "comparison", options.trust).values()))
 
 
 def _report(comparison: Comparison, run_dir: Path, config: DictConfig, output_format: str) -> None:
     from fellrec.experiment.names import table_cutoff
     from fellrec.experiment.store import finish_message
     from fellrec.report.cost_tables import print_cost
+    from fellrec.report.main_table import print_comparison
     from fellrec.report.reachable import print_shares
     from fellrec.report.significance import print_significance
-    from fellrec.report.tables import print_comparison, results_console
+    from fellrec.report.tables import results_console
 
     if output_format == "json":
         sys.stdout.write(json.dumps(_plain(comparison, table_cutoff(config)), indent=1) + "\n")
@@ -86,64 +112,124 @@ def _report(comparison: Comparison, run_dir: Path, config: DictConfig, output_fo
 
 
 def compare(
-    configs: Sequence[DictConfig], session: Session | None = None, command: Sequence[str] = ()
+    configs: Sequence[DictConfig],
+    session: Session | None = None,
+    folder: Path | None = None,
+    signals: StopSignals | None = None,
+    command: Sequence[str] = (),
 ) -> tuple[Comparison, Path]:
     """Run every configuration and collect the results.
 
     Args:
         configs: One per rule, setting, seed and cut; see `check_comparable` for what must be the same in all.
         session: The processes of the command; ``None`` if there is one.
-        command: Its words after ``fellrec``, for the note in MLflow.
+        folder: The directory of a comparison that is resumed: finished runs are kept, begun ones continued.
+        signals: What may ask a run to stop.
+        command: The words of the command line, for ``command.txt``.
 
     Returns:
         The results, and the directory that holds every run.
 
     Raises:
-        ConfigError: If a rule's settings are not allowed.
+        ConfigError: If a rule's settings are not allowed, or the data changed since the comparison began.
     """
     from fellrec.experiment.auto import choose
     from fellrec.experiment.build import build_data, log_notes
     from fellrec.experiment.classes import check_classes, check_transforms
-    from fellrec.experiment.federation import build_loop
-    from fellrec.experiment.names import table_cutoff
-    from fellrec.experiment.parent import dataset_of, log_result, log_settings, parent_of
-    from fellrec.experiment.run import collect, reference_results
-    from fellrec.experiment.run_dir import check_new, new_run_dir
+    from fellrec.experiment.group import advising
+    from fellrec.experiment.run_dir import check_new, check_same_data, note_versions, write_command
     from fellrec.experiment.store import check_store
     from fellrec.experiment.variants import labels
-    from fellrec.report.significance import with_significance
-    from fellrec.state.files import private_files
-    from fellrec.tracking.run_log import parent_run
+    from fellrec.state.lock import check_free, hold
 
     for config in configs:
         check_classes(config)  # report errors of every rule before the first run starts
-    check_transforms(configs)
     first = configs[0]
-    if first.run_dir:
-        check_new(Path(first.run_dir))
+    if folder is not None:
+        check_free(folder)
+    else:
+        check_transforms(configs)
+        if first.run_dir:
+            check_new(Path(first.run_dir))
     check_store(first)
     data = build_data(first)
     log_notes(first, data)
+    if folder is not None:
+        check_same_data(folder, data)
     configs = choose(configs, data)
-    first = configs[0]
     recommenders = _Recommenders(data, session)
-    backbone = recommenders.of(first).backbone.name
+    recommenders.of(configs[0])
+    runs = dict(zip(labels(configs), configs, strict=True))
+    if folder is None:
+        run_dir = _new_comparison(runs, data)
+    else:
+        run_dir = folder.resolve()
+        note_versions(run_dir)
+    if command:
+        write_command(run_dir, command)
+    with hold(run_dir), advising(run_dir, "comparison"):
+        return _compare(runs, recommenders, run_dir, signals), run_dir
+
+
+def _new_comparison(runs: Mapping[Label, DictConfig], data: PreparedData) -> Path:
+    """Create the directory of a comparison, with one for each run that has its configuration."""
+    from fellrec.experiment.group import write_group
+    from fellrec.experiment.run_dir import new_run_dir, write_facts
+
+    first = next(iter(runs.values()))
     run_dir = new_run_dir(first.run_dir, f"{first.data.name}-compare")
-    names = labels(configs)
-    with parent_run(run_dir, parent_of(configs, names, data, backbone, run_dir.name)) as log:
-        log_settings(log, configs, names, dataset_of(first, data))
-        learned = [
-            _one(config, label, recommenders, run_dir, log.uid or None)
-            for config, label in zip(configs, names, strict=True)
-        ]
+    write_facts(run_dir, data)
+    write_group(run_dir, "comparison", {label.name: config for label, config in runs.items()})
+    return run_dir
+
+
+def _compare(
+    runs: Mapping[Label, DictConfig], recommenders: _Recommenders, run_dir: Path, signals: StopSignals | None
+) -> Comparison:
+    """Make all runs that are not finished, and write the results of all."""
+    from fellrec.callbacks.progress import Series
+    from fellrec.experiment.federation import build_loop
+    from fellrec.experiment.names import table_cutoff
+    from fellrec.experiment.parent import dataset_of, log_result, log_settings, parent_of
+    from fellrec.experiment.results import collect, reference_results
+    from fellrec.experiment.run import Run
+    from fellrec.experiment.run_dir import first_command
+    from fellrec.report.significance import with_significance
+    from fellrec.report.stored import is_finished
+    from fellrec.state.files import private_files
+    from fellrec.tracking.run_log import parent_run
+
+    labels, configs, session = list(runs), list(runs.values()), recommenders.session
+    first, data = configs[0], recommenders.data
+    new = parent_of(configs, labels, data, recommenders.of(first).backbone.name, run_dir.name)
+    with parent_run(run_dir, new) as log:
+        log_settings(log, configs, labels, dataset_of(first, data))
+        learned, left = [], [label for label in runs if not is_finished(run_dir / label.name)]
+        series = Series(len(left))
+        tell(_what(runs, len(left)))
+        for label, config in runs.items():
+            of_comparison = log.uid or None, label.rule, label.variant, signals, session
+            run = Run(config, recommenders.of(config), *of_comparison, folder=run_dir / label.name, series=series)
+            learned.append(run.execute())
         recommender = recommenders.of(first)
         references = reference_results(first, recommender, build_loop(first, recommender, session=session))
-        collected = collect(recommenders.of(first), [*learned, *references])
+        collected = collect(recommender, [*learned, *references], run_dir)
         comparison = with_significance(collected, table_cutoff(first))
         with private_files():
             write_outputs(comparison, run_dir, table_cutoff(first))
-        log_result(log, comparison, table_cutoff(first), command)
-    return comparison, run_dir
+        log_result(log, comparison, table_cutoff(first), first_command(run_dir))
+    return comparison
+
+
+def _what(runs: Mapping[Label, DictConfig], num_left: int) -> str:
+    """What is compared, in one line."""
+    from fellrec.report.tables import display_name
+
+    names = ", ".join(dict.fromkeys(" ".join(filter(None, (display_name(r.rule), r.variant))) for r in runs))
+    seeds = list(dict.fromkeys(label.seed for label in runs))
+    kept = f", {len(runs) - num_left} of them finished" if num_left < len(runs) else ""
+    word = "seed" if len(seeds) == 1 else "seeds"
+    return f"comparison of {len(runs)} runs{kept}: {names}; {word} {', '.join(map(str, seeds))}"
 
 
 def write_outputs(comparison: Comparison, run_dir: Path, cutoff: int) -> None:
@@ -151,11 +237,12 @@ def write_outputs(comparison: Comparison, run_dir: Path, cutoff: int) -> None:
     import torch
 
     from fellrec.report.cost_tables import cost_panels, write_cost
+    from fellrec.report.files import write_comparison_report
+    from fellrec.report.main_table import write_tables
     from fellrec.report.plots import client_dots, frontier, panels, save_png
     from fellrec.report.reachable import write_shares
     from fellrec.report.sections import spread_points
     from fellrec.report.significance import write_significance
-    from fellrec.report.tables import write_tables
     from fellrec.state.files import write_json
 
     folder = run_dir / "comparison"
@@ -175,6 +262,7 @@ def write_outputs(comparison: Comparison, run_dir: Path, cutoff: int) -> None:
     if comparison.variants:
         write_cost(comparison, folder, cutoff)
         save_png(panels(*cost_panels(comparison, cutoff)), folder / "cost.png")
+    write_comparison_report(comparison, folder, f"{comparison.data}: {run_dir.name}", cutoff)
 
 
 def _plain(comparison: Comparison, cutoff: int) -> dict[str, Any]:
@@ -187,7 +275,7 @@ class _Recommenders:
     """One recommender at a time, shared by all runs that differ only in their rule; kept metrics by more of them."""
 
     def __init__(self, data: PreparedData, session: Session | None) -> None:
-        self._data = data
+        self.data = data
         self.session = session
         self._current: tuple[str, Recommender] | None = None
         self._kept: dict[str, KeptUsers] = {}
@@ -202,18 +290,5 @@ class _Recommenders:
             self._current = None  # free the old backbone before the new one is loaded
             fabric = None if self.session is None else self.session.fabric
             kept = self._kept.setdefault(evaluation_key(config), KeptUsers())
-            self._current = (key, replace(build_recommender(config, self._data, fabric), kept=kept))
+            self._current = (key, replace(build_recommender(config, self.data, fabric), kept=kept))
         return self._current[1]
-
-
-def _one(
-    config: DictConfig, label: Label, recommenders: _Recommenders, run_dir: Path, parent_uid: str | None
-) -> RuleResult:
-    from omegaconf import DictConfig, OmegaConf
-
-    from fellrec.experiment.run import Run
-
-    own = OmegaConf.merge(config, {"run_dir": str(run_dir / label.name)})
-    assert isinstance(own, DictConfig)
-    recommender, session = recommenders.of(config), recommenders.session
-    return Run(own, recommender, parent_uid, label.rule, label.variant, session=session).execute()

@@ -44,7 +44,8 @@ def run(options: argparse.Namespace) -> None:
         sys.stdout.write(json.dumps(comparison.to_dict(), indent=1) + "\n")
         return
     from fellrec.experiment.names import table_cutoff
-    from fellrec.report.tables import print_comparison, results_console
+    from fellrec.report.main_table import print_comparison
+    from fellrec.report.tables import results_console
 
     print_comparison(comparison, results_console(), table_cutoff(config))
 
@@ -64,7 +65,7 @@ def evaluate(run_dir: Path, stage: str, config: DictConfig | None = None) -> Com
     from fellrec.config.stored import read_config
     from fellrec.experiment.names import rule_name
     from fellrec.experiment.restore import restore
-    from fellrec.experiment.run import collect, reference_results
+    from fellrec.experiment.results import collect, reference_results
     from fellrec.report.comparison import RuleResult
 
     config = read_config(run_dir) if config is None else config.copy()

@@ -1,4 +1,4 @@
-"""``fellrec list``: the choices of a configuration group, with their settings."""
+"""``fellrec list``: the choices of a configuration group, with their settings; metrics."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from fellrec.cli.arguments import add_format
 if TYPE_CHECKING:
     from fellrec.config.describe import Choice, Setting
 
-PURPOSE = "list the choices of a configuration group, such as the aggregation rules, with their settings"
+PURPOSE = "list rules, data, presets, backbones, metrics, or the choices of any configuration group"
 EXAMPLES = (
     "fellrec list",
-    "fellrec list aggregation",
+    "fellrec list rules",
+    "fellrec list presets",
+    "fellrec list metrics",
     "fellrec list aggregation fedprox ditto",
     "fellrec list aggregation --all",
     "fellrec list trainer",
@@ -36,13 +38,34 @@ _SHORT = {
     "a list, each once, of ": "list of ",
 }
 """How ranges begin, in words → in the list of many choices."""
+METRICS = "metrics"
+"""What is listed beside the groups."""
+METRIC_TEXTS = {
+    "ndcg": "normalised discounted cumulative gain: a target counts 1 / log2(rank + 1)",
+    "recall": "fraction of a user's targets among the first K",
+    "hr": "hit rate: whether one of the targets is among the first K",
+    "mrr": "1 / rank of the first target, 0 beyond K",
+}
+FIGURE_TEXTS = {
+    "mean": "mean over clients: each client counts once",
+    "pooled": "mean over users: each user counts once",
+    "std": "standard deviation over clients, lower is better",
+    "variance": "its square",
+    "coefficient_of_variation": "CV: std / mean, lower is better",
+    "worst": "of the worst client",
+    "worst_10_percent": "mean over the worst tenth of the clients",
+    "gap": "best minus worst client, lower is better",
+    "gini": "Gini coefficient, 0 if all clients are equal",
+    "jain": "Jain's index, 1 if all clients are equal",
+    "entropy": "entropy of the clients' fractions of the sum, 1 if all are equal",
+}
 _UNBROKEN = "\N{NO-BREAK SPACE}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
     parser.add_argument(
-        "group", nargs="?", metavar="GROUP", help="such as aggregation, or GROUP=NAME; without it, all groups"
+        "group", nargs="?", metavar="GROUP", help="such as rules, presets, metrics, or GROUP=NAME; default: all groups"
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these choices, with all that is known of them")
     parser.add_argument(
@@ -53,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Entry point of the verb."""
-    from fellrec.config.describe import choices
+    from fellrec.config.describe import choices, group_named
     from fellrec.config.paths import group_choices
     from fellrec.errors import ConfigError, unknown
 
@@ -63,8 +86,14 @@ def run(options: argparse.Namespace) -> None:
             sys.stdout.write(f"{json.dumps(groups, indent=2)}\n")
         else:
             sys.stdout.writelines(f"{group:<14} {', '.join(names)}\n" for group, names in groups.items())
+            sys.stdout.write("\nfellrec list GROUP describes each choice, fellrec show GROUP every setting; so does\n")
+            sys.stdout.write("fellrec list rules (aggregation), presets (experiment), metrics\n")
+        return
+    if options.group == METRICS:
+        _list_metrics(options.format)
         return
     group, _, given = options.group.partition("=")
+    group = group_named(group)
     names = [*filter(None, given.split(",")), *options.names]
     found = {choice.name: choice for choice in choices(group)}
     for name in names:
@@ -78,6 +107,18 @@ def run(options: argparse.Namespace) -> None:
         sys.stdout.writelines(f"{line}\n" for line in _overview(group, wanted))
         return
     sys.stdout.write("\n\n".join(_block(group, choice) for choice in wanted) + "\n")
+
+
+def _list_metrics(output_format: str) -> None:
+    """Every metric and every figure of it that tables, results.json and MLflow have."""
+    if output_format == "json":
+        found = {"metrics": METRIC_TEXTS, "figures": FIGURE_TEXTS}
+        sys.stdout.write(f"{json.dumps(found, indent=2, ensure_ascii=False)}\n")
+        return
+    sys.stdout.write("metrics, at each cutoff K of trainer.cutoffs; higher is better\n")
+    sys.stdout.writelines(f"  {name + '_at_K':<28} {text}\n" for name, text in METRIC_TEXTS.items())
+    sys.stdout.write("\nfigures of each metric, such as ndcg_at_10/worst\n")
+    sys.stdout.writelines(f"  {name:<28} {text}\n" for name, text in FIGURE_TEXTS.items())
 
 
 def _block(group: str, choice: Choice) -> str:

@@ -9,16 +9,22 @@ import argparse
 import importlib
 import logging
 import os
+import re
 import select
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
 from types import TracebackType
+from typing import NoReturn
 
 from fellrec.errors import ConfigError, FellrecError, Preempted, printable, shorten
 from fellrec.functional.secrets import redact
 from fellrec.launch.preemption import INTERRUPT
+from fellrec.terminal import be_quiet
 
 _PLACES = (
     "LOCAL_RANK",
@@ -44,8 +50,10 @@ VERBS = (
     "ui",
     "sync",
     "list",
+    "show",
     "check-rule",
     "doctor",
+    "completion",
 )
 """Each is a module of this package, with ``_`` for ``-``, and has ``PURPOSE``, ``EXAMPLES``,
 ``add_arguments(parser)`` and ``run(options)``."""
@@ -75,9 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stderr.write("\nfellrec: interrupted\n")
         sys.exit(130)
     options.arguments = given  # for the processes of the same command
-    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s %(message)s")
+    logging.basicConfig(level=_level(options), format="%(levelname)s %(message)s")
     logging.getLogger("fellrec").setLevel(logging.DEBUG if options.debug else logging.NOTSET)
     _set_log_levels(options.verbose)
+    be_quiet(options.quiet)
     _keep_secrets()
     umask = os.umask(0o077)
     try:
@@ -110,7 +119,10 @@ def _run(options: argparse.Namespace, is_whole_process: bool) -> None:
     """Run the verb; exit if the reader of its output has closed the pipe."""
     command = importlib.import_module(_module(options.verb))
     try:
-        command.run(options)
+        with warnings.catch_warnings():
+            if options.quiet:
+                warnings.simplefilter("ignore")
+            command.run(options)
         if is_whole_process:
             sys.stdout.flush()
     except BrokenPipeError:
@@ -159,7 +171,10 @@ def _report(error: Exception, options: argparse.Namespace) -> int:
 
 def _parse(given: list[str]) -> argparse.Namespace:
     """Like ``parse_args``, with overrides before and after options."""
-    parser = _parser()
+    parser = command_parser().whole
+    if not given:
+        parser.print_help()
+        sys.exit(0)
     options, rest = parser.parse_known_args(given)
     unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
     if unknown:
@@ -169,15 +184,45 @@ def _parse(given: list[str]) -> argparse.Namespace:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+@dataclass(frozen=True)
+class CommandParser:
+    """The parser of the command line.
+
+    Attributes:
+        whole: Of all words.
+        verbs: Of each verb.
+    """
+
+    whole: argparse.ArgumentParser
+    verbs: Mapping[str, argparse.ArgumentParser]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the verb that a wrong one is most like."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and message, and exit with status 2."""
+        found = re.search(r"argument VERB: invalid choice: '([^']*)'", message)
+        if found:
+            close = get_close_matches(found[1], VERBS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"choose from: {', '.join(VERBS)}"
+            message = f"unknown verb {shorten(found[1])!r}; {hint}"
+        super().error(message)
+
+
+def command_parser() -> CommandParser:
+    """The parser with all verbs; imports nothing heavy."""
+    parser = _Parser(
         prog="fellrec",
         description="Federated LLM-based recommendation. Settings are Hydra overrides: GROUP=CHOICE, GROUP.KEY=VALUE.",
+        epilog="Start with `fellrec compare experiment=first_look`; `fellrec list` shows what can be chosen.",
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    parser.add_argument("--version", action="version", version=f"fellrec {_version()}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=argparse.ArgumentParser)
+    found = {}
     for name in VERBS:
         verb = importlib.import_module(_module(name))
-        sub = verbs.add_parser(
+        sub = found[name] = verbs.add_parser(
             name,
             help=verb.PURPOSE,
             description=f"{verb.PURPOSE[0].upper()}{verb.PURPOSE[1:]}.",
@@ -187,7 +232,17 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_arguments(sub)
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         sub.add_argument("--verbose", action="store_true", help="show log messages of level INFO")
-    return parser
+        sub.add_argument("--quiet", action="store_true", help="show results and errors, no progress and no warnings")
+    return CommandParser(parser, found)
+
+
+def _version() -> str:
+    return str(importlib.import_module("fellrec").__version__)
+
+
+def _level(options: argparse.Namespace) -> int:
+    """The lowest level of log messages that are shown."""
+    return logging.ERROR if options.quiet else logging.INFO if options.verbose else logging.WARNING
 
 
 def _exit(code: int) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fellrec.cli.arguments import add_multirun, add_overrides, add_trust
-from fellrec.cli.train import resume_dir, resumed
 from fellrec.errors import ConfigError
 from fellrec.functional.secrets import VARIABLE, reveal
 from fellrec.launch.settings import LauncherSettings
@@ -112,6 +111,7 @@ def plan_submission(overrides: Sequence[str], is_sweep: bool, trusted: Collectio
     from fellrec.config.stored import PLACES, own_classes
     from fellrec.config.sweep import expand, without_passwords
     from fellrec.experiment.names import rule_name
+    from fellrec.experiment.resume import resume_dir, resumed
 
     launcher_overrides = [item for item in overrides if _LAUNCHER.match(item)]
     experiment = [item for item in overrides if not _LAUNCHER.match(item)]

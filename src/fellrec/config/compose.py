@@ -30,6 +30,7 @@ from fellrec.config.members import (
     split_overrides,
 )
 from fellrec.config.overrides import parse
+from fellrec.config.own_rules import with_target
 from fellrec.config.paths import conf_dir, group_choices
 from fellrec.config.registry import (
     CHOICES,
@@ -68,6 +69,7 @@ def compose(overrides: Sequence[str], optional: Collection[str] = ()) -> DictCon
     """
     if resuming := [item for item in overrides if item.startswith("resume=") and item != "resume=null"]:
         raise ConfigError(_not_resumed(resuming[-1]))
+    overrides = with_target(overrides)
     known, wrong = list(overrides), list[str]()
     try:
         try:

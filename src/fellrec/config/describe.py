@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
@@ -96,10 +96,12 @@ def _choice(group: str, name: str) -> Choice:
     own = _own_values(group, name)
     settings = [replace(setting, default=own.get(setting.key, setting.default)) for setting in settings]
     about = next((kind.about for kind in kinds.values() if hasattr(kind, "about")), None)
+    if group == PRESETS:
+        return Choice(name, _comment(group, name), {}, tuple(_set_by(name)))
     if about is None:
         kinds |= {group: OF_CHOICE[group, name]} if (group, name) in OF_CHOICE else {}
         lines = [(inspect.getdoc(kind) or "").split("\n")[0] for kind in kinds.values()]
-        return Choice(name, " ".join(lines), {}, tuple(settings))
+        return Choice(name, " ".join(lines) or _comment(group, name), {}, tuple(settings))
     facts = {
         "in tables": about.title,
         "family": about.family,
@@ -116,10 +118,53 @@ def _choice(group: str, name: str) -> Choice:
     return Choice(name, about.summary, facts, tuple(settings))
 
 
+def _set_by(preset: str) -> Iterator[Setting]:
+    """What a preset chooses and sets."""
+    for key, value in _own_values(PRESETS, preset).items():
+        if key == f"{PRESETS}.defaults":
+            for item in value:
+                yield from (Setting(k.removeprefix("override /"), v, "", "chosen by it") for k, v in item.items())
+        else:
+            yield Setting(key.removeprefix(f"{PRESETS}."), value, "", "set by it")
+
+
+def _comment(group: str, name: str) -> str:
+    """The first comment of the file of a choice that is for people; empty without one."""
+    for line in (conf_dir() / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
+        if line.startswith("#") and "@package" not in line:
+            return line.lstrip("# ")
+    return ""
+
+
 def _own_values(group: str, name: str) -> dict[str, Any]:
     """What the file of a choice sets, by key."""
     node = yaml.safe_load((conf_dir() / group / f"{name}.yaml").read_text(encoding="utf-8"))
     return flatten({group: node or {}})
+
+
+PRESETS = "experiment"
+"""The group whose choices set values of other groups."""
+ALIASES: Mapping[str, str] = {"rules": "aggregation", "presets": PRESETS}
+"""Other names of groups; so is the plural of each."""
+
+
+def group_named(name: str) -> str:
+    """The group that a name stands for: its own, its plural, or an alias; the name itself if there is none.
+
+    Example:
+        >>> group_named("rules"), group_named("backbones"), group_named("trainer"), group_named("x")
+        ('aggregation', 'backbone', 'trainer', 'x')
+    """
+    singular = name.removesuffix("s")
+    return ALIASES.get(name, name if name in group_choices() or singular not in group_choices() else singular)
+
+
+def default_choice(group: str) -> str | None:
+    """The choice of a group that a run without overrides has; ``None`` if it has none, or another group decides."""
+    config = yaml.safe_load((conf_dir() / "config.yaml").read_text(encoding="utf-8"))
+    found = {key: value for item in config["defaults"] if isinstance(item, dict) for key, value in item.items()}
+    value = str(found.get(group))
+    return value if value in group_choices()[group] else None
 
 
 def _kinds_in(group: str, name: str, key: str) -> list[type]:

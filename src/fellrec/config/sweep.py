@@ -17,6 +17,7 @@ from hydra.core.override_parser.types import Override
 from fellrec.config.compose import composed
 from fellrec.config.instantiate import import_target, setting_names
 from fellrec.config.overrides import parse
+from fellrec.config.own_rules import split_rules
 from fellrec.config.secrets import URI
 from fellrec.errors import ConfigError, unknown
 from fellrec.functional.quoting import hydra_value
@@ -56,6 +57,7 @@ def sweeps(overrides: Sequence[str], runs: Sequence[Sequence[str]] = ()) -> list
     """
     overrides = _readable(overrides)
     given = [[*overrides, *_readable(run)] for run in runs] or [overrides]
+    given = [part for sweep in given for part in split_rules(sweep)]
     shared = {text: name for item in parse(overrides) if (text := str(item.input_line)) and (name := _setting(item))}
     of_one_rule = [part for sweep in given for part in _product(sweep, only=_RULE)] if shared else []
     if len(of_one_rule) < 2:

@@ -226,6 +226,10 @@ class FellrecDataModule(LightningDataModule):
         """Number of users of the given clients that are evaluated."""
         return len(self._users[stage].of_clients(clients))
 
+    def input_lengths(self, stage: str) -> IntArray:
+        """``[U]`` number of tokens of the input of each user who is evaluated, by which users are batched."""
+        return self._users[stage].lengths
+
     def eval_loader(self, stage: str, clients: tuple[int, ...] | None = None) -> DataLoader[Any]:
         """Users of the given clients with their targets, by length of the history, longest first.
 

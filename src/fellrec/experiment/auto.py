@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from fellrec.distributed.devices import matrix_rate, wait_for
 from fellrec.experiment.build import Recommender, build_fabric, build_recommender, recommender_key
 from fellrec.experiment.precision import AUTO, trains_all, weights_dtype
 from fellrec.federated.trial import first_batch, trial_step
+from fellrec.terminal import tell
 
 TOLERANCE = 0.005
 """Largest relative difference of a loss from that of the reference; with a larger one a candidate is not chosen."""
@@ -191,4 +191,4 @@ def _is_fast_in_bf16(device: torch.device) -> bool:
 
 def _tell(config: DictConfig, what: str) -> None:
     names = [f"trainer.{name}=auto" for name in ("precision", "attention") if config.trainer[name] == AUTO]
-    sys.stderr.write(f"{', '.join(names)}: {what}\n")
+    tell(f"{', '.join(names)}: {what}")

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.console import Console
 from rich.progress import Progress
 
 from fellrec.config.instantiate import settings as settings_of
@@ -28,6 +27,7 @@ from fellrec.models.settings import HfSettings, SasrecSettings, TinySettings
 from fellrec.models.split import SplitModel
 from fellrec.models.tiny import build_tiny
 from fellrec.state.cache import is_intact, new_entry, writing_entry
+from fellrec.terminal import console, tell
 from fellrec.types import PUBLIC
 
 T = TypeVar("T")
@@ -163,10 +163,10 @@ def _make(
         lengths=objective.lengths,
     )
     has_public_users = bool((data.client_of_user < 0).any())
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        console.print(f"pre-training the tiny backbone: {how.steps} steps, once for this data set", highlight=False)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    shown = console()
+    if not shown.is_terminal:
+        tell(f"pre-training the tiny backbone: {how.steps} steps, once for this data set")
+    with Progress(console=shown, transient=True, disable=not shown.is_terminal) as progress:
         task = progress.add_task("pre-training the tiny backbone", total=how.steps)
         pretrain(
             model,

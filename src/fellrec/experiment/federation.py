@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lightning import Fabric
@@ -54,6 +55,7 @@ class Federation:
         population: Every client with the same starting adapter.
         participation: Who trains in a round.
         executor: Where clients train.
+        evaluator: Ranks users in this process, and so tells how far an evaluation is.
         exchange: What leaves a client and comes back.
         selection: The best adapters so far.
         progress: How far the run is.
@@ -68,6 +70,7 @@ class Federation:
     population: Population
     participation: Participation
     executor: Executor
+    evaluator: Evaluator
     exchange: Exchange
     selection: Selection
     progress: Progress
@@ -94,6 +97,8 @@ class Federation:
 
     def loop(self, callbacks: Sequence[FederatedCallback] = ()) -> FederatedLoop:
         """The loop; the rule's own hooks are called before those of the callbacks."""
+        events = Events([self.rule, *callbacks])
+        self.evaluator.on_users_scored = partial(events.call, "on_users_scored")
         return FederatedLoop(
             population=self.population,
             participation=self.participation,
@@ -102,7 +107,7 @@ class Federation:
             rule=self.rule,
             selection=self.selection,
             progress=self.progress,
-            events=Events([self.rule, *callbacks]),
+            events=events,
             settings=self.settings,
             steps_per_round=self.steps_per_round,
             server_steps=self.server_steps,
@@ -154,6 +159,7 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
         population=population,
         participation=_participation(config, rule, population, local.trainer),
         executor=executor,
+        evaluator=local.evaluator,
         exchange=Exchange(
             rule, ledger, transforms, _is_at_server(recommender), meters, _layers(recommender), num_clients, ranks
         ),

@@ -16,8 +16,9 @@ from fellrec.experiment.run_dir import provenance
 from fellrec.experiment.store import store_of
 from fellrec.experiment.variants import Label
 from fellrec.report.comparison import Comparison, Difference
+from fellrec.report.main_table import comparison_frame
 from fellrec.report.significance import p_text, significance_caption, significance_text
-from fellrec.report.tables import comparison_frame, display_name, markdown
+from fellrec.report.tables import display_name, markdown
 from fellrec.tracking.links import compare_path, metric_path
 from fellrec.tracking.run_log import NewRun, RunLog
 

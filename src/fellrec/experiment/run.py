@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor
@@ -15,11 +14,11 @@ from torch import Tensor
 from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.callbacks.costs import CostMeter
 from fellrec.callbacks.preemption import Preemption
+from fellrec.callbacks.progress import Series
 from fellrec.config.compose import without_launcher
-from fellrec.config.instantiate import as_dict, instantiate, settings
-from fellrec.data.prepared import PreparedData
+from fellrec.config.instantiate import as_dict, instantiate
 from fellrec.distributed.memory import peak_bytes
-from fellrec.errors import ConfigError, shorten
+from fellrec.errors import ConfigError
 from fellrec.experiment.auto import choose
 from fellrec.experiment.build import (
     Recommender,
@@ -32,6 +31,8 @@ from fellrec.experiment.build import (
 from fellrec.experiment.bundle import save_pyfunc, why_not
 from fellrec.experiment.classes import check_classes, check_transforms
 from fellrec.experiment.federation import Federation, build_federation
+from fellrec.experiment.group import in_group
+from fellrec.experiment.introduction import introduce
 from fellrec.experiment.names import rule_name, run_name
 from fellrec.experiment.parent import common_tags, dataset_of
 from fellrec.experiment.run_dir import (
@@ -56,21 +57,17 @@ from fellrec.federated.records import FitResult
 from fellrec.launch.preemption import StopSignals
 from fellrec.models.adapters import name_base, plain_name, save_base
 from fellrec.models.conversion import source_of
-from fellrec.rankers.members import MembersReference
-from fellrec.rankers.reference import ReferenceRanker, reference_rankers
-from fellrec.rankers.settings import PRETRAINED, ReferenceSettings
-from fellrec.report.comparison import Comparison, RuleResult
+from fellrec.report.comparison import RuleResult
 from fellrec.report.export import write_users
+from fellrec.report.files import write_run_report
+from fellrec.report.stored import is_finished, read_result, write_finished
 from fellrec.report.tables import display_name
-from fellrec.state.files import explaining_full_disks, private_files
+from fellrec.state.files import explaining_full_disks, make_folder, private_files
 from fellrec.state.lock import hold
 from fellrec.state.tensor_store import StoredTensors
+from fellrec.terminal import tell
 from fellrec.tracking.headline import headline
 from fellrec.tracking.run_log import NewRun, RunLog, open_log
-from fellrec.types import Evaluation
-
-_MOST_LINES = 10
-"""Rounds that a message names."""
 
 
 class Run:
@@ -85,6 +82,9 @@ class Run:
         signals: What may ask the run to stop; entered by the command.
         session: The processes of the command; ``None`` if there is one.
         callbacks: Called after those of the configuration.
+        folder: Its directory in that of a comparison or a sweep, see ``fellrec.experiment.group``: a run that began
+            there is continued, and the result of one that has finished is read. ``None`` for the configuration's.
+        series: The runs of the command, for progress.
     """
 
     def __init__(
@@ -97,30 +97,43 @@ class Run:
         signals: StopSignals | None = None,
         session: Session | None = None,
         callbacks: Sequence[FederatedCallback] = (),
+        folder: Path | None = None,
+        series: Series | None = None,
     ) -> None:
-        self.config = config
+        self.config = config = config if folder is None else in_group(config, folder)
         self.recommender = recommender
         self.rule = rule or rule_name(config)
         self.variant = variant
         self.label = f"{config.data.name}-{run_name(self.rule, variant, config.seed)}"
         self.title = f"{config.data.name}-{run_name(display_name(self.rule), variant, config.seed)}"
-        self.run_dir = Path(config.run_dir).resolve() if config.resume else new_run_dir(config.run_dir, self.label)
+        self.is_in_group = folder is not None
+        self.run_dir = self._directory(folder)
         self.parent_uid = parent_uid
         self.signals = signals
         self.session = session
         self.callbacks = callbacks
+        self.series = series or Series()
         self.loop: FederatedLoop | None = None
         self.result: FitResult | None = None
 
     def execute(self) -> RuleResult:
-        """Train, test, and write all results.
+        """Train, test, and write all results; in a comparison or a sweep, read those of a run that has finished.
 
         Raises:
             TrainingError: If a client's training diverges; the last checkpoint stays.
             StorageError: If the disk is full or read-only; so it does then.
         """
         with explaining_full_disks(self.run_dir), private_files(), hold(self.run_dir):
+            if self.is_in_group and is_finished(self.run_dir):
+                return read_result(self.run_dir, self.recommender.data, self.rule, self.variant)
             return self._execute()
+
+    def _directory(self, folder: Path | None) -> Path:
+        if folder is not None:
+            make_folder(folder)
+            return folder.resolve()
+        requested = self.config.run_dir
+        return Path(requested).resolve() if self.config.resume else new_run_dir(requested, self.label)
 
     def _execute(self) -> RuleResult:
         config, recommender = self.config, self.recommender
@@ -140,15 +153,20 @@ class Run:
                 checkpoint.resume()
         last = [Preemption(self.signals)] if self.signals else []
         loop = self.loop = federation.loop([*callbacks.values(), *self.callbacks, *last])
+        loop.events.log_metrics = log.log_metrics
+        self.series.begin()
+        if self.series.number == 1:
+            introduce(config, recommender, loop, display_name(self.rule), self.series.num_runs)
         if loop.is_over:
-            sys.stderr.write(f"{self.title}: the run is finished, no round is left; it is tested again\n")
+            tell(f"{self.title}: the run is finished, no round is left; it is tested again")
         try:
             result = self.result = loop.run()
         except BaseException as error:
             self._print_how_to_resume(error)
             raise
         meter = next((c for c in callbacks.values() if isinstance(c, CostMeter)), None)
-        return RuleResult(
+        is_alone = self.session is None and recommender.fabric.device.type == "cpu"
+        found = RuleResult(
             rule=self.rule,
             seed=config.seed,
             kind="learned",
@@ -161,7 +179,22 @@ class Run:
             run_id=log.run_id,
             variant=self.variant,
             cost=None if meter is None else meter.cost,
+            cpu_seconds_per_round=meter.rounds.cpu_seconds_per_round if meter is not None and is_alone else None,
         )
+        write_run_report(self.run_dir, self.title, result.evaluation, self._about(result))
+        write_finished(self.run_dir, found)
+        return found
+
+    def _about(self, result: FitResult) -> list[str]:
+        """What the run was, for its report."""
+        data, backbone = self.recommender.data, self.recommender.backbone.name
+        selected = "the start" if result.best_round < 0 else f"round {result.best_round}"
+        return [
+            f"rule: {display_name(self.rule)}{f', {self.variant}' if self.variant else ''}; seed {self.config.seed}",
+            f"data: {data.name}, {data.num_clients} clients, {len(data.catalogue)} items; backbone: {backbone}",
+            f"rounds: {result.num_rounds}, counted from 0; tested: {selected}, with {self.config.trainer.metric} "
+            f"{result.best_value:.4f} on validation, mean over clients",
+        ]
 
     def _callbacks(self, federation: Federation, log: RunLog) -> dict[str, FederatedCallback]:
         """The callbacks of the configuration, by name, each with those of the offered objects that it names."""
@@ -182,6 +215,8 @@ class Run:
             "recommender": recommender,
             "run_dir": self.run_dir,
             "title": self.title,
+            "short_title": run_name(display_name(self.rule), self.variant, config.seed),
+            "series": self.series,
             "metric": config.trainer.metric,
             "params": as_dict(config),
             "seed": config.seed,
@@ -213,7 +248,7 @@ class Run:
         return any((self.run_dir / "checkpoints").glob("round_*"))
 
     def _print_how_to_resume(self, error: BaseException) -> None:
-        if self._has_checkpoint:
+        if self._has_checkpoint and not self.is_in_group:
             what = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
             sys.stderr.write(f"\n{what}; resume the run by: fellrec train resume={self.run_dir}\n")
 
@@ -294,6 +329,7 @@ def build(
     callbacks: Sequence[FederatedCallback] = (),
     signals: StopSignals | None = None,
     session: Session | None = None,
+    folder: Path | None = None,
 ) -> Run:
     """Load data and model of one run.
 
@@ -302,6 +338,7 @@ def build(
         callbacks: Called after those of the configuration; not stored in the configuration of the run.
         signals: What may ask the run to stop.
         session: The processes of the command; ``None`` for this process alone.
+        folder: See `Run`.
 
     Raises:
         ConfigError: If the configuration needs several processes and there is no ``session``, or ``run_dir`` exists.
@@ -312,19 +349,20 @@ def build(
         fabric = check_alone(config)
     else:
         fabric = session.fabric
-    if config.run_dir and not config.resume:
+    begun = folder or (Path(config.run_dir) if config.resume else None)
+    if config.run_dir and begun is None:
         check_new(Path(config.run_dir))
     check_store(config)
     check_classes(config)
     if not config.resume:
         check_transforms([config])
     data = build_data(config)
-    if config.resume and (Path(config.run_dir) / "data.json").is_file():
-        check_same_data(Path(config.run_dir), data)
+    if begun is not None and (begun / "data.json").is_file():
+        check_same_data(begun, data)
     log_notes(config, data)
     config = choose([config], data)[0]
     recommender = build_recommender(config, data, fabric)
-    return Run(config, recommender, signals=signals, session=session, callbacks=callbacks)
+    return Run(config, recommender, signals=signals, session=session, callbacks=callbacks, folder=folder)
 
 
 class _States:
@@ -346,82 +384,3 @@ class _States:
         for name, callback in self.callbacks.items():
             if name in state:
                 callback.load_state_dict(state[name])
-
-
-def failure_message(result: FitResult) -> str:
-    """Which clients did not finish the first of the rounds that some did not finish, for people; empty if all did."""
-    rounds = list(result.failed_clients.items())
-    lines = [
-        f"Round {round_index} was aggregated without clients {shorten(', '.join(map(str, clients)))}."
-        for round_index, clients in rounds[:_MOST_LINES]
-    ]
-    if more := len(rounds) - len(lines):
-        lines.append(f"{more} more rounds were aggregated without some clients: results.json has all of them.")
-    return "\n".join(lines)
-
-
-def collect(recommender: Recommender, results: Sequence[RuleResult], run_dir: Path | None = None) -> Comparison:
-    """Results with the number of users that they were evaluated on, and what they were measured with.
-
-    Args:
-        recommender: What was evaluated.
-        results: Of its rules and reference rankers.
-        run_dir: Of the one run that they are of; ``None`` for runs that began in this process.
-    """
-    data, evaluation = recommender.data, results[0].evaluation
-    users_per_client = torch.bincount(evaluation.client_of_user, minlength=data.num_clients).tolist()
-    cold = recommender.cold.counts(evaluation.users.numpy())
-    return Comparison(
-        data.name,
-        users_per_client,
-        len(data.catalogue),
-        results,
-        cold=cold,
-        provenance=provenance(run_dir),
-        members=clients_and_items(data),
-    )
-
-
-def clients_and_items(data: PreparedData) -> dict[str, dict[str, Any]]:
-    """The clients of each member of a federation, and the number of items that they rank; empty for one data set."""
-    bounds = data.places.clients
-    return {
-        name: {"clients": list(range(bounds[place], bounds[place + 1])), "items": len(own.catalogue)}
-        for place, (name, own) in enumerate(data.members.items())
-    }
-
-
-def reference_results(
-    config: DictConfig, recommender: Recommender, loop: FederatedLoop, stage: str = "test"
-) -> list[RuleResult]:
-    """The reference rankers that ``references.show`` names, and the backbone before any round, on the same users."""
-    data, seed = recommender.data, config.seed
-    shown = settings(ReferenceSettings, config.references, "references")
-    rankers = _reference_rankers(data, shown, seed)
-    results = [
-        RuleResult(name, seed, "reference", _evaluate(recommender, ranker, stage)) for name, ranker in rankers.items()
-    ]
-    if PRETRAINED in shown.show:
-        name = PRETRAINED if recommender.backbone.is_pretrained else "untrained"
-        results.append(RuleResult(name, seed, "reference", loop.evaluate_start(stage)))
-    return results
-
-
-def _reference_rankers(data: PreparedData, shown: ReferenceSettings, seed: int) -> dict[str, ReferenceRanker]:
-    """Fitted to the data, or to each member of a federation by itself."""
-    parts = [
-        reference_rankers(own.train, own.client_of_user, len(own.catalogue), shown, seed)
-        for own in (data.members or {data.name: data}).values()
-    ]
-    if not data.members:
-        return parts[0]
-    return {name: MembersReference([rankers[name] for rankers in parts], data.places) for name in parts[0]}
-
-
-def _evaluate(recommender: Recommender, ranker: ReferenceRanker, stage: str) -> Evaluation:
-    module = recommender.module
-    with torch.no_grad():  # in float32, whatever the model's precision
-        for batch in recommender.datamodule.eval_loader(stage):
-            moved = recommender.fabric.to_device(batch)
-            module.add_scores(ranker.scores(moved["histories"], moved), moved)
-    return module.finish_reference(stage)

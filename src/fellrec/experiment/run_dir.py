@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -20,10 +21,11 @@ from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError
 from fellrec.experiment.versions import NUM_THREADS, versions
 from fellrec.federated.checkpoint import CHECKPOINTS, CheckpointFolder
+from fellrec.functional.secrets import redact
 from fellrec.models.fingerprint import differences
 from fellrec.models.module import Objective
 from fellrec.report.provenance import THEN, Provenance
-from fellrec.state.files import write_atomically, write_json, write_parquet
+from fellrec.state.files import private_files, write_atomically, write_json, write_parquet
 from fellrec.state.lock import is_lock
 from fellrec.state.run_folder import CONFIG
 from fellrec.types import Evaluation
@@ -100,10 +102,33 @@ def write_start(run_dir: Path, config: DictConfig, data: PreparedData, origin: M
         origin: Versions of the objective's texts, see ``Objective.metadata``, and what the backbone was converted from.
     """
     write_atomically(run_dir / CONFIG, to_yaml(config).encode())
-    write_json(run_dir / _VERSIONS, {**versions(), **origin})
-    write_json(run_dir / "data.json", {"key": data.key, "name": data.name, "statistics": data.statistics})
+    write_facts(run_dir, data, origin)
     partition = pd.DataFrame({"user_id": data.users["user_id"], "client": data.client_of_user})
     write_parquet(run_dir / "partition.parquet", partition)
+
+
+def write_facts(run_dir: Path, data: PreparedData, origin: Mapping[str, str] | None = None) -> None:
+    """Write what a resume compares: versions, and the fingerprint of the data. A comparison has them too."""
+    write_json(run_dir / _VERSIONS, {**versions(), **(origin or {})})
+    write_json(run_dir / "data.json", {"key": data.key, "name": data.name, "statistics": data.statistics})
+
+
+def write_command(run_dir: Path, arguments: Sequence[str]) -> None:
+    """Add a command line to ``command.txt``, without passwords: that of the start, and one for each resume."""
+    path = run_dir / "command.txt"
+    before = path.read_bytes() if path.is_file() else b""
+    with private_files():
+        write_atomically(path, before + redact(f"fellrec {shlex.join(arguments)}\n").encode())
+
+
+def first_command(run_dir: Path) -> list[str]:
+    """The words after ``fellrec`` that a run or a comparison was started with; empty if they are not known."""
+    path = run_dir / "command.txt"
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    try:
+        return shlex.split(lines[0])[1:] if lines else []
+    except ValueError:  # it was edited
+        return []
 
 
 def check_finished(run_dir: Path, num_rounds: int) -> None:

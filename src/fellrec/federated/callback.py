@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -46,6 +47,15 @@ class FederatedCallback:
                     cls.__name__, value, tuple(inspect.signature(getattr(FederatedCallback, name)).parameters)
                 )
 
+    def log_metric(self, name: str, value: float) -> None:
+        """Log a figure of the current round to MLflow; nothing where the run is not tracked.
+
+        Args:
+            name: Such as ``"friends/mutual"``.
+            value: A number. A resumed run that repeats a round does not log it again.
+        """
+        self.events.log_metric(f"{type(self).__name__} {name}", name, value)
+
     def on_fit_start(self, fit: FitStart) -> None:
         """Before the first round; also after a resume."""
 
@@ -69,6 +79,9 @@ class FederatedCallback:
 
     def on_evaluate_start(self, stage: str) -> None:
         """Before an evaluation on ``stage``, ``"val"`` or ``"test"``."""
+
+    def on_users_scored(self, done: int, total: int) -> None:
+        """After a batch of an evaluation: ``done`` of the ``total`` users that are ranked in it are. Keep it cheap."""
 
     def on_evaluate_end(self, evaluation: Evaluation) -> None:
         """After an evaluation; ``evaluation`` names its stage and round."""
@@ -103,6 +116,10 @@ def _check_parameters(owner: str, hook: FunctionType, expected: tuple[str, ...])
         raise TypeError(f"{owner}.{given}: needed is {needed}") from None
 
 
+LogMetrics = Callable[[Mapping[str, float], int, str], None]
+"""Takes metrics, the round, and a key by which the same metrics of a round are logged once."""
+
+
 class Events:
     """Calls the hooks of all callbacks, in the order of the list.
 
@@ -112,18 +129,34 @@ class Events:
     Attributes:
         is_stopping: Whether `stop` was called.
         seconds: In the hooks of the observers, so far.
+        log_metrics: Takes what callbacks log; ``None`` for a run without a log.
     """
 
     def __init__(self, callbacks: Sequence[FederatedCallback] = ()) -> None:
         self.callbacks = list(callbacks)
         self.is_stopping = False
         self.seconds = 0.0
+        self.log_metrics: LogMetrics | None = None
+        self._round_index = 0
+        self._logged: Counter[str] = Counter()
         for callback in self.callbacks:
             callback.events = self
 
     def stop(self) -> None:
         """End the run after the current round; the selected adapters are tested as usual."""
         self.is_stopping = True
+
+    def log_metric(self, key: str, name: str, value: float) -> None:
+        """Log a figure of the current round.
+
+        Args:
+            key: Who logs what; several values of a round are told apart by their order.
+            name: Of the metric.
+            value: A number.
+        """
+        if self.log_metrics is not None:
+            self._logged[key] += 1
+            self.log_metrics({name: float(value)}, self._round_index, f"{key} {self._logged[key]}")
 
     def client_starts(self, job: Job) -> None:
         """Call ``on_client_start``, but not for the server's own training."""
@@ -132,9 +165,18 @@ class Events:
 
     def call(self, hook: str, *records: object) -> None:
         """Call one hook of every callback."""
+        self._follow(hook, *records)
         before = time.perf_counter()
         for number, callback in enumerate(self.callbacks):
             getattr(callback, hook)(*records)
             now = time.perf_counter()
             self.seconds += (now - before) if number else 0.0
             before = now
+
+    def _follow(self, hook: str, *records: object) -> None:
+        """Remember which round it is."""
+        if hook == "on_round_start" and isinstance(records[0], int):
+            self._round_index = records[0]
+            self._logged.clear()
+        elif hook == "on_fit_start" and isinstance(records[0], FitStart):
+            self._round_index = records[0].round_index

@@ -46,6 +46,9 @@ class Evaluator:
         self.datamodule = datamodule
         self.model = model
         self.kept = kept or KeptUsers()
+        self.on_users_scored: Callable[[int, int], None] = lambda done, total: None
+        """Called after every batch, with the users that are ranked and those that will be."""
+        self._num_ranked = self._num_to_rank = 0
         self._num_to_estimate: int | None = 0
 
     def evaluate(
@@ -71,6 +74,7 @@ class Evaluator:
             left = list(jobs) if self.module.model.is_cut else self._left(jobs, needed, round_index)
             if self._num_to_estimate == 0:
                 self._num_to_estimate = sum(self.datamodule.num_users(needed, job.clients) for job in left)
+            self._num_ranked, self._num_to_rank = 0, sum(self.datamodule.num_users(needed, job.clients) for job in left)
             score(left, needed, round_index)
             if not self.module.model.is_cut:
                 self._keep(left, needed)
@@ -122,6 +126,9 @@ class Evaluator:
             for number, batch in enumerate(self.datamodule.eval_loader(stage, job.clients)):
                 if number % num_parts == part:
                     self.module.score_batch(self.fabric.to_device(batch), keep_rankings=stage == "test")
+                    # The other processes of the job are about as far.
+                    self._num_ranked = min(self._num_to_rank, self._num_ranked + num_parts * len(batch["users"]))
+                    self.on_users_scored(self._num_ranked, self._num_to_rank)
 
     def _estimate(self, job: ScoreJob, stage: str, num_users: int) -> None:
         """Say how long an evaluation takes if it takes long, from the time of one user and of eight."""

@@ -101,7 +101,7 @@ class FederatedLoop:
             TrainingError: If a client's training fails and the run must not continue without it.
         """
         try:
-            self.events.call("on_fit_start", self._start())
+            self.events.call("on_fit_start", self.start())
             if not self.selection.is_started:  # also a run that is resumed before its first round was done
                 self.validate(-1)
             while not self.is_over:
@@ -241,7 +241,8 @@ class FederatedLoop:
         adapters = [self.population.initial] * self.population.num_clients
         return self.executor.score(self.population.score_jobs_of(adapters, ()), stage, -1)
 
-    def _start(self) -> FitStart:
+    def start(self) -> FitStart:
+        """How long the run is, and how far."""
         share = self.participation.num_aggregated / self.participation.clients.num
         steps = int((self.steps_per_round * share + self.server_steps) * self.settings.num_rounds)
         return FitStart(

@@ -38,6 +38,8 @@ class RuleResult:
         variant: Settings of the cut that vary over a comparison, such as ``"head_layers=2"``; empty if none do, and for
             reference rankers, which do not depend on them.
         cost: Storage and traffic; ``None`` for reference rankers.
+        cpu_seconds_per_round: Processor time of training and aggregation; ``None`` if other processes or a GPU took
+            part.
     """
 
     rule: str
@@ -52,6 +54,7 @@ class RuleResult:
     run_id: str | None = None
     variant: str = ""
     cost: RunCost | None = None
+    cpu_seconds_per_round: float | None = None
 
     @property
     def name(self) -> str:
@@ -236,6 +239,16 @@ class Comparison:
         """Mean over seeds; ``None`` for reference rankers."""
         return _mean(result.seconds_per_round for result in self.of_rule(rule))
 
+    def cpu_seconds_per_round(self, rule: str) -> float | None:
+        """Mean over seeds; ``None`` where it is not known."""
+        return _mean(result.cpu_seconds_per_round for result in self.of_rule(rule))
+
+    @property
+    def has_cpu_seconds(self) -> bool:
+        """Whether the processor time of all learned rules is known."""
+        learned = [result for result in self.results if result.kind == "learned"]
+        return bool(learned) and all(result.cpu_seconds_per_round is not None for result in learned)
+
     def cost(self, rule: str, figure: Callable[[RunCost], float | None]) -> float | None:
         """Mean over seeds of a value of the cost; ``None`` without one."""
         return _mean(figure(result.cost) for result in self.of_rule(rule) if result.cost is not None)
@@ -301,6 +314,7 @@ class Comparison:
             "minus_fedavg_per_client": {metric: _plain(self.difference(rule, fedavg, metric)) for metric in metrics},
             "validation": self.validation(rule),
             "seconds_per_round": self.seconds_per_round(rule),
+            "cpu_seconds_per_round": self.cpu_seconds_per_round(rule),
             "runs": [_run_dict(result) for result in results],
         }
 
@@ -345,7 +359,10 @@ def _run_dict(result: RuleResult) -> dict[str, Any]:
     }
 
 
-_OF_RUN = ("seed", "run_id", "best_round", "validation", "seconds_per_round", "total_seconds", "peak_memory_bytes")
+_OF_RUN = (
+    *("seed", "run_id", "best_round", "validation"),
+    *("seconds_per_round", "cpu_seconds_per_round", "total_seconds", "peak_memory_bytes"),
+)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

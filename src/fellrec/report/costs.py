@@ -66,6 +66,11 @@ class Rounds:
         """Wall seconds of all measured rounds."""
         return sum(self.round_seconds)
 
+    @property
+    def cpu_seconds_per_round(self) -> float | None:
+        """Mean processor time of a round; ``None`` if none was measured."""
+        return sum(self.cpu_seconds) / len(self.cpu_seconds) if self.cpu_seconds else None
+
     def busy_rate(self, role: str) -> float | None:
         """Fraction of the rounds' time in which ``"server"`` or ``"client"`` computed; ``None`` without a cut."""
         busy = self.sums.get(f"{role}/busy_seconds")

@@ -9,6 +9,8 @@ from fellrec.state.nearest import similar
 
 CONFIG = "config.yaml"
 """The configuration of a run: every run directory has it."""
+RUNS = "runs.json"
+"""The runs of a comparison or a sweep: their directory has it, see ``fellrec.experiment.group``."""
 _MOST_RUNS = 20
 """Limit of the runs in a message."""
 

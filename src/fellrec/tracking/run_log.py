@@ -258,6 +258,15 @@ def store_of_run(run_dir: Path, named: str) -> str:
     return hide(str(first_operation(folder).fields["uri"]) if is_logged else absolute(named))
 
 
+def id_of_run(run_dir: Path) -> str | None:
+    """The id on the server of the run in a directory; ``None`` if it is not there, or not tracked.
+
+    Raises:
+        TrainingError: If the record is damaged.
+    """
+    return read_sent(run_dir / _OUTBOX).run_id
+
+
 def _key(name: str) -> str:
     """A name as MLflow takes it: ASCII, a path without empty parts or dots."""
     parts = re.sub(r"[^\w/. -]", "", name, flags=re.ASCII)[:_MAX_KEY_LENGTH].split("/")

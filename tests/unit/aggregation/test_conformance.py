@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -473,3 +474,15 @@ def test_the_documentation_has_every_law() -> None:
     assert [
         line for line in text.splitlines() if line in {f"| `{law.name}` | {law.text} |" for law in LAWS.values()}
     ] == [f"| `{law.name}` | {law.text} |" for law in LAWS.values()]
+
+
+def test_the_rules_of_the_documentation_keep_all_laws() -> None:
+    """One is a matrix, one is ``aggregate``; a law that they broke would be a mistake in what users copy."""
+    text = (Path(__file__).resolve().parents[3] / "docs" / "extending.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(# my_(?:rules|medians)\.py\n.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    found: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, found)
+    for name in ("HalfWay", "Median"):
+        results = check_rule(found[name])
+        assert [result.law for result in results if result.outcome == "failed"] == [], name

@@ -21,6 +21,8 @@ from fellrec.config.compose import compose
 from fellrec.config.describe import choices
 from fellrec.config.paths import conf_dir, group_choices
 from fellrec.config.registry import CHOICES
+from fellrec.federated.settings import METRICS
+from fellrec.functional.balance import STATISTICS
 from fellrec.report.tables import NAMES, display_name
 
 
@@ -151,3 +153,48 @@ def test_the_list_needs_no_pytorch() -> None:
     code = "import sys; from fellrec.cli.main import main\nmain(['list', 'aggregation'])\n"
     code += "sys.exit(bool({'torch', 'lightning', 'transformers', 'mlflow'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
+
+
+def test_rules_presets_and_plurals_are_names_of_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, group in (("rules", "aggregation"), ("backbones", "backbone"), ("data", "data")):
+        main(["list", name, "--format", "json"])
+        assert [item["name"] for item in json.loads(capsys.readouterr().out)] == list(group_choices()[group])
+    main(["list", "presets"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("experiment=")]
+    assert len(lines) == len(group_choices()["experiment"]) >= 5
+    assert all(line.partition(": ")[2] for line in lines), "a line about each"
+
+
+def test_the_list_of_metrics_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["list", "metrics", "--format", "json"])
+    found = json.loads(capsys.readouterr().out)
+    assert tuple(found["metrics"]) == METRICS
+    assert set(found["figures"]) == {"mean", "pooled", *STATISTICS}
+
+
+@pytest.mark.parametrize("name", ["trainer", "aggregation=fedprox", "backbone=hf", "participation=trace"])
+def test_show_has_default_range_and_text_of_every_setting(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["show", name])
+    shown = capsys.readouterr().out
+    group, _, choice = name.partition("=")
+    (expected,) = [item for item in choices(group) if item.name == (choice or "default")]
+    blocks = {block.splitlines()[0]: " ".join(block.split()) for block in shown.split("\n\n")[1:]}
+    for setting in expected.settings:
+        default = "needed" if setting.default == "???" else json.dumps(setting.default, ensure_ascii=False)
+        text = f"{setting.key} default: {default} allowed: {setting.allowed or 'any value'} {setting.text}"
+        assert blocks[setting.key] == " ".join(text.split())
+
+
+def test_show_names_the_default_choice_and_what_a_preset_sets(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["show", "backbone"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("backbone=tiny:")
+    assert "other choices: hf, " in shown
+    main(["show", "experiment=overfit_one_client"])
+    shown = capsys.readouterr().out
+    assert 'aggregation\n  value:   "local"' in shown
+    assert "partition.num_clients\n  value:   1" in shown
+    for wrong, told in (("presets", "give one, experiment="), ("trainr", "choose from: trainer")):
+        with pytest.raises(SystemExit):
+            main(["show", wrong])
+        assert told in capsys.readouterr().err

@@ -16,7 +16,7 @@ from fellrec.data.schema import Catalogue
 from fellrec.errors import ConfigError, DataError
 from fellrec.experiment.build import Recommender, build_data, build_recommender
 from fellrec.experiment.federation import build_loop
-from fellrec.experiment.run import reference_results
+from fellrec.experiment.results import reference_results
 from fellrec.models.backbone import Backbone
 from fellrec.models.objectives.retrieval import RetrievalObjective
 from fellrec.models.sasrec import build_sasrec, item_tokenizer

@@ -6,8 +6,10 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
+import pandas as pd
 import pytest
 import torch
 from rich.console import Console
@@ -15,9 +17,10 @@ from rich.console import Console
 from fellrec.errors import ConfigError
 from fellrec.metrics.summary import summarise
 from fellrec.report.comparison import Comparison, RuleResult
+from fellrec.report.main_table import comparison_frame, print_comparison, write_tables
 from fellrec.report.plots import client_dots, heat_map, save_png
 from fellrec.report.provenance import Provenance
-from fellrec.report.tables import comparison_frame, display_name, print_comparison, write_tables
+from fellrec.report.tables import display_name
 from fellrec.tracking.store import check_reachable
 
 CLIENT = torch.tensor([0, 0, 1])
@@ -83,6 +86,68 @@ def test_the_printed_table_has_every_rule_and_fits(comparison: Comparison, width
         assert text in shown
     assert max(len(line) for line in shown.splitlines()) <= width
     assert "…" not in shown
+
+
+def test_the_csv_has_numbers_and_no_column_twice(comparison: Comparison, tmp_path: Path) -> None:
+    write_tables(comparison, tmp_path)
+    found = pd.read_csv(tmp_path / "comparison.csv").set_index("rule")
+    assert (tmp_path / "comparison.csv").read_text().splitlines()[0].count("pooled,") == 2, "of NDCG and of Recall"
+    assert found.loc["local", "ndcg_at_10_mean"] == pytest.approx(0.525)
+    assert found.loc["local", "ndcg_at_10_mean_sd"] == pytest.approx(0.15 / 2**0.5)
+    assert found.loc["fedavg", "recall_at_10_gain_over_local"] == pytest.approx(-0.1)
+    assert found.loc["local", "ndcg_at_10_cv"] == pytest.approx((0.15 / 0.45 + 0.2 / 0.6) / 2)
+    assert all(map(pd.api.types.is_numeric_dtype, found.dtypes.drop("kind")))
+    assert "validation" not in found, "nothing is known"
+    assert len(set(markdown_columns(tmp_path / "comparison.md"))) == len(markdown_columns(tmp_path / "comparison.md"))
+
+
+def markdown_columns(path: Path) -> list[str]:
+    return [name.strip() for name in path.read_text().splitlines()[0].strip("|").split("|")]
+
+
+def shown(comparison: Comparison, width: int = 140, **options: Any) -> str:
+    console = Console(width=width, file=io.StringIO(), **options)
+    print_comparison(comparison, console)
+    return console.file.getvalue()
+
+
+def test_the_best_value_of_each_column_is_marked_and_its_direction_shown(comparison: Comparison) -> None:
+    """With seed 0 the means are 0.45 and 0.35, and both are 0.4 over users."""
+    single = replace(comparison, results=[item for item in comparison.results if item.seed == 0])
+    plain = shown(single)
+    header = plain.splitlines()[2]
+    for heading in ("mean↑", "pooled↑", "std↓", "CV↓", "worst↑", "gain↑", "s/round↓"):
+        assert heading in header
+    local, fedavg = (next(line for line in plain.splitlines() if line.startswith(name)) for name in ("local", "FedAvg"))
+    assert local.split()[1:3] == ["0.4500*", "0.4000*"]
+    assert fedavg.split()[1:3] == ["0.3500", "0.4000*"]
+    assert "*: best of the learned rules." in " ".join(plain.split())
+    assert "\x1b[1m" in shown(single, force_terminal=True, color_system="standard")
+
+
+def test_seeds_that_changed_nothing_are_told(comparison: Comparison) -> None:
+    assert "identical" not in shown(comparison)
+    first = [item for item in comparison.results if item.seed == 0]
+    again = [replace(item, seed=7) for item in first if item.rule == "local"]
+    both = replace(comparison, results=[*first, *again])
+    assert "Seeds 0, 7 gave identical results, so ±0 is no measure of chance: local." in " ".join(shown(both).split())
+
+
+def test_counting_rankers_that_win_are_explained_in_one_sentence(comparison: Comparison) -> None:
+    assert "How to read this" not in shown(comparison), "popularity does not win"
+    won = [*comparison.results, result("markov", 0, [0.9, 0.9, 0.9], kind="reference", seconds=None)]
+    text = " ".join(shown(replace(comparison, results=won)).split())
+    assert "How to read this: Markov beats the learned rules by counting" in text
+    assert text.count("How to read this") == 1
+
+
+def test_columns_without_a_figure_are_left_out(comparison: Comparison) -> None:
+    untimed = [replace(item, seconds_per_round=None) for item in comparison.results]
+    assert "s/round" not in shown(replace(comparison, results=untimed))
+    cpu = [replace(i, cpu_seconds_per_round=3.0 if i.kind == "learned" else None) for i in comparison.results]
+    assert "CPU s/round↓" in shown(replace(comparison, results=cpu))
+    some = [replace(i, cpu_seconds_per_round=3.0 if i.rule == "local" else None) for i in comparison.results]
+    assert " s/round↓" in shown(replace(comparison, results=some)), "one rule ran in several processes"
 
 
 def test_without_local_training_the_table_has_no_gain(comparison: Comparison, tmp_path: Path) -> None:
