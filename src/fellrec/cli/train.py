@@ -117,15 +117,12 @@ def _train(
     from fellrec.experiment.names import table_cutoff
     from fellrec.experiment.results import collect, failure_message, reference_results
     from fellrec.experiment.run import build
-    from fellrec.experiment.run_dir import write_command
     from fellrec.experiment.store import finish_message
     from fellrec.report.cost_tables import print_run_cost
     from fellrec.report.main_table import print_comparison
     from fellrec.report.tables import results_console
 
-    run = build(config, signals=signals, session=session, folder=folder)
-    if command:
-        write_command(run.run_dir, command)
+    run = build(config, signals=signals, session=session, folder=folder, command=command)
     result = run.execute()
     loop = run.loop or build_loop(config, run.recommender, session=session)  # none if the result was there
     references = reference_results(config, run.recommender, loop)

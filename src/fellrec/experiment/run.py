@@ -44,6 +44,7 @@ from fellrec.experiment.run_dir import (
     note_versions,
     provenance,
     write_backbone,
+    write_command,
     write_evaluation,
     write_start,
 )
@@ -85,6 +86,7 @@ class Run:
         folder: Its directory in that of a comparison or a sweep, see ``fellrec.experiment.group``: a run that began
             there is continued, and the result of one that has finished is read. ``None`` for the configuration's.
         series: The runs of the command, for progress.
+        command: The words of the command line, for ``command.txt``; empty for a run that has none of its own.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Run:
         callbacks: Sequence[FederatedCallback] = (),
         folder: Path | None = None,
         series: Series | None = None,
+        command: Sequence[str] = (),
     ) -> None:
         self.config = config = config if folder is None else in_group(config, folder)
         self.recommender = recommender
@@ -113,6 +116,7 @@ class Run:
         self.session = session
         self.callbacks = callbacks
         self.series = series or Series()
+        self.command = command
         self.loop: FederatedLoop | None = None
         self.result: FitResult | None = None
 
@@ -146,6 +150,8 @@ class Run:
             origin = {**recommender.module.objective.metadata, **source_of(recommender.backbone.folder)}
             write_start(self.run_dir, config, recommender.data, origin)
             write_backbone(self.run_dir, recommender.fingerprint)
+        if self.command:
+            write_command(self.run_dir, self.command)
         log = self._run_log()
         callbacks = self._callbacks(federation, log)
         if self._has_checkpoint:
@@ -330,6 +336,7 @@ def build(
     signals: StopSignals | None = None,
     session: Session | None = None,
     folder: Path | None = None,
+    command: Sequence[str] = (),
 ) -> Run:
     """Load data and model of one run.
 
@@ -339,6 +346,7 @@ def build(
         signals: What may ask the run to stop.
         session: The processes of the command; ``None`` for this process alone.
         folder: See `Run`.
+        command: See `Run`.
 
     Raises:
         ConfigError: If the configuration needs several processes and there is no ``session``, or ``run_dir`` exists.
@@ -362,7 +370,9 @@ def build(
     log_notes(config, data)
     config = choose([config], data)[0]
     recommender = build_recommender(config, data, fabric)
-    return Run(config, recommender, signals=signals, session=session, callbacks=callbacks, folder=folder)
+    return Run(
+        config, recommender, signals=signals, session=session, callbacks=callbacks, folder=folder, command=command
+    )
 
 
 class _States:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from fellrec.errors import ConfigError, shorten
 from fellrec.state.lock import check_free
-from fellrec.state.run_folder import CONFIG, which_run
+from fellrec.state.run_folder import CONFIG, RUNS, which_run
 
-FINISHED, RESULTS, USERS = "finished.json", "results.json", "users.parquet"
+RESULTS, USERS = "results.json", "users.parquet"
+FINISHED = "finished.json"
+"""Written when everything else of a run is: what the table of a comparison says of it beside its metrics."""
 _MOST_NAMES = 5
 
 
@@ -29,10 +31,11 @@ def run_folders(folder: Path) -> list[Path]:
     if unfinished:
         names = some(str(path) for path in unfinished)
         alone = ", or give the finished runs alone" if len(found) > 1 else ""
-        raise ConfigError(
-            f"not finished, or made with ~callbacks.outputs: {names} {'has' if len(unfinished) == 1 else 'have'} no "
-            f"{RESULTS}; resume {'it' if len(unfinished) == 1 else 'them'}: fellrec train resume={unfinished[0]}{alone}"
-        )
+        verb, them = ("has", "it") if len(unfinished) == 1 else ("have", "them")
+        how = f"resume {them}: fellrec train resume={unfinished[0]}"
+        if (folder / RUNS).is_file():
+            how = f"resume the whole: fellrec compare resume={folder} (a sweep: fellrec train -m resume={folder})"
+        raise ConfigError(f"not finished, or made with ~callbacks.outputs: {names} {verb} no {RESULTS}; {how}{alone}")
     return found
 
 

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
 
 from fellrec.data.prepared import PreparedData
 from fellrec.errors import ConfigError
 from fellrec.report.comparison import RuleResult
 from fellrec.report.costs import RunCost
+from fellrec.report.folders import FINISHED, RESULTS, USERS
+from fellrec.report.runs import evaluation_of
 from fellrec.state.files import write_json
 from fellrec.tracking.run_log import id_of_run
-from fellrec.types import Evaluation
 
-FINISHED = "finished.json"
-"""Written when everything else of a run is: what the table of a comparison says of it beside its metrics."""
-RESULTS, USERS = "results.json", "users.parquet"
 _FIGURES = (
     *("seconds_per_round", "cpu_seconds_per_round", "total_seconds", "peak_memory_bytes"),
     *("best_round", "validation"),
@@ -61,7 +56,7 @@ def read_result(run_dir: Path, data: PreparedData, rule: str, variant: str) -> R
             rule=rule,
             seed=int(found["seed"]),
             kind="learned",
-            evaluation=_evaluation(found, users, data),
+            evaluation=evaluation_of(found, users, data.users["user_id"]),
             run_id=id_of_run(run_dir),
             variant=variant,
             cost=None if cost is None else RunCost.of_dict(cost),
@@ -72,18 +67,3 @@ def read_result(run_dir: Path, data: PreparedData, rule: str, variant: str) -> R
             f"the results in {run_dir} are damaged: {' '.join(str(error).split())}; without {FINISHED} the run is "
             "tested again"
         ) from error
-
-
-def _evaluation(found: dict[str, Any], users: pd.DataFrame, data: PreparedData) -> Evaluation:
-    index = pd.Index(data.users["user_id"]).get_indexer(users["user_id"])
-    if (index < 0).any():
-        raise ValueError(f"{USERS} has a user who is not in the data")
-    return Evaluation(
-        stage=str(found["stage"]),
-        round_index=int(found["round_index"]),
-        per_user={name: torch.from_numpy(users[name].to_numpy(np.float64, copy=True)) for name in found["per_client"]},
-        client_of_user=torch.from_numpy(users["client"].to_numpy(np.int64, copy=True)),
-        per_client={name: torch.tensor(values, dtype=torch.float64) for name, values in found["per_client"].items()},
-        summary={name: float(value) for name, value in found["summary"].items()},
-        users=torch.from_numpy(index.astype(np.int64)),
-    )

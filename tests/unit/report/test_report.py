@@ -269,6 +269,10 @@ def test_wrong_runs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
             main(["report", word, "--output", str(tmp_path / "out")])
         assert stop.value.code == 1
         assert message in capsys.readouterr().err
+    (folder / "runs.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        main(["report", str(folder), "--output", str(tmp_path / "out")])
+    assert f"resume the whole: fellrec compare resume={folder} " in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["report", str(folder / "FedAvg-0"), "--cutoff", "7", "--output", str(tmp_path / "out")])
     assert "--cutoff 7 is not among those of the runs: 5, 10" in capsys.readouterr().err
