@@ -6,7 +6,7 @@ DATA ?= ../shared/data
 BENCH_ROWS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install models demo demo-llm test test-fast lint format ml-1m bench clean
+.PHONY: help install models demo demo-llm test test-fast lint format docs ml-1m bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,13 @@ lint: install  ## only the linter and the type checker
 format: install  ## format the code and apply the automatic fixes of ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+$(BIN)/.docs: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(BIN)/.docs  ## the documentation as a site in build/docs, with warnings as errors
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs . build/docs
 
 ml-1m: install  ## the MovieLens-1M comparison of the README (DATA=folder that holds ml-1m, 20 minutes on 2 cores)
 	$(BIN)/fellrec compare experiment=ml_1m_small data.root=$(DATA)/ml-1m

@@ -13,6 +13,8 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+DOCS = [Requirement(text) for text in EXTRAS["docs"]]
+"""Installed by ``make docs`` only."""
 DECLARED = [Requirement(text) for text in dict.fromkeys([*PROJECT["dependencies"], *EXTRAS["dev"], *EXTRAS["models"]])]
 PINNED = {
     re.sub(r"[-_.]+", "-", name).lower(): pin
@@ -27,6 +29,12 @@ def test_a_dependency_has_an_upper_bound_and_the_pinned_version_is_within_it(req
     assert any(one.operator == "<" for one in requirement.specifier)
     assert requirement.specifier.contains(PINNED[name])
     assert requirement.specifier.contains(version(requirement.name))
+
+
+@pytest.mark.parametrize("requirement", DOCS, ids=lambda requirement: requirement.name)
+def test_what_builds_the_documentation_is_bounded_and_pinned(requirement: Requirement) -> None:
+    assert any(one.operator == "<" for one in requirement.specifier)
+    assert requirement.specifier.contains(PINNED[requirement.name])
 
 
 @pytest.mark.parametrize("name", MALICIOUS)

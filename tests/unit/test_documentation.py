@@ -89,6 +89,8 @@ def test_every_page_is_in_the_list_of_pages() -> None:
     listed = {target for _, target in LINK.findall((ROOT / "docs" / "README.md").read_text(encoding="utf-8"))}
     pages = {path.name for path in (ROOT / "docs").iterdir() if path.suffix in (".md", ".ipynb")} - {"README.md"}
     assert pages <= listed
+    in_site = set((ROOT / "docs" / "index.rst").read_text(encoding="utf-8").split())
+    assert {name.removesuffix(".md") for name in pages if name.endswith(".md")} <= in_site
     assert {f"../experiments/{path.name}/README.md" for path in (ROOT / "experiments").iterdir() if path.is_dir()} - {
         "../experiments/__pycache__/README.md"
     } <= listed
