@@ -23,11 +23,11 @@ def test_a_hook_that_the_loop_cannot_call_is_refused_at_class_creation() -> None
     assert issubclass(Fine, FederatedCallback)
 
 
-def test_the_hooks_are_those_of_the_design():
+def test_the_hooks_are_those_of_the_design_and_one_for_the_progress_of_an_evaluation():
     pairs = [
         f"on_{what}_{when}" for what in ("fit", "round", "client", "aggregate", "evaluate") for when in ("start", "end")
     ]
-    assert set(HOOKS) == {*pairs, "on_step_end", "on_exception"}
+    assert set(HOOKS) == {*pairs, "on_step_end", "on_exception", "on_users_scored"}
 
 
 def test_known_hooks_helpers_and_attributes_are_accepted():
