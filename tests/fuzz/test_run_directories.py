@@ -18,7 +18,7 @@ from fuzz.test_caches import SMALL
 
 from fellrec.cli.evaluate import evaluate
 from fellrec.cli.main import main
-from fellrec.cli.train import resumed
+from fellrec.experiment.resume import resumed
 from fellrec.federated.checkpoint import CHECKPOINTS, CheckpointFolder
 from fellrec.report.export import export
 from fellrec.state.inside import check_inside

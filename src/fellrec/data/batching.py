@@ -58,7 +58,7 @@ def batches_in_order(order: Sequence[int], members: Tensor, batch_size: int) -> 
 
     Example:
         >>> batches_in_order([3, 0, 2, 1], torch.tensor([0, 1, 0, 0]), 2)
-        [[3, 2], [1], [0]]
+        [[3, 0], [2], [1]]
     """
     index = torch.tensor(order, dtype=torch.long)
     member_of_row = members[index]

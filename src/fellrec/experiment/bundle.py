@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -159,14 +158,12 @@ def save_pyfunc(folder: Path, config: DictConfig, recommender: Recommender, resu
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """While this lasts, MLflow does not print what it checks, nor that `predict` could have type hints."""
+    """While this lasts, MLflow does not print what it checks."""
     logger = logging.getLogger("mlflow")
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            yield
+        yield
     finally:
         logger.setLevel(before)
 
