@@ -37,7 +37,7 @@ CHECKED += [
 
 @pytest.mark.parametrize(("rule", "given"), CHECKED)
 def test_no_law_is_broken(rule: type[AggregationCallback], given: dict[str, Any]) -> None:
-    results = check_rule(partial(rule, **given), seeds=(0, 1))
+    results = check_rule(partial(rule, **given), seeds=(0,))
     broken = [f"{result.law}: {result.text}: {result.reason}" for result in results if result.outcome == "failed"]
     assert not broken
     assert all(inspect.cleandoc(result.reason) for result in results if result.outcome != "passed")

@@ -30,7 +30,7 @@ _DIRECTIONS = {
 """Columns, without a cutoff → whether higher or lower is better."""
 _MARK = " *: best of the learned rules."
 _BASES = ("pretrained", "untrained")
-"""Reference rankers that do not count."""
+"""Reference rankers that are the model before training."""
 
 
 def comparison_numbers(comparison: Comparison, cutoff: int) -> pd.DataFrame:
@@ -211,7 +211,7 @@ def reading_note(comparison: Comparison, cutoff: int) -> str:
     counting = [
         display_name(rule)
         for rule in comparison.rules("reference")
-        if rule not in _BASES and comparison.mean_and_sd(rule, figure)[0] > best
+        if rule not in (*_BASES, "random") and comparison.mean_and_sd(rule, figure)[0] > best
     ]
     if not counting:
         return ""
