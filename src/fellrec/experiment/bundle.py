@@ -153,6 +153,8 @@ def save_pyfunc(folder: Path, config: DictConfig, recommender: Recommender, resu
             input_example=example,
             pip_requirements=requirements(),
         )
+        for path in (Path(work) / "model").rglob("*.py"):
+            path.chmod(0o600)  # a copy has the mode of its source
         (Path(work) / "model").rename(folder)  # a run that is killed leaves no part of it
 
 
