@@ -359,7 +359,7 @@ def test_every_sweep_sets_the_number_of_threads(sweep: Path, tmp_path: Path) -> 
     tools = {"FELLREC": str(tmp_path / "say"), "PYTHON": str(tmp_path / "say")}
     for chosen, expected in (({}, "1"), ({"OMP_NUM_THREADS": "3"}, "3")):
         said.unlink(missing_ok=True)
-        command = ["sh", str(sweep), str(tmp_path / "out"), "a", "b"]
+        command = ["sh", str(sweep), str(tmp_path / "out"), "a", "b", "c"]
         subprocess.run(command, env={**unset, **tools, **chosen}, check=True, capture_output=True)
         assert set(said.read_text().split("\n")[:-1]) == {expected}
 
