@@ -28,7 +28,9 @@ def trained(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
-def test_the_registered_model_answers_as_recommend_does(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_registered_model_answers_as_recommend_does(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each client's own model, without pickles; the run's page in MLflow names the model."""
     client = MlflowClient(tracking_uri=f"sqlite:///{trained / 'mlflow.db'}")
     (run,) = client.search_runs(["1"])
@@ -38,7 +40,7 @@ def test_the_registered_model_answers_as_recommend_does(trained: Path, capsys: p
         run.info.run_id,
         client.get_logged_model(output.model_id).artifact_location,
     )
-    mlflow.set_tracking_uri(f"sqlite:///{trained / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{trained / 'mlflow.db'}")
     model = mlflow.pyfunc.load_model("models:/movies/1")
     titles = pd.read_parquet(trained / "run/model/artifacts/bundle/catalogue.parquet")["title"].tolist()[3:6]
     asked = pd.DataFrame({"client": [0, 2], "history": [titles, titles]})
