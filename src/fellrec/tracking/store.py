@@ -338,6 +338,24 @@ def _is_refused(error: BaseException) -> bool:
     return isinstance(error, MlflowException) and error.get_http_status_code() in (401, 403)
 
 
+def _tables(path: Path) -> set[str]:
+    """The names of a database's tables, read without changing it, unless a writer was killed within a change.
+
+    The journal which that one has left is rolled back then, as any access that may write does.
+    """
+
+    def read(mode: str) -> set[str]:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode={mode}", uri=True)) as database:
+            return {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+
+    try:
+        return read("ro")
+    except sqlite3.OperationalError as error:
+        if _is_locked(error):
+            raise
+        return read("rw")
+
+
 def _check_file(uri: str) -> None:
     """Refuse paths that cannot be a store; MLflow would retry for minutes, or write into another file.
 
@@ -354,13 +372,12 @@ def _check_file(uri: str) -> None:
             f"such as tracking.uri={DEFAULT_URI}"
         )
     if path.is_file() and path.stat().st_size:
-        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
-            try:
-                tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            except sqlite3.DatabaseError as error:
-                if _is_locked(error):
-                    raise
-                raise ConfigError(f"tracking.uri={uri} cannot be used: {path} is not a sqlite database") from error
+        try:
+            tables = _tables(path)
+        except sqlite3.DatabaseError as error:
+            if _is_locked(error):
+                raise
+            raise ConfigError(f"tracking.uri={uri} cannot be used: {path} is not a sqlite database") from error
         if tables and "experiments" not in tables:
             raise ConfigError(f"tracking.uri={uri} cannot be used: {path} is a database of another program")
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from fellrec.errors import ConfigError
-from fellrec.tracking.store import absolute, check_reachable, make_client, ui_command
+from fellrec.tracking.store import absolute, check_reachable, connect, make_client, ui_command
 
 
 @pytest.mark.parametrize("name", ["folder", "file.txt/mlflow.db", "file.txt"])
@@ -118,3 +120,25 @@ def test_an_address_is_made_absolute_as_sqlalchemy_reads_it(path: str) -> None:
 
     uri = f"sqlite:///{path}"
     assert make_url(absolute(uri)).database == str(Path(str(make_url(uri).database)).resolve())
+
+
+def test_a_database_whose_writer_was_killed_within_a_change_can_be_used(empty_store: Path, tmp_path: Path) -> None:
+    """Seen where process 0 of a run was killed: the journal that it leaves can only be rolled back by a writer."""
+    path = tmp_path / "mlflow.db"
+    shutil.copy(empty_store, path)
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA cache_size = 1")  # pages are written before the end of the change
+        rows = [(f"name {number}", "x" * 500, number) for number in range(1, 200)]
+        database.executemany("INSERT INTO experiments (name, artifact_location, experiment_id) VALUES (?, ?, ?)", rows)
+        for name in ("mlflow.db", "mlflow.db-journal"):
+            shutil.copy(tmp_path / name, tmp_path / f"killed-{name}")
+        database.rollback()
+    killed = tmp_path / "killed.db"
+    (tmp_path / "killed-mlflow.db").rename(killed)
+    (tmp_path / "killed-mlflow.db-journal").rename(tmp_path / "killed.db-journal")
+    with (
+        pytest.raises(sqlite3.OperationalError),
+        closing(sqlite3.connect(f"{killed.as_uri()}?mode=ro", uri=True)) as one,
+    ):
+        one.execute("SELECT name FROM sqlite_master").fetchall()
+    assert [found.name for found in connect(f"sqlite:///{killed}").search_experiments()] == ["Default"]
