@@ -63,7 +63,9 @@ def test_a_run_ends_with_a_table_and_says_where_it_lies(finished: tuple[Path, st
     )
     assert "round 2/2, train loss " in shown
     assert ", val NDCG@10 " in shown
-    assert not {"\x1b[1m", "\x1b[3m"} & set(re.findall("\x1b\\[\\d+m", shown)), "plain, as it is no terminal"
+    assert not {"\x1b[1m", "\x1b[3m"} & set(re.findall("\x1b\\[\\d+m", shown)), (
+        "plain text, because the output is not a terminal"
+    )
     assert f"Run directory: {folder / 'run'}" in shown
     assert "fellrec ui" in shown
 

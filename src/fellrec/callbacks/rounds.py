@@ -117,7 +117,7 @@ def own_weights(aggregated: Aggregated) -> Tensor | None:
 
 
 def _complete_lines(path: Path) -> list[str]:
-    """The lines of a file that were written to their end; none if there is no file."""
+    """The complete lines of a file; empty if the file does not exist."""
     if not path.is_file():
         return []
     return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]

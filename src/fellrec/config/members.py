@@ -68,7 +68,7 @@ def members_of(data: DictConfig) -> dict[str, str]:
     """The members of a federation by name, each with its choice of ``data``; empty if none are given.
 
     Raises:
-        ConfigError: If they are not a list of choices or a mapping, or names clash, or there is no such choice.
+        ConfigError: If they are not a list of choices or a mapping, or names clash, or a choice does not exist.
     """
     if OmegaConf.is_missing(data, "members"):
         return {}

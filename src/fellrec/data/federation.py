@@ -30,7 +30,7 @@ def join(name: str, members: Mapping[str, PreparedData]) -> PreparedData:
         members: By name, in the order of their clients.
 
     Raises:
-        DataError: If there is no member, or one has no users.
+        DataError: If no member is given, or one has no users.
         ConfigError: If members differ in ``data.max_history``, or in whether seen items are ranked.
     """
     _check_members(members)

@@ -46,7 +46,7 @@ _ABOUT, _CATALOGUE, _BACKBONE, _FORMAT = "model.json", "catalogue.parquet", "bac
 _MOST_BYTES = 256 << 20
 """A larger backbone is not copied into every run's model, only named."""
 _COPIED = (".json", ".model", ".safetensors", ".txt", ".jinja")
-"""Files of a backbone; there are no pickles among them."""
+"""Suffixes of a backbone's files that are copied; none is a pickle."""
 
 
 def why_not(config: DictConfig, data: PreparedData) -> str | None:

@@ -147,7 +147,7 @@ def note(comparison: Comparison, cutoff: int, command: Sequence[str], place: tup
 def verdict(comparison: Comparison, cutoff: int) -> str:
     """The best learned rule and how sure its lead over the reference is, in one line.
 
-    It says that there is no clear difference unless the adjusted p-value is below 0.05.
+    It reports no clear difference unless the adjusted p-value is below 0.05.
     """
     metric, rules = f"ndcg_at_{cutoff}", comparison.rules("learned")
     means: Mapping[str, float] = {rule: comparison.mean_and_sd(rule, f"{metric}/mean")[0] for rule in rules}

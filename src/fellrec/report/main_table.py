@@ -241,7 +241,7 @@ def _is_same(one: RuleResult, other: RuleResult) -> bool:
 def _identical_text(comparison: Comparison) -> str:
     names = ", ".join(map(display_name, identical_seeds(comparison)))
     seeds = ", ".join(map(str, comparison.seeds))
-    return f" Seeds {seeds} gave identical results, so ±0 is no measure of chance: {names}." if names else ""
+    return f" Seeds {seeds} gave identical results, so ±0 is not their variation: {names}." if names else ""
 
 
 def _chosen_text(comparison: Comparison) -> str:

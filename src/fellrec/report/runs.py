@@ -151,7 +151,7 @@ def _known(evaluation: Evaluation, cost: RunCost | None) -> dict[str, Any]:
 
 
 def read_references(path: Path) -> list[RuleResult]:
-    """The reference rankers of a comparison, from its ``comparison.json``; none if there is no such file.
+    """The reference rankers of a comparison, from its ``comparison.json``; empty if the file does not exist.
 
     Raises:
         ConfigError: If it is damaged.

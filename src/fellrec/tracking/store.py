@@ -344,16 +344,17 @@ def _tables(path: Path) -> set[str]:
     The journal which that one has left is rolled back then, as any access that may write does.
     """
 
-    def read(mode: str) -> set[str]:
-        with closing(sqlite3.connect(f"{path.as_uri()}?mode={mode}", uri=True)) as database:
-            return {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-
     try:
-        return read("ro")
+        return _read_tables(path, "ro")
     except sqlite3.OperationalError as error:
         if _is_locked(error):
             raise
-        return read("rw")
+        return _read_tables(path, "rw")
+
+
+def _read_tables(path: Path, mode: str) -> set[str]:
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode={mode}", uri=True)) as database:
+        return {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
 
 
 def _check_file(uri: str) -> None:

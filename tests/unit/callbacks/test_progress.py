@@ -1,4 +1,4 @@
-"""What a run shows: numbers at 80 columns, words at 120, lines where there is no terminal, nothing if it is quiet."""
+"""What a run shows: numbers at 80 columns, words at 120, lines without a terminal, nothing with --quiet."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_seeds_that_changed_nothing_are_told(comparison: Comparison) -> None:
     first = [item for item in comparison.results if item.seed == 0]
     again = [replace(item, seed=7) for item in first if item.rule == "local"]
     both = replace(comparison, results=[*first, *again])
-    assert "Seeds 0, 7 gave identical results, so ±0 is no measure of chance: local." in " ".join(shown(both).split())
+    assert "Seeds 0, 7 gave identical results, so ±0 is not their variation: local." in " ".join(shown(both).split())
 
 
 def test_counting_rankers_that_win_are_explained_in_one_sentence(comparison: Comparison) -> None:
