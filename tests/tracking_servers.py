@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import pwd
@@ -197,7 +198,14 @@ class Content:
         artifacts: dict[str, Any] = {path: data for path, data in self.artifacts.items() if path != "config.yaml"}
         if "results.json" in artifacts:
             artifacts["results.json"] = {**json.loads(artifacts["results.json"]), "cost": "contains times"}
+        artifacts |= {path: _without_times(data) for path, data in artifacts.items() if path.endswith(".csv")}
         return sorted(points, key=str), params, tags, self.datasets, artifacts, self.status, len(self.artifacts)
+
+
+def _without_times(table: bytes) -> list[dict[str, str]]:
+    """Rows of a CSV file without its columns of seconds."""
+    rows = csv.DictReader(table.decode().splitlines())
+    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
 
 
 def content(database: str, artifacts: Path, uid: str) -> Content:
