@@ -73,6 +73,20 @@ def test_mistakes_get_one_message_and_nothing_is_written(
     assert not list(workplace.iterdir())
 
 
+def test_what_ends_badly_on_most_clusters_is_warned_of(workplace: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One writer of a sqlite store is allowed, and so are all settings that were given."""
+    several = ["submit", "-m", "seed=0,1,2", "--dry-run"]
+    main([*several, "launcher.gpus_per_node=1"])
+    found = [record.getMessage() for record in caplog.records]
+    assert [text.split(" is not set")[0] for text in found[:3]] == [
+        *("launcher.cpus_per_task", "launcher.memory", "launcher.time")
+    ]  # fmt: skip
+    assert found[3].startswith("3 jobs write to sqlite:///")
+    caplog.clear()
+    main([*several, "launcher.time=60", "launcher.max_parallel=1"])
+    assert not caplog.records
+
+
 def test_without_sbatch_the_run_directory_is_not_kept(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,8 +6,11 @@ import importlib
 import io
 import json
 import logging
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,6 +96,28 @@ def test_doctor_writes_nothing(
         assert done.value.code == 0, capsys.readouterr().out
     assert "mlflow.db, which the first run creates" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in run_dir.parent.rglob("*")} == before
+
+
+def test_doctor_as_a_process_leaves_nothing_behind(trained: Path, tmp_path: Path) -> None:
+    """No file or directory of fellrec or of a package that it imports: PyTorch's and matplotlib's caches among them."""
+    places = {"HOME": tmp_path / "home", "TMPDIR": tmp_path / "tmp"}
+    for folder in (*places.values(), here := tmp_path / "here"):
+        folder.mkdir()
+    shutil.copy(trained / "mlflow.db", here)
+    unset = ("XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_CONFIG_HOME", "FELLREC_CACHE", "MPLCONFIGDIR")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    done = subprocess.run(
+        [sys.executable, "-m", "fellrec", "doctor"],
+        env={**environment, **places, "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "400"},
+        cwd=here,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{places['HOME']}/.cache/fellrec" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_a_multirun_as_json_is_one_list(

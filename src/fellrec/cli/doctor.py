@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
 def _checks(config: DictConfig) -> Iterator[tuple[str, Callable[[], str]]]:
     import torch
 
-    from fellrec.experiment.build import cache_dir
+    from fellrec.config.paths import cache_dir
     from fellrec.experiment.versions import versions
     from fellrec.launch.reach import check_all_reduce
 

@@ -33,7 +33,8 @@ def run(options: argparse.Namespace) -> None:
     from fellrec.config.compose import compose
 
     config = compose(options.overrides)
-    from fellrec.experiment.build import build_data, cache_dir
+    from fellrec.config.paths import cache_dir
+    from fellrec.experiment.build import build_data
 
     data = build_data(config)
     checks = _checks(config, data)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ EXAMPLES = (
     "fellrec submit -m aggregation=fedavg,fellrec seed=0,1,2 launcher.time=2:00:00 launcher.max_parallel=4",
     "fellrec submit resume=runs/RUN launcher.time=12:00:00",
 )
+
+log = logging.getLogger(__name__)
 
 _LAUNCHER = re.compile(r"[+~]*launcher[.=]")
 
@@ -77,14 +80,17 @@ def run(options: argparse.Namespace) -> None:
     """Entry point of the verb: everything is checked before anything is written or submitted."""
     submission = plan_submission(options.overrides, options.multirun, options.trust)
     script = submission.script
-    if options.dry_run:
-        sys.stdout.write(script)
-        return
     from fellrec.experiment.store import check_store, store_of
-    from fellrec.tracking.store import ensure_experiment, make_client
 
     config, jobs = submission.config, submission.jobs
     uri = store_of(config)
+    for text in _warnings(submission.launcher, len(jobs), uri):
+        log.warning("%s", text)
+    if options.dry_run:
+        sys.stdout.write(script)
+        return
+    from fellrec.tracking.store import ensure_experiment, make_client
+
     check_store(config)
     if len(jobs) > 1 and uri is not None and uri.startswith("sqlite:"):  # otherwise all jobs would create it at once
         ensure_experiment(make_client(uri), uri, config.tracking.experiment)
@@ -94,6 +100,17 @@ def run(options: argparse.Namespace) -> None:
         tasks = [f"task {number}: {job.run_dir}" for number, job in enumerate(jobs)]
         lines = [lines[0], *tasks, f"sweep directory: {submission.folder}"]
     sys.stdout.write("\n".join([*lines, f"script and output: {path.parent}"]) + "\n")
+
+
+def _warnings(launcher: LauncherSettings, num_jobs: int, uri: str | None) -> Iterator[str]:
+    """What is allowed, but ends badly on most clusters."""
+    yield from launcher.left_to_the_site()
+    num_writers = min(num_jobs, launcher.max_parallel or num_jobs)
+    if num_writers > 1 and uri is not None and uri.startswith("sqlite"):
+        yield (
+            f"{num_writers} jobs write to {uri} at the same time: sqlite on a network file system may lose or damage "
+            "it; use a server, tracking.uri=http://HOST:5000 with fellrec ui --host, or launcher.max_parallel=1"
+        )
 
 
 def plan_submission(overrides: Sequence[str], is_sweep: bool, trusted: Collection[str] = ()) -> Submission:

@@ -1,10 +1,14 @@
-"""Path of the configuration and its choices, without heavy imports, for ``--help``."""
+"""Paths of the configuration and of the cache, and the choices, without heavy imports, for ``--help``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 def conf_dir() -> Path:
@@ -12,6 +16,11 @@ def conf_dir() -> Path:
     package = Path(__file__).resolve().parents[1]
     installed, checkout = package / "conf", package.parents[1] / "conf"
     return installed if installed.is_dir() else checkout
+
+
+def cache_dir(config: DictConfig) -> Path:
+    """The folder of prepared data, pretrained tiny backbones and converted models."""
+    return Path(config.cache_dir or "~/.cache/fellrec").expanduser()
 
 
 @cache

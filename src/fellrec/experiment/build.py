@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from fellrec.aggregation.base import AggregationCallback
 from fellrec.config.instantiate import as_dict, instantiate, settings
 from fellrec.config.members import is_federation, with_totals
+from fellrec.config.paths import cache_dir
 from fellrec.config.registry import own_settings
 from fellrec.cut.link import ServerLink
 from fellrec.data.cold import ColdStart
@@ -132,11 +132,6 @@ class Recommender:
     link: ServerLink | None = None
     server: ServerPart | None = None
     kept: KeptUsers = field(default_factory=KeptUsers)
-
-
-def cache_dir(config: DictConfig) -> Path:
-    """The folder of prepared data, pretrained tiny backbones and converted models."""
-    return Path(config.cache_dir or "~/.cache/fellrec").expanduser()
 
 
 def backbone_path(config: DictConfig) -> tuple[str, str | None]:

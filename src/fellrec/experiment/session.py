@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from fellrec.config.instantiate import as_dict
+from fellrec.config.paths import cache_dir
 from fellrec.cut.link import OverChannel
 from fellrec.cut.serve import serve
 from fellrec.cut.server import BodyServer
@@ -39,7 +40,6 @@ from fellrec.experiment.build import (
     build_data,
     build_fabric,
     build_recommender,
-    cache_dir,
     recommender_key,
 )
 from fellrec.experiment.federation import build_serial, build_server

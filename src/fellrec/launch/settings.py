@@ -10,6 +10,9 @@ from typing import Annotated, Any
 from fellrec.functional.ranges import Allowed, Count, Natural, check, listed, refuse
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
+_CORES = ("cpus-per-task", "cpus-per-gpu", "exclusive")
+_MEMORY = ("mem", "mem-per-cpu", "mem-per-gpu")
+"""Options of sbatch that set them."""
 _MIN_SECONDS = 30
 """Minimum time of a run before the signal; SLURM checks time limits twice a minute."""
 
@@ -83,6 +86,25 @@ class LauncherSettings:
     def asks_for_gpus(self) -> bool:
         """Whether the job gets GPUs, by ``gpus_per_node`` or by one of sbatch's options."""
         return self.gpus_per_node > 0 or any(_is_of_gpus(str(k), str(v)) for k, v in (self.options or {}).items())
+
+    def left_to_the_site(self) -> Iterator[str]:
+        """What is not set although the default of most sites is bad for a run: a sentence each."""
+        given = {str(name) for name, value in (self.options or {}).items() if value is not None and value is not False}
+        if self.asks_for_gpus and self.cpus_per_task is None and not given.intersection(_CORES):
+            yield (
+                "launcher.cpus_per_task is not set: with most sites a process with a GPU then has one core; "
+                "set launcher.cpus_per_task=8, or as many as a node has per GPU"
+            )
+        if self.asks_for_gpus and self.memory is None and not given.intersection(_MEMORY):
+            yield (
+                "launcher.memory is not set: with most sites the job then has a few GB for each core, and is killed "
+                "when the backbone needs more; set launcher.memory=64G, see fellrec plan"
+            )
+        if self.time is None and "time" not in given:
+            yield (
+                "launcher.time is not set: the job ends at the default limit of the partition, which may be minutes; "
+                "set launcher.time=12:00:00"
+            )
 
     def _problems(self) -> Iterator[str]:
         for key, value in self._texts():

@@ -55,6 +55,25 @@ def test_one_process_per_gpu_by_default() -> None:
     assert options_of(script_of(job, gpus_per_node=4, tasks_per_node=1))["ntasks-per-node"] == "1"
 
 
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({}, ["time"]),
+        ({"time": "1:00:00"}, []),
+        ({"options": {"time": "1:00:00"}}, []),
+        ({"gpus_per_node": 1, "time": 60}, ["cpus_per_task", "memory"]),
+        ({"options": {"gres": "gpu:2"}, "time": 60}, ["cpus_per_task", "memory"]),
+        ({"gpus_per_node": 1, "time": 60, "cpus_per_task": 4, "memory": "64G"}, []),
+        ({"gpus_per_node": 1, "time": 60, "options": {"exclusive": True, "mem": 0}}, []),
+        ({"gpus_per_node": 1, "time": 60, "options": {"exclusive": False, "mem-per-gpu": "32G"}}, ["cpus_per_task"]),
+    ],
+)
+def test_what_is_left_to_the_site_is_named(settings: dict[str, Any], named: list[str]) -> None:
+    """Cores and memory only of jobs with GPUs: others start with what a site gives to everyone."""
+    found = list(LauncherSettings(**settings).left_to_the_site())
+    assert [re.match(r"launcher\.(\w+) is not set", text)[1] for text in found] == named  # type: ignore[index]
+
+
 def test_every_setting_is_an_sbatch_option() -> None:
     found = options_of(
         script_of(
