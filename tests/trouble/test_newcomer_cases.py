@@ -98,6 +98,11 @@ def test_doctor_writes_nothing(
     assert {path: path.stat().st_mtime_ns for path in run_dir.parent.rglob("*")} == before
 
 
+def listing(folder: Path) -> dict[Path, int | None]:
+    """Every directory below a folder, and every file with its time."""
+    return {path: path.stat().st_mtime_ns if path.is_file() else None for path in folder.rglob("*")}
+
+
 def test_doctor_as_a_process_leaves_nothing_behind(trained: Path, tmp_path: Path) -> None:
     """No file or directory of fellrec or of a package that it imports: PyTorch's and matplotlib's caches among them."""
     places = {"HOME": tmp_path / "home", "TMPDIR": tmp_path / "tmp"}
@@ -106,7 +111,7 @@ def test_doctor_as_a_process_leaves_nothing_behind(trained: Path, tmp_path: Path
     shutil.copy(trained / "mlflow.db", here)
     unset = ("XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_CONFIG_HOME", "FELLREC_CACHE", "MPLCONFIGDIR")
     environment = {name: value for name, value in os.environ.items() if name not in unset}
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    before = listing(tmp_path)
     done = subprocess.run(
         [sys.executable, "-m", "fellrec", "doctor"],
         env={**environment, **places, "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "400"},
@@ -117,7 +122,7 @@ def test_doctor_as_a_process_leaves_nothing_behind(trained: Path, tmp_path: Path
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{places['HOME']}/.cache/fellrec" in done.stdout
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert listing(tmp_path) == before
 
 
 def test_a_multirun_as_json_is_one_list(

@@ -7,11 +7,9 @@ interactions of users.
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,6 +38,7 @@ from fellrec.models.peft_folder import write_tensors
 from fellrec.models.split import SplitModel
 from fellrec.state.files import write_json, write_parquet
 from fellrec.state.tensor_store import StoredTensors
+from fellrec.tracking.quiet import quiet_mlflow
 
 _GROUPS = ("seed", "backbone", "adapter", "objective", "ranker", "split", "trainer")
 _ABOUT, _CATALOGUE, _BACKBONE, _FORMAT = "model.json", "catalogue.parquet", "backbone", 1
@@ -143,7 +142,7 @@ def save_pyfunc(folder: Path, config: DictConfig, recommender: Recommender, resu
         params=ParamSchema([ParamSpec("k", DataType.long, 10)]),
     )
     example = pd.DataFrame({"client": [0], "history": [list(recommender.data.catalogue.titles[:2])]})
-    with TemporaryDirectory(dir=folder.parent) as work, _quiet():
+    with TemporaryDirectory(dir=folder.parent) as work, quiet_mlflow():
         write_bundle(Path(work) / "bundle", config, recommender, result)
         mlflow.pyfunc.save_model(
             Path(work) / "model",
@@ -156,18 +155,6 @@ def save_pyfunc(folder: Path, config: DictConfig, recommender: Recommender, resu
         for path in (Path(work) / "model").rglob("*.py"):
             path.chmod(0o600)  # a copy has the mode of its source
         (Path(work) / "model").rename(folder)  # a run that is killed leaves no part of it
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """While this lasts, MLflow does not print what it checks."""
-    logger = logging.getLogger("mlflow")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _copy_backbone(source: Path | None, folder: Path) -> str | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from omegaconf import DictConfig
 
@@ -17,8 +18,8 @@ from fellrec.terminal import duration, is_shown, tell
 
 _MOST_MODULES = 8
 """Names of modules in the line."""
-_LONG_SECONDS = 5.0
-"""A first step that takes so long is not repeated."""
+_MOST_STEPS = 5
+"""Steps that are timed, after the first one."""
 
 
 def introduce(config: DictConfig, recommender: Recommender, loop: FederatedLoop, rule: str, num_runs: int = 1) -> None:
@@ -88,17 +89,31 @@ def _module(name: str) -> str:
 
 
 def _step_seconds(recommender: Recommender, seed: int) -> float | None:
-    """Seconds of a training step, by one that changes nothing; ``None`` with an executed cut, where it is counted."""
+    """Seconds of a training step, by some that change nothing; ``None`` with an executed cut, where it is counted."""
     module, fabric = recommender.module, recommender.fabric
     if recommender.link is not None:
         return None
     batch = fabric.to_device(first_batch(recommender.datamodule, seed))
-    seconds = _LONG_SECONDS
-    for _ in range(2):  # the first one may compile, or allocate
-        started = time.perf_counter()
+
+    def step() -> None:
         trial_step(fabric, module, batch, seed)
         wait_for(fabric.device)
-        seconds = time.perf_counter() - started
-        if seconds >= _LONG_SECONDS:
-            break
-    return seconds
+
+    return typical_seconds(step)
+
+
+def typical_seconds(step: Callable[[], object], long_seconds: float = 3.0) -> float:
+    """The median of the times of a few calls, without the first one, which may compile, or allocate.
+
+    A single call may wait for another process; the median is not changed by it.
+
+    Args:
+        step: What is timed.
+        long_seconds: After so long it is not called again.
+    """
+    measured: list[float] = []
+    while len(measured) <= _MOST_STEPS and sum(measured) < long_seconds:
+        started = time.perf_counter()
+        step()
+        measured.append(time.perf_counter() - started)
+    return statistics.median(measured[1:] or measured)

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from fellrec.errors import ConfigError
 from fellrec.functional.secrets import VARIABLE, reveal
+from fellrec.tracking.quiet import quiet_mlflow
 from fellrec.tracking.settings import DEFAULT_URI
 
 if TYPE_CHECKING:
@@ -70,8 +71,9 @@ def connect(uri: str) -> MlflowClient:
     _check_answers(uri)
     from mlflow.tracking import MlflowClient
 
-    _make_sqlite(uri)
-    return MlflowClient(tracking_uri=reveal(uri))
+    with quiet_mlflow():
+        _make_sqlite(uri)
+        return MlflowClient(tracking_uri=reveal(uri))
 
 
 def make_client(uri: str) -> MlflowClient:
@@ -83,7 +85,8 @@ def make_client(uri: str) -> MlflowClient:
     try:
         _check_file(uri)
         client = connect(uri)
-        client.search_experiments(max_results=1)
+        with quiet_mlflow():  # it may create the tables of a server's database
+            client.search_experiments(max_results=1)
     except ConfigError:
         raise
     except Exception as error:  # MLflow, SQLAlchemy, sqlite3 and requests raise different types
