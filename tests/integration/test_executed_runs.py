@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import DictConfig
 from run_tensors import adapters, assert_same, optimizer_states, own_tensors, selected
 from torch import Tensor
 
@@ -18,9 +19,10 @@ from fellrec.cut.link import InProcess, ServerLink
 from fellrec.cut.messages import HiddenState, OpenSlot, SelectRows, Serve
 from fellrec.cut.server import BodyServer
 from fellrec.distributed.message import Message
-from fellrec.errors import TrainingError
-from fellrec.experiment.build import build_data, build_recommender
+from fellrec.errors import ConfigError, TrainingError
+from fellrec.experiment.build import Recommender, build_data, build_recommender
 from fellrec.experiment.federation import Federation, build_federation
+from fellrec.experiment.storage import heads_of, storage_of
 from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.records import Job, Trained
@@ -156,6 +158,87 @@ def test_where_the_cuts_are_changes_nothing(
     """Dropout belongs to layers, not to parts: any two cuts give the same run."""
     where = [f"split.head_layers={depth[0]}", f"split.tail_layers={depth[1]}", "split.transport=inprocess"]
     assert_same(of_whole_model, adapters(run("adapter=lora", *where)))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "",
+        "adapter=lora adapter.dropout=0.2 adapter.rank=[1,2,4] aggregation=rbla",
+        "aggregation=scaffold adapter=lora trainer.gradient_clip=0.01",
+        "aggregation=flora adapter=lora",
+        "aggregation=fedper aggregation.personal=tail trainer.select=client",
+        "aggregation=centralized adapter=lora",
+        "aggregation=fedfomo aggregation.num_models=1 adapter=lora",
+        "objective.item_encoder=encoded adapter=lora participation.rate=0.7 trainer.num_rounds=3",
+        "objective=generative adapter=lora ranker=grounding ranker.num_beams=2 ranker.max_new_tokens=5 "
+        "trainer.num_rounds=1 trainer.learning_rate=0.05",
+        "objective=generative adapter=lora ranker=constrained ranker.num_beams=3 trainer.num_rounds=1",
+    ],
+)
+def test_clients_with_heads_of_different_depths_train_together(run: Run, overrides: str) -> None:
+    """Clients with 2, 0 and 1 layers have the bits of one model that is not cut."""
+    seen = Values(), Values()
+    whole = run(*overrides.split(), callbacks=(seen[0],))
+    heads = "split.head_layers=[2,0,1]", "split.transport=inprocess"
+    cut = run(*overrides.split(), *heads, callbacks=(seen[1],))
+    assert seen[0].losses == seen[1].losses
+    assert seen[0].figures == seen[1].figures
+    assert_same(adapters(whole), adapters(cut))
+    assert_same(optimizer_states(whole), optimizer_states(cut))
+    assert_same(own_tensors(whole), own_tensors(cut))
+
+
+def test_a_client_sends_the_adapter_of_its_own_head(
+    recorded: Callable[..., tuple[FederatedLoop, list[Message]]],
+) -> None:
+    """By the client's number of training samples: the server trains all layers that its head does not have.
+
+    A client sends all but what the server trains. It has four layers, of which the last is the tail.
+    """
+    how = "adapter=lora", "trainer.num_rounds=1", "split.head_layers={0: 0, 1: 2}"
+    loop, sent = recorded(*how)
+    assert {message.head_layers for message in sent if isinstance(message, OpenSlot | Serve)} == {2}
+    loop, sent = recorded(*how[:2], "split.head_layers=[2,0,1]")
+    sizes = {name: tensor.nbytes for name, tensor in loop.population.initial.tensors().items()}
+    for client, depth in enumerate([2, 0, 1]):
+        opened = [message for message in sent if isinstance(message, OpenSlot) and message.client == client]
+        layers = {int(name.partition("layers.")[2].partition(".")[0]) for m in opened for name in m.adapter}
+        assert (len(opened), layers) == (1, set(range(depth, 3)))
+        at_server = sum(size for name, size in sizes.items() if name in opened[0].adapter)
+        own = loop.exchange.ledger.total(client=client, kind="adapter", phase="train")
+        assert own == 2 * (sum(sizes.values()) - at_server), "up and down"
+
+
+def test_a_client_stores_what_it_would_if_all_had_its_head(tiny_overrides: list[str]) -> None:
+    def built(heads: object) -> tuple[DictConfig, Recommender]:
+        how = "backbone.num_layers=4", "adapter=lora", "split.transport=inprocess", f"split.head_layers={heads}"
+        config = compose([*tiny_overrides, *how])
+        return config, build_recommender(config, build_data(config))
+
+    found = heads_of(*built([2, 0, 1]))
+    alone = {depth: storage_of(*built(depth)) for depth in (0, 1, 2)}
+    assert [(head.num_layers, head.stored_bytes) for head in found] == [(d, alone[d].client_bytes) for d in (2, 0, 1)]
+    assert heads_of(*built(1)) == []
+    together = storage_of(*built([2, 0, 1]))
+    assert (together.client_bytes, together.server_bytes) == (alone[2].client_bytes, alone[0].server_bytes)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["split.head_layers=[1,2,1]"], "needs split.transport=inprocess, not none"),
+        (["split.head_layers=[1,2]", "split.transport=inprocess"], "has 2 values, and there are 3 clients"),
+        (["split.head_layers={5: 1}", "split.transport=inprocess"], "numbers by size such as {0: 1, 500: 4}"),
+        (
+            ["split.head_layers={0: 0, 9: 1}", "split.transport=inprocess", "adapter=lora", "adapter.layers=body+tail"],
+            "trains only one of head and body",
+        ),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused(tiny_overrides: list[str], overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        new_federation(tiny_overrides, *overrides)
 
 
 @pytest.mark.parametrize(("packing", "atol"), [("bfloat16", 0.02), ("int8", 0.05)])

@@ -176,17 +176,26 @@ class ClientMetrics(FederatedCallback):
     """Logs every client's metrics, loss and values of the aggregation, and writes tables of the clients.
 
     ``clients.csv`` has the tested metrics. ``client_costs.csv`` has beside them ``adapter_bytes``, what a client
-    trains, and ``seconds_per_round``, its mean local training; where LoRA ranks can differ, also its ``rank``.
+    trains, and ``seconds_per_round``, its mean local training; where LoRA ranks can differ, also its ``rank``; where
+    heads differ, also ``head_layers`` and ``stored_bytes``, the parameters of its head and tail.
 
     Args:
         log: Of the run.
         population: Its clients; ``None`` for no table of costs.
+        heads: Of the clients, where they differ; see ``fellrec.experiment.storage.Head``.
         max_logged_clients: In a larger population nothing of single clients is sent to MLflow.
     """
 
-    def __init__(self, log: RunLog, population: Population | None = None, max_logged_clients: Natural = 100) -> None:
+    def __init__(
+        self,
+        log: RunLog,
+        population: Population | None = None,
+        max_logged_clients: Natural = 100,
+        heads: Sequence[Any] = (),
+    ) -> None:
         self.log = log
         self.population = population
+        self.heads = heads
         self.rounds: dict[int, tuple[int, float]] = {}
         self.run_dir = log.run_dir
         self.max_logged_clients = max_logged_clients
@@ -241,6 +250,8 @@ class ClientMetrics(FederatedCallback):
                 {
                     "client": client,
                     "rank": None if ranks is None else ranks.of_row(client),
+                    "head_layers": self.heads[client].num_layers if self.heads else None,
+                    "stored_bytes": self.heads[client].stored_bytes if self.heads else None,
                     "adapter_bytes": sum(tensor.numel() * tensor.element_size() for tensor in own),
                     "seconds_per_round": total / number if number else math.nan,
                 }

@@ -75,8 +75,9 @@ def plan(overrides: Sequence[str], probe_steps: int | None = None) -> list[Row]:
 
     planner = Planner()
     return [
-        Row(values, planner.plan(config, probe_steps))
+        Row(values, plan)
         for values, config in zip(_varying(combinations), configs, strict=True)
+        for plan in planner.plans(config, probe_steps)
     ]
 
 

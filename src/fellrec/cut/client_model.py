@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from fellrec.federated.records import Job, ScoreJob
 from fellrec.federated.slot import LocalSlot, Slot
 from fellrec.federated.slot_state import SlotState
 from fellrec.state.tensor_store import StoredTensors
+from fellrec.types import PUBLIC
 
 
 class CutClientModel:
@@ -22,24 +23,28 @@ class CutClientModel:
     Args:
         client: Holds head and tail.
         link: To the server.
+        head_layers: Layers in the head of each client.
     """
 
-    def __init__(self, client: WholeClientModel, link: ServerLink) -> None:
+    def __init__(self, client: WholeClientModel, link: ServerLink, head_layers: Sequence[int]) -> None:
         self.client = client
         self.link = link
+        self.head_layers = head_layers
+        self._model = client.module.model
         self._num_changes = 0
 
     @contextmanager
     def training(self, job: Job, total_steps: int = 0) -> Iterator[Slot]:
         """See ``ClientModel``; a failure here drops the client's training on the server."""
         begin, where = SlotState.of(job, total_steps), (job.row, job.round_index, "train")
-        own, body = self._divide(begin)
+        depth = self._depth_of(job.data_of)
+        own, body = self._divide(begin, depth)
         self._change_base(job.base)
         tensors = body.adapter, body.optimizer, body.anchors, body.tensors
-        self.link.send(OpenSlot(*where, *tensors, body.trains, base=len(job.base), total_steps=total_steps))
-        with self.link.on_behalf_of(*where):
+        self.link.send(OpenSlot(*where, *tensors, body.trains, len(job.base), total_steps, depth))
+        with self.link.on_behalf_of(*where), self._model.at_depth(depth):
             try:
-                with self.client.slot(own) as slot:
+                with self.client.slot(own, own.adapter) as slot:
                     yield CutSlot(slot, self.link, where)
             except SplitError:
                 raise
@@ -51,10 +56,11 @@ class CutClientModel:
     def evaluating(self, job: ScoreJob, stage: str, round_index: int) -> Iterator[None]:
         """See ``ClientModel``."""
         begin, where = SlotState(job.adapter.tensors(), trains=()), (job.row, round_index, stage)
-        own, body = self._divide(begin)
+        depth = self._depth_of(job.clients[0])
+        own, body = self._divide(begin, depth)
         self._change_base(job.base)
-        self.link.send(Serve(*where, body.adapter, base=len(job.base)))
-        with self.link.on_behalf_of(*where), self.client.holding(own):
+        self.link.send(Serve(*where, body.adapter, len(job.base), depth))
+        with self.link.on_behalf_of(*where), self._model.at_depth(depth), self.client.holding(own, own.adapter):
             yield
         self.link.send(StopServing(*where))
 
@@ -62,16 +68,22 @@ class CutClientModel:
         """See ``ClientModel``."""
         return self.link.ledger.rows_of(job.row, job.round_index)
 
-    def _divide(self, begin: SlotState) -> tuple[SlotState, SlotState]:
+    def _depth_of(self, client: int | None) -> int:
+        """Layers of the head of a client; the smallest number for pooled data and for the server's own training."""
+        return min(self.head_layers) if client is None or client == PUBLIC else self.head_layers[client]
+
+    def _divide(self, begin: SlotState, head_layers: int) -> tuple[SlotState, SlotState]:
         """The client's and the server's part."""
-        own = list(self.client.module.trainable)
-        return begin.part(own), begin.part([name for name in begin.adapter if name not in self.client.module.trainable])
+        cut = self._model.cuts[head_layers]
+        at_server = {name for name in begin.adapter if cut.part_of(name, self._model.arch) == "body"}
+        own = [name for name in self.client.module.trainable if name not in at_server]
+        return begin.part(own), begin.part([name for name in begin.adapter if name in at_server])
 
     def _change_base(self, changes: tuple[StoredTensors, ...]) -> None:
         self.client.use_base(changes)
         for version in range(self._num_changes, len(changes)):
             factors = changes[version].tensors()
-            others = {key: t for key, t in factors.items() if not self.client.has_weight(key.partition("|")[0])}
+            others = {key: t for key, t in factors.items() if self._model.part_of(key.partition("|")[0]) == "body"}
             self.link.send(ChangeBase(version, others))
         self._num_changes = max(self._num_changes, len(changes))
 

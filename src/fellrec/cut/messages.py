@@ -47,7 +47,7 @@ class ClientMessage(Message):
         require(self, self.phase in PHASES, f"phase {self.phase!r} must be one of {', '.join(PHASES)}")
         require(self, self.client >= 0, f"client {self.client} is negative")
         require(self, self.round_index >= -1, f"round {self.round_index} is before the first")
-        for name in ("number", "base", "cache", "source", "target", "total_steps"):
+        for name in ("number", "base", "cache", "source", "target", "total_steps", "head_layers"):
             value = getattr(self, name, None)
             require(self, value is None or value >= 0, f"{name} {value} is negative")
 
@@ -68,6 +68,7 @@ class OpenSlot(ClientMessage):
         trains: As above.
         base: Changes of the frozen base that must be applied.
         total_steps: See ``SlotState``.
+        head_layers: Layers of the client's head: where the body begins.
     """
 
     adapter: Mapping[str, Tensor]
@@ -77,6 +78,7 @@ class OpenSlot(ClientMessage):
     trains: tuple[str, ...] | None = None
     base: int = 0
     total_steps: int = 0
+    head_layers: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,10 +127,12 @@ class Serve(ClientMessage):
     Attributes:
         adapter: By parameter; empty if nothing of the body is trained.
         base: As in ``OpenSlot``.
+        head_layers: As in ``OpenSlot``.
     """
 
     adapter: Mapping[str, Tensor]
     base: int = 0
+    head_layers: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

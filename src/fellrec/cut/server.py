@@ -71,11 +71,13 @@ class Served:
     Attributes:
         parameters: The body's part of its adapter.
         base: Changes of the base that it belongs to.
+        head_layers: Layers of the client's head.
         num_calls: Evaluations that use it: several client processes may evaluate parts of a client's users at once.
     """
 
     parameters: dict[str, nn.Parameter]
     base: int
+    head_layers: int
     num_calls: int = 1
 
 
@@ -87,12 +89,14 @@ class ServerJob:
         slot: The body's part of its parameters.
         streams: Its random numbers of this round.
         base: Changes of the base that it is trained with.
+        head_layers: Layers of the client's head.
         graphs: Inputs and outputs of forward passes whose gradient is still to come, by number.
     """
 
     slot: LocalSlot
     streams: StreamPosition
-    base: int = 0
+    base: int
+    head_layers: int
     graphs: dict[int, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
 
 
@@ -175,13 +179,14 @@ class BodyServer:
             self.jobs.pop(client, None)
 
     def _open_slot(self, message: OpenSlot) -> None:
-        begin = message.state.part(list(self.trainable))
-        parameters = new_parameters(self.trainable, begin)
+        trainable = self._trainable_of(message)
+        begin = message.state.part(list(trainable))
+        parameters = new_parameters(trainable, begin)
         trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
         optimizer = self.settings.optimizer.build(trained) if trained else None
         streams = StreamPosition(training_seed(self.settings.seed, message.round_index, message.client))
         slot = LocalSlot(parameters, begin, optimizer, self.terms)
-        self.jobs[message.client] = ServerJob(slot, streams, message.base)
+        self.jobs[message.client] = ServerJob(slot, streams, message.base, message.head_layers)
 
     def _close_slot(self, message: CloseSlot) -> Message | None:
         job = self.jobs.pop(message.client, None)
@@ -194,10 +199,12 @@ class BodyServer:
         return SlotClosed(*where, state.adapter, state.optimizer, state.tensors)
 
     def _serve(self, message: Serve) -> None:
-        begin = SlotState({name: message.adapter[name] for name in self.trainable}, trains=())
+        trainable = self._trainable_of(message)
+        begin = SlotState({name: message.adapter[name] for name in trainable}, trains=())
         before = self.served.get(message.client)
         num_calls = 1 if before is None else before.num_calls + 1
-        self.served[message.client] = Served(new_parameters(self.trainable, begin), message.base, num_calls)
+        parameters = new_parameters(trainable, begin)
+        self.served[message.client] = Served(parameters, message.base, message.head_layers, num_calls)
 
     def _stop_serving(self, message: StopServing) -> None:
         served = self.served.get(message.client)
@@ -223,7 +230,13 @@ class BodyServer:
         self._base.use(self._changes[: job.base])
         inputs = [self._unpack(packed).requires_grad_(message.needs_gradient) for packed in message.hidden]
         gradients = torch.set_grad_enabled(message.keeps_graph)
-        with self._swap.using(job.slot.parameters), self.model.streams.using(job.streams), self._autocast(), gradients:
+        with (
+            self.model.at_depth(job.head_layers),
+            self._swap.using(job.slot.parameters),
+            self.model.streams.using(job.streams),
+            self._autocast(),
+            gradients,
+        ):
             outputs = [self.model.body(hidden_BLD, message.mask) for hidden_BLD in inputs]
         if message.keeps_graph:
             job.graphs[message.number] = (inputs, outputs)
@@ -233,10 +246,10 @@ class BodyServer:
     def _evaluate(self, message: HiddenState) -> list[Tensor]:
         if message.phase == "train":
             job = self._job(message)
-            parameters, version = job.slot.parameters, job.base
+            parameters, version, depth = job.slot.parameters, job.base, job.head_layers
         elif message.client in self.served:
             served = self.served[message.client]
-            parameters, version = served.parameters, served.base
+            parameters, version, depth = served.parameters, served.base, served.head_layers
         else:
             raise SplitError(f"{_name(message)}: no adapter was sent for the client")
         self._set_mode(is_training=False)
@@ -244,7 +257,7 @@ class BodyServer:
         mask = None if message.mask is None else message.mask.to(self._device)
         cache = None if message.cache is None else self._cache(message.client, message.cache)
         lora = self.model.without_lora() if message.without_lora else nullcontext()
-        with self._swap.using(parameters), self._autocast(), lora:
+        with self.model.at_depth(depth), self._swap.using(parameters), self._autocast(), lora:
             return [
                 self.model.serve_body(self._unpack(packed), mask, message.positions, cache) for packed in message.hidden
             ]
@@ -284,6 +297,15 @@ class BodyServer:
         elif message.version > len(self._changes):
             raise SplitError(f"change {message.version} of the base comes before change {len(self._changes)}")
 
+    def _trainable_of(self, message: OpenSlot | Serve) -> dict[str, nn.Parameter]:
+        """The trainable parameters of the body of a client with such a head."""
+        cut = self.model.cuts.get(message.head_layers)
+        if cut is None:
+            raise SplitError(
+                f"{_name(message)}: a head of {message.head_layers} layers, expected {sorted(self.model.cuts)}"
+            )
+        return {name: p for name, p in self.trainable.items() if cut.part_of(name, self.model.arch) == "body"}
+
     def _job(self, message: HiddenState) -> ServerJob:
         if message.client not in self.jobs:
             raise SplitError(f"{_name(message)}: the client is not being trained")
@@ -304,7 +326,7 @@ class BodyServer:
 
     def _check_rows(self, message: SelectRows, rows: Tensor, cache: Cache) -> None:
         """Rows are positions in the cache's batch and cannot be anything else, such as token ids."""
-        keys: Any = cache.layers[self.model.cut.layers("body").start]
+        keys: Any = cache.layers[max(self.model.cuts)]  # in the body of every client
         num_rows = len(keys.keys) if keys.is_initialized else 0
         if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < num_rows:
             raise SplitError(f"{_name(message)}: its rows are not positions in a batch of {num_rows}")

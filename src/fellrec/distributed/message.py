@@ -21,7 +21,7 @@ from torch import Tensor
 from fellrec.errors import FellrecError, SplitError
 from fellrec.functional.packing import Packed
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 """Increase it when a message changes; processes with different versions refuse each other."""
 
 LARGEST_HEADER = 1 << 24

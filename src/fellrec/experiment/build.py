@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -42,6 +43,7 @@ from fellrec.federated.base_change import BaseWeights
 from fellrec.federated.kept import KeptUsers
 from fellrec.federated.ranks import Ranks
 from fellrec.federated.samplers import Sampler
+from fellrec.functional.by_size import check_length, distinct_numbers
 from fellrec.functional.candidates import SampledCandidates
 from fellrec.functional.ranges import refuse
 from fellrec.functional.ranking import check_cutoffs
@@ -196,7 +198,7 @@ def build_recommender(config: DictConfig, data: PreparedData, fabric: Fabric | N
     link = None
     if transport != "none":
         link = ServerLink(split.hidden_dtype, split.gradient_dtype, trains_body="body" in adapter.parts)
-    model = SplitModel(backbone.model, split.head_layers, split.tail_layers, link)
+    model = SplitModel(backbone.model, head_depths(config, adapter.parts), split.tail_layers, link)
     cold = ColdStart.of(data, config.trainer.cold_users_below)
     module = build_module(config, data, backbone, model, adapter, fabric, cold)
     return Recommender(
@@ -365,13 +367,16 @@ def build_backbone(config: DictConfig, data: PreparedData) -> Backbone:
     With ``split.transport=distributed`` it is the client's share.
     """
     split = config.split
+    if OmegaConf.is_list(split.head_layers):
+        check_length(split.head_layers, data.num_clients, "split.head_layers")
     cut = (split.head_layers, split.tail_layers) if split.transport == "distributed" else None
     name, dtype = config.backbone.name, weights_dtype(config)
     if name == "hf":
         path, short = backbone_path(config)
         backbone = load_hf(path, dtype, cut, config.backbone.get("quantize"))
         return backbone if short is None else replace(backbone, name=short)
-    Cut(split.head_layers, split.tail_layers, config.backbone.num_layers)  # refused before anything is pre-trained
+    for depth in head_depths(config):
+        Cut(depth, split.tail_layers, config.backbone.num_layers)  # refused before anything is pre-trained
     shaping = {"backbone": as_dict(config.backbone), "objective": as_dict(config.objective)}
     if data.members:
         shaping["of_members"] = of_members(config, lambda own, _: as_dict(own.objective))
@@ -415,11 +420,34 @@ def copy_adapter(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
+def head_depths(config: DictConfig, trained_parts: Collection[str] = ()) -> tuple[int, ...]:
+    """The numbers of layers that clients' heads have, ascending.
+
+    Args:
+        config: The configuration.
+        trained_parts: Those of head, body and tail that have an adapter.
+
+    Raises:
+        ConfigError: If there are several, and head and body are not trained alike.
+    """
+    depths = distinct_numbers(as_dict(config.split)["head_layers"])
+    if len(depths) > 1 and ("head" in trained_parts) != ("body" in trained_parts):
+        raise ConfigError(
+            f"split.head_layers={config.split.head_layers} gives clients different heads, and adapter.layers="
+            f"{config.adapter.layers} trains only one of head and body: give both or none of them"
+        )
+    return depths
+
+
 def _server_model(config: DictConfig, backbone: Backbone) -> SplitModel:
     """The body's layers, before they leave the client's model."""
-    head, tail = config.split.head_layers, config.split.tail_layers
-    cut = Cut(head, tail, len(decoder_layers(backbone.model, backbone.arch)))
-    return SplitModel(server_shell(backbone.model, cut), head, tail)
+    depths, tail = head_depths(config), config.split.tail_layers
+    cut = Cut(depths[0], tail, len(decoder_layers(backbone.model, backbone.arch)))
+    shell = server_shell(backbone.model, cut)
+    layers = decoder_layers(shell, backbone.arch)
+    for number in range(depths[0], depths[-1]):  # the server has them for some clients, and others have them too
+        layers[number] = copy.deepcopy(layers[number])
+    return SplitModel(shell, depths, tail)
 
 
 def _checked_objective(config: DictConfig, backbone: Backbone, data: PreparedData) -> Objective:

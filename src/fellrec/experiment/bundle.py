@@ -27,7 +27,7 @@ from fellrec.data.prepared import PreparedData
 from fellrec.data.ragged import Ragged
 from fellrec.data.schema import Catalogue
 from fellrec.errors import ConfigError
-from fellrec.experiment.build import Recommender, build_adapter, build_fabric, build_module
+from fellrec.experiment.build import Recommender, build_adapter, build_fabric, build_module, head_depths
 from fellrec.experiment.precision import use_precision, weights_dtype
 from fellrec.experiment.served import ServedModel
 from fellrec.federated.base_change import BaseWeights
@@ -112,7 +112,7 @@ def load_bundle(folder: Path) -> ServedModel:
     backbone = load_hf(path, weights_dtype(config), quantize=config.backbone.get("quantize"))
     if differing := differences(about["fingerprint"], fingerprint(backbone)):
         raise ConfigError(f"the model was trained with another backbone than {path}; they differ in {differing}")
-    model = SplitModel(backbone.model, config.split.head_layers, config.split.tail_layers)
+    model = SplitModel(backbone.model, head_depths(config), config.split.tail_layers)
     data = _catalogue_only(folder, about)
     module = build_module(config, data, backbone, model, build_adapter(config), fabric, ColdStart.of(data, 0))
     base = BaseWeights(backbone.model)

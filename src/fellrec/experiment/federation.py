@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import starmap
 from typing import Any
 
 from lightning import Fabric
@@ -40,6 +41,7 @@ from fellrec.federated.ranks import Ranks
 from fellrec.federated.records import LoraLayer
 from fellrec.federated.selection import Selection
 from fellrec.federated.settings import ParticipationSettings, TrainerSettings
+from fellrec.functional.by_size import of_clients
 from fellrec.functional.participation import cohort_size
 from fellrec.models.adapters import lora_layers
 from fellrec.models.module import OptimizerSettings
@@ -161,7 +163,7 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
         executor=executor,
         evaluator=local.evaluator,
         exchange=Exchange(
-            rule, ledger, transforms, _is_at_server(recommender), meters, _layers(recommender), num_clients, ranks
+            rule, ledger, transforms, _at_server(config, recommender), meters, _layers(recommender), num_clients, ranks
         ),
         selection=Selection(population, trainer.metric, trainer.select, trainer.patience, trainer.frontier_floor),
         progress=Progress(),
@@ -203,7 +205,7 @@ def build_serial(
     if recommender.link is not None:
         assert transport is not None
         recommender.link.connect(transport, ledger)
-        model = CutClientModel(whole, recommender.link)
+        model = CutClientModel(whole, recommender.link, head_layers_of(config, recommender.datamodule))
     fabric, module, datamodule = recommender.fabric, recommender.module, recommender.datamodule
     how = settings(TrainerSettings, config.trainer, "trainer")
     trainer = LocalTrainer(fabric, module, datamodule, model, how, config.seed, sharing, rule.held_out)
@@ -226,15 +228,29 @@ def build_server(config: DictConfig, part: ServerPart, num_rows: int, fabric: Fa
     return BodyServer(part.model, part.trainable, server, fabric.autocast, part.base, rule.local_terms)
 
 
-def _is_at_server(recommender: Recommender) -> Callable[[str], bool]:
-    model, is_cut = recommender.module.model, recommender.link is not None
-    return lambda name: is_cut and model.part_of(name) == "body"
+def _at_server(config: DictConfig, recommender: Recommender) -> Callable[[int, str], bool]:
+    """Whether the server trains a parameter for a row of the population."""
+    model, depths = recommender.module.model, head_layers_of(config, recommender.datamodule)
+    if recommender.link is None:
+        return lambda row, name: False
+    return lambda row, name: model.cuts[depths[row % len(depths)]].part_of(name, model.arch) == "body"
+
+
+def head_layers_of(config: DictConfig, batches: FellrecDataModule) -> list[int]:
+    """Layers in the head of each client.
+
+    Raises:
+        ConfigError: If ``split.head_layers`` is a list with another number of clients.
+    """
+    sizes = [batches.num_samples(client) for client in range(batches.data.num_clients)]
+    return of_clients(as_dict(config.split)["head_layers"], sizes, "split.head_layers")
 
 
 def _layers(recommender: Recommender) -> list[LoraLayer]:
     """The layers that LoRA adapts, of both sides of a cut that are in this process."""
     models = [recommender.module.model.model, *([recommender.server.model.model] if recommender.server else [])]
-    return [LoraLayer(*found) for model in models for found in lora_layers(model)]
+    found = {layer.a: layer for model in models for layer in starmap(LoraLayer, lora_layers(model))}
+    return list(found.values())  # layers of the deepest head may be on both sides
 
 
 def ranks_of(adapter: Any, batches: FellrecDataModule, changes: bool = False) -> Ranks | None:

@@ -49,7 +49,7 @@ from fellrec.experiment.run_dir import (
     write_start,
 )
 from fellrec.experiment.session import Session, check_processes
-from fellrec.experiment.storage import storage_of
+from fellrec.experiment.storage import heads_of, storage_of
 from fellrec.experiment.store import check_store, store_of
 from fellrec.federated.base_change import with_changes
 from fellrec.federated.callback import FederatedCallback
@@ -230,6 +230,7 @@ class Run:
             "max_logged_clients": config.tracking.max_logged_clients,
             "transport": config.split.transport,
             "storage": lambda: storage_of(config, recommender),
+            "heads": heads_of(config, recommender),
             "write_results": self._write_results,
             "save_adapter": self._save_adapter,
             "write_model": self._write_model,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -58,7 +58,6 @@ class WholeClientModel:
         self.second = second
         self._swap = ParameterSwap(module.model.model, module.trainable)
         self._base = base
-        self._weights = {name for name, _ in module.model.model.named_parameters()}
 
     @contextmanager
     def training(self, job: Job, total_steps: int = 0) -> Iterator[LocalSlot]:
@@ -82,14 +81,10 @@ class WholeClientModel:
         """Bring the frozen weights to the version that these changes make."""
         self._base.use(changes)
 
-    def has_weight(self, name: str) -> bool:
-        """Whether a weight of the backbone is in this process."""
-        return name in self._weights
-
     @contextmanager
-    def slot(self, begin: SlotState) -> Iterator[LocalSlot]:
-        """A slot for those of the parameters that are in this process."""
-        with self.holding(begin) as parameters:
+    def slot(self, begin: SlotState, names: Collection[str] | None = None) -> Iterator[LocalSlot]:
+        """A slot for the parameters that are in this process, or for those ``names`` of them."""
+        with self.holding(begin, names) as parameters:
             has_trained = any(parameter.requires_grad for parameter in parameters.values())
             optimizer = self.module.configure_optimizers() if has_trained else None
             second = second_slot(
@@ -98,8 +93,10 @@ class WholeClientModel:
             yield LocalSlot(parameters, begin, optimizer, self.terms, second)
 
     @contextmanager
-    def holding(self, begin: SlotState) -> Iterator[dict[str, nn.Parameter]]:
-        """While this lasts, new parameters with these values are in the model; gives them."""
-        parameters = new_parameters(self.module.trainable, begin)
+    def holding(self, begin: SlotState, names: Collection[str] | None = None) -> Iterator[dict[str, nn.Parameter]]:
+        """While this lasts, new parameters, or those ``names`` of them, have these values in the model; gives them."""
+        trainable = self.module.trainable
+        own = trainable if names is None else {name: trainable[name] for name in names}
+        parameters = new_parameters(own, begin)
         with self._swap.using(parameters):
             yield parameters

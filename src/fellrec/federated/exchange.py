@@ -75,8 +75,8 @@ class Exchange:
         rule: Says what it reads and which parameters are exchanged.
         ledger: Records what crosses between clients and server.
         transforms: Applied to every client's update, in this order.
-        at_server: Whether a parameter is on a server that trains it for the clients (the body of an executed cut): it
-            need not be sent.
+        at_server: Whether a row's parameter is on a server that trains it for the client (the body of an executed
+            cut): it need not be sent.
         meters: Give further figures of a round.
         layers: Layers that LoRA adapts, for the rule.
         num_clients: C, for the rule.
@@ -88,7 +88,7 @@ class Exchange:
         rule: Rule,
         ledger: Ledger,
         transforms: Sequence[Transform] = (),
-        at_server: Callable[[str], bool] = lambda name: False,
+        at_server: Callable[[int, str], bool] = lambda row, name: False,
         meters: Sequence[Meter] = (),
         layers: Sequence[LoraLayer] = (),
         num_clients: int = 0,
@@ -108,7 +108,7 @@ class Exchange:
     def measured(self, jobs: Sequence[LossJob]) -> None:
         """Record what clients received and returned to measure losses; their own adapter is not sent."""
         for job in jobs:
-            num_bytes = sum(_num_bytes(adapter.tensors(), self.at_server) for adapter in job.sent)
+            num_bytes = sum(self._num_bytes(job.row, adapter.tensors()) for adapter in job.sent)
             self.ledger.add(job.row, job.round_index, "train", "down", "adapter", num_bytes)
             num_scalars = len(job.adapters)
             self.ledger.add(job.row, job.round_index, "train", "up", "scalar", num_scalars * _SCALAR_BYTES)
@@ -174,13 +174,18 @@ class Exchange:
             aggregated.ranks,
         )
         if self.rule.sees != "nothing":
-            kept = [stack[name] for stack in aggregated.tensors.values() for name in stack if not self.at_server(name)]
-            num_bytes = sum(tensor.nbytes // len(tensor) for tensor in kept)
-            num_bytes += _num_bytes(aggregated.base, self.at_server)
-            num_bytes += sum(_num_bytes(anchor, self.at_server) for anchor in aggregated.anchors.values())
+            sizes = [
+                (name, stack[name].nbytes // len(stack[name]))
+                for stack in aggregated.tensors.values()
+                for name in stack
+            ]
             for row, round_index in zip(updates.clients, updates.start_rounds, strict=True):
-                part = sum(self._part(row, name, self._received[name]).nbytes for name in self._sent_back(aggregated))
-                self.ledger.add(row, round_index, "train", "down", "adapter", num_bytes + part)
+                num_bytes = sum(size for name, size in sizes if not self.at_server(row, name))
+                num_bytes += self._num_bytes(row, aggregated.base)
+                num_bytes += sum(self._num_bytes(row, anchor) for anchor in aggregated.anchors.values())
+                for name in self._sent_back(row, aggregated):
+                    num_bytes += self._part(row, name, self._received[name]).nbytes
+                self.ledger.add(row, round_index, "train", "down", "adapter", num_bytes)
         return received
 
     def costs(self, round_index: int, seconds: float) -> dict[str, float]:
@@ -199,9 +204,13 @@ class Exchange:
         for place, transform in enumerate(self.transforms):
             transform.load_state_dict(state.get(str(place), {}))
 
-    def _sent_back(self, aggregated: Aggregated) -> set[str]:
-        """Parameters of which clients receive values."""
-        return {name for name in as_lazy(aggregated.adapters) if not self.at_server(name)} & set(self._received)
+    def _sent_back(self, row: int, aggregated: Aggregated) -> set[str]:
+        """Parameters of which a client receives values."""
+        return {name for name in as_lazy(aggregated.adapters) if not self.at_server(row, name)} & set(self._received)
+
+    def _num_bytes(self, row: int, payload: Mapping[str, Tensor]) -> int:
+        """Bytes of a payload without the entries of parameters that the server trains for the client."""
+        return sum(t.nbytes for key, t in payload.items() if not self.at_server(row, key.partition("|")[0]))
 
     def _part(self, row: int, name: str, tensor: Tensor) -> Tensor:
         """What a client sends or receives of a parameter."""
@@ -228,9 +237,9 @@ class Exchange:
                 decoded = transform.decode(decoded)
             arrived = {name: start[name] + self._decoded(decoded, row, name, start[name]) for name in names}
             opened = StoredTensors(arrived).tensors
-        num_bytes = _num_bytes(payload, self.at_server)
+        num_bytes = self._num_bytes(row, payload)
         for name in self.rule.client_tensors:
-            num_bytes += _num_bytes(_tensors_of(trained.tensors, name), self.at_server)
+            num_bytes += self._num_bytes(row, _tensors_of(trained.tensors, name))
         num_scalars = 2 if trained.start_loss is None else 3
         self.ledger.add(row, round_index, "train", "up", "adapter", num_bytes)
         self.ledger.add(row, round_index, "train", "up", "scalar", num_scalars * _SCALAR_BYTES)
@@ -249,11 +258,6 @@ class Exchange:
             raise TrainingError(f"{chain} decoded {found} for {name}, expected shape {list(like.shape)}")
         part = decoded[name].to(like.dtype)
         return part if self.ranks is None else self.ranks.padded(name, part, whole)
-
-
-def _num_bytes(payload: Mapping[str, Tensor], is_left_out: Callable[[str], bool]) -> int:
-    """Bytes of a payload without the entries of some parameters."""
-    return sum(tensor.nbytes for key, tensor in payload.items() if not is_left_out(key.partition("|")[0]))
 
 
 def _tensors_of(stored: StoredTensors, name: str) -> Adapter:

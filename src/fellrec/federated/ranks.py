@@ -6,13 +6,12 @@ one of its own rank is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fellrec.errors import ConfigError
-from fellrec.functional.by_size import by_size
+from fellrec.functional.by_size import PerClient, check_length, of_clients
 from fellrec.functional.lora import is_factor
 from fellrec.state.tensor_store import StoredTensors
 
@@ -35,16 +34,12 @@ class Ranks:
     """
 
     def __init__(self, of_client: Sequence[int], num_clients: int) -> None:
-        if len(of_client) != num_clients:
-            raise ConfigError(
-                f"adapter.rank={list(of_client)} has {len(of_client)} values, and there are {num_clients} clients: "
-                "give one for each client, or one number for all"
-            )
+        check_length(of_client, num_clients, "adapter.rank")
         self.of_client = list(of_client)
         self._parts: dict[int, tuple[StoredTensors, StoredTensors]] = {}
 
     @classmethod
-    def of_setting(cls, rank: int | Sequence[int] | Mapping[int, int], sizes: Sequence[int]) -> Ranks:
+    def of_setting(cls, rank: PerClient, sizes: Sequence[int]) -> Ranks:
         """The ranks that a value of ``adapter.rank`` gives clients.
 
         Args:
@@ -58,9 +53,7 @@ class Ranks:
             >>> [Ranks.of_setting(rank, [9, 70]).of_client for rank in (4, [1, 2], {0: 2, 50: 8})]
             [[4, 4], [1, 2], [2, 8]]
         """
-        if isinstance(rank, Mapping):
-            return cls(by_size(rank, sizes), len(sizes))
-        return cls([rank] * len(sizes) if isinstance(rank, int) else rank, len(sizes))
+        return cls(of_clients(rank, sizes, "adapter.rank"), len(sizes))
 
     def of_row(self, row: int) -> int:
         """The rank of a row of the population."""

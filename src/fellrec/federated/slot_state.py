@@ -95,7 +95,7 @@ def new_parameters(canonical: Mapping[str, nn.Parameter], begin: SlotState) -> d
     """Parameters of one client, with the types and on the devices of the model's own.
 
     Args:
-        canonical: The model's own parameters, by name.
+        canonical: The model's own parameters, by name; all of them are needed in ``begin``.
         begin: The values, and which of them are trained.
     """
     trains = begin.trains

@@ -54,6 +54,32 @@ def whole(least: int, most: int | None = None) -> Allowed:
     )
 
 
+def per_client(least: int, noun: str, example: str) -> Allowed:
+    """A whole number, a list of them with that of each client, or numbers by a client's size.
+
+    Args:
+        least: The smallest number.
+        noun: What they are, for messages.
+        example: Numbers by size.
+
+    Example:
+        >>> ranks = per_client(1, "ranks", "{0: 4, 500: 8}")
+        >>> [ranks.accepts(value) for value in (8, [4, 8], {0: 4, 500: 8}, 0, [], {500: 8})]
+        [True, True, True, False, False, False]
+    """
+    one = whole(least)
+
+    def accepts(value: Any) -> bool:
+        """Whether all numbers are in the range, and every client has one."""
+        if isinstance(value, Mapping):
+            return 0 in value and all(map(whole(0).accepts, value)) and all(map(one.accepts, value.values()))
+        return one.accepts(value) or (
+            isinstance(value, (list, tuple)) and len(value) > 0 and all(map(one.accepts, value))
+        )
+
+    return Allowed(accepts, f"{one.text}, or a list of them, or {noun} by size such as {example}")
+
+
 def number(accepts: Callable[[float], bool], text: str) -> Allowed:
     """Finite numbers for which ``accepts`` holds.
 

@@ -203,7 +203,8 @@ class FellrecModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over the adapter's trained parameters that are in the model now."""
-        parameters = [self.model.model.get_parameter(name) for name in self.trainable]
+        here = dict(self.model.model.named_parameters())  # a client with a short head has not all of the adapter
+        parameters = [here[name] for name in self.trainable if name in here]
         return self.optimizer_settings.build([parameter for parameter in parameters if parameter.requires_grad])
 
     @torch.no_grad()

@@ -39,12 +39,13 @@ class ParameterSwap:
 
     @contextmanager
     def using(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """Compute with these tensors in the place of the model's parameters."""
-        before = [module._parameters[key] for _, module, key in self._places]
+        """Compute with these tensors in the place of the model's parameters of the same names; others stay."""
+        places = [place for place in self._places if place[0] in tensors]
+        before = [module._parameters[key] for _, module, key in places]
         try:
-            for name, module, key in self._places:
+            for name, module, key in places:
                 module._parameters[key] = tensors[name]  # type: ignore[assignment]
             yield
         finally:
-            for (_, module, key), parameter in zip(self._places, before, strict=True):
+            for (_, module, key), parameter in zip(places, before, strict=True):
                 module._parameters[key] = parameter

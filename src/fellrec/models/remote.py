@@ -361,25 +361,27 @@ def server_shell(model: Any, cut: Cut) -> Any:
     return shell
 
 
-def keep_client_share(model: Any, cut: Cut, link: BodyLink) -> None:
-    """Replace the body's layers of a model by a link to the server, in place.
+def client_share(model: Any, cut: Cut, link: BodyLink) -> list[nn.Module]:
+    """The layers of a model with a link to the server in the place of the body's; the model is not changed.
 
-    A causal LM is still one: its own ``forward`` and ``generate`` cross the two cuts. An encoder writes nothing, and
-    crosses them part by part only.
+    With these layers a causal LM is still one: its own ``forward`` and ``generate`` cross the two cuts. An encoder
+    writes nothing, and crosses them part by part only.
 
     Raises:
         BackboneError: If nothing is left for the server.
     """
     cut.require_body()
     arch = arch_of(model.config)
-    layers, body = decoder_layers(model, arch), cut.layers("body")
-    if not arch.is_causal:
-        model.register_forward_pre_hook(_refuse_to_run_whole)
-    for number in body:
-        layers[number] = RemoteBody(number, link) if number == body.start else RemoteLayer(number)
-    remote = layers[body.start]
-    assert isinstance(remote, RemoteBody)
+    layers, body = list(decoder_layers(model, arch)), cut.layers("body")
+    remote = RemoteBody(body.start, link)
     remote.listen(arch.inner_of(model))
+    return [*layers[: body.start], remote, *map(RemoteLayer, body[1:]), *layers[body.stop :]]
+
+
+def refuse_whole_encoder(model: Any) -> None:
+    """Let an encoder whose body is elsewhere run part by part only."""
+    if not arch_of(model.config).is_causal:
+        model.register_forward_pre_hook(_refuse_to_run_whole)
 
 
 def _refuse_to_run_whole(model: nn.Module, inputs: object) -> None:

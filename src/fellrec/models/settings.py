@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from fellrec.data.settings import DataSettings
+from fellrec.functional.by_size import PerClient, distinct_numbers
 from fellrec.functional.ranges import (
     Allowed,
     Count,
@@ -17,6 +18,7 @@ from fellrec.functional.ranges import (
     RateBelow1,
     Seed,
     check,
+    per_client,
     refuse,
     whole,
     words,
@@ -48,20 +50,7 @@ def _are_parts(layers: Any) -> bool:
     return isinstance(layers, str) and all(part in PARTS for part in layers.split("+"))
 
 
-def _are_ranks(rank: Any) -> bool:
-    one = whole(1)
-    if isinstance(rank, Mapping):
-        return 0 in rank and all(map(whole(0).accepts, rank)) and all(map(one.accepts, rank.values()))
-    return one.accepts(rank) or (isinstance(rank, (list, tuple)) and len(rank) > 0 and all(map(one.accepts, rank)))
-
-
-Ranks = Annotated[
-    int | Sequence[int] | Mapping[int, int],
-    Allowed(
-        _are_ranks,
-        "a whole number of at least 1, or a list of them, or ranks by size such as {0: 4, 500: 8}",
-    ),
-]
+Ranks = Annotated[PerClient, per_client(1, "ranks", "{0: 4, 500: 8}")]
 Layers = Annotated[str, Allowed(_are_parts, "head, body or tail, or several of them joined with +")]
 
 
@@ -192,9 +181,7 @@ class LoraSettings(TargetSettings):
     @property
     def largest_rank(self) -> int:
         """The rank, or the largest of the clients' ranks."""
-        if isinstance(self.rank, int):
-            return self.rank
-        return max(self.rank.values() if isinstance(self.rank, Mapping) else self.rank)
+        return distinct_numbers(self.rank)[-1]
 
 
 @dataclass(frozen=True)

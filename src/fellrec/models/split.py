@@ -9,7 +9,7 @@ Shape letters: B rows, L tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -28,8 +28,9 @@ from fellrec.models.remote import (
     MissingHead,
     NoPositions,
     absolute_positions,
-    keep_client_share,
+    client_share,
     masked_positions,
+    refuse_whole_encoder,
     remember_length,
     remote_body,
     with_layers,
@@ -44,16 +45,20 @@ class SplitModel(nn.Module):
     Without a link all parts run here and share the parameters of ``model``. With one, this is the client's share: the
     body's layers leave ``model``, and whatever it computes crosses the two cuts.
 
+    Clients may have heads of different depths. The model of all of them has the layers of the deepest head, or on the
+    server those of the largest body, and is cut at one depth at a time, see `at_depth`.
+
     Args:
         model: A Hugging Face causal LM or encoder of a known architecture, or the server's share of one.
-        head_layers: Decoder layers in the head, beside the embedding.
+        head_layers: Decoder layers in the head, beside the embedding; or several such depths.
         tail_layers: Decoder layers in the tail, beside the final norm and the LM head.
         link: To the server that runs the body; ``None`` if the body runs here.
 
     Attributes:
         model: The model; its parameter names are those of the unsplit one, and so are its ``forward`` and
             ``generate``.
-        cut: Where it is cut.
+        cuts: Where it can be cut, by the layers of the head.
+        cut: Where it is cut now; with several depths the shallowest, outside of `at_depth`.
         streams: Random numbers of its layers.
         times: Told where a training step is.
 
@@ -61,21 +66,32 @@ class SplitModel(nn.Module):
         BackboneError: If the cuts do not fit into the model's layers.
     """
 
-    def __init__(self, model: nn.Module, head_layers: int, tail_layers: int, link: BodyLink | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, head_layers: int | Collection[int], tail_layers: int, link: BodyLink | None = None
+    ) -> None:
         super().__init__()
         self.model: Any = model
         self.arch = arch_of(model.config)
-        self.cut = Cut(head_layers, tail_layers, len(decoder_layers(model, self.arch)))
+        layers = decoder_layers(model, self.arch)
+        depths = [head_layers] if isinstance(head_layers, int) else sorted(head_layers)
+        self.cuts = {depth: Cut(depth, tail_layers, len(layers)) for depth in depths}
+        self.cut = self.cuts[depths[0]]
         self.times: Times = NO_TIMES
         self._link = link
         self._own_attention = self.attention
+        self._shares: dict[int, list[nn.Module]] = {}
         if link is not None:
-            keep_client_share(model, self.cut, link)
+            self._shares = {depth: client_share(model, cut, link) for depth, cut in self.cuts.items()}
+            refuse_whole_encoder(model)
+            self._use_share(depths[-1])  # with all layers that a client has
         inner = self.arch.inner_of(model)
         entry = {-1 - number: inner._modules[name] for number, name in enumerate(self.arch.entry)}
-        self.streams = LayerStreams({**entry, **dict(enumerate(decoder_layers(model, self.arch)))})
-        # A tuple keeps the parts out of nn.Module's registry: a shared parameter is listed once.
-        self._parts = tuple(_part(model, self.arch, self.cut, part) for part in PARTS)
+        self.streams = LayerStreams({**entry, **dict(enumerate(layers))})
+        # Tuples keep the parts out of nn.Module's registry: a shared parameter is listed once.
+        self._parts_at = {
+            depth: tuple(_part(model, self.arch, cut, part) for part in PARTS) for depth, cut in self.cuts.items()
+        }
+        self._parts = self._parts_at[depths[0]]
 
     @property
     def is_cut(self) -> bool:
@@ -110,7 +126,9 @@ class SplitModel(nn.Module):
     def train(self, mode: bool = True) -> SplitModel:
         """As in PyTorch; the parts follow."""
         super().train(mode)
-        for part in self._parts:
+        for layer in [layer for share in self._shares.values() for layer in share]:
+            layer.train(mode)  # also those that are not in the model at this depth
+        for part in self._all_parts:
             part.training = mode
         return self
 
@@ -121,8 +139,24 @@ class SplitModel(nn.Module):
 
     def use_attention(self, name: str) -> None:
         """Compute attention by ``eager``, or, with another name, as transformers chose: ``sdpa`` where it can."""
-        for model in (self.model, *self._parts):
+        for model in (self.model, *self._all_parts):
             model.set_attn_implementation("eager" if name == "eager" else self._own_attention)
+
+    @contextmanager
+    def at_depth(self, head_layers: int) -> Iterator[None]:
+        """While this lasts, the head has as many layers.
+
+        Args:
+            head_layers: One of ``cuts``.
+        """
+        before = self.cut, self._parts
+        self.cut, self._parts = self.cuts[head_layers], self._parts_at[head_layers]
+        self._use_share(head_layers)
+        try:
+            yield
+        finally:
+            self.cut, self._parts = before
+            self._use_share(max(self.cuts))
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token embeddings ``[..., D]``, without positions; those of padding, which is negative, have no meaning."""
@@ -245,12 +279,22 @@ class SplitModel(nn.Module):
                 layer._disable_adapters = False
 
     def part_of(self, name: str) -> str:
-        """``head``, ``body`` or ``tail`` for a dotted name of the whole model."""
-        return self.cut.part_of(name, self.arch)
+        """``head``, ``body`` or ``tail`` for a dotted name of the whole model; of several depths, at the smallest."""
+        return self.cuts[min(self.cuts)].part_of(name, self.arch)
 
     def part_of_parameter(self) -> dict[str, str]:
         """``head``, ``body`` or ``tail`` for every parameter name of the model."""
         return {name: self.part_of(name) for name, _ in self.model.named_parameters()}
+
+    @property
+    def _all_parts(self) -> list[Any]:
+        return [part for parts in self._parts_at.values() for part in parts]
+
+    def _use_share(self, head_layers: int) -> None:
+        """Put the layers that a client with such a head has, and its link to the others, into the model."""
+        layers = decoder_layers(self.model, self.arch)
+        for number, layer in enumerate(self._shares.get(head_layers, ())):
+            layers[number] = layer
 
     def _run(self, part: int, inputs_embeds: Tensor, attention_mask: Tensor | None) -> Tensor:
         self.times.enter_part(PARTS[part])

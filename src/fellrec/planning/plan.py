@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig
@@ -13,8 +14,15 @@ from fellrec.aggregation.base import AggregationCallback
 from fellrec.config.instantiate import as_dict
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.errors import ConfigError
-from fellrec.experiment.build import build_adapter, build_batches, build_data, build_rule, build_sampler
-from fellrec.experiment.federation import ranks_of
+from fellrec.experiment.build import (
+    build_adapter,
+    build_batches,
+    build_data,
+    build_rule,
+    build_sampler,
+    head_depths,
+)
+from fellrec.experiment.federation import head_layers_of, ranks_of
 from fellrec.federated.population import Population
 from fellrec.federated.settings import TrainerSettings
 from fellrec.functional.cost import (
@@ -102,6 +110,7 @@ class Plan:
         has_own_tokenizer: Whether tokens were counted with the backbone's own tokenizer.
         seconds_per_round: Training time of a round with clients one after another; ``None`` without a probe.
         clients: What the clients have of the adapter, where LoRA ranks may differ; empty otherwise.
+        clients_by_head: Clients by the number of layers in their head; this plan has the head with ``head.num_layers``.
     """
 
     data: str
@@ -120,6 +129,7 @@ class Plan:
     has_own_tokenizer: bool
     seconds_per_round: float | None = None
     clients: tuple[ClientPlan, ...] = ()
+    clients_by_head: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def client(self) -> PartCost:
@@ -189,6 +199,7 @@ class Plan:
             "seconds_per_round": self.seconds_per_round,
             **asdict(self.settings),
             "clients": [asdict(client) for client in self.clients],
+            "clients_by_head": dict(self.clients_by_head),
             "is_sampled": self.load.is_sampled,
             "has_own_tokenizer": self.has_own_tokenizer,
         }
@@ -205,11 +216,21 @@ class Planner:
     def __init__(self) -> None:
         self._cache: dict[str, Any] = {}
 
-    def plan(self, config: DictConfig, probe_steps: int | None = None) -> Plan:
+    def plans(self, config: DictConfig, probe_steps: int | None = None) -> list[Plan]:
+        """Compute the cost of one configuration: for each number of layers in clients' heads, as if all had it.
+
+        Args:
+            config: Composed configuration; ``backbone.path`` may be missing if ``backbone.config`` is given.
+            probe_steps: See `plan`.
+        """
+        return [self.plan(config, probe_steps, depth) for depth in head_depths(config)]
+
+    def plan(self, config: DictConfig, probe_steps: int | None = None, head_layers: int | None = None) -> Plan:
         """Compute the cost of one configuration.
 
         Args:
             config: Composed configuration; ``backbone.path`` may be missing if ``backbone.config`` is given.
+            head_layers: Layers in the head of all clients; ``None`` for ``split.head_layers``.
             probe_steps: Local steps to time; ``None`` for none.
 
         Raises:
@@ -224,7 +245,8 @@ class Planner:
         data = self._once(config, ("data", "holdout", "partition"), lambda: build_data(config))
         backbone, is_own = empty_backbone(config, data.catalogue)
         num_parameters = backbone.num_parameters  # without those of the adapter
-        model = SplitModel(backbone.model, config.split.head_layers, config.split.tail_layers)
+        depth = config.split.head_layers if head_layers is None else head_layers
+        model = SplitModel(backbone.model, depth, config.split.tail_layers)
         objective, batches = build_batches(config, backbone, data)
         objective.check(model)
         rule = build_rule(config)
@@ -260,6 +282,7 @@ class Planner:
             has_own_tokenizer=is_own,
             seconds_per_round=seconds,
             clients=clients,
+            clients_by_head=Counter(head_layers_of(config, batches)),
         )
 
     def _load(

@@ -150,6 +150,14 @@ def _ranks_text(plan: Plan) -> str:
     return f"LoRA ranks: clients {shown}. Traffic is their mean; adapter, optimiser and memory are of the largest rank."
 
 
+def _heads_text(plan: Plan) -> str:
+    """How many clients have which head; empty if all have one."""
+    if len(plan.clients_by_head) < 2:
+        return ""
+    shown = ", ".join(f"{count} with {depth}" for depth, count in sorted(plan.clients_by_head.items()))
+    return f"Layers in the head: clients {shown}. Each line is as if all clients had its head."
+
+
 def _notes(rows: Sequence[Row]) -> str:
     plans = [row.plan for row in rows]
     shapes = sorted({plan.micro_batch for plan in plans})
@@ -188,7 +196,8 @@ def _notes(rows: Sequence[Row]) -> str:
         notes.append(
             f"Losses that clients measure before they train are counted in traffic: {numbers} a client that trains."
         )
-    notes += list(dict.fromkeys(text for plan in plans if (text := _ranks_text(plan))))
+    for of_clients in (_ranks_text, _heads_text):
+        notes += list(dict.fromkeys(text for plan in plans if (text := of_clients(plan))))
     if any(plan.seconds_per_round is not None for plan in plans):
         notes.append(
             "s/round: median step of the largest client times the number of steps, on this machine; losses that are "

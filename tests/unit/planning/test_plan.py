@@ -254,6 +254,20 @@ def test_traffic_equals_the_ledger_of_an_executed_round(overrides: list[str], ti
     assert measured_bytes["hidden_state", "up"] > 0
 
 
+def test_clients_with_different_heads_have_a_line_for_each(tiny_overrides: list[str]) -> None:
+    """Each line is the plan of a run in which all clients have that head; the counts are those of the clients."""
+    more = ["backbone.num_layers=3", "split=executed", "adapter=lora"]
+    rows = plan([*tiny_overrides, *more, "split.head_layers=[2,0,2]"])
+    assert [row.plan.clients_by_head for row in rows] == [{0: 1, 2: 2}] * 2
+    for row, depth in zip(rows, (0, 2), strict=True):
+        (same,) = plan([*tiny_overrides, *more, f"split.head_layers={depth}"])
+        expected = same.plan.to_dict() | {"clients_by_head": {0: 1, 2: 2}}
+        assert row.plan.to_dict() == expected
+    console = Console(width=200, record=True)
+    print_plans(rows, console)
+    assert "Layers in the head: clients 1 with 0, 2 with 2." in console.export_text()
+
+
 def test_losses_of_fedfomo_are_counted_on_the_rows_that_are_held_out(tiny_overrides: list[str]) -> None:
     """From the second round on: the own model and that of both others, which are sent."""
     overrides = [*tiny_overrides, "backbone.num_layers=3", "split=executed", "aggregation=fedfomo"]
