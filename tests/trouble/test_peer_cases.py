@@ -214,9 +214,10 @@ HIDDEN = Packed(torch.zeros(2, 3, 32))
 @pytest.mark.parametrize(
     "message",
     [
-        m.OpenSlot(0, 0, "train", {}),
-        m.OpenSlot(0, 0, "train", {"no such parameter": torch.zeros(1)}),
-        m.Serve(1, 0, "val", {}),
+        m.OpenSlot(0, 0, "train", {}, head_layers=1),
+        m.OpenSlot(0, 0, "train", {"no such parameter": torch.zeros(1)}, head_layers=1),
+        m.OpenSlot(0, 0, "train", {}, head_layers=3),
+        m.Serve(1, 0, "val", {}, head_layers=1),
         m.HiddenState(0, 0, "val", 1, (HIDDEN,), torch.ones(9, 9, dtype=torch.bool)),
         m.HiddenState(0, 0, "val", 1, (Packed(torch.zeros(2, 0, 32)), HIDDEN), cache=4),
         m.HiddenState(2, 0, "val", 1, (HIDDEN,)),

@@ -68,7 +68,7 @@ def test_no_message_to_the_server_has_a_field_for_what_is_private() -> None:
         for field in dataclasses.fields(kind):
             assert hints[field.name] in allowed, f"{kind.__name__}.{field.name}"
     integers = {f.name for kind in TO_SERVER for f in dataclasses.fields(kind) if "int" in str(f.type)}
-    counts = {"base", "version", "total_steps"}
+    counts = {"base", "version", "total_steps", "head_layers"}
     assert integers == {"client", "round_index", "number", "source", "target", "cache"} | counts
 
 
