@@ -33,10 +33,10 @@ def cut_in_two(model: Any, head: int, tail: int) -> tuple[SplitModel, ServerLink
     link = ServerLink()
     link.connect(InProcess(server), Ledger())
     for client in range(NUM_CLIENTS):
-        link.send(Serve(client, 0, "val", dict(server.trainable)))
+        link.send(Serve(client, 0, "val", dict(server.trainable), head_layers=head))
     return SplitModel(model, head, tail, link).eval(), link, server
 
 
 def open_slot(link: ServerLink, server: BodyServer, client: int, round_index: int = 0) -> None:
     """Let a client begin its local training with the model's own weights."""
-    link.send(OpenSlot(client, round_index, "train", dict(server.trainable)))
+    link.send(OpenSlot(client, round_index, "train", dict(server.trainable), head_layers=server.model.cut.head_layers))
