@@ -255,7 +255,7 @@ def test_a_client_that_failed_leaves_nothing_on_the_server() -> None:
 def test_an_adapter_is_served_until_the_last_evaluation_with_it_is_over() -> None:
     """Two client processes may evaluate parts of one client's users at the same time."""
     _, link, server = cut_in_two(whole_model("llama"), 2, 1)
-    link.send(Serve(0, 0, "val", dict(server.trainable)))
+    link.send(Serve(0, 0, "val", dict(server.trainable), head_layers=2))
     link.send(StopServing(0, 0, "val"))
     link.request(HiddenState(0, 0, "val", 1, packed(2, 3, 32)))
     link.send(StopServing(0, 0, "val"))
