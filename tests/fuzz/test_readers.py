@@ -126,9 +126,10 @@ def settings_of(generator: random.Random) -> dict[str, Any]:
     choices: dict[str, list[Any]] = {
         "on_empty_title": ["error", "item_id", "drop"],
         "on_missing_time": ["error", "drop", "file_order"],
-        "repeats": ["last", "keep"],
-        "tied_times": ["file_order", "random"],
+        "repeats": ["last", "first", "keep"],
+        "ties": ["file", "shuffle"],
         "min_rating": [None, None, 2.0],
+        "on_missing_rating": ["error", "drop"],
         "core": [0, 0, 2],
     }
     return {name: generator.choice(values) for name, values in choices.items()}

@@ -222,19 +222,17 @@ def test_d12_tied_times_are_said_and_can_be_drawn(tmp_path: Path, cache: Path) -
     for name, lines in orders.items():
         (tmp_path / name).mkdir()
         folder = write(tmp_path / name, inter=inter(lines), item=items(), user=users)
-        for ties in ("file_order", "random"):
-            overrides = [*COMMON, f"data.root={folder}", f"cache_dir={cache}", f"data.tied_times={ties}"]
+        for ties in ("file", "shuffle"):
+            overrides = [*COMMON, f"data.root={folder}", f"cache_dir={cache}", f"data.ties={ties}"]
             found[name, ties] = build_data(compose(overrides))
-    by_file, drawn = (
-        [found[name, ties].histories.values.tolist() for name in orders] for ties in ("file_order", "random")
-    )
+    by_file, drawn = ([found[name, ties].histories.values.tolist() for name in orders] for ties in ("file", "shuffle"))
     assert by_file[0] != by_file[1]
     assert drawn[0] == drawn[1]
     assert drawn[0] != by_file[1]
-    assert found["given", "random"].notes == ()
+    assert found["given", "shuffle"].notes == ()
     # 6 interactions on 2 days: 4 of 5 pairs are on one day, and the last 2 interactions are held out.
     note = "48 of 60 successive interactions of a user (80.0%) have equal times, 24 of them in different stages"
-    assert found["given", "file_order"].notes[0].startswith(note)
+    assert found["given", "file"].notes[0].startswith(note)
 
 
 def test_train_says_what_prepare_says(tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -247,7 +245,7 @@ def test_train_says_what_prepare_says(tmp_path: Path, cache: Path, caplog: pytes
     results = train(folder, tmp_path, cache, "trainer.cold_users_below=99", "trainer.sampled_candidates=50")
     assert "trainer.sampled_candidates=50: there are 10 items, and all of them are candidates" in caplog.text
     assert "successive interactions of a user" in caplog.text
-    assert "20 repeated interactions were dropped" in caplog.text
+    assert "20 of 108 interactions repeat a user and an item" in caplog.text
     assert "the column label is not used" in caplog.text
     assert results["num_users"] == 12
     assert results["cold"]["users"] == results["summary"]["cold_users/num_users"] == 12
@@ -257,7 +255,7 @@ def test_d13_repeats_are_kept_on_request(tmp_path: Path, cache: Path, data: Call
     again = [(*row[:3], row[3] + 500_000) for row in shop()[:20]]
     write(tmp_path, inter=inter([*shop(), *again]), item=items())
     assert counts(data()) == (12, 10, 72)
-    assert data().notes[0].startswith("20 repeated interactions were dropped")
+    assert data().notes[0].startswith("20 of 92 interactions repeat a user and an item")
     assert counts(data("data.repeats=keep")) == (12, 10, 92)
     assert train(tmp_path, tmp_path, cache, "data.repeats=keep")["num_users"] == 12
 

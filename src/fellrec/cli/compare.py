@@ -55,6 +55,7 @@ def run(options: argparse.Namespace) -> None:
     from omegaconf import OmegaConf
 
     from fellrec.config.compose import check_limits
+    from fellrec.config.data_files import check_data_files
     from fellrec.experiment.resume import resume_dir
     from fellrec.experiment.variants import check_comparable
 
@@ -66,6 +67,7 @@ def run(options: argparse.Namespace) -> None:
 
     check_comparable(configs)
     check_limits(configs)
+    check_data_files(configs)
     from fellrec.experiment.session import run_processes
 
     with StopSignals() as signals:

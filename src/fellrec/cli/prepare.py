@@ -21,6 +21,15 @@ EXAMPLES = (
     "fellrec prepare data=ml_100k data.root=ml-100k data.core=5",
 )
 
+_LABELS = {
+    "interactions_in_files": "interactions in the files",
+    "repeats_dropped": "repeated interactions dropped",
+    "neighbours": "successive interactions of a user",
+    "tied_neighbours": "of them with equal times",
+    "tied_holdouts": "of these in different stages",
+}
+"""What the table calls counts whose names do not say it."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
@@ -31,8 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Entry point of the verb."""
     from fellrec.config.compose import compose
+    from fellrec.config.data_files import check_data_files
 
     config = compose(options.overrides)
+    check_data_files([config])
     from fellrec.config.paths import cache_dir
     from fellrec.experiment.build import build_data
 
@@ -53,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
     table = Table("statistic", *columns, title=f"{data.name}, key {data.key}", title_justify="left")
     for name in dict.fromkeys(name for counts in columns.values() for name in counts if name != "members"):
         cells = [_shown(counts[name]) if name in counts else "" for counts in columns.values()]
-        table.add_row(name.replace("_", " "), *cells)
+        table.add_row(_LABELS.get(name, name.replace("_", " ")), *cells)
     console.print(table)
     for line in (*checks, *(f"note: {note}" for note in data.notes)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -82,8 +82,10 @@ def train(
         command: The words of the command line, for ``command.txt``.
     """
     from fellrec.config.compose import check_limits, without_launcher
+    from fellrec.config.data_files import check_data_files
 
     check_limits([config])
+    check_data_files([config])
     from fellrec.experiment.classes import check_classes, check_transforms
     from fellrec.experiment.run_dir import check_new
     from fellrec.experiment.session import run_processes
@@ -148,6 +150,7 @@ def _multirun(options: argparse.Namespace) -> None:
     from omegaconf import OmegaConf
 
     from fellrec.config.compose import check_limits, compose
+    from fellrec.config.data_files import check_data_files
     from fellrec.config.paths import conf_dir
     from fellrec.config.sweep import expand, sweeps, without_passwords
     from fellrec.experiment.group import advising
@@ -162,6 +165,7 @@ def _multirun(options: argparse.Namespace) -> None:
         sys.stdout.write("---\n".join(OmegaConf.to_yaml(config) for config in configs))
         return
     check_limits(configs)
+    check_data_files(configs)
     for config in configs:
         trainer, uri = config.trainer, config.tracking.uri
         if uri is not None and reveal(uri) != uri:

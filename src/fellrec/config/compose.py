@@ -44,6 +44,7 @@ from fellrec.config.registry import (
 )
 from fellrec.config.secrets import secret_settings, settle_tracking
 from fellrec.config.transforms import expand_transforms
+from fellrec.data.files import files_name
 from fellrec.errors import ConfigError, nearest_first, unknown
 from fellrec.functional.nested import flatten
 from fellrec.functional.ranges import out_of_range, refuse
@@ -52,6 +53,8 @@ from fellrec.models.packages import missing_packages
 _MOST_CHOICES = 6
 """Names of choices that a message has at most."""
 
+_PLACES = ("root", "path", "items", "users")
+"""Settings of ``data`` that say where files are, and that its reader has too."""
 _CALLBACKS = "callbacks"
 """A group whose keys are names that a user may choose."""
 
@@ -87,6 +90,7 @@ def compose(overrides: Sequence[str], optional: Collection[str] = ()) -> DictCon
     if wrong:
         raise ConfigError("\n".join(wrong))
     _make_paths_absolute(config)
+    _name_data(config)
     return config
 
 
@@ -184,8 +188,9 @@ def check(config: DictConfig, optional: Collection[str] = ()) -> None:
     for part in parts(plain):
         problems += _problems(part, missing)
     problems += [*_check_backbone(config), *federation_problems(config), *secret_settings(plain)]
-    of_readers = tuple(f"{key.removesuffix('root')}reader.root=" for key in missing if key.endswith(".root"))
-    problems = [problem for problem in problems if not problem.startswith(of_readers)]
+    said = {*missing, *(problem.partition("=")[0] for problem in problems)}
+    twice = tuple(f"{key.removesuffix(name)}reader.{name}=" for key in said for name in _PLACES if key.endswith(f".{name}"))
+    problems = [problem for problem in problems if not problem.startswith(twice)]
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
 
@@ -300,12 +305,19 @@ def _needs_value(key: str) -> str:
 def _make_paths_absolute(config: DictConfig) -> None:
     """A run directory's configuration must mean the same from any folder."""
     for node in data_nodes(config).values():
-        if node.root is not None:
-            node.root = str(Path(node.root).expanduser().resolve())
+        for name in _PLACES:
+            if OmegaConf.select(node, name) is not None:
+                node[name] = str(Path(node[name]).expanduser().resolve())
     for key in ("backbone.path", "backbone.config", "adapter.path", "participation.sampler.path"):
         value = OmegaConf.select(config, key)
         if value and Path(str(value)).expanduser().exists():
             OmegaConf.update(config, key, str(Path(str(value)).expanduser().resolve()))
+
+
+def _name_data(config: DictConfig) -> None:
+    """Call data without a name by their file or folder."""
+    if config.data.name is None:
+        config.data.name = files_name(as_dict(config.data))
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:

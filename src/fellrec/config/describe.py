@@ -6,7 +6,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -54,7 +54,7 @@ class Choice:
 
 
 def settings_of(kind: type, group: str) -> tuple[Setting, ...]:
-    """The settings of a dataclass.
+    """The settings of a dataclass, and of those in it.
 
     Args:
         kind: The dataclass.
@@ -62,15 +62,16 @@ def settings_of(kind: type, group: str) -> tuple[Setting, ...]:
     """
     known = ranges(kind)
     texts = {name: text for base in reversed(kind.__mro__[:-1]) for name, text in _descriptions(base).items()}
-    return tuple(
-        Setting(
-            key=f"{group}.{field.name}" if group else field.name,
-            default=plain_default(field.default, field.default_factory),
-            allowed=known[field.name].text if field.name in known else "",
-            text=texts.get(field.name, ""),
-        )
-        for field in fields(kind)
-    )
+    found: list[Setting] = []
+    for field in fields(kind):
+        key = f"{group}.{field.name}" if group else field.name
+        if is_dataclass(field.default_factory) and isinstance(field.default_factory, type):
+            found += settings_of(field.default_factory, key)
+            continue
+        default = plain_default(field.default, field.default_factory)
+        allowed = known[field.name].text if field.name in known else ""
+        found.append(Setting(key, default, allowed, texts.get(field.name, "")))
+    return tuple(found)
 
 
 def choices(group: str) -> list[Choice]:
@@ -94,7 +95,12 @@ def _choice(group: str, name: str) -> Choice:
     if group in GROUPS:
         settings += list(settings_of(OF_CHOICE.get((group, name), GROUPS[group]), group))
     own = _own_values(group, name)
-    settings = [replace(setting, default=own.get(setting.key, setting.default)) for setting in settings]
+    elsewhere = tuple(f"{key}." for key in own)  # such as data.reader.columns, which are data.columns
+    settings = [
+        replace(setting, default=own.get(setting.key, setting.default))
+        for setting in settings
+        if not setting.key.startswith(elsewhere)
+    ]
     about = next((kind.about for kind in kinds.values() if hasattr(kind, "about")), None)
     if group == PRESETS:
         return Choice(name, _comment(group, name), {}, tuple(_set_by(name)))

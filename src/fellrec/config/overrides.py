@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 
 from fellrec.config.members import alone
 from fellrec.config.paths import group_choices
-from fellrec.config.registry import CHOICES, GROUPS
+from fellrec.config.registry import CHOICES, GROUPS, OF_CHOICE
 from fellrec.errors import ConfigError, unknown
 from fellrec.functional.quoting import hydra_quoted, hydra_value
 
@@ -87,13 +87,19 @@ def _check_group(item: Override, value: str) -> None:
 @cache
 def text_settings() -> frozenset[str]:
     """Keys of all settings that are text: names and paths, which may have any characters."""
-    kinds = [*GROUPS.items(), *((key, kind) for key, kinds in CHOICES.items() for kind in kinds.values())]
+    kinds = [
+        *GROUPS.items(),
+        *((group, kind) for (group, _), kind in OF_CHOICE.items()),
+        *((key, kind) for key, kinds in CHOICES.items() for kind in kinds.values()),
+    ]
     return frozenset(f"{key}.{name}" if key else name for key, kind in kinds for name in _texts(kind))
 
 
 def _texts(kind: type) -> Iterator[str]:
     hints = get_type_hints(kind, include_extras=True)
     for field in fields(kind):
+        if is_dataclass(nested := hints[field.name]):
+            yield from (f"{field.name}.{name}" for name in _texts(nested))  # type: ignore[arg-type]
         types = [hint for hint in _alternatives(hints[field.name]) if hint is not NoneType]
         if types == [str]:
             yield field.name

@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 
 from fellrec.aggregation.settings import RULES
-from fellrec.config.members import FEDERATION, OF_MEMBER, is_federation, key_of_member
+from fellrec.config.members import FEDERATION, OF_MEMBER, key_of_member
 from fellrec.cut.settings import SplitSettings
 from fellrec.data.settings import (
     AtomicSettings,
@@ -30,6 +30,7 @@ from fellrec.data.settings import (
     RandomSettings,
     SyntheticSettings,
 )
+from fellrec.data.table_settings import AmazonSettings, TableDataSettings, TableSettings
 from fellrec.errors import unknown
 from fellrec.federated.settings import (
     BySizeSamplerSettings,
@@ -89,18 +90,23 @@ GROUPS: Mapping[str, type] = {
 }
 """Groups whose settings are the same for every choice."""
 
-OF_CHOICE: Mapping[tuple[str, str], type] = {("data", FEDERATION): FederationSettings}
+OF_CHOICE: Mapping[tuple[str, str], type] = {
+    ("data", FEDERATION): FederationSettings,
+    ("data", "table"): TableDataSettings,
+}
 """Choices whose settings of the group are others than those of `GROUPS`."""
 
 _READERS, _SAMPLERS = "fellrec.data.readers", "fellrec.federated.samplers"
 CHOICES: Mapping[str, Mapping[str, type]] = {
     "data.reader": {
+        f"{_READERS}.AmazonReader": AmazonSettings,
         f"{_READERS}.AtomicReader": AtomicSettings,
         f"{_READERS}.MicroLensReader": FilesSettings,
         f"{_READERS}.MovieLens100KReader": FilesSettings,
         f"{_READERS}.MovieLens1MReader": FilesSettings,
         f"{_READERS}.MovieLensCsvReader": FilesSettings,
         f"{_READERS}.SyntheticReader": SyntheticSettings,
+        f"{_READERS}.TableReader": TableSettings,
     },
     "holdout": {
         "fellrec.data.holdout.GivenSplit": GivenSplitSettings,
@@ -146,6 +152,11 @@ NEWER: Mapping[str, Mapping[str, Any]] = {
     "participation.sampler": {"_target_": f"{_SAMPLERS}.UniformSampler"},
 }
 """Groups and choices that runs of earlier versions do not have in their configuration, with what these runs did."""
+
+RENAMED: Mapping[str, tuple[str, Mapping[Any, Any]]] = {
+    "data.tied_times": ("data.ties", {"file_order": "file", "random": "shuffle"}),
+}
+"""Settings that runs of earlier versions have under another name: the name now, and the values now by the old ones."""
 
 
 @dataclass(frozen=True)
@@ -194,8 +205,8 @@ def parts(config: Mapping[str, Any]) -> Iterator[Part]:
     yield Part("", RunSettings, {name: value for name, value in config.items() if not isinstance(value, Mapping)})
     for group, kind in GROUPS.items():
         if group and group in config:
-            is_other = group == "data" and is_federation(config)
-            yield Part(group, FederationSettings if is_other else kind, own_settings(config[group], group))
+            own = kind_of_data(config[group]) if group == "data" else kind
+            yield Part(group, own, own_settings(config[group], group))
     for key, kinds in CHOICES.items():
         node = config
         for name in key.split("."):
@@ -206,6 +217,13 @@ def parts(config: Mapping[str, Any]) -> Iterator[Part]:
         for part in parts(_alone(member)):
             if part.key:
                 yield replace(part, key=key_of_member(name, part.key), member=name)
+
+
+def kind_of_data(data: Mapping[str, Any]) -> type:
+    """The dataclass of the settings of ``data``, by what they have."""
+    if "members" in data:
+        return FederationSettings
+    return TableDataSettings if "path" in data else DataSettings
 
 
 def _alone(member: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fellrec.config.compose import check
 from fellrec.config.instantiate import is_own, targets
 from fellrec.config.members import alone
-from fellrec.config.registry import NEWER, defaults_of, parts, wrong_groups
+from fellrec.config.registry import NEWER, RENAMED, defaults_of, parts, wrong_groups
 from fellrec.errors import ConfigError
 from fellrec.functional.nested import flatten
 from fellrec.state.cache import has_entries
@@ -29,7 +29,15 @@ log = logging.getLogger(__name__)
 
 _FORMAT = 1
 """Format of ``config.yaml`` in a run directory; increased when older files can no longer be read."""
-PLACES = ("data.root", "backbone.path", "cache_dir", "participation.sampler.path")
+PLACES = (
+    "data.root",
+    "data.path",
+    "data.items",
+    "data.users",
+    "backbone.path",
+    "cache_dir",
+    "participation.sampler.path",
+)
 """Settings that say where something is; what is there must be what the run was started with."""
 _UNREADABLE = (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError, OmegaConfBaseException)
 """What reading a damaged file raises."""
@@ -122,8 +130,8 @@ def moved(config: DictConfig, overrides: Sequence[str], allowed: Sequence[str] =
             continue
         old, here = OmegaConf.select(config, key), str(Path(value).expanduser().resolve())
         OmegaConf.update(new, key, here)
-        if alone(key) == "data.root":
-            reader = f"{key.removesuffix('root')}reader"
+        if alone(key).startswith("data."):
+            reader = f"{key.rpartition('.')[0]}.reader"
             for name in [name for name, own in OmegaConf.select(config, reader).items() if own == old]:
                 OmegaConf.update(new, f"{reader}.{name}", here)
     check(new)
@@ -149,9 +157,22 @@ def _load(path: Path) -> DictConfig:
         config = OmegaConf.create(text)
         if not isinstance(config, DictConfig):
             raise ConfigError(f"{path} is not the configuration of a run: it has no settings")
+        _rename(config)
     except _UNREADABLE as error:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     return config
+
+
+def _rename(config: DictConfig) -> None:
+    """Give settings the names and values that they have now, also those of the members of a federation."""
+    for old, (new, values) in RENAMED.items():
+        group, _, name = old.rpartition(".")
+        node = OmegaConf.select(config, group)
+        members: Any = node.get("member") if OmegaConf.is_dict(node) else None
+        for own in (node, *(members.values() if OmegaConf.is_dict(members) else ())):
+            if OmegaConf.is_dict(own) and name in own:
+                value = own.pop(name)
+                own[new.rpartition(".")[2]] = values.get(value, value)
 
 
 def _check_events(text: str, path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -38,7 +39,7 @@ class Cleaned:
 
 
 def clean(raw: RawData, settings: DataSettings) -> Cleaned:
-    """Validate raw data and apply ``on_empty_title``, ``on_missing_time``, ``min_rating`` and ``repeats``.
+    """Validate raw data and apply the settings that say what to do about gaps, ratings and repeated interactions.
 
     Equal lines of the item or user file count once.
 
@@ -54,20 +55,23 @@ def clean(raw: RawData, settings: DataSettings) -> Cleaned:
     raw.items["title"] = raw.items["title"].fillna("").str.replace(r"[\r\n]+", " ", regex=True)
     if found := [problem for problem in _problems(raw, settings) if problem]:
         raise DataError("invalid data: " + "; ".join(found))
+    num_in_files = len(raw.interactions)
     raw, about_titles = _with_titles(raw, settings)
     raw, about_times = _with_times(raw, settings)
-    everything = raw.interactions if settings.repeats == "keep" else last_of_each(raw.interactions)
-    counts = {f"{name}_as_read": count for name, count in sizes(everything).items()}
+    raw, about_missing = _with_ratings(raw, settings)
+    counts = {"interactions_in_files": num_in_files}
+    counts |= {f"{name}_as_read": count for name, count in sizes(_distinct(raw.interactions, settings)).items()}
     chosen = _rated(raw.interactions, settings.min_rating)
-    kept = chosen if settings.repeats == "keep" else last_of_each(chosen)
+    kept = _distinct(chosen, settings)
     if settings.min_rating is not None:
         counts["below_min_rating"] = len(raw.interactions) - len(chosen)
-    counts["duplicates_dropped"] = len(chosen) - len(kept)
+    counts["repeats_dropped"] = len(chosen) - len(kept)
     notes = (
         about_titles,
         about_times,
+        about_missing,
         _about_ratings(raw, settings),
-        _about_repeats(counts["duplicates_dropped"]),
+        _about_repeats(chosen, settings),
         _about_units(raw),
         *raw.notes,
     )
@@ -83,11 +87,15 @@ def sizes(interactions: pd.DataFrame) -> dict[str, int]:
     }
 
 
-def last_of_each(interactions: pd.DataFrame) -> pd.DataFrame:
-    """The last interaction of each user and item, in the given order."""
+def one_of_each(interactions: pd.DataFrame, keep: Literal["first", "last"]) -> pd.DataFrame:
+    """The first or last interaction of each user and item by time, in the given order."""
     by = ["stage", "timestamp"] if "stage" in interactions else ["timestamp"]
     ordered = interactions.sort_values(by, kind="stable")
-    return ordered.drop_duplicates(["user_id", "item_id"], keep="last").sort_index()
+    return ordered.drop_duplicates(["user_id", "item_id"], keep=keep).sort_index()
+
+
+def _distinct(interactions: pd.DataFrame, settings: DataSettings) -> pd.DataFrame:
+    return interactions if settings.repeats == "keep" else one_of_each(interactions, settings.repeats)
 
 
 def _problems(raw: RawData, settings: DataSettings) -> Iterator[str]:
@@ -136,9 +144,10 @@ def _rating_problems(raw: RawData, settings: DataSettings) -> Iterator[str]:
         return
     if "rating" not in raw.interactions:
         yield f"data.min_rating={settings.min_rating:g} needs a column with ratings or labels"
-    else:
+    elif settings.on_missing_rating == "error":
         is_missing = raw.interactions["rating"].isna()
-        yield _first(is_missing, f"interactions have no number as {raw.rating_name}", raw.where_interaction)
+        hint = "(set data.on_missing_rating=drop to leave them out)"
+        yield _first(is_missing, f"interactions have no number as {raw.rating_name} {hint}", raw.where_interaction)
 
 
 def _user_problems(raw: RawData) -> Iterator[str]:
@@ -217,6 +226,15 @@ def _with_times(raw: RawData, settings: DataSettings) -> tuple[RawData, str]:
     return replace(raw, interactions=interactions.assign(timestamp=positions)), note
 
 
+def _with_ratings(raw: RawData, settings: DataSettings) -> tuple[RawData, str]:
+    """A rating for every interaction, if ratings are looked at; and a note."""
+    if settings.min_rating is None or not (is_missing := raw.interactions["rating"].isna()).any():
+        return raw, ""
+    kept = _some(raw.interactions[~is_missing], "data.on_missing_rating=drop")
+    note = f"{_of(is_missing)} interactions have no number as {raw.rating_name} and are left out"
+    return replace(raw, interactions=kept), note
+
+
 def _rated(interactions: pd.DataFrame, least: float | None) -> pd.DataFrame:
     if least is None:
         return interactions
@@ -251,12 +269,24 @@ def _about_units(raw: RawData) -> str:
     )
 
 
-def _about_repeats(num_dropped: int) -> str:
+def _about_repeats(interactions: pd.DataFrame, settings: DataSettings) -> str:
+    """How many interactions are not the only one of their user and item, and what is done about them."""
+    pair = ["user_id", "item_id"]
+    again = interactions.duplicated(pair)
+    if not again.any():
+        return ""
+    pairs = interactions[interactions.duplicated(pair, keep=False)].groupby(pair, sort=False).size()
+    equal = int(interactions.duplicated([*pair, "timestamp"]).sum())
+    done = {
+        "last": "the last by time of each pair is kept, the others are dropped; data.repeats=first keeps the first, "
+        "keep all",
+        "first": "the first by time of each pair is kept, the others are dropped; data.repeats=last keeps the last, "
+        "keep all",
+        "keep": "all are kept; data.repeats=last keeps the last by time of each pair",
+    }
     return (
-        f"{num_dropped:,} repeated interactions were dropped: the last of each user and item is kept; "
-        "data.repeats=keep keeps all"
-        if num_dropped
-        else ""
+        f"{_of(again)} interactions repeat a user and an item that were there before ({len(pairs):,} pairs, at most "
+        f"{int(pairs.max()):,} times{f'; {equal:,} with the same time too' if equal else ''}): {done[settings.repeats]}"
     )
 
 

@@ -74,7 +74,7 @@ def _check_members(members: Mapping[str, PreparedData]) -> None:
             raise DataError(f"data.member.{name} has no users")
     for setting, values in (
         ("max_history", {name: data.max_history for name, data in members.items()}),
-        ("repeats", {name: "keep" if data.ranks_seen else "last" for name, data in members.items()}),
+        ("repeats", {name: "keep" if data.ranks_seen else "last or first" for name, data in members.items()}),
     ):
         if len(set(values.values())) > 1:
             given = ", ".join(f"data.member.{name}.{setting}={value}" for name, value in values.items())

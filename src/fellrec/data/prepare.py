@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,6 +32,12 @@ _FORMAT = 2
 
 _DESCRIBING = ("domain", "root", "expected")
 """Settings that do not change the data."""
+_OF_KEYS: Mapping[tuple[str, Any], tuple[str, Any] | None] = {
+    ("ties", "file"): ("tied_times", "file_order"),
+    ("ties", "shuffle"): ("tied_times", "random"),
+    ("on_missing_rating", "error"): None,
+}
+"""Settings as keys have them: data that were prepared before a setting was added or renamed keep their key."""
 _RAGGED = ("histories", *STAGES)
 
 
@@ -71,11 +79,18 @@ def _key(reader: Reader, settings: DataSettings, holdout: Holdout, partition: Pa
         _FORMAT,
         type(reader).__name__,
         reader.fingerprint(),
-        sorted(item for item in asdict(settings).items() if item[0] not in _DESCRIBING),
+        _settings_of_key(settings),
         repr(holdout),
         repr(partition),
     ]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
+
+
+def _settings_of_key(settings: DataSettings) -> list[tuple[str, Any]]:
+    """The settings that change the data, by name."""
+    names = [field.name for field in fields(DataSettings) if field.name not in _DESCRIBING]
+    shaping = [(name, getattr(settings, name)) for name in names]
+    return sorted(filter(None, (_OF_KEYS.get(item, item) for item in shaping)))
 
 
 def _prepare(reader: Reader, settings: DataSettings, holdout: Holdout, partition: Partition, key: str) -> PreparedData:
@@ -91,7 +106,7 @@ def _prepare(reader: Reader, settings: DataSettings, holdout: Holdout, partition
     valid, test = _without(valid, is_public), _without(test, is_public)
     client_of_user = _divide(partition, train, found.users, found.catalogue, is_public)
     data = PreparedData(
-        name=settings.name,
+        name=settings.name or "data",
         catalogue=found.catalogue,
         users=found.users,
         histories=histories,
@@ -162,7 +177,7 @@ def _index(raw: RawData, kept: pd.DataFrame, settings: DataSettings) -> _Indexed
     user = pd.Index(users["user_id"]).get_indexer(pd.Index(user_ids))[user_codes]
     time = kept["timestamp"].to_numpy(dtype=np.float64)
     tie = np.zeros(len(kept), dtype=np.uint64)
-    if settings.tied_times == "random":
+    if settings.ties == "shuffle":
         tie = _random_keys(user_ids, user_codes, item_ids, item_codes, settings.seed)
     stage = kept["stage"].to_numpy(dtype=np.int64) if "stage" in kept else np.zeros(len(kept), dtype=np.int64)
     inside = user >= 0

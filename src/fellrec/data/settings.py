@@ -37,10 +37,10 @@ MOST_USERS, MOST_GROUPS = 10_000_000, 10_000
 class DataSettings:
     """Settings of the preparation, beside reader, holdout and partition; and what is known of the data."""
 
-    name: Name
-    """Name of the data set, for tables and files."""
+    name: Name | None
+    """Name of the data set, for tables, files and MLflow; null: that of its file or folder."""
     root: Line | None
-    """Folder of the data set's files; null for data that are generated."""
+    """Folder of the data set's files; null for data that are generated, or whose files are given one by one."""
     domain: str = "product"
     """Wording of prompts: movie, game, product or video."""
     core: Natural = 0
@@ -61,16 +61,18 @@ class DataSettings:
     on_missing_time: Literal["error", "drop", "file_order"] = "error"
     """Interactions without a timestamp: error refuses them, drop leaves them out, file_order takes the order of the
     file instead of the times of all interactions."""
-    tied_times: Literal["file_order", "random"] = "file_order"
+    ties: Literal["file", "shuffle"] = "file"
     """Order of a user's interactions with equal times: that of the file, or a random one that depends on ``seed``,
     user and item only."""
     min_rating: float | None = None
     """Keeps interactions with a rating or label of at least this, such as 4 or 1; null keeps all."""
+    on_missing_rating: Literal["error", "drop"] = "error"
+    """Interactions without a rating, if ``min_rating`` is given: error refuses them, drop leaves them out."""
     min_user_interactions: Natural = 0
     """Users with fewer interactions are left out, after the k-core filter; 0 keeps everything."""
-    repeats: Literal["last", "keep"] = "last"
-    """Repeated interactions of a user with an item: last keeps the last one; keep keeps all, and seen items are then
-    ranked too."""
+    repeats: Literal["last", "first", "keep"] = "last"
+    """Repeated interactions of a user with an item: last keeps the last one, first the first; keep keeps all, and seen
+    items are then ranked too."""
     expected: Mapping[str, Any] = field(default_factory=dict)
     """Published counts that ``fellrec prepare`` checks."""
 

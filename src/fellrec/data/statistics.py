@@ -98,11 +98,11 @@ def notes(counts: dict[str, Any], settings: DataSettings, num_clients: int | Non
         num_clients: The number of clients that was asked for, if any.
     """
     tied, neighbours = counts["tied_neighbours"], counts["neighbours"]
-    if tied and settings.tied_times == "file_order":
+    if tied and settings.ties == "file":
         yield (
             f"{tied:,} of {neighbours:,} successive interactions of a user ({tied / neighbours:.1%}) have equal times, "
             f"{counts['tied_holdouts']:,} of them in different stages: the order of the file decides; "
-            "data.tied_times=random does not depend on it"
+            "data.ties=shuffle does not depend on it"
         )
     if early := counts["held_out_before_training"]:
         yield (

@@ -21,7 +21,7 @@ from fellrec.aggregation.base import AggregationCallback
 from fellrec.config.instantiate import as_dict, instantiate, settings
 from fellrec.config.members import is_federation, with_totals
 from fellrec.config.paths import cache_dir
-from fellrec.config.registry import own_settings
+from fellrec.config.registry import kind_of_data, own_settings
 from fellrec.cut.link import ServerLink
 from fellrec.data.cold import ColdStart
 from fellrec.data.datamodule import FellrecDataModule
@@ -31,7 +31,6 @@ from fellrec.data.partition import Partition
 from fellrec.data.prepare import prepare
 from fellrec.data.prepared import PreparedData
 from fellrec.data.schema import Reader
-from fellrec.data.settings import DataSettings
 from fellrec.distributed.meeting import MeetingStrategy
 from fellrec.distributed.processes import check_cores, cluster_environment, launched_devices
 from fellrec.errors import ConfigError
@@ -153,7 +152,7 @@ def build_data(config: DictConfig) -> PreparedData:
     shaping = own_settings(as_dict(config.data), "data")
     data = prepare(
         reader=instantiate(config.data.reader, "data.reader", of=Reader),
-        settings=settings(DataSettings, shaping, "data"),
+        settings=settings(kind_of_data(shaping), shaping, "data"),
         holdout=instantiate(config.holdout, "holdout", of=Holdout),
         partition=instantiate(config.partition, "partition", of=Partition),
         cache=cache_dir(config) / "data",

@@ -30,7 +30,11 @@ _DATA, _VERSIONS, _PARTITION, _ROUNDS, _MATRICES = (
 FILES = (CONFIG, RESULTS, USERS, _DATA, _VERSIONS, _PARTITION, FINISHED, _ROUNDS, _MATRICES)
 """The files of a run that a report reads."""
 _OF_FINISHED = ("seconds_per_round", "total_seconds", "peak_memory_bytes", "best_round", "validation")
-_NOT_COMPARED = ("run_dir", "resume", "cache_dir", "data.root", "tracking.", "launcher.")
+_NOT_COMPARED = (
+    *("run_dir", "resume", "cache_dir", "tracking.", "launcher."),
+    *(f"data.{name}" for name in ("root", "path", "items", "users")),
+    *(f"data.reader.{name}" for name in ("root", "path", "items", "users")),
+)
 """Settings that say where something is: they are never shown as a difference."""
 _OF_MACHINE = (
     *("callbacks.", "references.", "backbone.path", "trainer.accelerator", "trainer.strategy", "trainer.plugins"),

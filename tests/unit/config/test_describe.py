@@ -6,7 +6,6 @@ import inspect
 import json
 import subprocess
 import sys
-from dataclasses import fields
 from typing import get_args
 
 import pytest
@@ -18,7 +17,7 @@ from fellrec.aggregation.settings import RULES
 from fellrec.aggregation.settings.about import Family
 from fellrec.cli.main import main
 from fellrec.config.compose import compose
-from fellrec.config.describe import choices
+from fellrec.config.describe import choices, settings_of
 from fellrec.config.paths import conf_dir, group_choices
 from fellrec.config.registry import CHOICES
 from fellrec.federated.settings import METRICS
@@ -45,8 +44,9 @@ def test_every_setting_of_every_choice_has_a_description_and_a_default() -> None
         group = key.partition(".")[0]
         described = {s.key: s for choice in choices(group) for s in choice.settings}
         for kind in set(kinds.values()):
-            for field in fields(kind):
-                assert described[f"{key}.{field.name}"].text, f"{kind.__name__}.{field.name}"
+            for setting in settings_of(kind, key):
+                if not setting.key.startswith("data.reader.columns."):  # they are data.columns
+                    assert described[setting.key].text, setting.key
 
 
 def test_the_list_has_the_values_that_a_choice_sets() -> None:

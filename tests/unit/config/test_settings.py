@@ -29,6 +29,7 @@ from fellrec.data.readers.synthetic import (
     _VIDEOS_PER_TOPIC,
 )
 from fellrec.data.settings import MOST_ITEMS, SyntheticSettings
+from fellrec.data.table_settings import ColumnSettings
 from fellrec.errors import ConfigError
 from fellrec.federated.settings import TrainerSettings
 from fellrec.functional.nested import flatten
@@ -42,7 +43,7 @@ from fellrec.rankers.reference import _FITS
 from fellrec.rankers.settings import PRETRAINED, SHOWN
 
 KINDS = dict.fromkeys([*GROUPS.values(), *(kind for kinds in CHOICES.values() for kind in kinds.values())])
-KINDS |= {PretrainSettings: None}
+KINDS |= dict.fromkeys([ColumnSettings, PretrainSettings])
 FILES = sorted(path for path in conf_dir().rglob("*.yaml") if path.name != "config.yaml")
 
 
@@ -55,8 +56,9 @@ def choices() -> Iterator[tuple[str, str, type]]:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_every_setting_has_a_description_below_it(kind: type) -> None:
-    described = {setting.key for setting in settings_of(kind, "") if setting.text}
-    assert described == {field.name for field in fields(kind)}
+    found = settings_of(kind, "")
+    assert all(setting.text for setting in found)
+    assert {setting.key.partition(".")[0] for setting in found} == {field.name for field in fields(kind)}
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -71,7 +73,7 @@ def test_defaults_are_in_their_own_range(kind: type) -> None:
 def test_numbers_and_words_have_a_range(kind: type) -> None:
     """Text, paths and SLURM's own values are checked by those who read them."""
     free = {name for name, hint in get_type_hints(kind).items() if hint in (str, str | None)}
-    free |= {"target_modules", "time", "plugins", "expected", "pretrain"}
+    free |= {"target_modules", "time", "plugins", "expected", "pretrain", "columns"}
     assert {field.name for field in fields(kind)} - free <= ranges(kind).keys()
 
 
@@ -228,5 +230,5 @@ def _as_override(value: Any) -> str:
 
 def test_nested_settings_are_dataclasses_too() -> None:
     nested = {name for kind in KINDS for name, hint in get_type_hints(kind).items() if is_dataclass(hint)}
-    assert nested == {"pretrain"}
+    assert nested == {"columns", "pretrain"}
     assert "backbone.pretrain.text_weight" in flatten(as_dict(compose([])))

@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from fellrec.data.files import STAGES, atomic_names
 from fellrec.data.readers.folder import existing_files, found_instead, hash_files
+from fellrec.data.readers.ratings import about_words, some_of, to_ratings
 from fellrec.data.readers.table import (
     lacking,
     lines_of,
@@ -29,8 +31,6 @@ from fellrec.errors import DataError, shorten, unknown
 
 TITLES = ("title", "movie_title", "item_name", "name")
 RATINGS = ("rating", "label")
-STAGES = ("train", "valid", "test")
-_SUFFIX = re.compile(rf"(\.({'|'.join(STAGES)}))?\.inter$")
 _LIKE_A_STAGE = re.compile(r"(^|.*[._-])(train|training|valid|validation|val|dev|eval|test|testing)", re.IGNORECASE)
 """Names of files that are parts of a split, but not called as RecBole calls them."""
 _LABELS, _NEGATIVE = {"0", "1", "-1", "0.0", "1.0", "-1.0", "true", "false"}, ("0", "-1", "0.0", "-1.0", "false")
@@ -103,10 +103,14 @@ class AtomicReader(AtomicSettings):
         beside = f"|{_listed(files.ignored)}" if files.ignored else ""
         return f"{hash_files(paths)}|{self.title_column}|{self.rating_column}{beside}"
 
+    def check(self) -> None:
+        """Raise a ``DataError`` unless the files exist."""
+        self._files()
+
     def _files(self) -> _Files:
         existing_files(self.root, ())
         folder = Path(self.root).expanduser()
-        names = sorted({_SUFFIX.sub("", path.name) for path in folder.glob("*.inter")})
+        names = atomic_names(folder)
         if not names:
             raise DataError(f"data.root={self.root} has no .inter file{found_instead(self.root, ())}")
         name = self._choose(folder, names)
@@ -151,7 +155,7 @@ class AtomicReader(AtomicSettings):
         kept["timestamp"] = np.nan if no_times else to_times(joined["timestamp"].fillna(""), locate)
         rating_name = next((name for name in rating or RATINGS if name in joined.columns), None)
         if rating_name is not None:
-            kept["rating"] = _to_ratings(joined[rating_name])
+            kept["rating"] = to_ratings(joined[rating_name])
         if files.is_split:
             kept["stage"] = np.repeat(np.arange(len(tables)), np.diff(bounds))
         return _Interactions(kept, locate, rating_name, no_times, tuple(_about_unused(joined, rating_name)))
@@ -176,43 +180,23 @@ class AtomicReader(AtomicSettings):
         raise DataError(f"{path} has no title: {unknown('column', ' or '.join(wanted), items.columns)}")
 
 
-def _to_ratings(column: pd.Series) -> pd.Series:
-    """Numbers as floats, and true and false as 1 and 0; NaN for anything else."""
-    numbers = pd.to_numeric(column, errors="coerce").astype(float)
-    if numbers.isna().any():
-        words = column.fillna("").str.strip().str.lower()
-        numbers = numbers.mask(words == "true", 1.0).mask(words == "false", 0.0)
-    return numbers
-
-
 def _about_unused(table: pd.DataFrame, rating_name: str | None) -> Iterator[str]:
     """What to know of columns with labels that are not looked at, and of ratings that are not numbers."""
     for name in table.columns:
         if name == rating_name:
-            yield from _about_words(table[name])
+            yield from about_words(table[name])
         elif name not in ("user_id", "item_id", "timestamp") and _has_labels(table[name]):
             is_negative = table[name].fillna("").str.strip().str.lower().isin(_NEGATIVE)
             if is_negative.any():
                 yield (
-                    f"the column {name} is not used: {_of(is_negative)} interactions have "
+                    f"the column {name} is not used: {some_of(is_negative)} interactions have "
                     f"{table[name][is_negative].iloc[0]} there and count like the others; data.reader.rating_column="
                     f"{name} with data.min_rating=1 leaves them out"
                 )
 
 
-def _about_words(ratings: pd.Series) -> Iterator[str]:
-    is_word = _to_ratings(ratings).isna() & (ratings.fillna("").str.strip() != "")
-    if is_word.any():
-        example = shorten(repr(ratings[is_word].iloc[0]), 40)
-        yield f"{_of(is_word)} interactions have no number in the column {ratings.name}, such as {example}"
-
-
 def _has_labels(column: pd.Series) -> bool:
     return {str(value).strip().lower() for value in column.dropna().unique()} <= _LABELS
-
-
-def _of(chosen: pd.Series) -> str:
-    return f"{int(chosen.sum()):,} of {len(chosen):,}"
 
 
 def _about_ignored(files: _Files) -> Iterator[str]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import gzip
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from fellrec.data.files import GZIP
 from fellrec.errors import DataError
 
 UTF8 = ("utf-8",)
@@ -59,7 +62,7 @@ def decode(path: Path, encodings: Sequence[str]) -> str:
     """The text of a file, without a byte order mark; one of UTF-16 or UTF-32 decides the encoding.
 
     Args:
-        path: The file.
+        path: The file; decompressed if its name ends with ``.gz``.
         encodings: The first that fits is used; only the last may fit any bytes.
 
     Raises:
@@ -67,17 +70,34 @@ def decode(path: Path, encodings: Sequence[str]) -> str:
     """
     try:
         raw = path.read_bytes()
+        if path.suffix == GZIP:
+            raw = gzip.decompress(raw)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is not a gzip file, or a damaged one: {error}") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    for name, mark in _COMPRESSED.items():
-        if raw.startswith(mark):
-            raise DataError(f"{path} is {name}, not a text; decompress it or save it as text in {encodings[0]}")
+    refuse_other_kinds(path, raw)
     for encoding, marks in _WIDE.items():
         if raw.startswith(marks):
             return _of_wide(path, raw, encoding)
     if raw.count(b"\0") > len(raw) // 4:
         raise DataError(f"{path} is not a text in {encodings[0]}: it has {raw.count(0)} null bytes; save it as UTF-8")
     return _of_bytes(path, raw, encodings)
+
+
+def refuse_other_kinds(path: Path, raw: bytes) -> None:
+    """Refuse what is often taken for a text.
+
+    Args:
+        path: The file.
+        raw: Its content, or the beginning of it.
+
+    Raises:
+        DataError: Naming what it is.
+    """
+    for name, mark in _COMPRESSED.items():
+        if raw.startswith(mark):
+            raise DataError(f"{path} is {name}, not a text; decompress it or save it as text in utf-8")
 
 
 def _of_wide(path: Path, raw: bytes, encoding: str) -> str:

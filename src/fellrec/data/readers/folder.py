@@ -20,6 +20,8 @@ FILES: Mapping[str, Sequence[str]] = {
 """``data=`` → the files that its reader needs; ``data=atomic`` needs a ``.inter`` file, whatever its name is."""
 _MOST_FILES = 200
 """Limit of the entries of a folder that are looked at for messages."""
+_PART = 1 << 24
+"""Bytes of a file that are in memory at the same time."""
 
 
 def existing_files(root: str, names: Sequence[str], otherwise: str | None = None) -> list[Path]:
@@ -76,14 +78,20 @@ def hash_files(paths: Sequence[Path]) -> str:
     for path in paths:
         digest.update(path.name.encode())
         if path.exists():
-            content = _read(path)
-            digest.update(content or b"\0empty")
+            is_empty = True
+            for part in _parts(path):
+                digest.update(part)
+                is_empty = False
+            if is_empty:
+                digest.update(b"\0empty")
     return digest.hexdigest()
 
 
-def _read(path: Path) -> bytes:
+def _parts(path: Path) -> Iterator[bytes]:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            while part := file.read(_PART):
+                yield part
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
 

@@ -43,5 +43,9 @@ class MicroLensReader(FilesSettings):
         """Hash of the files' contents."""
         return hash_files(self._paths())
 
+    def check(self) -> None:
+        """Raise a ``DataError`` unless the files exist."""
+        self._paths()
+
     def _paths(self) -> list[Path]:
         return existing_files(self.root, (PAIRS, TITLES))

@@ -46,6 +46,10 @@ class MovieLens100KReader(FilesSettings):
         """Hash of the files' contents."""
         return hash_files(self._paths())
 
+    def check(self) -> None:
+        """Raise a ``DataError`` unless the files exist."""
+        self._paths()
+
     def _paths(self) -> list[Path]:
         return existing_files(self.root, FILES["ml_100k"])
 
@@ -82,6 +86,10 @@ class MovieLens1MReader(FilesSettings):
         folder = Path(self.root).expanduser()
         return not (folder / "ratings.dat").exists() and any(folder.glob("*.inter"))
 
+    def check(self) -> None:
+        """Raise a ``DataError`` unless the files exist."""
+        AtomicReader(self.root).check() if self._is_atomic() else self._paths()
+
     def _paths(self) -> list[Path]:
         found = existing_files(self.root, FILES["ml_1m"], "RecBole's *.inter, *.item, *.user")
         return [*found, Path(self.root).expanduser() / "users.dat"]
@@ -112,6 +120,10 @@ class MovieLensCsvReader(FilesSettings):
     def fingerprint(self) -> str:
         """Hash of the files' contents."""
         return hash_files(self._paths())
+
+    def check(self) -> None:
+        """Raise a ``DataError`` unless the files exist."""
+        self._paths()
 
     def _paths(self) -> list[Path]:
         return existing_files(self.root, FILES["ml_csv"])

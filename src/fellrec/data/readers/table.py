@@ -11,13 +11,16 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from fellrec.data.readers.decoding import UTF8, decode, lines_of_text
 from fellrec.data.schema import NO_VALUE, Locate
-from fellrec.errors import DataError, shorten
+from fellrec.errors import ConfigError, DataError, shorten
 
 _SEPARATORS = {"\t": "a tab", ",": "a comma"}
+_CLOCK = ("now", "today")
+"""What pandas takes for the time at which it reads."""
 _ROWS = 1 << 17
 """Rows of a file that are in memory as Python lists at the same time."""
 
@@ -75,20 +78,28 @@ def read_table(
     )
 
 
-def read_csv(path: Path) -> tuple[pd.DataFrame, Locate]:
-    """Read a comma-separated UTF-8 file with a header, whose fields may be in double quotes.
+def read_csv(
+    path: Path, separator: str = ",", header: Sequence[str] | None = None, wanted: Sequence[str] | None = None
+) -> tuple[pd.DataFrame, Locate]:
+    """Read a UTF-8 file whose fields may be in double quotes.
+
+    Args:
+        path: The file.
+        separator: Between fields, one character.
+        header: Names of the columns of a file without a header; ``None`` takes the first line.
+        wanted: Columns to keep; ``None`` keeps all.
 
     Returns:
-        All fields as text, and row → ``file:line``.
+        Fields as text, and row → ``file:line``.
 
     Raises:
         DataError: If the file is missing, is not UTF-8, has a column twice, or a line has another number of fields.
     """
-    rows = csv.reader(io.StringIO(decode(path, UTF8), newline=""), strict=True)
+    rows = csv.reader(io.StringIO(decode(path, UTF8), newline=""), strict=True, delimiter=separator)
     lines = array("q")
 
-    def checked(names: list[str]) -> Iterator[list[str]]:
-        """The rows, each of which must have as many fields as the header has names."""
+    def checked(names: Sequence[str], places: Sequence[int]) -> Iterator[list[str]]:
+        """The wanted fields of the rows, each of which must have as many fields as the header has names."""
         line = rows.line_num + 1
         for row in rows:
             if row and len(row) != len(names):
@@ -97,20 +108,22 @@ def read_csv(path: Path) -> tuple[pd.DataFrame, Locate]:
                 )
             if row:  # not a blank line
                 lines.append(line)
-                yield row
+                yield [row[place] for place in places]
             line = rows.line_num + 1
 
     try:
-        names = [name.strip() for name in next(rows, [])]
+        names = header if header is not None else [name.strip() for name in next(rows, [])]
         if not names:
             raise DataError(f"{path} is empty")
-        require_separated(names, path, ",")
+        require_separated(names, path, separator)
         require_distinct(names, path)
-        parts = [pd.DataFrame(part, columns=names, dtype=str) for part in _batches(checked(names))]
+        kept = names if wanted is None else wanted
+        batches = _batches(checked(names, [names.index(name) for name in kept]))
+        parts = [pd.DataFrame(part, columns=list(kept), dtype=str) for part in batches]
     except csv.Error as error:
         cause = "a quoted field does not end" if "unexpected end" in str(error) else str(error)
         raise DataError(f"{path}:{rows.line_num}: {cause}") from error
-    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=names, dtype=str)
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(kept), dtype=str)
     return table, lambda row: f"{path}:{lines[row]}"
 
 
@@ -129,7 +142,7 @@ def to_numbers(column: pd.Series, locate: Locate) -> pd.Series:
     return numbers.astype(float)
 
 
-def to_times(column: pd.Series, locate: Locate) -> pd.Series:
+def to_times(column: pd.Series, locate: Locate, time_format: str | None = None) -> pd.Series:
     """A text column of numbers or of ISO 8601 dates and times as floats, dates in seconds since 1970.
 
     A field that is empty, or says that there is no value (``NULL``, ``NaN``, ``\\N``), is NaN.
@@ -137,27 +150,35 @@ def to_times(column: pd.Series, locate: Locate) -> pd.Series:
     Args:
         column: Text; times without an offset are UTC.
         locate: Row → ``file:line``, for the message.
+        time_format: Of times that are neither numbers nor ISO 8601, as for ``strptime``; all must have it.
 
     Raises:
         DataError: If a field is neither, or if the column has both.
+        ConfigError: If ``time_format`` is not a format.
     """
     numbers = pd.to_numeric(column, errors="coerce")
-    if numbers.notna().all():
+    if numbers.notna().all() and time_format is None:
         return numbers.astype(float)
     is_missing = column.str.strip().str.lower().isin(NO_VALUE)
-    if is_missing.all() or numbers[~is_missing].notna().any():
+    if time_format is None and (is_missing.all() or numbers[~is_missing].notna().any()):
         _refuse_fields(column, numbers.isna() & ~is_missing, "is not a number", locate)
         return numbers.astype(float)
-    dates = pd.to_datetime(column.where(~is_missing).str.strip(), errors="coerce", format="ISO8601", utc=True)
-    _refuse_fields(column, dates.isna() & ~is_missing, "is not a number or an ISO 8601 time", locate)
+    texts = column.where(~is_missing & ~column.str.strip().str.lower().isin(_CLOCK)).str.strip()
+    try:
+        dates = pd.to_datetime(texts, errors="coerce", format=time_format or "ISO8601", utc=True)
+    except ValueError as error:
+        raise ConfigError(f"data.reader.time_format={time_format} is not allowed: {error}") from error
+    expected = f"has not the format {time_format}" if time_format else "is not a number or an ISO 8601 time"
+    _refuse_fields(column, dates.isna() & ~is_missing, expected, locate)
     microseconds = dates.dt.as_unit("us").astype("int64")  # nanoseconds have no year 1, and none above 2262
     return (microseconds / 1e6).where(dates.notna())
 
 
 def _refuse_fields(column: pd.Series, is_wrong: pd.Series, what: str, locate: Locate) -> None:
     if is_wrong.any():
-        row = int(is_wrong.to_numpy().argmax())
-        raise DataError(f"{locate(row)}: {shorten(repr(column.iloc[row]))} {what} for {column.name}")
+        rows = np.flatnonzero(is_wrong.to_numpy())
+        more = f"; so are {len(rows) - 1:,} others, next at {locate(int(rows[1]))}" if len(rows) > 1 else ""
+        raise DataError(f"{locate(int(rows[0]))}: {shorten(repr(column.iloc[rows[0]]))} {what} for {column.name}{more}")
 
 
 def require_columns(table: pd.DataFrame, columns: Sequence[str], path: Path) -> None:
@@ -177,9 +198,8 @@ def require_separated(header: Sequence[str], path: Path, separator: str) -> None
         DataError: Naming the separator, with the header as it stands.
     """
     if len(header) == 1 and re.search(r"[,;|\s]", header[0]):
-        raise DataError(
-            f"{path}:1: columns must be separated by {_SEPARATORS[separator]}; the header is {shorten(repr(header[0]))}"
-        )
+        mark, found = _SEPARATORS.get(separator, separator), shorten(repr(header[0]))
+        raise DataError(f"{path}:1: columns must be separated by {mark}; the header is {found}")
 
 
 def lacking(table: pd.DataFrame, columns: Sequence[str], path: Path) -> str:

@@ -137,7 +137,7 @@ def test_empty_titles_can_be_allowed(atomic: Path) -> None:
 def test_repeated_interactions_keep_the_last_time(atomic: Path) -> None:
     (atomic / "films.inter").write_text(INTER + "u1\ti1\t9\nu2\ti1\t0\n", encoding="utf-8")
     cleaned = read(atomic)
-    assert cleaned.counts["duplicates_dropped"] == 2
+    assert cleaned.counts["repeats_dropped"] == 2
     times = cleaned.raw.interactions.set_index(["user_id", "item_id"])["timestamp"].to_dict()
     assert times == {("u1", "i1"): 9.0, ("u1", "i2"): 6.0, ("u2", "i1"): 1.0}
 
@@ -232,7 +232,9 @@ def test_a_rating_that_is_no_number_is_refused_if_it_is_used(atomic: Path) -> No
     reader = AtomicReader(str(atomic), rating_column="stars")
     settings = DataSettings("films", str(atomic))
     assert len(clean(reader.read(), settings).raw.interactions) == 2
-    with pytest.raises(DataError, match=r"1 interactions have no number as stars, first at .*films.inter:2"):
+    with pytest.raises(
+        DataError, match=r"1 interactions have no number as stars .*on_missing_rating=drop.* first at .*films.inter:2"
+    ):
         clean(reader.read(), replace(settings, min_rating=3))
     with pytest.raises(DataError, match="data.min_rating=3 needs a column with ratings or labels"):
         read(atomic, min_rating=3)
