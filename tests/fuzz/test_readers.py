@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from fellrec.data import readers
 from fellrec.data.holdout import GlobalTime, LeaveOneOut
 from fellrec.data.partition import KMeansPartition, RandomPartition
 from fellrec.data.prepare import prepare
+from fellrec.data.schema import Reader
 from fellrec.data.settings import DataSettings
+from fellrec.data.table_settings import TableSettings
 
 INPUTS = 400
 """For each format."""
@@ -47,13 +51,26 @@ def _movielens(separator: str, bar: str) -> tuple[str, str, str]:
     return ratings, films, _table(bar, None, [(u, "F", 25, 3, "00000") for u in range(8)])
 
 
-def _formats() -> dict[str, tuple[type, dict[str, str]]]:
+def _of_tables(root: str) -> readers.TableReader:
+    return readers.TableReader(TableSettings(f"{root}/plays.csv", items=f"{root}/films.jsonl"))
+
+
+def _json_lines(rows: list[dict[str, object]]) -> str:
+    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+
+
+def _formats() -> dict[str, tuple[Callable[[str], Reader], dict[str, str]]]:
     ratings_1m, films_1m, users_1m = _movielens("::", "::")
     ratings_100k, _, users_100k = _movielens("\t", "|")
     films_100k = _table("|", None, [(k, name, "1990", "", "", _FLAGS) for k, name in enumerate(_NAMES)])
     csv_rows: list[tuple[object, ...]] = [(u, i, 3.5, t) for u, i, t in _PAIRS]
     quoted: list[tuple[object, ...]] = [(k, f'"{name}, The"', "Drama|Comedy") for k, name in enumerate(_NAMES)]
     pairs: list[tuple[object, ...]] = [(u, i, t) for u, i, t in _PAIRS]
+    films = [
+        {"item_id": k, "title": name, "genres": ["Drama", None, 3], "more": {"a": [1]}} for k, name in enumerate(_NAMES)
+    ]
+    reviews = [{"user_id": f"A{u}", "parent_asin": f"B{i}", "rating": 4.0, "timestamp": 1000 * t} for u, i, t in _PAIRS]
+    metadata = [{"parent_asin": f"B{k}", "title": name, "categories": ["A &amp; B"]} for k, name in enumerate(_NAMES)]
     titles = _table(",", None, [(k, f" {name}, wait, what?") for k, name in enumerate(_NAMES)])
     return {
         "atomic": (readers.AtomicReader, _atomic()),
@@ -68,6 +85,17 @@ def _formats() -> dict[str, tuple[type, dict[str, str]]]:
                 "ratings.csv": _table(",", ["userId", "movieId", "rating", "timestamp"], csv_rows),
                 "movies.csv": _table(",", ["movieId", "title", "genres"], quoted),
             },
+        ),
+        "table": (
+            _of_tables,
+            {
+                "plays.csv": _table(";", ["user_id", "item_id", "stars", "timestamp"], csv_rows),
+                "films.jsonl": _json_lines(films),
+            },
+        ),
+        "amazon": (
+            readers.AmazonReader,
+            {"Games.jsonl": _json_lines(reviews), "meta_Games.jsonl": _json_lines(metadata)},
         ),
         "micro_lens": (
             readers.MicroLensReader,

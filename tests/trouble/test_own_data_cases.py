@@ -85,7 +85,10 @@ def test_from_a_file_written_by_hand_to_a_run(
 def test_ties_repeats_and_ratings_as_told(by_hand: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the day alone as the time, a person's repeat has the time of the film before it: one tie each."""
     text = (by_hand / "plays.csv").read_bytes().decode("utf-8-sig")
-    lines = [line if not line.startswith("anna") else line.replace(" 10:00", "").replace(" 11:00", "") for line in text.split("\r\n")]
+    lines = [
+        line if not line.startswith("anna") else line.replace(" 10:00", "").replace(" 11:00", "")
+        for line in text.split("\r\n")
+    ]
     (by_hand / "plays.csv").write_text("\n".join(lines))
 
     def found(*overrides: str) -> tuple[list[int], list[str]]:
@@ -213,14 +216,22 @@ def movielens_csv(folder: Path) -> None:
     ratings = [(u, 1 + (u + i) % 12, 0.5 + i / 2, 838985046 + 60 * i) for u in range(1, 9) for i in range(8)]
     lines = ["userId,movieId,rating,timestamp", *(f"{u},{i},{r:.1f},{t}" for u, i, r, t in ratings)]
     (folder / "ratings.csv").write_bytes("\r\n".join([*lines, ""]).encode())
-    titles = [f'"{title.replace(chr(34), chr(34) * 2)}"' if {",", '"'} & {*title} else title for title in [*FILMS, "Cité, La"[:4]]]
-    lines = ["movieId,title,genres", *(f"{1 + k},{t},{('(no genres listed)', 'Comedy|Romance')[k > 0]}" for k, t in enumerate(titles))]
+    titles = [
+        f'"{title.replace(chr(34), chr(34) * 2)}"' if {",", '"'} & {*title} else title
+        for title in [*FILMS, "Cité, La"[:4]]
+    ]
+    lines = [
+        "movieId,title,genres",
+        *(f"{1 + k},{t},{('(no genres listed)', 'Comedy|Romance')[k > 0]}" for k, t in enumerate(titles)),
+    ]
     (folder / "movies.csv").write_bytes("\r\n".join([*lines, ""]).encode())
     (folder / "links.csv").write_text("movieId,imdbId,tmdbId\n1,0114709,862\n")
     (folder / "tags.csv").write_text("userId,movieId,tag,timestamp\n2,60756,funny,1445714994\n")
 
 
-@pytest.mark.parametrize(("choice", "write"), [("ml_10m", movielens_10m), ("ml_25m", movielens_csv), ("ml_csv", movielens_csv)])
+@pytest.mark.parametrize(
+    ("choice", "write"), [("ml_10m", movielens_10m), ("ml_25m", movielens_csv), ("ml_csv", movielens_csv)]
+)
 def test_movielens_as_published(
     tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str], choice: str, write: Callable[[Path], None]
 ) -> None:

@@ -189,7 +189,9 @@ def check(config: DictConfig, optional: Collection[str] = ()) -> None:
         problems += _problems(part, missing)
     problems += [*_check_backbone(config), *federation_problems(config), *secret_settings(plain)]
     said = {*missing, *(problem.partition("=")[0] for problem in problems)}
-    twice = tuple(f"{key.removesuffix(name)}reader.{name}=" for key in said for name in _PLACES if key.endswith(f".{name}"))
+    twice = tuple(
+        f"{key.removesuffix(name)}reader.{name}=" for key in said for name in _PLACES if key.endswith(f".{name}")
+    )
     problems = [problem for problem in problems if not problem.startswith(twice)]
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))

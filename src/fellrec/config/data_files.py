@@ -8,7 +8,6 @@ from omegaconf import DictConfig
 
 from fellrec.config.instantiate import instantiate
 from fellrec.config.members import about_member, is_federation, member_configs
-from fellrec.data.schema import Reader
 from fellrec.errors import FellrecError
 
 
@@ -21,6 +20,8 @@ def check_data_files(configs: Iterable[DictConfig]) -> None:
         DataError: If not.
         ConfigError: If the reader cannot be made.
     """
+    from fellrec.data.schema import Reader  # with pandas, which a mistake in the settings does not need
+
     seen = []
     for config in configs:
         if config.split.transport == "distributed":

@@ -202,6 +202,7 @@ def _arrow_text(column: Any) -> pd.Series:
     """A column of Arrow as text: whole numbers as they are, also beside missing values; lists as `_text`."""
     import pyarrow as pa
 
+    column.validate(full=True)  # else text that is not UTF-8 is found where it is used
     kind = column.type
     if pa.types.is_nested(kind):
         return pd.Series([_text(value) for value in column.to_pylist()], dtype=str)
