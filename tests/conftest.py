@@ -13,6 +13,9 @@ import torch
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+# ranx, with which some figures are compared, would compile for a minute what it computes in a second.
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
+
 # MLflow's server starts nine more processes for jobs of its own, each of which imports MLflow anew.
 os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
 

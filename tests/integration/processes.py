@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from preloaded import Preloaded
+from preloaded import STAND_IN, Preloaded, program
 from safetensors.torch import load_file
 
 from fellrec.cli.main import main
@@ -28,10 +28,14 @@ FELLREC = ("-m", "fellrec")
 
 
 def environment() -> dict[str, str]:
-    """One thread, so that sums are added in the same order everywhere; these sources, wherever they are."""
+    """One thread, so that sums are added in the same order everywhere; these sources, wherever they are.
+
+    Processes that Fabric and torchrun start begin at once, see `preloaded.program`.
+    """
     source = str(ROOT / "src")
     paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(paths)}
+    own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(paths)}
+    return {**os.environ, **own, STAND_IN: program(), "PYTHON_EXEC": program()}
 
 
 def free_port() -> int:

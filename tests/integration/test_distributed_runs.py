@@ -64,8 +64,9 @@ def common(tiny_overrides: list[str]) -> list[str]:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
+def start(tmp_path: Path, empty_store: Path) -> Iterator[Start]:
     """Start processes; all are ended after the test."""
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
     started: list[Processes] = []
 
     def run(*commands: Sequence[str], are_one_run: bool = True) -> Processes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from omegaconf import DictConfig
-from preloaded import python
+from preloaded import program, python
 
 from fellrec.cli.main import main
 from fellrec.experiment.variants import check_comparable, configurations
@@ -31,11 +32,11 @@ def cells(markdown: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=header)
 
 
-def test_the_sweep_over_depths_and_its_report(tmp_path: Path, tiny_overrides: list[str]) -> None:
+def test_the_sweep_over_depths_and_its_report(tmp_path: Path, tiny_overrides: list[str], empty_store: Path) -> None:
     """LLaMA-7B, METHOD §4: a layer has 202,383,360 weights of 6,738,415,616; 31 − k of them are on the server."""
     environment = {
         **os.environ,
-        "PYTHON": sys.executable,
+        "PYTHON": program(),
         "DEPTHS": "0,1",
         "ROUNDS": "1",
         "MODEL": " ".join(
@@ -47,6 +48,7 @@ def test_the_sweep_over_depths_and_its_report(tmp_path: Path, tiny_overrides: li
         "PLANNED_DEPTHS": "1,14,21,22",
     }
     small = [*(item for item in tiny_overrides if "backbone" not in item), "data.max_users=40"]
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
     script = ROOT / "experiments" / "split_depth" / "sweep.sh"
     command = ["sh", str(script), "out", *small, f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -142,9 +144,12 @@ def test_the_final_runs_take_what_validation_chose(tmp_path: Path) -> None:
         assert configs[1].aggregation.alpha == 0.7
 
 
-def test_the_report_of_a_sweep(tmp_path: Path, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_of_a_sweep(
+    tmp_path: Path, tiny_overrides: list[str], empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two cells; its figures are those of the comparisons, and a pair's difference is that of the users' values."""
     monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_store, "mlflow.db")
     for cell, steps in (("few", 1), ("more", 3)):
         sweep = ["aggregation=local,fedavg,fellrec", "seed=0,1", f"trainer.max_local_steps={steps}"]
         main(["compare", *tiny_overrides, *sweep, "trainer.num_rounds=1", "references.show=[]", f"run_dir=out/{cell}"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,8 +55,9 @@ def common(tiny_overrides: list[str]) -> str:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
+def start(tmp_path: Path, empty_store: Path) -> Iterator[Start]:
     """Start processes; all are ended after the test."""
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
     started: list[Processes] = []
 
     def run(*commands: list[str], are_one_run: bool = True) -> Processes:
@@ -68,9 +70,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 @pytest.fixture(scope="module")
-def long_run(common: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def long_run(common: str, tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
     """A long run in one process that was not interrupted."""
     run_dir = tmp_path_factory.mktemp("long") / "run"
+    shutil.copy(empty_store, run_dir.parent / "mlflow.db")
     alone(arguments("train", f"{common} {LONG}", run_dir))
     return run_dir
 

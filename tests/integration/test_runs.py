@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -29,6 +30,13 @@ from fellrec.models.backbone import load_hf
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def tracked(workplace: Path, empty_store: Path) -> Path:
+    """A workplace with a database."""
+    shutil.copy(empty_store, workplace / "mlflow.db")
+    return workplace
 
 
 def client_of(folder: Path) -> MlflowClient:
@@ -203,20 +211,20 @@ def test_an_existing_run_directory_is_refused_and_unchanged(
 
 
 def test_compare_prints_the_same_figures_as_table_and_json(
-    workplace: Path, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
+    tracked: Path, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep = ["aggregation=local,fedavg,fellrec,centralized", "seed=0,1", "trainer.num_rounds=1"]
     main(["compare", *tiny_overrides, *sweep, "run_dir=both", "--format", "json", "--quiet"])
     shown = capsys.readouterr()
     assert not re.search("comparison of|on synthetic:|round 1/1", shown.err), "no progress"
     comparison = json.loads(shown.out)
-    assert comparison == json.loads((workplace / "both" / "comparison" / "comparison.json").read_text())
+    assert comparison == json.loads((tracked / "both" / "comparison" / "comparison.json").read_text())
     assert list(comparison["rules"]) == [
         *("local", "fedavg", "fellrec", "centralized"),
         *("random", "popularity", "client_popularity", "markov", "markov_decay", "item_knn", "mf", "pretrained"),
     ]
-    table = pd.read_csv(workplace / "both" / "comparison" / "comparison.csv")
-    lines = (workplace / "both" / "comparison" / "comparison.md").read_text().splitlines()[2:]
+    table = pd.read_csv(tracked / "both" / "comparison" / "comparison.csv")
+    lines = (tracked / "both" / "comparison" / "comparison.md").read_text().splitlines()[2:]
     for row, line, rule in zip(table.to_dict("records"), lines, comparison["rules"].values(), strict=False):
         mean = rule["mean"]["ndcg_at_10/mean"]
         assert row["ndcg_at_10_mean"] == pytest.approx(mean, rel=1e-12)
@@ -229,11 +237,11 @@ def test_compare_prints_the_same_figures_as_table_and_json(
             assert f" ±{abs(values[0] - values[1]) / 2**0.5:.4f}" in line.split("|")[2]
     assert len(table) == len(comparison["rules"])
     assert all(map(pd.api.types.is_numeric_dtype, table.dtypes.drop(["rule", "kind"]))), "numbers"
-    report = (workplace / "both" / "comparison" / "report.md").read_text()
-    for path in (workplace / "both" / "comparison").iterdir():
+    report = (tracked / "both" / "comparison" / "report.md").read_text()
+    for path in (tracked / "both" / "comparison").iterdir():
         assert f"| `{path.name}` |" in report
     assert "![Clients](clients.png)" in report
-    command = shlex.split((workplace / "both" / "command.txt").read_text())
+    command = shlex.split((tracked / "both" / "command.txt").read_text())
     assert command == ["fellrec", "compare", *tiny_overrides, *sweep, "run_dir=both", "--format", "json", "--quiet"]
     gain = comparison["rules"]["fellrec"]["gain_over_local"]["ndcg_at_10"]
     differences = [
@@ -242,28 +250,28 @@ def test_compare_prints_the_same_figures_as_table_and_json(
         for mine, base in zip(run["per_client"]["ndcg_at_10"], local["per_client"]["ndcg_at_10"], strict=True)
     ]
     assert gain == pytest.approx(sum(differences) / len(differences))
-    runs = runs_of(workplace)
+    runs = runs_of(tracked)
     (parent,) = [run for run in runs if run.data.tags.get("kind") == "comparison"]
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert len(children) == 8 == len(runs) - 1
-    assert {item.path for item in client_of(workplace).list_artifacts(parent.info.run_id)} >= {"comparison.csv"}
+    assert {item.path for item in client_of(tracked).list_artifacts(parent.info.run_id)} >= {"comparison.csv"}
 
 
-def test_compare_varies_the_settings_of_the_rules_that_have_them(workplace: Path, tiny_overrides: list[str]) -> None:
+def test_compare_varies_the_settings_of_the_rules_that_have_them(tracked: Path, tiny_overrides: list[str]) -> None:
     """Both values of alpha for FELLRec, one run of FedAvg, which has none; alpha = 0 is local training."""
     rules = ["aggregation=fedavg,fellrec,local", "aggregation.alpha=0,0.7", "trainer.num_rounds=1"]
     main(["compare", *tiny_overrides, *rules, "run_dir=all"])
-    lines = json.loads((workplace / "all" / "comparison" / "comparison.json").read_text())["rules"]
+    lines = json.loads((tracked / "all" / "comparison" / "comparison.json").read_text())["rules"]
     names = [name for name, line in lines.items() if line["kind"] == "learned"]
     assert names == ["fedavg", "fellrec alpha=0", "fellrec alpha=0.7", "local"]
     assert lines["fellrec alpha=0"]["mean"] == lines["local"]["mean"] != lines["fellrec alpha=0.7"]["mean"]
     assert lines["fellrec alpha=0"]["gain_over_local"]["ndcg_at_10"] == 0
-    folders = {path.parent.name for path in (workplace / "all").glob("*/results.json")}
+    folders = {path.parent.name for path in (tracked / "all").glob("*/results.json")}
     assert folders == {"fedavg-s0", "fellrec-alpha=0-s0", "fellrec-alpha=0.7-s0", "local-s0"}
 
 
 def test_compare_tunes_each_rule_by_its_own_settings_on_validation(
-    workplace: Path, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
+    tracked: Path, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The line that is chosen is the best of what selection saw, not of the test."""
     runs = [
@@ -271,7 +279,7 @@ def test_compare_tunes_each_rule_by_its_own_settings_on_validation(
         *("--run", "aggregation=fellrec aggregation.alpha=0.5 trainer.learning_rate=1e-2"),
     ]
     main(["compare", *tiny_overrides, *runs, "run_dir=all", "references.show=[]"])
-    comparison = json.loads((workplace / "all" / "comparison" / "comparison.json").read_text())
+    comparison = json.loads((tracked / "all" / "comparison" / "comparison.json").read_text())
     rates = ["learning_rate=1e-05", "learning_rate=0.01"]
     assert list(comparison["rules"]) == [
         *(f"{rule} {rate}" for rule in ("local", "fedavg") for rate in rates),
@@ -283,8 +291,8 @@ def test_compare_tunes_each_rule_by_its_own_settings_on_validation(
     for rule, line in chosen.items():
         seen = {}
         for rate in rates:
-            (run,) = [run for run in runs_of(workplace) if run.info.run_name.startswith(f"{TITLES[rule]} {rate} · ")]
-            history = client_of(workplace).get_metric_history(run.info.run_id, "val/ndcg_at_10/mean")
+            (run,) = [run for run in runs_of(tracked) if run.info.run_name.startswith(f"{TITLES[rule]} {rate} · ")]
+            history = client_of(tracked).get_metric_history(run.info.run_id, "val/ndcg_at_10/mean")
             seen[f"{rule} {rate}"] = max(point.value for point in history)
         assert seen == pytest.approx({name: comparison["rules"][name]["validation"] for name in seen})
         assert line == max(seen, key=lambda name: seen[name])
@@ -325,12 +333,12 @@ def test_compare_checks_every_rule_before_the_first_one_trains(
 
 
 def test_a_multirun_covers_every_combination_that_a_rule_has_settings_for(
-    workplace: Path, tiny_overrides: list[str]
+    tracked: Path, tiny_overrides: list[str]
 ) -> None:
     command = ["-m", "fellrec", "train", "-m", *tiny_overrides, "trainer.num_rounds=1"]
-    code, shown = python([*command, "aggregation=fedavg,fellrec", "aggregation.alpha=0.3,0.7"], workplace)
+    code, shown = python([*command, "aggregation=fedavg,fellrec", "aggregation.alpha=0.3,0.7"], tracked)
     assert code == 0, shown
-    found = sorted((run.data.tags["rule"], run.data.params.get("aggregation.alpha")) for run in runs_of(workplace))
+    found = sorted((run.data.tags["rule"], run.data.params.get("aggregation.alpha")) for run in runs_of(tracked))
     assert found == [("fedavg", None), ("fellrec", "0.3"), ("fellrec", "0.7")], "FedAvg has no alpha, and runs once"
 
 
@@ -341,32 +349,32 @@ def test_a_multirun_checks_every_combination_first(workplace: Path, tiny_overrid
     assert not list(workplace.iterdir())
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(workplace: Path, tiny_overrides: list[str]) -> None:
+def test_an_interrupted_run_goes_on_where_it_stopped(tracked: Path, tiny_overrides: list[str]) -> None:
     settings = [*tiny_overrides, "trainer.num_rounds=10", "partition.num_clients=2"]
     train = ["-m", "fellrec", "train"]
-    code, shown = python([*train, *settings, "run_dir=whole"], workplace)
+    code, shown = python([*train, *settings, "run_dir=whole"], tracked)
     assert code == 0, shown
-    process = Preloaded([*train, *settings, "run_dir=cut"], workplace, os.environ)
+    process = Preloaded([*train, *settings, "run_dir=cut"], tracked, os.environ)
     deadline = time.monotonic() + 120
-    while not list((workplace / "cut").glob("checkpoints/round_0000[3-5].json")):
+    while not list((tracked / "cut").glob("checkpoints/round_0000[3-5].json")):
         assert process.poll() is None, process.finish()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     code, shown = process.finish()
     assert code == 130
-    assert f"resume={workplace / 'cut'}" in shown
-    (killed,) = [run for run in runs_of(workplace) if run.info.status == "KILLED"]
-    code, shown = python([*train, "resume=cut"], workplace)
+    assert f"resume={tracked / 'cut'}" in shown
+    (killed,) = [run for run in runs_of(tracked) if run.info.status == "KILLED"]
+    code, shown = python([*train, "resume=cut"], tracked)
     assert code == 0, shown
-    both = [json.loads((workplace / name / "results.json").read_text()) for name in ("whole", "cut")]
+    both = [json.loads((tracked / name / "results.json").read_text()) for name in ("whole", "cut")]
     costs = [results.pop("cost") for results in both]
     assert both[0] == both[1]
     assert costs[0]["train_bytes"] == costs[1]["train_bytes"], "the ledger goes on too"
-    after = client_of(workplace).get_run(killed.info.run_id)
+    after = client_of(tracked).get_run(killed.info.run_id)
     assert after.info.status == "FINISHED"
-    assert len(runs_of(workplace)) == 2
-    steps = [p.step for p in client_of(workplace).get_metric_history(killed.info.run_id, "train/loss/mean")]
+    assert len(runs_of(tracked)) == 2
+    steps = [p.step for p in client_of(tracked).get_metric_history(killed.info.run_id, "train/loss/mean")]
     assert steps == list(range(10)), "no round is logged twice"
 
 
@@ -390,7 +398,7 @@ def test_a_run_of_another_version_is_refused(finished: tuple[Path, str], capsys:
 
 
 def test_mlflow_is_not_sent_the_figures_of_each_of_many_clients(
-    workplace: Path, tiny_overrides: list[str], caplog: pytest.LogCaptureFixture
+    tracked: Path, tiny_overrides: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     few = [*tiny_overrides, "run_dir=few", "tracking.max_logged_clients=3", "trainer.num_rounds=1"]
     many = [*tiny_overrides, "run_dir=many", "tracking.max_logged_clients=2", "trainer.num_rounds=1"]
@@ -398,16 +406,16 @@ def test_mlflow_is_not_sent_the_figures_of_each_of_many_clients(
     assert "max_logged_clients" not in caplog.text
     main(["train", *many])
     assert "3 clients are more than tracking.max_logged_clients=2" in caplog.text
-    runs = {run.data.params["run_dir"]: run for run in runs_of(workplace)}
+    runs = {run.data.params["run_dir"]: run for run in runs_of(tracked)}
     with_clients, without = (set(runs[name].data.metrics) for name in ("few", "many"))
     assert {name for name in with_clients if re.search(r"/client/\d", name)} == with_clients - without != set()
-    client = client_of(workplace)
+    client = client_of(tracked)
     artifacts = {name: {f.path for f in client.list_artifacts(runs[name].info.run_id)} for name in runs}
     assert artifacts["few"] - artifacts["many"] == {"adapters", "matrices.npz", "matrices.png"}
-    both = [json.loads((workplace / name / "results.json").read_text()) for name in ("few", "many")]
+    both = [json.loads((tracked / name / "results.json").read_text()) for name in ("few", "many")]
     assert both[0]["per_client"] == both[1]["per_client"], "the run directory has each client's figures"
-    assert (workplace / "many" / "adapters" / "client_02").is_dir()
-    assert len((workplace / "many" / "clients.csv").read_text().splitlines()) == 4
+    assert (tracked / "many" / "adapters" / "client_02").is_dir()
+    assert len((tracked / "many" / "clients.csv").read_text().splitlines()) == 4
 
 
 def test_prepare_prints_statistics(

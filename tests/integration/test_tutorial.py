@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from preloaded import python
 
 from fellrec.aggregation.conformance import check_rule
 
@@ -24,9 +24,12 @@ ON_THE_SIDE = {"check-rule": []}
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory, tiny_overrides: list[str]) -> tuple[Path, dict[str, str]]:
+def outputs(
+    tmp_path_factory: pytest.TempPathFactory, tiny_overrides: list[str], empty_store: Path
+) -> tuple[Path, dict[str, str]]:
     """The folder, and what each command printed."""
     folder = tmp_path_factory.mktemp("tutorial")
+    shutil.copy(empty_store, folder / "mlflow.db")
     for name, code in MODULES.items():
         (folder / name).write_text(code, encoding="utf-8")
     found = {}
@@ -34,12 +37,8 @@ def outputs(tmp_path_factory: pytest.TempPathFactory, tiny_overrides: list[str])
         word, *arguments = shlex.split(line)
         assert word == "fellrec"
         more = ON_THE_SIDE.get(arguments[0], tiny_overrides)
-        done = subprocess.run(
-            [sys.executable, "-m", "fellrec", *arguments, *more],
-            cwd=folder, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-        found[line] = done.stdout
+        code, found[line] = python(["-m", "fellrec", *arguments, *more], folder)
+        assert code == 0, f"{line}\n{found[line]}"
     return folder, found
 
 

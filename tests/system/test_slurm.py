@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
+from preloaded import program
 from safetensors.torch import load_file
 
 from fellrec.cli.main import main
@@ -103,12 +104,13 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def jobs(cluster: Cluster, tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Submitted]:
-    """Jobs that run at the same time, to save time."""
+    """Jobs that run at the same time, to save time; all but those of the sweep run a `preloaded.program`."""
+    python = f"launcher.python={program()}"
     name = ODD.replace("\\", "\\\\").replace("'", "\\'")
     settings = {
-        "long": LONG,
-        "pair": [*TWO_NODES, f"run_dir='{name}'", f"launcher.job_name='{name}'"],
-        "processes": ["launcher.nodes=2", ON_LOOPBACK, "run_dir=run"],
+        "long": [*LONG, python],
+        "pair": [*TWO_NODES, python, f"run_dir='{name}'", f"launcher.job_name='{name}'"],
+        "processes": ["launcher.nodes=2", python, ON_LOOPBACK, "run_dir=run"],
         "sweep": ["-m", "aggregation=fedavg,fellrec", "trainer.num_rounds=1", "run_dir=sweep"],
     }
     return {name: submit(tmp_path_factory.mktemp(name), *tiny_overrides, *given) for name, given in settings.items()}

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from fellrec.functional.secrets import VARIABLE, has_secret, hide, names_secret
+from fellrec.functional.secrets import VARIABLE, has_secret, hide, known_secrets, names_secret
 from fellrec.tracking.settings import TrackingSettings
 from fellrec.tracking.store import absolute
 
@@ -37,6 +37,7 @@ def settle_tracking(config: DictConfig, given: Collection[str]) -> None:
 
 def secret_settings(config: Mapping[str, Any]) -> Iterator[str]:
     """Which settings have a secret that the run directory or the batch script would show, one message each."""
+    known = known_secrets()
     for key, value in _leaves(config):
         name = key.rpartition(".")[2]
         assigned = _ASSIGNMENT.findall(str(value)) if key.startswith("launcher.") else []
@@ -47,7 +48,7 @@ def secret_settings(config: Mapping[str, Any]) -> Iterator[str]:
             )
         elif names_secret(name) and key.startswith("launcher.environment."):
             yield f"{key} would be written into the batch script: export {name}, and fellrec submit passes it on"
-        elif (names_secret(name) and value is not None) or (key != URI and has_secret(str(value))):
+        elif (names_secret(name) and value is not None) or (key != URI and has_secret(str(value), known)):
             yield f"{key} has a secret, and settings are written into the run directory: read it from the environment"
 
 

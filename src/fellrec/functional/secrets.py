@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 VARIABLE = "MLFLOW_TRACKING_URI"
@@ -81,14 +82,20 @@ def redact(text: str) -> str:
     """
     for shown, whole in _whole.items():
         text = text.replace(whole, shown)
-    for secret in sorted(_secrets(), key=len, reverse=True):
+    for secret in sorted(known_secrets(), key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     return _IN_TEXT.sub(rf"\1{HIDDEN}@", text)
 
 
-def has_secret(text: str) -> bool:
-    """Whether a text has something that must not be written, such as the password of an address."""
-    return bool(_IN_TEXT.search(text)) or any(secret in text for secret in _secrets())
+def has_secret(text: str, known: Collection[str] | None = None) -> bool:
+    """Whether a text has something that must not be written, such as the password of an address.
+
+    Args:
+        text: To search.
+        known: What `known_secrets` gives, for many texts.
+    """
+    known = known_secrets() if known is None else known
+    return bool(_IN_TEXT.search(text)) or any(secret in text for secret in known)
 
 
 def names_secret(name: str) -> bool:
@@ -103,7 +110,7 @@ def names_secret(name: str) -> bool:
     return bool(_NAME.search(name)) and not _OF_TOKENIZERS.fullmatch(name)
 
 
-def _secrets() -> set[str]:
+def known_secrets() -> set[str]:
     """Passwords and tokens of the hidden addresses and of the environment."""
     given = os.environ.get(VARIABLE, "")
     parts = {part for uri in (*_whole.values(), given) for part in _parts(uri)}
