@@ -16,6 +16,9 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # ranx, with which some figures are compared, would compile for a minute what it computes in a second.
 os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 
+# Nothing is sent to the makers of a library.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
 # MLflow's server starts nine more processes for jobs of its own, each of which imports MLflow anew.
 os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
 

@@ -115,7 +115,9 @@ def known_secrets() -> set[str]:
     given = os.environ.get(VARIABLE, "")
     parts = {part for uri in (*_whole.values(), given) for part in _parts(uri)}
     parts = {secret for part in parts for secret in (part, unquote(part)) if len(secret) >= _MIN_LENGTH}
-    named = [value for name, value in os.environ.items() if names_secret(name) and len(value) >= 2 * _MIN_LENGTH]
+    # A variable may be removed meanwhile: MLflow's telemetry does so in a thread.
+    found = [os.environ.get(name, "") for name in list(os.environ) if names_secret(name)]
+    named = [value for value in found if len(value) >= 2 * _MIN_LENGTH]
     return parts | {form for value in named for form in (value, quote(value, safe=""))}
 
 
