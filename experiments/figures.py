@@ -18,7 +18,7 @@ from types import ModuleType
 import pandas as pd
 from matplotlib.figure import Figure
 
-from fellrec.report.styles import drawing
+from fellrec.report.styles import drawing, shared_legend, styles
 from fellrec.report.tables import NAMES
 
 HERE = Path(__file__).resolve().parent
@@ -81,6 +81,52 @@ def main_table() -> Figure:
     return _module(HERE / "report.py").frontiers({cell: found for cell, (found, _) in cells.items()}, labels)
 
 
+def gains() -> dict[str, pd.DataFrame]:
+    """Differences to FedAvg in every comparison over three seeds that has intervals.
+
+    Returns:
+        Setting → a row for each rule of `GAINS`: ``gain``, ``low`` and ``high``, the difference of NDCG@10 pooled over
+        users to FedAvg and its 95 % interval over users, in percent of FedAvg's.
+    """
+    page = [t for t in tables(HERE.parent / "docs" / "does_fellrec_help.md") if {MEAN, "CV"} <= set(t.columns)]
+    found = {f"SASRec, tuned: {name}": table for name, table in zip(BOTH, page, strict=True)}
+    main = next(table for table in tables(HERE / "main_table" / "README.md") if MEAN in table.columns)
+    found |= {CELLS[str(cell)]: table for cell, table in main.groupby("cell", sort=False)}
+    return {title: _gains(table) for title, table in found.items()}
+
+
+def _gains(table: pd.DataFrame) -> pd.DataFrame:
+    pooled = next(column for column in table.columns if column.startswith("pooled") and "difference" not in column)
+    difference = next(column for column in table.columns if column.startswith("pooled difference"))
+    rows = {RULES.get(row["rule"], row["rule"]): row for row in table.to_dict("records")}
+    base = float(rows["fedavg"][pooled]) / 100
+    numbers = {rule: [float(n) / base for n in _NUMBER.findall(rows[rule][difference])] for rule in GAINS}
+    return pd.DataFrame.from_dict(numbers, orient="index", columns=["gain", "low", "high"])
+
+
+def draw_gains() -> Figure:
+    """One line for each setting, with a point and an interval for each rule."""
+    found = gains()
+    figure = Figure(figsize=(7.2, 0.62 * len(found) + 1.0), layout="constrained")
+    axes, look = figure.subplots(), styles(GAINS)
+    for place, table in enumerate(found.values()):
+        for number, rule in enumerate(GAINS):
+            row = table.loc[rule]
+            axes.errorbar(
+                row["gain"],
+                place + 0.22 * (number - 1),
+                xerr=[[row["gain"] - row["low"]], [row["high"] - row["gain"]]],
+                **look[rule].of_point(),
+                label=NAMES[rule] if place == 0 else None,
+            )
+    axes.axvline(0, color="0.4", linewidth=0.8)
+    axes.set_yticks(range(len(found)), list(found))
+    axes.invert_yaxis()
+    axes.set_xlabel("NDCG@10 over all users, difference to FedAvg in % of FedAvg, with 95 % intervals")
+    shared_legend(figure)
+    return figure
+
+
 def split_depth() -> Figure:
     """The measured and the planned cost by the depth of the head."""
     measured, planned = (table.astype(float) for table in tables(HERE / "split_depth" / "README.md")[:2])
@@ -98,8 +144,18 @@ def _module(path: Path) -> ModuleType:
 
 
 BOTH = ("MovieLens-1M", "Amazon Games")
+GAINS = ("local", "uniform", "fellrec")
+"""The rules of the figure of differences to FedAvg."""
+CELLS = {
+    f"{data}_{family}": f"{family}: {name}"
+    for family in ("retrieval", "generative")
+    for data, name in (("ml_1m", "MovieLens-1M"), ("games", "Amazon Games"), ("micro_lens_shaped", "generated"))
+}
+"""Cells of the main table → how a figure calls them."""
+_NUMBER = re.compile(r"[-+]\d+\.\d+")
 FIGURES: dict[str, Callable[[], Figure]] = {
     "ablation/ablation.png": lambda: of_pages(HERE / "ablation" / "README.md", BOTH),
+    "does_fellrec_help/gains.png": draw_gains,
     "does_fellrec_help/report.png": lambda: of_pages(HERE.parent / "docs" / "does_fellrec_help.md", BOTH),
     "main_table/main_table.png": main_table,
     "split_depth/split_depth.png": split_depth,
