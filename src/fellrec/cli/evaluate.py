@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_dir(parser)
     parser.add_argument("--stage", choices=("val", "test"), default="test", help="split to rank (default: test)")
     add_format(parser)
-    places = "data.root=…, backbone.path=… or cache_dir=…: where the files of the run are now"
+    places = "data.root=…, data.path=…, backbone.path=… or cache_dir=…: where the files of the run are now"
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=places)
     add_trust(parser)
 

@@ -107,7 +107,8 @@ def _choice(group: str, name: str) -> Choice:
     if about is None:
         kinds |= {group: OF_CHOICE[group, name]} if (group, name) in OF_CHOICE else {}
         lines = [(inspect.getdoc(kind) or "").split("\n")[0] for kind in kinds.values()]
-        return Choice(name, " ".join(lines) or _comment(group, name), {}, tuple(settings))
+        described = "" if "data.reader" in kinds else " ".join(lines)  # a reader is that of several data sets
+        return Choice(name, described or _comment(group, name), {}, tuple(settings))
     facts = {
         "in tables": about.title,
         "family": about.family,

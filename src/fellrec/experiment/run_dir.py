@@ -177,7 +177,7 @@ def check_same_data(run_dir: Path, data: PreparedData) -> None:
     if trained_on != data.key:
         raise ConfigError(
             f"the data changed since {run_dir} was trained: their key was {trained_on} and is now {data.key} "
-            "(data.root=… gives another folder)"
+            "(data.root=… or data.path=… gives other files)"
         )
 
 

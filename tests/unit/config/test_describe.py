@@ -47,6 +47,9 @@ def test_every_setting_of_every_choice_has_a_description_and_a_default() -> None
             for setting in settings_of(kind, key):
                 if not setting.key.startswith("data.reader.columns."):  # they are data.columns
                     assert described[setting.key].text, setting.key
+    data = choices("data")
+    assert all(setting.text for choice in data for setting in choice.settings)
+    assert len({choice.summary for choice in data}) == len(data)
 
 
 def test_the_list_has_the_values_that_a_choice_sets() -> None:

@@ -18,7 +18,7 @@ from fellrec.config.instantiate import as_dict, import_target, settings, setting
 from fellrec.config.overrides import parse
 from fellrec.config.paths import conf_dir
 from fellrec.config.registry import CHOICES, GROUPS, defaults_of, known_by, own_settings
-from fellrec.config.stored import read_config, to_yaml
+from fellrec.config.stored import read_config, read_settings, to_yaml
 from fellrec.cut.settings import Packing
 from fellrec.data.readers.synthetic import (
     _ADJECTIVES,
@@ -232,3 +232,18 @@ def test_nested_settings_are_dataclasses_too() -> None:
     nested = {name for kind in KINDS for name, hint in get_type_hints(kind).items() if is_dataclass(hint)}
     assert nested == {"columns", "pretrain"}
     assert "backbone.pretrain.text_weight" in flatten(as_dict(compose([])))
+
+
+@pytest.mark.parametrize(("before", "now"), [("file_order", "file"), ("random", "shuffle")])
+def test_a_run_made_before_a_setting_was_renamed_is_read(tmp_path: Path, before: str, now: str) -> None:
+    """Also the members of a federation; a setting that is newer than the run has its default."""
+    members = [f"data.member.{name}.root=x" for name in ("games", "toys")]
+    config = compose(["data=federation", "data.members=[games,toys]", *members])
+    lines = [line for line in to_yaml(config).splitlines(keepends=True) if "on_missing_rating" not in line]
+    text = "".join(lines).replace("ties: file\n", f"tied_times: {before}\n")
+    assert text.count("tied_times") == 2
+    (tmp_path / "config.yaml").write_text(text)
+    member = read_config(tmp_path).data.member
+    assert [(member[name].ties, member[name].on_missing_rating) for name in ("games", "toys")] == [(now, "error")] * 2
+    assert "tied_times" not in member.games
+    assert read_settings(tmp_path)["data.member.toys.ties"] == now

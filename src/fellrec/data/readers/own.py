@@ -152,7 +152,11 @@ class TableReader:
     def _times(self, source: _Table, table: pd.DataFrame, locate: Locate) -> pd.Series | float:
         if "time" not in table:
             return np.nan
-        return to_times(table["time"].rename(source.columns["time"]), locate, self.settings.time_format)
+        times = table["time"].rename(source.columns["time"])
+        try:
+            return to_times(times, locate, self.settings.time_format)
+        except DataError as error:
+            raise DataError(f"{error}; data.reader.time_format=%d.%m.%Y reads dates such as 31.12.2024") from error
 
     def _items(
         self, tables: _Tables, table: pd.DataFrame, locate: Locate, notes: list[str]

@@ -147,7 +147,8 @@ def _objects(path: Path, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]
         raise DataError(f"{path}:{number} is not utf-8: byte 0x{line[error.start]:02x}; save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
         hint = "; JSON lines have one object a line" if line.strip() in (b"[", b"{") else ""
-        raise DataError(f"{path}:{number} is not JSON: {shorten(str(error))}{hint}") from error
+        what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise DataError(f"{path}:{number} is not JSON: {shorten(what)}{hint}") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path} is not a gzip file, or a damaged one: {error}") from error
     except OSError as error:

@@ -177,7 +177,7 @@ def to_times(column: pd.Series, locate: Locate, time_format: str | None = None) 
 def _refuse_fields(column: pd.Series, is_wrong: pd.Series, what: str, locate: Locate) -> None:
     if is_wrong.any():
         rows = np.flatnonzero(is_wrong.to_numpy())
-        more = f"; so are {len(rows) - 1:,} others, next at {locate(int(rows[1]))}" if len(rows) > 1 else ""
+        more = f"; {len(rows):,} such fields, the next at {locate(int(rows[1]))}" if len(rows) > 1 else ""
         raise DataError(f"{locate(int(rows[0]))}: {shorten(repr(column.iloc[rows[0]]))} {what} for {column.name}{more}")
 
 
