@@ -100,8 +100,10 @@ def test_a_callback_of_the_user_is_one_class_and_one_override(workplace: Path, t
 def test_what_is_not_a_callback_is_refused_before_data_are_read(
     workplace: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
 ) -> None:
+    for name in ("ratings.dat", "movies.dat"):
+        (workplace / name).write_text("cannot be read as ratings or movies")
     with pytest.raises(SystemExit):
-        main(["train", override, "data=ml_1m", "data.root=absent", "run_dir=run"])
+        main(["train", override, "data=ml_1m", "data.root=.", "run_dir=run"])
     assert message in capsys.readouterr().err
     assert not (workplace / "run").exists()
 

@@ -483,7 +483,8 @@ def test_moved_data_are_found_where_the_command_says(
     run_dir: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """A place that the run does not have, or another setting, is refused; the hash of the data decides."""
-    places = "Only data.root, backbone.path, cache_dir, participation.sampler.path can be changed"
+    files = "data.root, data.path, data.items, data.users"
+    places = f"Only {files}, backbone.path, cache_dir, participation.sampler.path can be changed"
     assert places in refused(capsys, "evaluate", "run", "seed=1")
     assert "can be changed" in refused(capsys, "evaluate", "run", "data.root=x")
     new = tmp_path / "büro=1 (copy)"
