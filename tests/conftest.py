@@ -88,3 +88,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_overrides(cache: Path) -> list[str]:
     """Overrides of a small synthetic run that uses the session's cache."""
     return [*TINY, f"cache_dir={cache}"]
+
+
+@pytest.fixture(scope="session")
+def lean_overrides(tiny_overrides: list[str]) -> list[str]:
+    """Overrides of a small run without the figure and the MLflow model, which take as long as its training."""
+    return [*tiny_overrides, "~callbacks.matrices", "~callbacks.model"]

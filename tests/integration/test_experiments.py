@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def test_the_sweep_over_depths_and_its_report(tmp_path: Path, tiny_overrides: li
 
 DATA = ("ml_1m", "games", "micro_lens_shaped")
 SWEEPS = {
-    "main_table": (2, {f"{data}_{family}": 7 for data in DATA for family in ("retrieval", "generative")}),
+    "main_table": (2, {f"{data}_{family}": 2 for data in DATA for family in ("retrieval", "generative")}),
     "ablation": (2, {"games": 8, "ml_1m": 8}),
     "alpha_beta": (1, {"games": 11}),
     "clients": (1, {**{f"kmeans_{n}": 3 for n in (3, 5, 10, 20)}, "random_5": 3, "per_user": 3}),
@@ -92,7 +93,7 @@ SWEEPS = {
 """Of each sweep: how many folders of data it takes, and its cells with their runs for one seed."""
 
 
-def composed(name: str, folders: int, out: Path, tools: Path) -> dict[str, list[DictConfig]]:
+def composed(name: str, folders: int, out: Path, tools: Path, **variables: str) -> dict[str, list[DictConfig]]:
     """The configurations of each cell that a sweep would run; of its Python, only what chooses settings is run."""
     words = 'for word in "$@"; do printf "%s\\n" "$word"; done; printf "\\n"'
     python = f'case "$1" in *chosen.py) exec "{sys.executable}" "$@" ;; esac'
@@ -102,8 +103,11 @@ def composed(name: str, folders: int, out: Path, tools: Path) -> dict[str, list[
     own = {"FELLREC": str(tools / "say"), "PYTHON": str(tools / "choose"), "SEEDS": "7", "DATA": " ".join(DATA)}
     if name == "rules":  # all of them would take a minute
         own |= {"DATA": "games ml_1m ml_1m_lora", "RULES": "fellrec fedbuff hetlora"}
+    if name == "main_table":
+        own |= {"RULES": "local,fellrec"}
     if name == "cross_domain":  # a federation takes a second to compose
         own |= {"CLIENTS": "2"}
+    own |= variables
     script = ROOT / "experiments" / name / "sweep.sh"
     command = ["sh", str(script), str(out), *["somewhere"] * folders, "trainer.weight_decay=0.5"]
     done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, check=True)
@@ -129,6 +133,16 @@ def test_what_a_sweep_runs_can_be_composed(name: str, tmp_path: Path) -> None:
     assert {cell: len(configs) for cell, configs in found.items()} == expected
 
 
+def test_the_main_table_compares_seven_rules(tmp_path: Path) -> None:
+    """In every cell the same ones, so they are composed for one."""
+    rules = "local,fedavg,uniform,fellrec,persistence,updatemixing,centralized"
+    script = (ROOT / "experiments" / "main_table" / "sweep.sh").read_text()
+    (default,) = re.findall(r"^rules=\$\{RULES:-(.+)\}$", script, re.MULTILINE)
+    assert default == rules
+    found = composed("main_table", 2, tmp_path / "out", tmp_path, RULES=default, DATA="ml_1m", FAMILIES="retrieval")
+    assert {cell: len(configs) for cell, configs in found.items()} == {"ml_1m_retrieval": 7}
+
+
 def test_the_final_runs_take_what_validation_chose(tmp_path: Path) -> None:
     """What was tried lies there, so it is not run again; then each rule has the settings that were best."""
     chosen = {"local": "local learning_rate=0.004", "fellrec": "fellrec alpha=0.7 learning_rate=0.001"}
@@ -145,14 +159,14 @@ def test_the_final_runs_take_what_validation_chose(tmp_path: Path) -> None:
 
 
 def test_the_report_of_a_sweep(
-    tmp_path: Path, tiny_overrides: list[str], empty_store: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, lean_overrides: list[str], empty_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two cells; its figures are those of the comparisons, and a pair's difference is that of the users' values."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(empty_store, "mlflow.db")
     for cell, steps in (("few", 1), ("more", 3)):
-        sweep = ["aggregation=local,fedavg,fellrec", "seed=0,1", f"trainer.max_local_steps={steps}"]
-        main(["compare", *tiny_overrides, *sweep, "trainer.num_rounds=1", "references.show=[]", f"run_dir=out/{cell}"])
+        sweep = ["aggregation=local,fellrec", "seed=0,1", f"trainer.max_local_steps={steps}"]
+        main(["compare", *lean_overrides, *sweep, "trainer.num_rounds=1", "references.show=[]", f"run_dir=out/{cell}"])
     script = ROOT / "experiments" / "report.py"
     code, shown = python([str(script), "out", "fellrec-local"], tmp_path)
     assert code == 0, shown
@@ -161,7 +175,7 @@ def test_the_report_of_a_sweep(
     for name in ("report.md", "pairs.md", "few/comparison/significance.md"):
         assert f"|\n\n{line}\n" in Path("out", name).read_text()
     table, pairs = pd.read_csv("out/report.csv"), cells(Path("out/pairs.md"))
-    assert table["cell"].tolist() == ["few"] * 3 + ["more"] * 3
+    assert table["cell"].tolist() == ["few"] * 2 + ["more"] * 2
     assert pairs["cell"].tolist() == ["few", "more"]
     for cell, shown in zip(("few", "more"), pairs["pooled"], strict=True):
         lines = json.loads(Path(f"out/{cell}/comparison/comparison.json").read_text())["rules"]

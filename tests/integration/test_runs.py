@@ -257,10 +257,10 @@ def test_compare_prints_the_same_figures_as_table_and_json(
     assert {item.path for item in client_of(tracked).list_artifacts(parent.info.run_id)} >= {"comparison.csv"}
 
 
-def test_compare_varies_the_settings_of_the_rules_that_have_them(tracked: Path, tiny_overrides: list[str]) -> None:
+def test_compare_varies_the_settings_of_the_rules_that_have_them(tracked: Path, lean_overrides: list[str]) -> None:
     """Both values of alpha for FELLRec, one run of FedAvg, which has none; alpha = 0 is local training."""
     rules = ["aggregation=fedavg,fellrec,local", "aggregation.alpha=0,0.7", "trainer.num_rounds=1"]
-    main(["compare", *tiny_overrides, *rules, "run_dir=all"])
+    main(["compare", *lean_overrides, *rules, "run_dir=all"])
     lines = json.loads((tracked / "all" / "comparison" / "comparison.json").read_text())["rules"]
     names = [name for name, line in lines.items() if line["kind"] == "learned"]
     assert names == ["fedavg", "fellrec alpha=0", "fellrec alpha=0.7", "local"]
@@ -271,14 +271,14 @@ def test_compare_varies_the_settings_of_the_rules_that_have_them(tracked: Path, 
 
 
 def test_compare_tunes_each_rule_by_its_own_settings_on_validation(
-    tracked: Path, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
+    tracked: Path, lean_overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The line that is chosen is the best of what selection saw, not of the test."""
     runs = [
         *("--run", "aggregation=local,fedavg trainer.learning_rate=1e-5,1e-2"),
         *("--run", "aggregation=fellrec aggregation.alpha=0.5 trainer.learning_rate=1e-2"),
     ]
-    main(["compare", *tiny_overrides, *runs, "run_dir=all", "references.show=[]"])
+    main(["compare", *lean_overrides, *runs, "run_dir=all", "references.show=[]"])
     comparison = json.loads((tracked / "all" / "comparison" / "comparison.json").read_text())
     rates = ["learning_rate=1e-05", "learning_rate=0.01"]
     assert list(comparison["rules"]) == [
@@ -333,9 +333,9 @@ def test_compare_checks_every_rule_before_the_first_one_trains(
 
 
 def test_a_multirun_covers_every_combination_that_a_rule_has_settings_for(
-    tracked: Path, tiny_overrides: list[str]
+    tracked: Path, lean_overrides: list[str]
 ) -> None:
-    command = ["-m", "fellrec", "train", "-m", *tiny_overrides, "trainer.num_rounds=1"]
+    command = ["-m", "fellrec", "train", "-m", *lean_overrides, "trainer.num_rounds=1"]
     code, shown = python([*command, "aggregation=fedavg,fellrec", "aggregation.alpha=0.3,0.7"], tracked)
     assert code == 0, shown
     found = sorted((run.data.tags["rule"], run.data.params.get("aggregation.alpha")) for run in runs_of(tracked))
