@@ -48,8 +48,16 @@ def test_every_setting_of_every_choice_has_a_description_and_a_default() -> None
                 if not setting.key.startswith("data.reader.columns."):  # they are data.columns
                     assert described[setting.key].text, setting.key
     data = choices("data")
-    assert all(setting.text for choice in data for setting in choice.settings)
     assert len({choice.summary for choice in data}) == len(data)
+    assert all(s.text for group in group_choices() for choice in choices(group) for s in choice.settings)
+
+
+def test_settings_within_a_setting_have_their_own_range_and_description() -> None:
+    (tiny,) = [choice for choice in choices("backbone") if choice.name == "tiny"]
+    found = {setting.key: setting for setting in tiny.settings}
+    assert found["backbone.pretrain.steps"].default == compose([]).backbone.pretrain.steps
+    assert found["backbone.pretrain.steps"].allowed == "a whole number of at least 1"
+    assert "backbone.pretrain" not in found
 
 
 def test_the_list_has_the_values_that_a_choice_sets() -> None:
