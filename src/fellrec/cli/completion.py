@@ -15,6 +15,15 @@ _fellrec_overrides() {
   compgen -W "%s" -- "$1"
 }
 """
+_AFTER_IN_BASH = """
+_fellrec() {
+  _shtab_fellrec "$@"
+  [[ ${COMPREPLY[0]-} == *= ]] && compopt -o nospace 2>/dev/null
+  return 0
+}
+complete -o bashdefault -F _fellrec fellrec
+"""
+"""No space after ``aggregation=``: the choice follows."""
 _GROUPS_IN_ZSH = """
 _fellrec_overrides() {
   local -a groups
@@ -43,4 +52,5 @@ def run(options: argparse.Namespace) -> None:
         for action in verb._actions:
             if action.dest == "overrides":
                 action.complete = dict.fromkeys(preamble, "_fellrec_overrides")  # type: ignore[attr-defined]
-    sys.stdout.write(shtab.complete(parser.whole, options.shell, preamble=preamble.get(options.shell, "")) + "\n")
+    script = shtab.complete(parser.whole, options.shell, preamble=preamble.get(options.shell, ""))
+    sys.stdout.write(f"{script}\n{_AFTER_IN_BASH if options.shell == 'bash' else ''}")

@@ -262,13 +262,15 @@ class Comparison:
             if base.rule == other and result.is_paired_with(base)
         ]
 
-    def to_frame(self, of: str = "runs") -> pd.DataFrame:
+    def to_frame(self, of: str = "runs", all_figures: bool = False) -> pd.DataFrame:
         """The results as a table of numbers for pandas.
 
         Args:
-            of: ``"runs"``: a row for each run, with every figure of its summary, such as ``ndcg_at_10/mean``;
+            of: ``"runs"``: a row for each run, with figures of its summary, such as ``ndcg_at_10/mean``;
                 ``"clients"``: a row for each run and client, with every metric, such as ``ndcg_at_10``; ``"users"``: a
                 row for each run and evaluated user, with the same.
+            all_figures: Whether rows of runs have every figure of every metric and cutoff; otherwise those of the main
+                table, of NDCG and Recall at 10, or at the largest cutoff of the run if 10 is none.
 
         Raises:
             ConfigError: If ``of`` is another text.
@@ -278,6 +280,8 @@ class Comparison:
         tables = []
         for result in self.results:
             table = _ROWS[of](result)
+            if of == "runs" and not all_figures:
+                table = table.drop(columns=set(result.evaluation.summary) - _main_figures(result))
             about = {"rule": result.name, "kind": result.kind, "seed": result.seed}
             for place, (name, value) in enumerate(about.items()):
                 table.insert(place, name, value)
@@ -319,9 +323,26 @@ class Comparison:
         }
 
 
+MAIN_FIGURES = {
+    "mean": "mean",
+    "pooled": "pooled",
+    "std": "std",
+    "cv": "coefficient_of_variation",
+    "worst": "worst",
+}
+"""Columns of ``comparison.csv`` → figures of the summary."""
+
+
 def _run_rows(result: RuleResult) -> pd.DataFrame:
     own = {name: getattr(result, name) for name in ("best_round", "validation", "seconds_per_round", "run_id")}
     return pd.DataFrame([{**result.evaluation.summary, **own}])
+
+
+def _main_figures(result: RuleResult) -> set[str]:
+    """The figures of the main table in a run's summary."""
+    cutoffs = [int(name.rpartition("_")[2]) for name in result.evaluation.per_client if name.startswith("ndcg_at_")]
+    cutoff = 10 if 10 in cutoffs else max(cutoffs)
+    return {f"{metric}_at_{cutoff}/{figure}" for metric in ("ndcg", "recall") for figure in MAIN_FIGURES.values()}
 
 
 def _client_rows(result: RuleResult) -> pd.DataFrame:

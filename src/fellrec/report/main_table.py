@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fellrec.report.comparison import Comparison, RuleResult
+from fellrec.report.comparison import MAIN_FIGURES, Comparison, RuleResult
 from fellrec.report.tables import (
     display_name,
     number_text,
@@ -50,7 +50,7 @@ def comparison_numbers(comparison: Comparison, cutoff: int) -> pd.DataFrame:
             row: dict[str, Any] = {"rule": rule, "kind": kind, "seeds": len(comparison.of_rule(rule))}
             row["validation"] = comparison.validation(rule)
             for metric in (f"ndcg_at_{cutoff}", f"recall_at_{cutoff}"):
-                for name, figure in _CSV_FIGURES.items():
+                for name, figure in MAIN_FIGURES.items():
                     mean, sd = comparison.mean_and_sd(rule, f"{metric}/{figure}")
                     row |= {f"{metric}_{name}": mean, f"{metric}_{name}_sd": sd}
                 row[f"{metric}_gain_over_local"] = comparison.gain(rule, metric)
@@ -58,16 +58,6 @@ def comparison_numbers(comparison: Comparison, cutoff: int) -> pd.DataFrame:
             row["cpu_seconds_per_round"] = comparison.cpu_seconds_per_round(rule)
             rows.append(row)
     return pd.DataFrame(rows).dropna(axis="columns", how="all")
-
-
-_CSV_FIGURES = {
-    "mean": "mean",
-    "pooled": "pooled",
-    "std": "std",
-    "cv": "coefficient_of_variation",
-    "worst": "worst",
-}
-"""Columns of ``comparison.csv`` → figures of the summary."""
 
 
 def comparison_frame(comparison: Comparison, cutoff: int) -> pd.DataFrame:

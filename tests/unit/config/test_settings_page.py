@@ -37,7 +37,9 @@ def test_every_group_and_choice_has_a_section_and_every_setting_a_row(page: str)
             assert {setting.key for setting in choice.settings} <= rows
 
 
-@pytest.mark.parametrize("overrides", [[], ["backbone=hf", "backbone.path=x", "objective=generative", "data=games", "data.root=x"]])
+@pytest.mark.parametrize(
+    "overrides", [[], ["backbone=hf", "backbone.path=x", "objective=generative", "data=games", "data.root=x"]]
+)
 def test_the_settings_of_composed_configurations_are_in_the_page(page: str, overrides: list[str]) -> None:
     """Keys of Hydra's own composition; ``_target_``, callbacks and what a choice fixes are not settings."""
     found = flatten(OmegaConf.to_container(compose(overrides), resolve=False))
