@@ -16,17 +16,30 @@ from fellrec.config.compose import compose
 from fellrec.config.registry import CHOICES, GROUPS
 from fellrec.config.sweep import expand
 from fellrec.data.schema import Catalogue
+from fellrec.data.table_settings import ColumnSettings
 from fellrec.errors import BackboneError, ConfigError
 from fellrec.experiment.build import build_fabric
 from fellrec.experiment.classes import check_classes
 from fellrec.functional.participation import cohort
 from fellrec.functional.ranges import LARGEST, out_of_range, ranges
 from fellrec.models.sasrec import build_sasrec
-from fellrec.models.settings import SasrecSettings, TinySettings
+from fellrec.models.settings import PretrainSettings, SasrecSettings, TinySettings
 from fellrec.models.tiny import build_tiny
 
-KINDS = [("", GROUPS[""]), *GROUPS.items(), *((key, kind) for key, kinds in CHOICES.items() for kind in kinds.values())]
-FREE = {("data", "expected"), ("launcher", "options"), ("launcher", "environment"), ("backbone", "pretrain")}
+KINDS = [
+    ("", GROUPS[""]),
+    *GROUPS.items(),
+    *((key, kind) for key, kinds in CHOICES.items() for kind in kinds.values()),
+    ("backbone.pretrain", PretrainSettings),
+    ("data.columns", ColumnSettings),
+]
+FREE = {
+    ("data", "expected"),
+    ("data.reader", "columns"),
+    ("launcher", "options"),
+    ("launcher", "environment"),
+    ("backbone", "pretrain"),
+}
 """Settings that are mappings."""
 
 

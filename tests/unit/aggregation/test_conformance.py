@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fellrec.aggregation import AggregationCallback, FedAvg, FELLRec
+from fellrec.aggregation import AggregationCallback, FELLRec
 from fellrec.aggregation.conformance import check_rule
 from fellrec.aggregation.laws import EXCLUDED, LAWS
 from fellrec.aggregation.settings.about import Limits
@@ -378,13 +377,6 @@ def test_limits_switch_laws_off_with_their_names() -> None:
 
 def test_every_limit_has_an_example_of_what_it_excludes() -> None:
     assert {field.name for field in fields(Limits)} == EXCLUDED.keys() | {"least_because"}
-
-
-def test_all_laws_take_less_than_a_second() -> None:
-    check_rule(FedAvg)
-    started = time.process_time()
-    check_rule(FedAvg)
-    assert time.process_time() - started < 1.5  # 0.7 to 0.9 on an idle core; a busy machine adds to it
 
 
 MODULE = """
