@@ -129,4 +129,5 @@ class _Entrywise(LazyStack):
         self._rows, self._statistic = rows, statistic
 
     def block(self, name: str, columns: slice) -> Tensor:
+        """See ``LazyStack``; ``[1, columns]``."""
         return self._statistic(self._rows.block(name, columns))[None]

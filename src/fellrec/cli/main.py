@@ -276,6 +276,7 @@ def _keep_secrets() -> None:
 
 class _Redacting(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
+        """Redact a record's message; every record passes."""
         record.msg, record.args = printable(redact(record.getMessage())), ()
         return True
 

@@ -44,7 +44,7 @@ from fellrec.config.registry import (
 )
 from fellrec.config.secrets import secret_settings, settle_tracking
 from fellrec.config.transforms import expand_transforms
-from fellrec.data.files import files_name
+from fellrec.data.files import PLACES, files_name
 from fellrec.errors import ConfigError, nearest_first, unknown
 from fellrec.functional.nested import flatten
 from fellrec.functional.ranges import out_of_range, refuse
@@ -53,8 +53,6 @@ from fellrec.models.packages import missing_packages
 _MOST_CHOICES = 6
 """Names of choices that a message has at most."""
 
-_PLACES = ("root", "path", "items", "users")
-"""Settings of ``data`` that say where files are, and that its reader has too."""
 _CALLBACKS = "callbacks"
 """A group whose keys are names that a user may choose."""
 
@@ -190,7 +188,7 @@ def check(config: DictConfig, optional: Collection[str] = ()) -> None:
     problems += [*_check_backbone(config), *federation_problems(config), *secret_settings(plain)]
     said = {*missing, *(problem.partition("=")[0] for problem in problems)}
     twice = tuple(
-        f"{key.removesuffix(name)}reader.{name}=" for key in said for name in _PLACES if key.endswith(f".{name}")
+        f"{key.removesuffix(name)}reader.{name}=" for key in said for name in PLACES if key.endswith(f".{name}")
     )
     problems = [problem for problem in problems if not problem.startswith(twice)]
     if problems:
@@ -307,7 +305,7 @@ def _needs_value(key: str) -> str:
 def _make_paths_absolute(config: DictConfig) -> None:
     """A run directory's configuration must mean the same from any folder."""
     for node in data_nodes(config).values():
-        for name in _PLACES:
+        for name in PLACES:
             if OmegaConf.select(node, name) is not None:
                 node[name] = str(Path(node[name]).expanduser().resolve())
     for key in ("backbone.path", "backbone.config", "adapter.path", "participation.sampler.path"):

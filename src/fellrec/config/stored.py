@@ -19,6 +19,7 @@ from fellrec.config.compose import check
 from fellrec.config.instantiate import is_own, targets
 from fellrec.config.members import alone
 from fellrec.config.registry import NEWER, RENAMED, defaults_of, parts, wrong_groups
+from fellrec.data.files import PLACES as OF_DATA
 from fellrec.errors import ConfigError
 from fellrec.functional.nested import flatten
 from fellrec.state.cache import has_entries
@@ -29,15 +30,7 @@ log = logging.getLogger(__name__)
 
 _FORMAT = 1
 """Format of ``config.yaml`` in a run directory; increased when older files can no longer be read."""
-PLACES = (
-    "data.root",
-    "data.path",
-    "data.items",
-    "data.users",
-    "backbone.path",
-    "cache_dir",
-    "participation.sampler.path",
-)
+PLACES = (*(f"data.{name}" for name in OF_DATA), "backbone.path", "cache_dir", "participation.sampler.path")
 """Settings that say where something is; what is there must be what the run was started with."""
 _UNREADABLE = (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError, OmegaConfBaseException)
 """What reading a damaged file raises."""

@@ -20,6 +20,8 @@ FORMATS: Mapping[str, str] = {
     ".pq": "parquet",
 }
 """The ending of a file's name → the format of a table. Text may be compressed: ``.csv.gz``."""
+PLACES = ("root", "path", "items", "users")
+"""Settings of ``data``, and of its reader, that say where files are."""
 STAGES = ("train", "valid", "test")
 GZIP = ".gz"
 META = "meta_"

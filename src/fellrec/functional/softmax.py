@@ -42,6 +42,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query_TD: Tensor, items_ID: Tensor, targets_T: Tensor, chunk_items: int) -> Tensor:
+        """The sum of the losses; the logits are not kept."""
         dtype = _product_dtype(query_TD.device.type)
         query = query_TD.to(dtype)
         logsumexp_T = query_TD.new_full((len(query),), float("-inf"), dtype=torch.float32)
@@ -61,6 +62,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """Gradients of queries ``[T, D]`` and items ``[I, D]``; the logits of each chunk are computed again."""
         query_TD, items_ID, targets_T, logsumexp_T = ctx.saved_tensors
         wants_query, wants_items, *_ = ctx.needs_input_grad
         query = query_TD.to(ctx.dtype)

@@ -117,6 +117,7 @@ class _Whole(LazyStack):
         self._tensors = tensors
 
     def block(self, name: str, columns: slice) -> Tensor:
+        """See ``LazyStack``; a view."""
         tensor = self._tensors[name]
         return tensor.reshape(len(tensor), -1)[:, columns]
 

@@ -126,8 +126,9 @@ class SplitModel(nn.Module):
     def train(self, mode: bool = True) -> SplitModel:
         """As in PyTorch; the parts follow."""
         super().train(mode)
-        for layer in [layer for share in self._shares.values() for layer in share]:
-            layer.train(mode)  # also those that are not in the model at this depth
+        if len(self._shares) > 1:  # also layers that are not in the model at this depth
+            for layer in [layer for share in self._shares.values() for layer in share]:
+                layer.train(mode)
         for part in self._all_parts:
             part.training = mode
         return self

@@ -230,7 +230,7 @@ class Planner:
 
         Args:
             config: Composed configuration; ``backbone.path`` may be missing if ``backbone.config`` is given.
-            head_layers: Layers in the head of all clients; ``None`` for ``split.head_layers``.
+            head_layers: Layers in the head of all clients; ``None`` for ``split.head_layers``, the smallest of several.
             probe_steps: Local steps to time; ``None`` for none.
 
         Raises:
@@ -245,7 +245,7 @@ class Planner:
         data = self._once(config, ("data", "holdout", "partition"), lambda: build_data(config))
         backbone, is_own = empty_backbone(config, data.catalogue)
         num_parameters = backbone.num_parameters  # without those of the adapter
-        depth = config.split.head_layers if head_layers is None else head_layers
+        depth = head_depths(config)[0] if head_layers is None else head_layers
         model = SplitModel(backbone.model, depth, config.split.tail_layers)
         objective, batches = build_batches(config, backbone, data)
         objective.check(model)

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from fellrec.config.stored import read_settings
+from fellrec.data.files import PLACES
 from fellrec.errors import ConfigError, shorten
 from fellrec.report.comparison import Comparison, RuleResult
 from fellrec.report.costs import RunCost
@@ -32,8 +33,7 @@ FILES = (CONFIG, RESULTS, USERS, _DATA, _VERSIONS, _PARTITION, FINISHED, _ROUNDS
 _OF_FINISHED = ("seconds_per_round", "total_seconds", "peak_memory_bytes", "best_round", "validation")
 _NOT_COMPARED = (
     *("run_dir", "resume", "cache_dir", "tracking.", "launcher."),
-    *(f"data.{name}" for name in ("root", "path", "items", "users")),
-    *(f"data.reader.{name}" for name in ("root", "path", "items", "users")),
+    *(f"{group}.{name}" for group in ("data", "data.reader") for name in PLACES),
 )
 """Settings that say where something is: they are never shown as a difference."""
 _OF_MACHINE = (

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from omegaconf import OmegaConf
+from scripts import load_script
 
 from fellrec.config.compose import compose
 from fellrec.config.describe import choices
@@ -20,12 +19,7 @@ DOCS = Path(__file__).resolve().parents[3] / "docs"
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    spec = importlib.util.spec_from_file_location("settings_page", DOCS / "settings_page.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = ModuleType("settings_page")
-    spec.loader.exec_module(module)
-    return str(module.reference())
+    return str(load_script(DOCS / "settings_page.py").reference())
 
 
 def test_every_group_and_choice_has_a_section_and_every_setting_a_row(page: str) -> None:

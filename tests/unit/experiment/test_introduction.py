@@ -15,7 +15,10 @@ def test_the_estimate_ignores_the_first_step_and_one_that_had_to_wait() -> None:
 
 
 def test_long_steps_are_not_repeated() -> None:
-    """The second step reaches the limit, and is the one that counts."""
-    naps = iter([0.0, 0.5, 0.0])
-    assert typical_seconds(lambda: time.sleep(next(naps)), long_seconds=0.4) >= 0.5
+    """The second step reaches the limit, and is the one that counts; a first one of ten times the limit is enough."""
+    naps = iter([0.5, 0.1, 0.0])
+    assert 0.1 <= typical_seconds(lambda: time.sleep(next(naps)), long_seconds=0.1) < 0.5
+    assert list(naps) == [0.0]
+    naps = iter([0.5, 0.0])
+    assert typical_seconds(lambda: time.sleep(next(naps)), long_seconds=0.05) >= 0.5
     assert list(naps) == [0.0]

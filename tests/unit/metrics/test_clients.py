@@ -1,10 +1,10 @@
-import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from preloaded import Preloaded
+from scripts import load_script
 
 from fellrec.functional.ranking import ranking_metrics
 from fellrec.metrics import NDCG, ClientRankingMetrics
@@ -14,10 +14,7 @@ SCRIPT = Path(__file__).parent / "two_processes.py"
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("two_processes", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def assert_same(first, second):

@@ -47,6 +47,7 @@ class _Files:
 
     @property
     def is_split(self) -> bool:
+        """Whether each stage has a file of its own."""
         return len(self.interactions) > 1
 
 

@@ -162,7 +162,7 @@ def _kind(value: Any) -> str:
 def _text(value: Any) -> str:
     """A value of JSON as text: a list as its values with spaces between them."""
     if isinstance(value, str):
-        return value if value.isascii() else value.encode(errors="replace").decode()  # half of a pair is no letter
+        return value if value.isascii() else value.encode(errors="replace").decode()  # an unpaired surrogate becomes ?
     if value is None:
         return ""
     if isinstance(value, bool):
