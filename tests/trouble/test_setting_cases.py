@@ -18,8 +18,8 @@ from fellrec.config.sweep import expand
 from fellrec.data.schema import Catalogue
 from fellrec.data.table_settings import ColumnSettings
 from fellrec.errors import BackboneError, ConfigError
-from fellrec.experiment.build import build_fabric
 from fellrec.experiment.classes import check_classes
+from fellrec.experiment.fabric import build_fabric
 from fellrec.functional.participation import cohort
 from fellrec.functional.ranges import LARGEST, out_of_range, ranges
 from fellrec.models.sasrec import build_sasrec

@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from fellrec.data.prepared import PreparedData
 from fellrec.distributed.devices import matrix_rate, wait_for
-from fellrec.experiment.build import Recommender, build_fabric, build_recommender, recommender_key
+from fellrec.experiment.build import Recommender, build_recommender, recommender_key
+from fellrec.experiment.fabric import build_fabric
 from fellrec.experiment.precision import AUTO, trains_all, weights_dtype
 from fellrec.federated.trial import first_batch, trial_step
 from fellrec.terminal import tell

@@ -6,14 +6,11 @@ import copy
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 from lightning import Fabric
-from lightning.fabric.plugins import CheckpointIO, Precision
-from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
@@ -31,13 +28,12 @@ from fellrec.data.partition import Partition
 from fellrec.data.prepare import prepare
 from fellrec.data.prepared import PreparedData
 from fellrec.data.schema import Reader
-from fellrec.distributed.meeting import MeetingStrategy
-from fellrec.distributed.processes import check_cores, cluster_environment, launched_devices
 from fellrec.errors import ConfigError
 from fellrec.experiment.backbones import sasrec_backbone, tiny_backbone
+from fellrec.experiment.fabric import build_fabric
 from fellrec.experiment.joint import joint_problems
 from fellrec.experiment.objectives import build_objective, build_ranker, check_all_prompts, of_members
-from fellrec.experiment.precision import AUTO, ChosenPrecision, check_precision, use_precision, weights_dtype
+from fellrec.experiment.precision import use_precision, weights_dtype
 from fellrec.federated.base_change import BaseWeights
 from fellrec.federated.kept import KeptUsers
 from fellrec.federated.ranks import Ranks
@@ -68,10 +64,6 @@ log = logging.getLogger(__name__)
 
 _BACKBONES = "backbones"
 """The kind of entries of the cache that are model folders."""
-PLUGINS = (ClusterEnvironment, Precision, CheckpointIO)
-"""What Fabric takes as plugins."""
-_MEETING_SECONDS = 120.0
-"""Processes are waited for at least so long at the start: one may have more to import, or to pre-train."""
 
 _OF_TRAINING = (
     "num_rounds", "local_epochs", "max_local_steps", "batch_size", "accumulate_grad_batches", "learning_rate",
@@ -313,51 +305,6 @@ def evaluation_key(config: DictConfig) -> str:
     plain = as_dict(config)
     trainer = {name: value for name, value in plain["trainer"].items() if name not in _OF_TRAINING}
     return repr([trainer, *(plain[name] for name in ("backbone", "adapter", "objective", "ranker", "seed"))])
-
-
-def build_fabric(config: DictConfig, alone: bool = False) -> Fabric:
-    """Lightning's Fabric with the settings of ``trainer``, which have Fabric's meaning.
-
-    With ``strategy=auto`` and several processes, the processes are joined by gloo, whatever the device: clients are not
-    data-parallel replicas, so no gradient is reduced by the strategy.
-
-    Args:
-        config: The configuration.
-        alone: Whether this process has no others, whatever ``trainer.devices`` is.
-
-    Raises:
-        ConfigError: If Fabric refuses the settings, or number types do not fit together.
-    """
-    trainer = config.trainer
-    plugins = [instantiate(plugin, "trainer.plugins", of=PLUGINS) for plugin in trainer.get("plugins") or ()]
-    devices, num_nodes = (1, 1) if alone else launched_devices(trainer.devices, trainer.num_nodes)
-    several = devices != 1 or num_nodes != 1
-    if not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
-        plugins.append(cluster_environment() if several else LightningEnvironment())
-    if is_chosen := trainer.precision == AUTO:
-        plugins.append(ChosenPrecision())
-    strategy: Any = trainer.get("strategy") or "auto"
-    if strategy == "auto" and several:
-        patience = timedelta(seconds=max(trainer.timeout_seconds, _MEETING_SECONDS))
-        strategy = MeetingStrategy(process_group_backend="gloo", timeout=patience)
-    try:
-        fabric = Fabric(
-            accelerator=trainer.accelerator,
-            devices=devices,
-            num_nodes=num_nodes,
-            strategy=strategy,
-            precision=None if is_chosen else trainer.precision,
-            plugins=plugins,
-        )
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"trainer.accelerator={trainer.accelerator}, devices={trainer.devices}, num_nodes={trainer.num_nodes}, "
-            f"strategy={trainer.get('strategy')}: {str(error).splitlines()[0]}"
-        ) from error
-    if fabric.device.type == "cpu" and not alone and isinstance(trainer.devices, int):
-        check_cores(trainer.devices)
-    check_precision(config, fabric.device)
-    return fabric
 
 
 def build_backbone(config: DictConfig, data: PreparedData) -> Backbone:

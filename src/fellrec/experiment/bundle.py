@@ -27,7 +27,8 @@ from fellrec.data.prepared import PreparedData
 from fellrec.data.ragged import Ragged
 from fellrec.data.schema import Catalogue
 from fellrec.errors import ConfigError
-from fellrec.experiment.build import Recommender, build_adapter, build_fabric, build_module, head_depths
+from fellrec.experiment.build import Recommender, build_adapter, build_module, head_depths
+from fellrec.experiment.fabric import build_fabric
 from fellrec.experiment.precision import use_precision, weights_dtype
 from fellrec.experiment.served import ServedModel
 from fellrec.federated.base_change import BaseWeights

@@ -14,7 +14,8 @@ from fellrec.data.holdout import Holdout
 from fellrec.data.partition import Partition
 from fellrec.data.schema import Reader
 from fellrec.errors import ConfigError
-from fellrec.experiment.build import PLUGINS, build_rule, build_sampler
+from fellrec.experiment.build import build_rule, build_sampler
+from fellrec.experiment.fabric import PLUGINS
 from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.exchange import Transform
 from fellrec.federated.samplers import Sampler

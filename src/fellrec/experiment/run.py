@@ -23,13 +23,13 @@ from fellrec.experiment.auto import choose
 from fellrec.experiment.build import (
     Recommender,
     build_data,
-    build_fabric,
     build_recommender,
     frozen_parameters,
     log_notes,
 )
 from fellrec.experiment.bundle import save_pyfunc, why_not
 from fellrec.experiment.classes import check_classes, check_transforms
+from fellrec.experiment.fabric import build_fabric
 from fellrec.experiment.federation import Federation, build_federation
 from fellrec.experiment.group import in_group
 from fellrec.experiment.introduction import introduce

@@ -38,10 +38,10 @@ from fellrec.experiment.build import (
     attach_server,
     backbone_path,
     build_data,
-    build_fabric,
     build_recommender,
     recommender_key,
 )
+from fellrec.experiment.fabric import build_fabric
 from fellrec.experiment.federation import build_serial, build_server
 from fellrec.experiment.precision import use_precision, weights_dtype
 from fellrec.federated.ledger import Ledger

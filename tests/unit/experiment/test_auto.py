@@ -11,7 +11,8 @@ from fellrec.config.compose import compose
 from fellrec.config.stored import read_config
 from fellrec.experiment import auto
 from fellrec.experiment.auto import Candidate, Measured, choose, chosen, measure, precisions, select
-from fellrec.experiment.build import Recommender, build_data, build_fabric, build_recommender
+from fellrec.experiment.build import Recommender, build_data, build_recommender
+from fellrec.experiment.fabric import build_fabric
 from fellrec.experiment.federation import build_loop
 from fellrec.experiment.precision import use_precision
 from fellrec.experiment.run import build

@@ -18,7 +18,8 @@ from fellrec.cli.evaluate import evaluate
 from fellrec.cli.main import main
 from fellrec.config.compose import compose
 from fellrec.errors import ConfigError
-from fellrec.experiment.build import Recommender, build_data, build_fabric, build_recommender
+from fellrec.experiment.build import Recommender, build_data, build_recommender
+from fellrec.experiment.fabric import build_fabric
 from fellrec.experiment.federation import build_loop
 from fellrec.experiment.precision import check_precision, weights_dtype
 from fellrec.federated.slot import LocalSlot

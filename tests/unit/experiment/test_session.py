@@ -25,7 +25,7 @@ from fellrec.cli.main import main
 from fellrec.config.compose import compose
 from fellrec.distributed.processes import external_processes, launched_devices
 from fellrec.errors import ConfigError
-from fellrec.experiment.build import build_fabric
+from fellrec.experiment.fabric import build_fabric
 from fellrec.experiment.session import check_processes
 
 TORCHRUN = {
