@@ -12,7 +12,7 @@ FLOORS = (
     ("data", "state", "distributed"),
     ("models", "metrics"),
     ("federated", "rankers"),
-    ("aggregation", "cut", "pool", "tracking", "launch"),
+    ("aggregation", "cut", "pool", "tracking", "launch", "attacks"),
     ("config", "report", "callbacks"),
     ("experiment",),
     ("planning",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def add_overrides(parser: argparse.ArgumentParser, lists_groups: bool = True) -> None:
@@ -52,3 +53,15 @@ def add_multirun(parser: argparse.ArgumentParser) -> None:
 def add_show_config(parser: argparse.ArgumentParser) -> None:
     """Add ``--show-config``."""
     parser.add_argument("--show-config", action="store_true", help="print the composed configuration and exit")
+
+
+def check_empty(folder: Path) -> None:
+    """Refuse an output directory with something in it.
+
+    Raises:
+        ConfigError: Saying what to do.
+    """
+    from fellrec.errors import ConfigError
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is not empty; remove it, or give another folder by --output")

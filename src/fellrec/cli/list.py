@@ -15,12 +15,13 @@ from fellrec.cli.arguments import add_format
 if TYPE_CHECKING:
     from fellrec.config.describe import Choice, Setting
 
-PURPOSE = "list rules, data, presets, backbones, metrics, or the choices of any configuration group"
+PURPOSE = "list rules, data, presets, backbones, metrics, attacks, or the choices of any configuration group"
 EXAMPLES = (
     "fellrec list",
     "fellrec list rules",
     "fellrec list presets",
     "fellrec list metrics",
+    "fellrec list attacks",
     "fellrec list aggregation fedprox ditto",
     "fellrec list aggregation --all",
     "fellrec list trainer",
@@ -38,7 +39,7 @@ _SHORT = {
     "a list, each once, of ": "list of ",
 }
 """How ranges begin, in words → in the list of many choices."""
-METRICS = "metrics"
+METRICS, ATTACKS = "metrics", "attacks"
 """What is listed beside the groups."""
 METRIC_TEXTS = {
     "ndcg": "normalised discounted cumulative gain: a target counts 1 / log2(rank + 1)",
@@ -65,7 +66,10 @@ _UNBROKEN = "\N{NO-BREAK SPACE}"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
     parser.add_argument(
-        "group", nargs="?", metavar="GROUP", help="such as rules, presets, metrics, or GROUP=NAME; default: all groups"
+        "group",
+        nargs="?",
+        metavar="GROUP",
+        help="such as rules, metrics, attacks, or GROUP=NAME; default: all groups",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these choices, with all that is known of them")
     parser.add_argument(
@@ -87,10 +91,13 @@ def run(options: argparse.Namespace) -> None:
         else:
             sys.stdout.writelines(f"{group:<14} {', '.join(names)}\n" for group, names in groups.items())
             sys.stdout.write("\nfellrec list GROUP describes each choice, fellrec show GROUP every setting; so does\n")
-            sys.stdout.write("fellrec list rules (aggregation), presets (experiment), metrics\n")
+            sys.stdout.write("fellrec list rules (aggregation), presets (experiment), metrics, attacks\n")
         return
     if options.group == METRICS:
         _list_metrics(options.format)
+        return
+    if options.group == ATTACKS:
+        _list_attacks(options.format)
         return
     group, _, given = options.group.partition("=")
     group = group_named(group)
@@ -119,6 +126,26 @@ def _list_metrics(output_format: str) -> None:
     sys.stdout.writelines(f"  {name + '_at_K':<28} {text}\n" for name, text in METRIC_TEXTS.items())
     sys.stdout.write("\nfigures of each metric, such as ndcg_at_10/worst\n")
     sys.stdout.writelines(f"  {name:<28} {text}\n" for name, text in FIGURE_TEXTS.items())
+
+
+def _list_attacks(output_format: str) -> None:
+    """Every attack of fellrec attack, the baselines, and the settings."""
+    from fellrec.attacks import ATTACKS as known
+    from fellrec.attacks import BASELINES
+    from fellrec.attacks.settings import AttackSettings
+    from fellrec.config.describe import settings_of
+
+    own = settings_of(AttackSettings, "attack")
+    if output_format == "json":
+        shown = {"attacks": known, "baselines": BASELINES, "settings": [asdict(setting) for setting in own]}
+        sys.stdout.write(f"{json.dumps(shown, indent=2, ensure_ascii=False)}\n")
+        return
+    for title, texts in {"attacks of fellrec attack RUN_DIR": known, "reported beside them": BASELINES}.items():
+        sys.stdout.write(f"{title}\n")
+        sys.stdout.writelines(f"  {name:<22} {text}\n" for name, text in texts.items())
+        sys.stdout.write("\n")
+    sys.stdout.write("settings\n")
+    sys.stdout.writelines(f"  {_line(setting)}\n" for setting in own)
 
 
 def _block(group: str, choice: Choice) -> str:

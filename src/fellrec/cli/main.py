@@ -43,6 +43,7 @@ VERBS = (
     "compare",
     "evaluate",
     "recommend",
+    "attack",
     "export",
     "report",
     "plan",

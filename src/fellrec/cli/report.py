@@ -11,6 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fellrec.cli.arguments import check_empty
+
 if TYPE_CHECKING:
     from fellrec.report.comparison import RuleResult
     from fellrec.report.runs import StoredRun
@@ -56,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     words = [word for word in options.overrides if not word.startswith(_SETTINGS)]
     settings = [word for word in options.overrides if word.startswith(_SETTINGS)]
     folder = Path(options.output) if options.output else _default(words)
-    _check_empty(folder)
+    check_empty(folder)
     with ExitStack() as stack:
         runs, references = _read(words, settings, stack)
         files = _write(runs, references, options.cutoff, folder)
@@ -66,18 +68,6 @@ def run(options: argparse.Namespace) -> None:
 def _default(words: Sequence[str]) -> Path:
     is_one = len(words) == 1 and Path(words[0]).is_dir()
     return Path(words[0]) / "report" if is_one else Path("fellrec-report")
-
-
-def _check_empty(folder: Path) -> None:
-    """Refuse a folder with something in it.
-
-    Raises:
-        ConfigError: Saying what to do.
-    """
-    from fellrec.errors import ConfigError
-
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists and is not empty; remove it, or give another folder by --output")
 
 
 def _read(words: Sequence[str], settings: Sequence[str], stack: ExitStack) -> tuple[list[StoredRun], list[RuleResult]]:

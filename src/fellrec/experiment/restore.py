@@ -31,13 +31,16 @@ def data_of(run_dir: Path, config: DictConfig) -> PreparedData:
     return data
 
 
-def restore(run_dir: Path, config: DictConfig, data: PreparedData | None = None) -> tuple[Recommender, Federation]:
+def restore(
+    run_dir: Path, config: DictConfig, data: PreparedData | None = None, transport: str | None = None
+) -> tuple[Recommender, Federation]:
     """Build a finished run again in this process, and load its last checkpoint.
 
     Args:
         run_dir: Of the run.
         config: Its configuration, see ``read_config``; ``split.transport`` is changed to what one process can do.
         data: From `data_of`; ``None`` to read them.
+        transport: ``"none"`` or ``"inprocess"``; ``None`` for the one that gives the figures of the run.
 
     Raises:
         ConfigError: If it is not the directory of a finished run, or data, backbone or prompt differ from those of
@@ -45,7 +48,7 @@ def restore(run_dir: Path, config: DictConfig, data: PreparedData | None = None)
     """
     data = data_of(run_dir, config) if data is None else data
     # In one process, with the same figures: one model, unless what is sent is rounded.
-    config.split.transport = _transport(config)
+    config.split.transport = transport or _transport(config)
     recommender = build_recommender(config, data)
     check_prompt(run_dir, recommender.module.objective)
     check_backbone(run_dir, recommender.fingerprint, recommender.backbone.name)

@@ -210,9 +210,8 @@ class RetrievalObjective:
 
     def loss_of(self, model: SplitModel, hidden: list[Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """The loss from the final hidden states ``[B, L, D]`` of ``inputs``; uses only the model's embedding."""
-        groups = RowGroups(batch["lengths"])
-        histories, texts = hidden[: len(groups)], hidden[len(groups) :]
-        query_TD = self._scaled(groups.at(histories, batch["rows"], batch["columns"], self._pool))
+        texts = hidden[len(RowGroups(batch["lengths"])) :]
+        query_TD = self.queries_of(hidden, batch)
         kept_ID = self.table.vectors(model)
         if kept_ID is not None:
             items_ND = kept_ID[batch["items"]] if "items" in batch else kept_ID
@@ -222,6 +221,11 @@ class RetrievalObjective:
             items_ND = self._scaled(self._item_vectors(texts[0], self._texts_for(batch)["item_inside"]))
         total = self.softmax.loss(query_TD / self.temperature, items_ND, batch["targets"], batch)
         return total, len(batch["targets"])
+
+    def queries_of(self, hidden: list[Tensor], batch: dict[str, Tensor]) -> Tensor:
+        """Query vectors of a batch's targets ``[T, D]`` from the final hidden states ``[B, L, D]`` of ``inputs``."""
+        groups = RowGroups(batch["lengths"])
+        return self._scaled(groups.at(hidden[: len(groups)], batch["rows"], batch["columns"], self._pool))
 
     def item_vectors(self, model: SplitModel) -> Tensor:
         """Vectors of all items, ``[I, D]`` float32, differentiable; normalised with the cosine similarity."""

@@ -1,0 +1,29 @@
+"""Attacks on what an honest-but-curious server receives; one attack, one file. See docs/attacks.md.
+
+This module is cheap to import: the command line lists attacks without loading torch.
+"""
+
+from __future__ import annotations
+
+ON_CUT = {
+    "nearest_embedding": "each hidden state of the first cut is compared with the public token embeddings",
+    "logit_lens": "the public final norm and LM head read the hidden states of the first cut",
+    "public_tail": "the public copy of tail and LM head reads the targets off the hidden states of the second cut",
+}
+"""Attacks on hidden states and gradients at the two cuts → what they do, in one sentence."""
+ATTACKS = {**ON_CUT}
+"""All attacks."""
+BASELINES = {
+    "chance": "tokens and items drawn by how frequent they are in the public data",
+    "most_popular": "the most frequent tokens, titles and items of the public data",
+}
+"""What is known without an attack; reported beside every attack."""
+
+
+def defaults(backbone: str) -> list[str]:
+    """The attacks of a run where none are named: cheap ones that fit its backbone.
+
+    Args:
+        backbone: Name of the backbone in the configuration.
+    """
+    return [] if backbone == "sasrec" else ["nearest_embedding", "logit_lens", "public_tail"]

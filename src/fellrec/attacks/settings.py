@@ -1,0 +1,21 @@
+"""Settings of ``fellrec attack``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fellrec.functional.ranges import Count, check
+
+
+@dataclass(frozen=True)
+class AttackSettings:
+    """How much is attacked, and how hard."""
+
+    rows: Count = 64
+    """Training rows that the attacked messages are about, spread evenly over clients."""
+    guesses: Count = 10
+    """Guesses for each token and target, K of the metrics ``…_at_K``."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "attack")

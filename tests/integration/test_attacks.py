@@ -1,0 +1,157 @@
+"""``fellrec attack`` on finished runs: what the server sees is what the model computes, and what is reported of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import fellrec
+from fellrec.attacks import BASELINES, ON_CUT
+from fellrec.attacks.findings import Finding
+from fellrec.attacks.observe import Tap, observe, one_step, with_items
+from fellrec.attacks.settings import AttackSettings
+from fellrec.cli.main import main
+from fellrec.config.stored import read_config
+from fellrec.cut.client_model import CutClientModel
+from fellrec.experiment.attack import attack, with_depths
+from fellrec.experiment.restore import restore
+from fellrec.federated.client_model import WholeClientModel
+from fellrec.federated.ledger import Ledger
+from fellrec.federated.records import Job
+
+ROWS = 9
+
+
+@pytest.fixture(scope="module")
+def run_dir(lean_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with a head of two layers of four, and LoRA without dropout, which would change hidden states."""
+    folder = tmp_path_factory.mktemp("attacked") / "run"
+    own = [
+        "backbone.num_layers=4",
+        "adapter=lora",
+        "adapter.dropout=0",
+        "trainer.num_rounds=1",
+        "split.head_layers=2",
+        "tracking.uri=null",
+    ]
+    fellrec.run([*lean_overrides, *own, f"run_dir={folder}"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def findings(run_dir: Path) -> dict[tuple[str, int | None], Finding]:
+    found = attack(run_dir, read_config(run_dir), list(ON_CUT), [0, 2], AttackSettings(rows=ROWS))
+    return {(finding.attack, finding.depth): finding for finding in found}
+
+
+def test_what_the_tap_keeps_are_the_hidden_states_of_transformers(run_dir: Path) -> None:
+    """The head of two layers gives Hugging Face's third hidden state, of the same adapter on the whole model."""
+    config = read_config(run_dir)
+    recommender, federation = restore(run_dir, config.copy())
+    score_job = federation.selection.score_jobs()[0]
+    cut_config = config.copy()
+    with_depths(cut_config, [1, 2])
+    cut_recommender, cut_federation = restore(run_dir, cut_config, recommender.data, "inprocess")
+    with_items(cut_recommender.datamodule)
+    link = cut_recommender.link
+    assert link is not None
+    tap = Tap(link.transport)
+    link.connect(tap, Ledger())
+    for depth in (2, 1):
+        client = CutClientModel(WholeClientModel(cut_recommender.module, cut_recommender.base), link, [depth] * 3)
+        trainer = one_step(cut_federation.executor.trainer, client)  # type: ignore[attr-defined]
+        seen = observe(trainer, tap, Job(score_job.row, 0, 1, 0, score_job.adapter))
+        whole, model = WholeClientModel(recommender.module, recommender.base), recommender.module.model.eval()
+        with torch.no_grad(), whole.evaluating(score_job, "test", 0):
+            for ids, first, second in zip(seen.ids, seen.first, seen.second, strict=True):
+                states = model.model(input_ids=ids, output_hidden_states=True).hidden_states
+                torch.testing.assert_close(first, states[depth], rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(second, states[3], rtol=1e-4, atol=1e-5)
+        assert [gradient.shape for gradient in seen.second_gradient] == [state.shape for state in seen.second]
+        assert [gradient.shape for gradient in seen.first_gradient] == [state.shape for state in seen.first]
+        assert all(bool((gradient != 0).any()) for gradient in seen.second_gradient)
+
+
+def test_recovery_is_total_at_depth_0_and_above_both_baselines(
+    findings: dict[tuple[str, int | None], Finding],
+) -> None:
+    assert findings["nearest_embedding", 0].metrics["token_at_1"] == 1.0
+    assert findings["nearest_embedding", 0].metrics["title_at_1"] == 1.0
+    assert findings["nearest_embedding", 0].metrics["rouge_l"] == 1.0
+    for name in BASELINES:
+        for metric in ("token_at_1", "title_at_1", "rouge_l"):
+            assert findings[name, 0].metrics[metric] < 0.5 < findings["nearest_embedding", 2].metrics[metric]
+    for finding in findings.values():
+        assert all(0 <= value <= 1 for value in finding.metrics.values())
+        for name, value in finding.metrics.items():
+            if name.endswith("_at_10"):
+                assert value >= finding.metrics[name.replace("_10", "_1")]
+
+
+def test_the_verb_writes_what_it_prints(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], findings: dict[tuple[str, int | None], Finding]
+) -> None:
+    output = tmp_path / "out"
+    words = ["attack", str(run_dir), "attack=nearest_embedding", "split.head_layers=0,2", f"attack.rows={ROWS}"]
+    main([*words, "--output", str(output), "--format", "json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert json.loads((output / "attack.json").read_text()) == printed
+    assert {path.suffix for path in output.glob("leakage.*")} == {".pdf", ".svg", ".png"}
+    for plain in printed["findings"]:
+        assert plain["metrics"] == pytest.approx(findings[plain["attack"], plain["depth"]].metrics)
+    table = pd.read_csv(output / "attack.csv")
+    assert list(zip(table["attack"], table["depth"])) == [(one["attack"], one["depth"]) for one in printed["findings"]]
+    with pytest.raises(SystemExit):
+        main([*words, "--output", str(output)])
+    assert "exists and is not empty; remove it, or give another folder by --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["attack=nearest_embeding"], "unknown attack 'nearest_embeding'; choose from: nearest_embedding"),
+        (["split.head_layers=0,4"], "split.head_layers=4 and split.tail_layers=1 do not fit"),
+        (["split.head_layers=3"], "leave the server nothing of the backbone's 4 layers"),
+        (
+            ["split.head_layers=deep"],
+            "split.head_layers=deep is not allowed: whole numbers of at least 0, such as 0,1,2",
+        ),
+        (["attack.rows=0"], "attack.rows=0 is not allowed: a whole number of at least 1"),
+        (["attack.row=1"], "unknown setting 'attack.row'; choose from: attack.rows"),
+        (["trainer.seed=1"], "'trainer.seed=1' is not allowed: a run keeps its own configuration"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_data_are_read(
+    run_dir: Path,
+    words: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr("fellrec.experiment.attack.data_of")
+    with pytest.raises(SystemExit):
+        main(["attack", str(run_dir), *words])
+    assert message in capsys.readouterr().err
+    assert not (run_dir / "attack").exists()
+
+
+def test_item_ids_are_no_text(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = read_config(run_dir)
+    config.backbone.name = "sasrec"
+    with pytest.raises(fellrec.FellrecError, match="backbone=sasrec reads item ids"):
+        attack(run_dir, config, ["logit_lens"], None, AttackSettings())
+
+
+def test_a_run_that_is_not_finished_is_refused(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "begun"
+    other.mkdir()
+    (other / "config.yaml").write_text((run_dir / "config.yaml").read_text())
+    with pytest.raises(SystemExit):
+        main(["attack", str(other)])
+    assert "has no checkpoint, and nothing to evaluate" in capsys.readouterr().err
