@@ -139,6 +139,7 @@ def compare(
     from fellrec.experiment.build import build_data, log_notes
     from fellrec.experiment.classes import check_classes, check_transforms
     from fellrec.experiment.group import advising
+    from fellrec.experiment.privacy import build_privacy
     from fellrec.experiment.run_dir import check_new, check_same_data, note_versions, write_command
     from fellrec.experiment.store import check_store
     from fellrec.experiment.variants import labels
@@ -156,6 +157,8 @@ def compare(
     check_store(first)
     data = build_data(first)
     log_notes(first, data)
+    for config in configs:
+        build_privacy(config, data.num_clients)  # a budget that cannot be kept is refused before a model is loaded
     if folder is not None:
         check_same_data(folder, data)
     configs = choose(configs, data)

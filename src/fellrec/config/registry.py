@@ -32,10 +32,12 @@ from fellrec.data.settings import (
 )
 from fellrec.data.table_settings import AmazonSettings, TableDataSettings, TableSettings
 from fellrec.errors import unknown
+from fellrec.federated.privacy_settings import PrivacySettings
 from fellrec.federated.settings import (
     BySizeSamplerSettings,
     ExchangeSettings,
     ParticipationSettings,
+    PoissonSamplerSettings,
     PowerOfChoiceSamplerSettings,
     TraceSamplerSettings,
     TrainerSettings,
@@ -83,6 +85,7 @@ GROUPS: Mapping[str, type] = {
     "split": SplitSettings,
     "participation": ParticipationSettings,
     "exchange": ExchangeSettings,
+    "privacy": PrivacySettings,
     "trainer": TrainerSettings,
     "references": ReferenceSettings,
     "tracking": TrackingSettings,
@@ -134,6 +137,7 @@ CHOICES: Mapping[str, Mapping[str, type]] = {
     },
     "participation.sampler": {
         f"{_SAMPLERS}.BySizeSampler": BySizeSamplerSettings,
+        f"{_SAMPLERS}.PoissonSampler": PoissonSamplerSettings,
         f"{_SAMPLERS}.PowerOfChoiceSampler": PowerOfChoiceSamplerSettings,
         f"{_SAMPLERS}.TraceSampler": TraceSamplerSettings,
         f"{_SAMPLERS}.UniformSampler": UniformSamplerSettings,
@@ -149,6 +153,7 @@ CHOICES: Mapping[str, Mapping[str, type]] = {
 
 NEWER: Mapping[str, Mapping[str, Any]] = {
     "exchange": {},
+    "privacy": {},
     "participation.sampler": {"_target_": f"{_SAMPLERS}.UniformSampler"},
 }
 """Groups and choices that runs of earlier versions do not have in their configuration, with what these runs did."""

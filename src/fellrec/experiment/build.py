@@ -33,6 +33,7 @@ from fellrec.experiment.backbones import sasrec_backbone, tiny_backbone
 from fellrec.experiment.fabric import build_fabric
 from fellrec.experiment.joint import joint_problems
 from fellrec.experiment.objectives import build_objective, build_ranker, check_all_prompts, of_members
+from fellrec.experiment.privacy import privacy_problems
 from fellrec.experiment.precision import use_precision, weights_dtype
 from fellrec.federated.base_change import BaseWeights
 from fellrec.federated.kept import KeptUsers
@@ -275,7 +276,7 @@ def build_rule(config: DictConfig) -> AggregationCallback:
     rule: AggregationCallback = instantiate(config.aggregation, "aggregation", of=AggregationCallback)
     limits = rule.limits if rule.second_model is None else replace(rule.limits, whole_model=True)
     plain = with_totals(as_dict(config))
-    refuse(*limits.problems(rule.name, plain), *joint_problems(config, rule))
+    refuse(*limits.problems(rule.name, plain), *joint_problems(config, rule), *privacy_problems(config, rule))
     ranks, num_clients = OmegaConf.select(config, "adapter.rank"), plain.get("partition", {}).get("num_clients")
     if OmegaConf.is_list(ranks) and isinstance(num_clients, int):
         Ranks(ranks, num_clients)  # refuses other numbers of ranks

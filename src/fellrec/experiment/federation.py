@@ -22,6 +22,7 @@ from fellrec.data.datamodule import FellrecDataModule
 from fellrec.distributed.batch_sharing import BatchSharing
 from fellrec.errors import ConfigError
 from fellrec.experiment.build import Recommender, ServerPart, build_rule, build_sampler
+from fellrec.experiment.privacy import build_privacy
 from fellrec.federated.arrivals import Arrivals
 from fellrec.federated.callback import Events, FederatedCallback
 from fellrec.federated.checkpoint import Persisted
@@ -163,7 +164,15 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
         executor=executor,
         evaluator=local.evaluator,
         exchange=Exchange(
-            rule, ledger, transforms, _at_server(config, recommender), meters, _layers(recommender), num_clients, ranks
+            rule,
+            ledger,
+            transforms,
+            _at_server(config, recommender),
+            meters,
+            _layers(recommender),
+            num_clients,
+            ranks,
+            build_privacy(config, num_clients),
         ),
         selection=Selection(population, trainer.metric, trainer.select, trainer.patience, trainer.frontier_floor),
         progress=Progress(),

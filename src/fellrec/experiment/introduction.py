@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from fellrec.distributed.devices import wait_for
 from fellrec.experiment.build import Recommender
+from fellrec.experiment.privacy import introduction
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.trial import first_batch, trial_step
 from fellrec.models.adapters import plain_name
@@ -44,6 +45,8 @@ def _lines(
     clients, rounds = _counted(data.num_clients, "client"), _counted(trainer.num_rounds, "round")
     yield f"{rule} on {data.name}: {clients}, {num_users:,} users, {len(data.catalogue):,} items; {rounds}"
     yield f"backbone {recommender.backbone.name}: {_trained(recommender)}"
+    if private := introduction(loop.exchange.privacy):
+        yield private
     lengths = recommender.datamodule.input_lengths("val")
     unit = "items" if recommender.backbone.name == "sasrec" else "tokens"
     if len(lengths):

@@ -35,6 +35,7 @@ from fellrec.experiment.group import in_group
 from fellrec.experiment.introduction import introduce
 from fellrec.experiment.names import rule_name, run_name
 from fellrec.experiment.parent import common_tags, dataset_of
+from fellrec.experiment.privacy import build_privacy
 from fellrec.experiment.run_dir import (
     check_backbone,
     check_new,
@@ -200,6 +201,11 @@ class Run:
             f"data: {data.name}, {data.num_clients} clients, {len(data.catalogue)} items; backbone: {backbone}",
             f"rounds: {result.num_rounds}, counted from 0; tested: {selected}, with {self.config.trainer.metric} "
             f"{result.best_value:.4f} on validation, mean over clients",
+            *(
+                f"privacy of each {given['unit']}'s data: ε={given['epsilon']:.4g} with δ={given['delta']:g} for the "
+                f"models of all rounds; neighbours: {given['neighbours']}"
+                for given in self._privacy.values()
+            ),
         ]
 
     def _callbacks(self, federation: Federation, log: RunLog) -> dict[str, FederatedCallback]:
@@ -268,10 +274,17 @@ class Run:
             "num_users": len(evaluation.users),
             "cold": recommender.cold.counts(evaluation.users.numpy()),
             "num_tied_users": int(evaluation.first_items.is_tied.sum()),
+            **self._privacy,
             **more,
         }
         write_evaluation(self.run_dir, evaluation, about)
         write_users(self.run_dir, evaluation, recommender.data, recommender.cold)
+
+    @property
+    def _privacy(self) -> dict[str, Any]:
+        """What the run guarantees; empty if nothing is protected."""
+        private = None if self.loop is None else self.loop.exchange.privacy
+        return {} if private is None else {"privacy": private.report()}
 
     def _save_adapter(self, tensors: Mapping[str, Tensor], base: tuple[StoredTensors, ...], folder: Path) -> None:
         """Write an adapter for other tools; beside it the base that it belongs to, if the rule has changed it."""
@@ -369,6 +382,7 @@ def build(
     if begun is not None and (begun / "data.json").is_file():
         check_same_data(begun, data)
     log_notes(config, data)
+    build_privacy(config, data.num_clients)  # a budget that cannot be kept is refused before a model is loaded
     config = choose([config], data)[0]
     recommender = build_recommender(config, data, fabric)
     return Run(

@@ -12,14 +12,18 @@ from torch import Tensor
 
 from fellrec.errors import TrainingError
 from fellrec.federated.ledger import Ledger
+from fellrec.federated.privacy import PrivateMean
 from fellrec.federated.ranks import Ranks
 from fellrec.federated.records import Aggregated, LoraLayer, LossJob, Received, SumsOnly, Trained, Updates
-from fellrec.functional.stacks import AdapterStack, RowStack, as_lazy
+from fellrec.functional.stacks import AdapterStack, Repeated, RowStack, as_lazy, first_row
 from fellrec.state.tensor_store import StoredTensors
 from fellrec.types import Adapter
 
 _SCALAR_BYTES = 8
 """A float64 or int64."""
+
+Opened = Callable[[], Adapter]
+"""Gives what arrived of a client, by parameter."""
 
 Meter = Callable[[float], Mapping[str, float]]
 """Gives figures of the processes for a round that took so many seconds."""
@@ -81,6 +85,7 @@ class Exchange:
         layers: Layers that LoRA adapts, for the rule.
         num_clients: C, for the rule.
         ranks: LoRA ranks of the clients, if they differ: a client sends and receives the part of its rank.
+        privacy: Gives the rule a noised mean of the updates instead of the updates.
     """
 
     def __init__(
@@ -93,9 +98,11 @@ class Exchange:
         layers: Sequence[LoraLayer] = (),
         num_clients: int = 0,
         ranks: Ranks | None = None,
+        privacy: PrivateMean | None = None,
     ) -> None:
         self.rule = rule
         self.ledger = ledger
+        self.privacy = privacy
         self.transforms = list(transforms)
         self.at_server = at_server
         self.meters = list(meters)
@@ -113,7 +120,9 @@ class Exchange:
             num_scalars = len(job.adapters)
             self.ledger.add(job.row, job.round_index, "train", "up", "scalar", num_scalars * _SCALAR_BYTES)
 
-    def up(self, trained: Sequence[Trained], model: Adapter, root: Trained | None = None) -> Updates:
+    def up(
+        self, trained: Sequence[Trained], model: Adapter, root: Trained | None = None, started: Sequence[int] = ()
+    ) -> Updates:
         """What the rule sees of the clients that finished a round; the bytes that they send are recorded.
 
         Args:
@@ -121,6 +130,7 @@ class Exchange:
             model: The server's model, which they received, or of which they received earlier versions; see
                 ``Population.model``.
             root: The server's own training, which sends nothing.
+            started: Rows that began the round, whether or not they finished, for what privacy costs.
 
         Raises:
             TrainingError: If an adapter is not finite.
@@ -130,10 +140,11 @@ class Exchange:
         shapes = {name: first[name].shape for name in names}
         self._received = first
         start_losses = [t.start_loss for t in trained if t.start_loss is not None]
+        sent = [self._sent(t, names) for t in trained]
         updates = Updates(
             clients=tuple(t.row for t in trained),
             start=RowStack(shapes, [t.job.adapter.tensors for t in trained]),
-            end=RowStack(shapes, [self._sent(t, names) for t in trained]),
+            end=RowStack(shapes, sent),
             losses=torch.tensor([t.loss for t in trained], dtype=torch.float64),
             num_samples=torch.tensor([t.num_samples for t in trained], dtype=torch.float64),
             start_losses=torch.tensor(start_losses, dtype=torch.float64) if start_losses else None,
@@ -148,6 +159,8 @@ class Exchange:
             root={} if root is None else {name: root.adapter.tensors()[name] for name in names},
         )
         self._arrived = {(t.row, t.job.round_index) for t in trained}
+        if self.privacy is not None:
+            updates = self._noised(self.privacy, updates, sent, [*started, *updates.clients])
         updates.check_finite(round_index)
         if self.rule.sees != "sums":
             return updates
@@ -193,16 +206,44 @@ class Exchange:
         figures: dict[str, float] = {}
         for meter in self.meters:
             figures |= meter(seconds)
-        return figures | self.ledger.metrics(round_index, self._arrived)
+        private = {} if self.privacy is None else self.privacy.costs()
+        return figures | private | self.ledger.metrics(round_index, self._arrived)
 
     def state_dict(self) -> dict[str, Any]:
         """See ``Persisted``."""
-        return {str(place): transform.state_dict() for place, transform in enumerate(self.transforms)}
+        private = {} if self.privacy is None else {"privacy": self.privacy.state_dict()}
+        return {str(place): transform.state_dict() for place, transform in enumerate(self.transforms)} | private
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See ``Persisted``."""
         for place, transform in enumerate(self.transforms):
             transform.load_state_dict(state.get(str(place), {}))
+        if self.privacy is not None:
+            self.privacy.load_state_dict(state["privacy"])
+
+    def _noised(
+        self, privacy: PrivateMean, updates: Updates, sent: Sequence[Opened], started: Sequence[int]
+    ) -> Updates:
+        """Updates of which each is the noised mean of all, and of which nothing else depends on a client's data.
+
+        Raises:
+            TrainingError: If clients started the round with different adapters.
+        """
+        updates.check_common_start(self.rule.name)
+        first, num = first_row(updates.start), len(updates.clients)
+        deltas = ({name: adapter[name] - start for name, start in first.items()} for adapter in (row() for row in sent))
+        mean = privacy.mean(deltas, started, max(updates.start_rounds))
+        moved = {name: (start.double() + mean[name]).to(start.dtype) for name, start in first.items()}
+        return replace(
+            updates,
+            end=Repeated(moved, num),
+            losses=torch.full((num,), torch.nan, dtype=torch.float64),
+            num_samples=torch.ones(num, dtype=torch.float64),
+            start_losses=None,
+            tensors={},
+            start_tensors={},
+            num_steps=None,
+        )
 
     def _sent_back(self, row: int, aggregated: Aggregated) -> set[str]:
         """Parameters of which a client receives values."""
@@ -220,7 +261,7 @@ class Exchange:
         trains = trained.job.trains
         return (trains is None or name in trains) and self.rule.exchanges(name, trained.job.round_index)
 
-    def _sent(self, trained: Trained, names: Sequence[str]) -> Callable[[], Adapter]:
+    def _sent(self, trained: Trained, names: Sequence[str]) -> Opened:
         """Let a client send its update, and give what the receiver makes of it."""
         if self.rule.sees == "nothing":
             return trained.adapter.tensors

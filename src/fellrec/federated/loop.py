@@ -124,7 +124,8 @@ class FederatedLoop:
         model = self.population.model()
         outcomes, root = self.without_root(self.train(self.jobs(cohort)))
         trained = self.participation.quorum(cohort, outcomes)
-        updates = self.exchange.up([t for t in trained if self.population.is_exchanged(t.row)], model, root)
+        sending = [t for t in trained if self.population.is_exchanged(t.row)]
+        updates = self.exchange.up(sending, model, root, cohort.rows)
         self.events.call("on_aggregate_start", updates)
         aggregated = self.rule.aggregate(updates, round_index)
         self.population.receive(self.exchange.down(updates, aggregated))

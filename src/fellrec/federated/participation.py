@@ -92,14 +92,16 @@ class Participation:
         Raises:
             ConfigError: Naming the first such round.
         """
-        required = max(self.num_required, least_clients)
-        if not self.settings.dropout and not self.sampler.fingerprint and self.num_needed >= required:
+        is_random = self.sampler.is_random_size
+        required = max(1 if is_random else self.num_required, least_clients)
+        is_fixed = not (self.settings.dropout or self.sampler.fingerprint or is_random)
+        if is_fixed and self.num_needed >= required:
             return
         seconds = 0.0
         for round_index in range(num_rounds):
             begun, drawn, dropped = self._draw(round_index, seconds)
             alive = np.setdiff1d(drawn, dropped)
-            if (num := min(len(alive), self.num_needed)) < required:
+            if (num := len(self._first(alive))) < required:
                 why = f" ({len(dropped)} of {len(drawn)} drop out)" if len(dropped) else ""
                 raise ConfigError(
                     f"round {round_index} has {num} clients{why} and needs {required}: lower participation.dropout="
@@ -130,7 +132,7 @@ class Participation:
             round_index=round_index,
             rows=rows,
             start_rounds=(round_index,) * len(rows),
-            num_needed=self.num_needed,
+            num_needed=len(kept) if self.sampler.is_random_size else self.num_needed,
             begun=begun,
             seconds=self._end(begun, kept),
             dropped=tuple(dropped.tolist()),
@@ -207,6 +209,8 @@ class Participation:
 
     def _first(self, alive: NDArray[np.int64]) -> NDArray[np.int64]:
         """Those who finish first, as many as the cohort needs; of equally fast ones the first by number."""
+        if self.sampler.is_random_size:
+            return alive
         order = np.argsort(self.clients.seconds[alive], kind="stable")
         return np.sort(alive[order[: self.num_needed]])
 

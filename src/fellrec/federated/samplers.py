@@ -19,6 +19,7 @@ from fellrec.data.readers.table import read_csv
 from fellrec.errors import ConfigError, DataError, shorten
 from fellrec.federated.settings import (
     BySizeSamplerSettings,
+    PoissonSamplerSettings,
     PowerOfChoiceSamplerSettings,
     TraceSamplerSettings,
     UniformSamplerSettings,
@@ -37,9 +38,12 @@ class Sampler:
     Attributes:
         by_loss: Whether `draw` gives candidates, of which the clients with the largest loss at the received model are
             chosen.
+        is_random_size: Whether `draw` gives a random number of clients, ``count`` on average, all of whom are the
+            round's cohort.
     """
 
     by_loss: bool = False
+    is_random_size: bool = False
 
     def draw(self, clients: Clients, sizes: Clients, count: int, generator: np.random.Generator) -> Clients:
         """Draw clients without replacement.
@@ -51,7 +55,7 @@ class Sampler:
             generator: Of the random numbers of this draw.
 
         Returns:
-            ``count`` of ``clients``, or more if the sampler draws candidates.
+            ``count`` of ``clients``, or more if the sampler draws candidates; any number with ``is_random_size``.
         """
         raise NotImplementedError(f"{type(self).__name__} has no method draw")
 
@@ -86,6 +90,16 @@ class UniformSampler(Sampler, UniformSamplerSettings):
     def draw(self, clients: Clients, sizes: Clients, count: int, generator: np.random.Generator) -> Clients:
         """See ``Sampler``."""
         return clients[generator.choice(len(clients), count, replace=False)]
+
+
+class PoissonSampler(Sampler, PoissonSamplerSettings):
+    """Every client with the same probability, independently of the others: cohorts differ in size."""
+
+    is_random_size = True
+
+    def draw(self, clients: Clients, sizes: Clients, count: int, generator: np.random.Generator) -> Clients:
+        """See ``Sampler``."""
+        return clients[generator.random(len(clients)) < count / len(clients)]
 
 
 class BySizeSampler(Sampler, BySizeSamplerSettings):

@@ -154,6 +154,11 @@ class UniformSamplerSettings:
 
 
 @dataclass(frozen=True)
+class PoissonSamplerSettings:
+    """Every client is drawn with the same probability, independently of the others."""
+
+
+@dataclass(frozen=True)
 class BySizeSamplerSettings:
     """Clients are drawn by size, without replacement, with probabilities proportional to their training targets."""
 

@@ -13,6 +13,7 @@ from fellrec.errors import TrainingError
 from fellrec.federated.exchange import Transform
 from fellrec.federated.transform_settings import ClipSettings, NoiseSettings, QuantiseSettings, TopKSettings
 from fellrec.functional.compression import largest, levels, pack, unpack
+from fellrec.functional.privacy import clip_factor, next_bound, norm_of
 from fellrec.functional.rng import derive_seed
 
 Payload = Mapping[str, Tensor]
@@ -36,10 +37,10 @@ class Clip(Transform, ClipSettings):
         if round_index != self._round:
             self._adapt()
             self._round = round_index
-        norm = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in payload.values()))
+        norm = norm_of(payload)
         self._count += 1
         self._within += norm <= self.bound
-        factor = min(1.0, self.bound / norm) if norm > 0 else 1.0
+        factor = clip_factor(norm, self.bound)
         return payload if factor == 1.0 else {name: tensor * factor for name, tensor in payload.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -54,7 +55,7 @@ class Clip(Transform, ClipSettings):
 
     def _adapt(self) -> None:
         if self.quantile is not None and self._count:
-            self.bound *= math.exp(-self.adaptation_rate * (self._within / self._count - self.quantile))
+            self.bound = next_bound(self.bound, self._within / self._count, self.quantile, self.adaptation_rate)
         self._within = self._count = 0
 
 

@@ -23,6 +23,7 @@ from fellrec.experiment.build import (
     head_depths,
 )
 from fellrec.experiment.federation import head_layers_of, ranks_of
+from fellrec.experiment.privacy import build_privacy, introduction
 from fellrec.federated.population import Population
 from fellrec.federated.settings import TrainerSettings
 from fellrec.functional.cost import (
@@ -111,6 +112,9 @@ class Plan:
         seconds_per_round: Training time of a round with clients one after another; ``None`` without a probe.
         clients: What the clients have of the adapter, where LoRA ranks may differ; empty otherwise.
         clients_by_head: Clients by the number of layers in their head; this plan has the head with ``head.num_layers``.
+        noise_multiplier: Standard deviation of the noise of the sum of updates divided by the clipping norm, with
+            ``privacy``; ``None`` without.
+        privacy: The same in words, with what is protected; empty without.
     """
 
     data: str
@@ -130,6 +134,8 @@ class Plan:
     seconds_per_round: float | None = None
     clients: tuple[ClientPlan, ...] = ()
     clients_by_head: Mapping[int, int] = field(default_factory=dict)
+    noise_multiplier: float | None = None
+    privacy: str = ""
 
     @property
     def client(self) -> PartCost:
@@ -200,6 +206,8 @@ class Plan:
             **asdict(self.settings),
             "clients": [asdict(client) for client in self.clients],
             "clients_by_head": dict(self.clients_by_head),
+            "noise_multiplier": self.noise_multiplier,
+            "privacy": self.privacy,
             "is_sampled": self.load.is_sampled,
             "has_own_tokenizer": self.has_own_tokenizer,
         }
@@ -243,6 +251,7 @@ class Planner:
         if probe_steps is not None:
             _check_probe(config, probe_steps)
         data = self._once(config, ("data", "holdout", "partition"), lambda: build_data(config))
+        private = build_privacy(config, data.num_clients)
         backbone, is_own = empty_backbone(config, data.catalogue)
         num_parameters = backbone.num_parameters  # without those of the adapter
         depth = head_depths(config)[0] if head_layers is None else head_layers
@@ -283,6 +292,8 @@ class Planner:
             seconds_per_round=seconds,
             clients=clients,
             clients_by_head=Counter(head_layers_of(config, batches)),
+            noise_multiplier=None if private is None else private.multiplier,
+            privacy=introduction(private),
         )
 
     def _load(

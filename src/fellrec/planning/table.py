@@ -198,6 +198,7 @@ def _notes(rows: Sequence[Row]) -> str:
         )
     for of_clients in (_ranks_text, _heads_text):
         notes += list(dict.fromkeys(text for plan in plans if (text := of_clients(plan))))
+    notes += list(dict.fromkeys(plan.privacy for plan in plans if plan.privacy))
     if any(plan.seconds_per_round is not None for plan in plans):
         notes.append(
             "s/round: median step of the largest client times the number of steps, on this machine; losses that are "

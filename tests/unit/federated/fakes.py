@@ -16,6 +16,7 @@ from fellrec.federated.exchange import Exchange, Transform
 from fellrec.federated.ledger import Ledger
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.participation import Clients, Participation
+from fellrec.federated.privacy import PrivateMean
 from fellrec.federated.progress import Progress
 from fellrec.federated.records import Failed, Job, LossJob, ScoreJob, Trained
 from fellrec.federated.samplers import Sampler
@@ -73,6 +74,7 @@ def fake_loop(
     participation: dict[str, Any] | None = None,
     transforms: Sequence[Transform] = (),
     sampler: Sampler | None = None,
+    privacy: PrivateMean | None = None,
     **trainer: Any,
 ) -> FederatedLoop:
     """A loop over adapters of two parameters."""
@@ -85,7 +87,7 @@ def fake_loop(
         population=population,
         participation=participation_of(rule, num_clients, participation or {}, sampler),
         executor=executor or FakeExecutor(),
-        exchange=Exchange(rule, Ledger(), transforms, num_clients=num_clients),
+        exchange=Exchange(rule, Ledger(), transforms, num_clients=num_clients, privacy=privacy),
         rule=rule,
         selection=Selection(population, settings.metric, settings.select, settings.patience, settings.frontier_floor),
         progress=Progress(),

@@ -40,8 +40,9 @@ class Limits:
         changes_base: It changes the frozen weights: not with ``backbone.quantize``.
         one_rank: Not with different ranks in ``adapter.rank``.
         asynchronous: Not with what needs a cohort that is drawn at once: ``participation=power_of_choice`` and
-            ``participation.over_selection``.
+            ``poisson``, and ``participation.over_selection``.
         needs_public_users: Not with ``data.public_user_rate=0``: the server trains on the public users.
+        reads_steps: It reads the clients' numbers of optimiser steps: not with ``privacy``.
     """
 
     needs_lora: bool = False
@@ -57,6 +58,7 @@ class Limits:
     one_rank: bool = True
     asynchronous: bool = False
     needs_public_users: bool = False
+    reads_steps: bool = False
 
     def texts(self) -> list[str]:
         """What cannot be combined with the rule, in words.
@@ -75,7 +77,7 @@ class Limits:
             f"fewer than {self.least_clients} clients in a round": self.least_clients > 1,
             "exchange.transforms": self.no_transforms,
             "backbone.quantize": self.changes_base,
-            "participation=power_of_choice and participation.over_selection": self.asynchronous,
+            "participation=power_of_choice or poisson and participation.over_selection": self.asynchronous,
             "data.public_user_rate=0": self.needs_public_users,
         }
         return [text for text, applies in found.items() if applies]
@@ -110,6 +112,10 @@ class Limits:
             "is asynchronous and has no cohort to choose by loss: participation=power_of_choice is not allowed, use "
             "default, by_size or trace"
             if self.asynchronous and sampler == "PowerOfChoiceSampler"
+            else None,
+            "is asynchronous and replaces single clients: participation=poisson is not allowed, use default, by_size "
+            "or trace"
+            if self.asynchronous and sampler == "PoissonSampler"
             else None,
             f"is asynchronous, the server waits for no cohort: participation.over_selection={over} is not allowed, "
             "leave it at 1"

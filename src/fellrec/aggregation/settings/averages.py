@@ -198,4 +198,5 @@ class FedNovaSettings(MeanSettings):
         summary="one model: FedAvg of updates per local step, so that clients with more steps do not count more",
         paper="Wang et al., NeurIPS 2020, arXiv:2007.07481",
         sees="sums",
+        limits=Limits(reads_steps=True),
     )
