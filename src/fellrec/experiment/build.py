@@ -33,8 +33,8 @@ from fellrec.experiment.backbones import sasrec_backbone, tiny_backbone
 from fellrec.experiment.fabric import build_fabric
 from fellrec.experiment.joint import joint_problems
 from fellrec.experiment.objectives import build_objective, build_ranker, check_all_prompts, of_members
-from fellrec.experiment.privacy import privacy_problems
 from fellrec.experiment.precision import use_precision, weights_dtype
+from fellrec.experiment.privacy import privacy_problems
 from fellrec.federated.base_change import BaseWeights
 from fellrec.federated.kept import KeptUsers
 from fellrec.federated.ranks import Ranks

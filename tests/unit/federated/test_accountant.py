@@ -21,9 +21,7 @@ DELTA = 1e-5
 
 
 def gaussian_delta(epsilon: float, std: float) -> float:
-    return float(
-        norm.cdf(0.5 / std - epsilon * std) - np.exp(epsilon) * norm.cdf(-0.5 / std - epsilon * std)
-    )
+    return float(norm.cdf(0.5 / std - epsilon * std) - np.exp(epsilon) * norm.cdf(-0.5 / std - epsilon * std))
 
 
 def poisson_epsilon(rate: float, multiplier: float, num_rounds: int, delta: float) -> float:
@@ -49,7 +47,7 @@ def test_one_round_of_all_clients_is_the_exact_gaussian_mechanism(multiplier: fl
 
 
 def test_rounds_of_all_clients_are_one_round_with_less_noise() -> None:
-    """n Gaussian releases of one vector are one with the standard deviation σ / √n: their mean is sufficient."""
+    """N Gaussian releases of one vector are one with the standard deviation σ / √n: their mean is sufficient."""
     sampling = Sampling("all", 10, 10)
     assert sampling.epsilon(6.0, 9, DELTA) == pytest.approx(sampling.epsilon(2.0, 1, DELTA), rel=1e-9)
     assert sampling.epsilon(6.0, 0, DELTA) == 0

@@ -17,7 +17,7 @@ from fellrec.errors import CheckpointError, ConfigError, DataError, TrainingErro
 from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.participation import Clients, Participation
 from fellrec.federated.records import Cohort, RoundRecord
-from fellrec.federated.samplers import BySizeSampler, PowerOfChoiceSampler, Sampler, TraceSampler
+from fellrec.federated.samplers import BySizeSampler, PoissonSampler, PowerOfChoiceSampler, Sampler, TraceSampler
 from fellrec.federated.settings import ParticipationSettings, PowerOfChoiceSamplerSettings, TraceSamplerSettings
 from fellrec.functional.participation import cohort, draw_by_weight, slowdowns
 
@@ -305,3 +305,21 @@ def test_a_candidate_that_could_not_measure_is_chosen_last() -> None:
 def test_settings_out_of_range_are_refused(how: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ParticipationSettings(**how)
+
+
+def test_poisson_cohorts_are_independent_draws_and_nobody_is_left_out_for_being_slow() -> None:
+    """The size is binomial, each client comes with the same frequency, and pairs are independent."""
+    num, rate, rounds = 20, 0.5, 400
+    drawn = np.zeros((rounds, num))
+    for cohort_ in cohorts(rounds, num, PoissonSampler(), rate=rate, slowdown=5.0):
+        drawn[cohort_.round_index, list(cohort_.rows)] = 1
+    sizes = drawn.sum(axis=1)
+    assert abs(sizes.mean() - num * rate) < 4 * math.sqrt(num * rate * (1 - rate) / rounds)
+    assert 0.8 < sizes.var() / (num * rate * (1 - rate)) < 1.25
+    assert np.all(np.abs(drawn.mean(axis=0) - rate) < 4.5 * math.sqrt(rate * (1 - rate) / rounds))
+
+
+def test_a_poisson_round_without_clients_is_refused_before_training() -> None:
+    with pytest.raises(ConfigError, match=r"round \d+ has 0 clients and needs 1"):
+        participation(2, PoissonSampler(), rate=0.5).check(50)
+    participation(40, PoissonSampler(), rate=0.5).check(50)

@@ -49,7 +49,7 @@ def difference(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> dict[
 
 
 def test_the_noise_has_the_standard_deviation_of_its_law() -> None:
-    """multiplier · clip_norm / cohort; the relative error of a standard deviation from n numbers is about 1 / √(2n)."""
+    """Multiplier · clip_norm / cohort; the relative error of a standard deviation from n numbers is about 1 / √(2n)."""
     mean = private(clip_norm=0.5)
     found = mean.mean([update(0.0, size=400)], [0], 0)["a"]
     assert mean.costs()["privacy/noise_std"] == pytest.approx(mean.multiplier * 0.5 / 4)
@@ -72,7 +72,9 @@ def test_the_mean_is_that_of_clipped_updates_and_one_client_moves_it_by_at_most_
     moved = difference(private(clip_norm=0.5).mean([*others, update(scale, 3)], range(3), 0), without)
     given = update(scale, 3)
     assert norm_of(moved) == pytest.approx(min(0.5, norm_of(given)) / 4, rel=1e-6)
-    torch.testing.assert_close(moved["a"] / norm_of(moved), (given["a"] / norm_of(given)).double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        moved["a"] / norm_of(moved), (given["a"] / norm_of(given)).double(), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
