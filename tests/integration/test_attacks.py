@@ -44,7 +44,7 @@ def run_dir(lean_overrides: list[str], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def findings(run_dir: Path) -> dict[tuple[str, int | None], Finding]:
-    found = attack(run_dir, read_config(run_dir), list(ON_CUT), [0, 2], AttackSettings(rows=ROWS))
+    found = attack(run_dir, read_config(run_dir), list(ON_CUT), [0, 2], AttackSettings(rows=ROWS, inverter_steps=60))
     return {(finding.attack, finding.depth): finding for finding in found}
 
 

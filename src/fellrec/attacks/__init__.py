@@ -8,7 +8,10 @@ from __future__ import annotations
 ON_CUT = {
     "nearest_embedding": "each hidden state of the first cut is compared with the public token embeddings",
     "logit_lens": "the public final norm and LM head read the hidden states of the first cut",
+    "inverter": "a linear layer, trained on public text through the public head, reads the states of the first cut",
+    "transformer_inverter": "the same with one small transformer layer",
     "public_tail": "the public copy of tail and LM head reads the targets off the hidden states of the second cut",
+    "gradient": "labels are optimised until their gradient at the second cut is the one that the client sent",
 }
 """Attacks on hidden states and gradients at the two cuts → what they do, in one sentence."""
 ATTACKS = {**ON_CUT}

@@ -142,7 +142,7 @@ def _list_attacks(output_format: str) -> None:
         return
     for title, texts in {"attacks of fellrec attack RUN_DIR": known, "reported beside them": BASELINES}.items():
         sys.stdout.write(f"{title}\n")
-        sys.stdout.writelines(f"  {name:<22} {text}\n" for name, text in texts.items())
+        sys.stdout.writelines(f"  {name:<20} {text}\n" for name, text in texts.items())
         sys.stdout.write("\n")
     sys.stdout.write("settings\n")
     sys.stdout.writelines(f"  {_line(setting)}\n" for setting in own)

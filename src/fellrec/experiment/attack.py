@@ -153,19 +153,20 @@ def _at_depth(
     recommender: Recommender, federation: Federation, depth: int, names: Sequence[str], settings: AttackSettings
 ) -> list[Finding]:
     """The findings of attacks on the cut at one depth."""
-    link, data, fabric = recommender.link, recommender.data, recommender.fabric
+    link, fabric = recommender.link, recommender.fabric
     assert link is not None
     assert isinstance(federation.executor, SerialExecutor)
     tap = Tap(link.transport)
     link.connect(tap, Ledger())
-    heads = [depth] * data.num_clients
+    heads = [depth] * recommender.data.num_clients
     model = CutClientModel(WholeClientModel(recommender.module, recommender.base), link, heads)
     trainer = one_step(federation.executor.trainer, model)
     observed = list(_observed(trainer, tap, federation, settings.rows))
     if not observed:
         raise ConfigError("no client of the run has a training target: there is nothing to observe")
-    with knowing(recommender.module, model, federation.population.initial, data, trainer.seed, fabric) as public:
-        return findings_at(public, observed, names, recommender.backbone.tokenizer, settings.guesses)
+    initial = federation.population.initial
+    with knowing(recommender.module, model, initial, trainer.datamodule, trainer.seed, fabric) as public:
+        return findings_at(public, observed, names, recommender.backbone.tokenizer, settings)
 
 
 def _observed(trainer: LocalTrainer, tap: Tap, federation: Federation, rows: int) -> Iterator[Observed]:

@@ -32,7 +32,10 @@ def public() -> Public:
     objective = RetrievalObjective(backbone.tokenizer, CATALOGUE, 10, RetrievalSettings())
     model = SplitModel(backbone.model, (0, 2), 1).eval()
     counts = torch.arange(1.0, len(TITLES) + 1, dtype=torch.float64)
-    return Public(model, objective, counts, token_counts(objective, counts, model.num_embeddings), seed=0)
+    draw = torch.Generator().manual_seed(0)
+    items = [torch.randint(len(TITLES), (16, 9), generator=draw) for _ in range(4)]
+    texts = [objective.collate(some, torch.ones_like(some, dtype=torch.bool))["input_ids"] for some in items]
+    return Public(model, objective, counts, token_counts(objective, counts, model.num_embeddings), texts, seed=0)
 
 
 @pytest.fixture(scope="session")

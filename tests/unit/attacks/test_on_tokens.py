@@ -14,6 +14,7 @@ from fellrec.attacks.lens import LogitLens
 from fellrec.attacks.nearest import NearestEmbedding
 from fellrec.attacks.on_cut import ON_TOKENS
 from fellrec.attacks.public import Public
+from fellrec.attacks.settings import AttackSettings
 from fellrec.attacks.titles import title_numbers
 from fellrec.errors import ConfigError
 from fellrec.models.split import SplitModel
@@ -21,8 +22,16 @@ from fellrec.models.split import SplitModel
 ROWS, LENGTH, SIGMAS = 40, 25, 4
 
 
-def drawn(num_tokens: int) -> torch.Tensor:
-    return torch.randint(num_tokens, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
+SETTINGS = AttackSettings(inverter_steps=100)
+
+
+def drawn(tokens: torch.Tensor) -> torch.Tensor:
+    return tokens[torch.randint(len(tokens), (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))]
+
+
+def of_titles(public: Public) -> torch.Tensor:
+    """The tokens that occur in public text: an inverter knows no others."""
+    return public.token_counts.nonzero()[:, 0]
 
 
 def head(model: SplitModel, ids: torch.Tensor, depth: int) -> torch.Tensor:
@@ -37,8 +46,8 @@ def recovery(guesses: torch.Tensor, ids: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", ON_TOKENS)
 def test_at_depth_0_recovery_is_nearly_total(public: Public, name: str) -> None:
     """The hidden state is the embedding; with a tied LM head its logit is largest for the token itself."""
-    ids = drawn(public.model.num_embeddings)
-    attack = ON_TOKENS[name](public)
+    ids = drawn(of_titles(public))
+    attack = ON_TOKENS[name](public, SETTINGS)
     assert recovery(attack.tokens(head(public.model, ids, 0), 3), ids) > 0.95
 
 
@@ -47,12 +56,12 @@ def test_at_depth_0_recovery_is_nearly_total(public: Public, name: str) -> None:
 def test_a_random_head_and_a_secret_permutation_leave_chance(
     public: Public, secret_head: Callable[[torch.Tensor, int], torch.Tensor], name: str, depth: int
 ) -> None:
-    """Uniform tokens: chance is 1/V. What is guessed right beyond it is within 4 standard deviations of a binomial."""
-    num_tokens = public.model.num_embeddings
-    ids = drawn(num_tokens)
+    """Uniform tokens: chance is one of their number. What is guessed right beyond it is within 4 standard deviations of a binomial."""
+    tokens = of_titles(public)
+    ids = drawn(tokens)
     with public.model.at_depth(depth):
-        found = recovery(ON_TOKENS[name](public).tokens(secret_head(ids, depth), 3), ids)
-    chance = 1 / num_tokens
+        found = recovery(ON_TOKENS[name](public, SETTINGS).tokens(secret_head(ids, depth), 3), ids)
+    chance = 1 / len(tokens)
     assert found <= chance + SIGMAS * math.sqrt(chance * (1 - chance) / ids.numel())
 
 
@@ -62,8 +71,8 @@ def test_learned_positions_are_subtracted() -> None:
     model = SplitModel(GPT2LMHeadModel(config), (0, 1), 1).eval()
     with torch.no_grad():
         model.model.transformer.wpe.weight.mul_(50)  # far larger than the embeddings of tokens
-    ids = drawn(97)
-    own = Public(model, None, torch.ones(1), torch.ones(97), 0)  # type: ignore[arg-type]
+    ids = drawn(torch.arange(97))
+    own = Public(model, None, torch.ones(1), torch.ones(97), [], 0)  # type: ignore[arg-type]
     assert recovery(NearestEmbedding(own).tokens(head(model, ids, 0), 1), ids) == 1.0
 
 
@@ -71,7 +80,7 @@ def test_an_encoder_has_no_logit_lens() -> None:
     config = BertConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
     model = SplitModel(BertModel(config, add_pooling_layer=False), (0, 1), 1)
     with pytest.raises(ConfigError, match="logit_lens needs a backbone with a final norm and an LM head"):
-        LogitLens(Public(model, None, torch.ones(1), torch.ones(97), 0))  # type: ignore[arg-type]
+        LogitLens(Public(model, None, torch.ones(1), torch.ones(97), [], 0))  # type: ignore[arg-type]
 
 
 def test_the_best_rows_in_chunks_are_those_of_all_scores(monkeypatch: pytest.MonkeyPatch) -> None:
