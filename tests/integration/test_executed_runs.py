@@ -16,7 +16,7 @@ from fellrec.callbacks.checkpoint import Checkpoint
 from fellrec.config.compose import compose
 from fellrec.cut.client_model import CutClientModel
 from fellrec.cut.link import InProcess, ServerLink
-from fellrec.cut.messages import HiddenState, OpenSlot, SelectRows, Serve
+from fellrec.cut.messages import Gradient, HiddenState, OpenSlot, SelectRows, Serve
 from fellrec.cut.server import BodyServer
 from fellrec.distributed.message import Message
 from fellrec.errors import ConfigError, TrainingError
@@ -294,6 +294,28 @@ def recorded(tiny_overrides: list[str]) -> Callable[..., tuple[FederatedLoop, li
         return loop, recording.sent
 
     return build
+
+
+def first(messages: list[Message], kind: type[Message]) -> Tensor:
+    """The first tensor that the server gets in messages of a kind."""
+    found = next(message for message in messages if isinstance(message, kind))
+    return tensors_of(found)[0]
+
+
+def test_noise_has_its_standard_deviation_and_clipping_its_norm_where_they_are_asked_for(
+    recorded: Callable[..., tuple[FederatedLoop, list[Message]]],
+) -> None:
+    """The start is evaluated first, so the first hidden states and, without noise in them, gradients are comparable."""
+    _, plain = recorded("trainer.num_rounds=1")
+    _, hidden = recorded("trainer.num_rounds=1", "split.hidden_noise=0.5")
+    _, gradient = recorded("trainer.num_rounds=1", "split.gradient_clip=1e-3", "split.gradient_noise=0.25")
+    noise = first(hidden, HiddenState) - first(plain, HiddenState)
+    assert float(noise.std()) == pytest.approx(0.5, rel=4 / (2 * noise.numel()) ** 0.5)
+    assert torch.equal(first(gradient, HiddenState), first(plain, HiddenState))
+    exact = first(plain, Gradient)
+    clipped = exact * (1e-3 / exact.norm(dim=-1, keepdim=True).clamp(min=1e-3))
+    noise = first(gradient, Gradient) - clipped
+    assert float(noise.std()) == pytest.approx(0.25, rel=4 / (2 * noise.numel()) ** 0.5)
 
 
 @pytest.mark.parametrize("objective", ["retrieval", "generative"])

@@ -22,6 +22,7 @@ from fellrec.cut.messages import (
     SelectRows,
     ServerReport,
 )
+from fellrec.cut.noise import CutNoise, Disturbance
 from fellrec.cut.server import BodyServer
 from fellrec.distributed.channel import Channel
 from fellrec.distributed.memory import peak_bytes
@@ -114,6 +115,7 @@ class ServerLink:
         hidden_dtype: Packing of hidden states, see ``fellrec.functional.packing``.
         gradient_dtype: Packing of gradients.
         trains_body: Whether the server trains something.
+        noise: What is done to both before they are packed.
 
     Attributes:
         waited_seconds: Time that training spent in the transport: sending, and waiting for the server. In one process
@@ -124,11 +126,16 @@ class ServerLink:
     """
 
     def __init__(
-        self, hidden_dtype: str = "float32", gradient_dtype: str = "float32", trains_body: bool = True
+        self,
+        hidden_dtype: str = "float32",
+        gradient_dtype: str = "float32",
+        trains_body: bool = True,
+        noise: CutNoise | None = None,
     ) -> None:
         self.hidden_dtype = hidden_dtype
         self.gradient_dtype = gradient_dtype
         self.trains_body = trains_body
+        self.noise = noise or CutNoise()
         self.ledger = Ledger()
         self._transport: Transport | None = None
         self.waited_seconds = 0.0
@@ -136,6 +143,7 @@ class ServerLink:
         self.learning_rate: float | None = None
         self.norms: dict[str, float] = {}
         self._call: _Call | None = None
+        self._num_sent = 0
         self._without_lora = False
         self._number = 0
         self._num_caches = 0
@@ -178,11 +186,12 @@ class ServerLink:
             round_index: For the ledger.
             phase: ``"train"``, ``"val"`` or ``"test"``.
         """
-        before, self._call = self._call, _Call(client, round_index, phase)
+        before = self._call, self._num_sent
+        self._call, self._num_sent = _Call(client, round_index, phase), 0
         try:
             yield
         finally:
-            self._call = before
+            self._call, self._num_sent = before
 
     @contextmanager
     def without_lora(self) -> Iterator[None]:
@@ -213,7 +222,8 @@ class ServerLink:
     def backward(self, handle: Any, gradients: tuple[Tensor, ...], like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """See ``fellrec.models.remote.BodyLink``."""
         call, number = handle
-        packed = tuple(pack(gradient, self.gradient_dtype) for gradient in gradients)
+        sent = self._disturbed(self.noise.gradient, gradients, call)
+        packed = tuple(pack(gradient, self.gradient_dtype) for gradient in sent)
         where = call.client, call.round_index, call.phase, number
         reply = self.request(Gradient(*where, packed, self.wants_norms, self.learning_rate))
         if not isinstance(reply, GradientReply) or reply.number != number:
@@ -257,11 +267,21 @@ class ServerLink:
     def _forward(self, hidden: tuple[Tensor, ...], **how: Any) -> tuple[HiddenReply, Any]:
         call = self._current
         self._number += 1
-        packed = tuple(pack(head, self.hidden_dtype) for head in hidden)
+        packed = tuple(pack(head, self.hidden_dtype) for head in self._disturbed(self.noise.hidden, hidden, call))
         answer = self.request(HiddenState(call.client, call.round_index, call.phase, self._number, packed, **how))
         if not isinstance(answer, HiddenReply) or answer.number != self._number:
             raise SplitError(f"unexpected message {type(answer).__name__} for a hidden state of client {call.client}")
         return answer, (call, self._number)
+
+    def _disturbed(self, change: Disturbance, tensors: tuple[Tensor, ...], call: _Call) -> tuple[Tensor, ...]:
+        """Tensors of one message with noise of their own: by client, round, phase, and their number in it.
+
+        Several processes may evaluate users of one client; they must not repeat each other's noise.
+        """
+        self._num_sent += 1
+        process = 0 if call.phase == "train" else self.transport.process
+        where = call.client, call.round_index, call.phase, process, self._num_sent
+        return tuple(change(tensor, *where, place) for place, tensor in enumerate(tensors))
 
     def _record(self, message: Message) -> None:
         if isinstance(message, ClientMessage):

@@ -10,6 +10,7 @@ import torch
 from lightning import Fabric
 from omegaconf import DictConfig, OmegaConf
 
+from fellrec.cut.settings import UNCHANGED
 from fellrec.data.prepared import PreparedData
 from fellrec.distributed.devices import matrix_rate, wait_for
 from fellrec.experiment.build import Recommender, build_recommender, recommender_key
@@ -122,9 +123,7 @@ def precisions(config: DictConfig, device: torch.device) -> list[str]:
 
 
 def _measured_choice(config: DictConfig, data: PreparedData) -> Candidate:
-    alone = OmegaConf.merge(
-        config, {"split": {"transport": "none", "hidden_dtype": "float32", "gradient_dtype": "float32"}}
-    )
+    alone = OmegaConf.merge(config, {"split": {"transport": "none", **UNCHANGED}})
     assert isinstance(alone, DictConfig)
     fabric = build_fabric(alone, alone=True)
     names = precisions(config, fabric.device)

@@ -20,6 +20,8 @@ from fellrec.config.members import is_federation, with_totals
 from fellrec.config.paths import cache_dir
 from fellrec.config.registry import kind_of_data, own_settings
 from fellrec.cut.link import ServerLink
+from fellrec.cut.noise import CutNoise, Disturbance
+from fellrec.cut.settings import SplitSettings
 from fellrec.data.cold import ColdStart
 from fellrec.data.datamodule import FellrecDataModule
 from fellrec.data.federation import join
@@ -189,7 +191,7 @@ def build_recommender(config: DictConfig, data: PreparedData, fabric: Fabric | N
     adapter = build_adapter(config)
     link = None
     if transport != "none":
-        link = ServerLink(split.hidden_dtype, split.gradient_dtype, trains_body="body" in adapter.parts)
+        link = ServerLink(split.hidden_dtype, split.gradient_dtype, "body" in adapter.parts, _cut_noise(config))
     model = SplitModel(backbone.model, head_depths(config, adapter.parts), split.tail_layers, link)
     cold = ColdStart.of(data, config.trainer.cold_users_below)
     module = build_module(config, data, backbone, model, adapter, fabric, cold)
@@ -426,6 +428,14 @@ def _metrics(
         )
         for _ in choices or (None,)
     ]
+
+
+def _cut_noise(config: DictConfig) -> CutNoise:
+    split, seed = settings(SplitSettings, config.split, "split"), config.seed
+    return CutNoise(
+        Disturbance(split.hidden_clip, split.hidden_noise, seed),
+        Disturbance(split.gradient_clip, split.gradient_noise, seed),
+    )
 
 
 def _clients_of_members(data: PreparedData) -> dict[str, range]:

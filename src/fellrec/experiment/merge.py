@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from fellrec.cut.settings import UNCHANGED
 from fellrec.errors import ConfigError
 from fellrec.experiment.restore import data_of, restore
 from fellrec.federated.client_model import WholeClientModel
@@ -47,7 +48,7 @@ def merge(run_dir: Path, config: DictConfig, client: int, folder: Path) -> None:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--output {folder} exists and is not empty; choose another")
-    config.split.hidden_dtype = "float32"  # the whole model, in this process
+    config.split.update(UNCHANGED)  # the whole model, in this process
     data = data_of(run_dir, config)
     check_mergeable(config, client, data.num_clients)
     recommender, federation = restore(run_dir, config, data)

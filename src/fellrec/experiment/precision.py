@@ -11,6 +11,7 @@ from lightning import Fabric
 from lightning.fabric.plugins import HalfPrecision, MixedPrecision, Precision
 from omegaconf import DictConfig
 
+from fellrec.cut.settings import UNCHANGED
 from fellrec.errors import ConfigError
 from fellrec.functional.ranges import refuse
 from fellrec.models.settings import HfSettings
@@ -129,10 +130,9 @@ def trains_all(config: DictConfig) -> bool:
 def _sent_nowhere(config: DictConfig) -> list[str]:
     if config.split.transport != "none":
         return []
-    given = {name: config.split[name] for name in ("hidden_dtype", "gradient_dtype")}
     return [
         f"split.{name}={value} has no effect with split.transport=none, where nothing is sent; give "
         "split.transport=inprocess or distributed"
-        for name, value in given.items()
-        if value != "float32"
+        for name, plain in UNCHANGED.items()
+        if (value := config.split.get(name, plain)) != plain
     ]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from fellrec.cut.settings import is_changed
 from fellrec.data.prepared import PreparedData
 from fellrec.experiment.build import Recommender, build_data, build_recommender
 from fellrec.experiment.classes import check_classes
@@ -47,7 +48,7 @@ def restore(
             training.
     """
     data = data_of(run_dir, config) if data is None else data
-    # In one process, with the same figures: one model, unless what is sent is rounded.
+    # In one process, with the same figures: one model, unless what is sent is rounded, clipped or noised.
     config.split.transport = transport or _transport(config)
     recommender = build_recommender(config, data)
     check_prompt(run_dir, recommender.module.objective)
@@ -59,5 +60,4 @@ def restore(
 
 
 def _transport(config: DictConfig) -> str:
-    is_rounded = config.split.transport != "none" and config.split.hidden_dtype != "float32"
-    return "inprocess" if is_rounded else "none"
+    return "inprocess" if config.split.transport != "none" and is_changed(config.split) else "none"

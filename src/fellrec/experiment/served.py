@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from sklearn.decomposition import TruncatedSVD
 from sklearn.preprocessing import normalize
 
+from fellrec.cut.settings import UNCHANGED
 from fellrec.data.partition import user_item_matrix
 from fellrec.data.prepared import PreparedData
 from fellrec.data.ragged import Ragged
@@ -75,7 +76,7 @@ class ServedModel:
     @classmethod
     def of_run(cls, run_dir: Path, config: DictConfig, data: PreparedData | None = None) -> ServedModel:
         """That of a finished run, whole in this process: what is sent through a cut is not rounded; see `restore`."""
-        config.split.hidden_dtype = "float32"
+        config.split.update(UNCHANGED)
         recommender, federation = restore(run_dir, config, data)
         jobs = federation.selection.score_jobs()
         return cls(recommender.module, recommender.base, recommender.fabric, recommender.data, jobs)

@@ -104,6 +104,7 @@ def test_a_step_that_overflows_is_left_out_and_the_scale_falls(scale: float, aft
         (["trainer.precision=16-mixed"], "trainer.precision=16-mixed needs a GPU, and this run is on cpu; give bf16"),
         (["trainer.precision=16-mixed", "split=executed"], "16-mixed needs split.transport=none, it is inprocess"),
         (["split.hidden_dtype=int8"], "split.hidden_dtype=int8 has no effect with split.transport=none"),
+        (["split.hidden_noise=0.1"], "split.hidden_noise=0.1 has no effect with split.transport=none"),
         (["split.gradient_dtype=bfloat16"], "split.gradient_dtype=bfloat16 has no effect"),
         (["backbone=hf", "backbone.path=x", "backbone.dtype=float16", "adapter=full"], "float16 needs adapter=lora"),
     ],
@@ -126,12 +127,15 @@ def test_a_gpu_may_train_in_half_precision() -> None:
 
 
 @pytest.mark.slow
-def test_evaluate_rounds_hidden_states_as_the_run_did(tiny_overrides: list[str], tmp_path: Path) -> None:
+def test_evaluate_rounds_hidden_states_as_the_run_did_with_the_same_noise(
+    tiny_overrides: list[str], tmp_path: Path
+) -> None:
     where = [f"run_dir={tmp_path / 'run'}", f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"]
     rounded = [
         "split.transport=inprocess",
         "split.tail_layers=0",
         "split.hidden_dtype=int8",
+        "split.hidden_noise=0.5",
         "references.show=[popularity]",
     ]
     main(["train", *tiny_overrides, *SHORT, *rounded, *where])
