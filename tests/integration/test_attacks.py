@@ -139,7 +139,29 @@ def test_what_is_wrong_is_refused_before_data_are_read(
     assert not (run_dir / "attack").exists()
 
 
-def test_item_ids_are_no_text(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_first_updates_give_the_items_of_training_away(
+    lean_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of an item table, every row is an item: far above chance, which is n of I items."""
+    folder = tmp_path / "run"
+    lean = [item for item in lean_overrides if not item.startswith("backbone.")]
+    fellrec.run([*lean, "backbone=sasrec", "trainer.num_rounds=1", "tracking.uri=null", f"run_dir={folder}"])
+    main(["attack", str(folder), "attack.users_per_client=[1,5]", "attack.update_clients=4", "--format", "json"])
+    printed = json.loads(capsys.readouterr().out)["findings"]
+    recall = {(one["attack"], one["users_per_client"]): one["metrics"]["item_recall"] for one in printed}
+    assert {name for name, _ in recall} == {"update_rows", "update_scores", *BASELINES}
+    for users in (1, 5):
+        assert recall["update_rows", users] > 0.8
+        assert recall["update_scores", users] > recall["chance", users]
+    assert recall["chance", 1] < 0.3
+
+
+def test_lora_has_no_rows(run_dir: Path) -> None:
+    with pytest.raises(fellrec.FellrecError, match="adapter=lora does not train: use attack=update_scores"):
+        attack(run_dir, read_config(run_dir), ["update_rows"], None, AttackSettings())
+
+
+def test_item_ids_are_no_text(run_dir: Path) -> None:
     config = read_config(run_dir)
     config.backbone.name = "sasrec"
     with pytest.raises(fellrec.FellrecError, match="backbone=sasrec reads item ids"):

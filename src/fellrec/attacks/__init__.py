@@ -14,7 +14,12 @@ ON_CUT = {
     "gradient": "labels are optimised until their gradient at the second cut is the one that the client sent",
 }
 """Attacks on hidden states and gradients at the two cuts → what they do, in one sentence."""
-ATTACKS = {**ON_CUT}
+ON_UPDATE = {
+    "update_rows": "the items of training are those whose embedding rows moved unlike the others in the first update",
+    "update_scores": "they are those that the updated model ranks higher than the initial one, for public histories",
+}
+"""Attacks on the update of a client, by number of users a client."""
+ATTACKS = {**ON_CUT, **ON_UPDATE}
 """All attacks."""
 BASELINES = {
     "chance": "tokens and items drawn by how frequent they are in the public data",
@@ -29,4 +34,4 @@ def defaults(backbone: str) -> list[str]:
     Args:
         backbone: Name of the backbone in the configuration.
     """
-    return [] if backbone == "sasrec" else ["nearest_embedding", "logit_lens", "public_tail"]
+    return list(ON_UPDATE) if backbone == "sasrec" else ["nearest_embedding", "logit_lens", "public_tail"]

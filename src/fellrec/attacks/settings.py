@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
-from fellrec.functional.ranges import Count, check
+from fellrec.functional.ranges import Count, check, items, whole
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,12 @@ class AttackSettings:
     """Steps of the training of an inverter on public text, for each depth."""
     gradient_steps: Count = 100
     """Steps of gradient matching, for each client's batch."""
+    users_per_client: Annotated[
+        Sequence[int], items(whole(1), "a list of whole numbers of at least 1, such as [1,5,20]")
+    ] = (1, 5, 20)
+    """Of the clients whose first updates are attacked; they are made of the run's users anew."""
+    update_clients: Count = 10
+    """Clients whose updates are attacked, for each number of users."""
 
     def __post_init__(self) -> None:
         """Check all ranges."""

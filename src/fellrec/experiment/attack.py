@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
-from fellrec.attacks import ATTACKS, ON_CUT
+from fellrec.attacks import ATTACKS, ON_CUT, ON_UPDATE
 from fellrec.attacks.findings import Finding
 from fellrec.attacks.observe import Observed, Tap, observe, one_step, with_items
 from fellrec.attacks.on_cut import findings_at
-from fellrec.attacks.public import knowing
+from fellrec.attacks.public import knowing, public_item_counts
 from fellrec.attacks.settings import AttackSettings
+from fellrec.attacks.update import UpdateRows, UpdateScores, update_recall, with_clients
 from fellrec.config.instantiate import as_dict
 from fellrec.config.members import is_federation
 from fellrec.cut.client_model import CutClientModel
 from fellrec.errors import ConfigError, unknown
-from fellrec.experiment.build import Recommender, backbone_path
+from fellrec.experiment.build import Recommender, backbone_path, build_datamodule
 from fellrec.experiment.federation import Federation
 from fellrec.experiment.restore import data_of, restore
 from fellrec.federated.client_model import WholeClientModel
@@ -29,6 +31,7 @@ from fellrec.functional.by_size import distinct_numbers
 from fellrec.models.backbone import load_shape
 from fellrec.models.remote import Cut
 from fellrec.models.settings import parts_of
+from fellrec.state.tensor_store import StoredTensors
 
 _LARGER_THAN_ANY = 10**9
 """Training samples that no client has: heads of these depths exist, and no client of the run has them by itself."""
@@ -56,18 +59,22 @@ def attack(
         BackboneError: If a depth leaves the server no layer.
     """
     check_attacks(config, names)
-    depths = check_depths(config, depths)
+    on_cut, on_update = ([name for name in names if name in some] for some in (ON_CUT, ON_UPDATE))
+    depths = check_depths(config, depths) if on_cut else []
     data = data_of(run_dir, config)
     findings = []
-    on_cut = [name for name in names if name in ON_CUT]
-    if on_cut:
-        config = config.copy()
-        config.trainer.batch_size = max(1, settings.rows // min(settings.rows, data.num_clients))
-        with_depths(config, depths)
-        recommender, federation = restore(run_dir, config, data, "inprocess")
+    if depths:
+        cut = config.copy()
+        cut.trainer.batch_size = max(1, settings.rows // min(settings.rows, data.num_clients))
+        with_depths(cut, depths)
+        recommender, federation = restore(run_dir, cut, data, "inprocess")
         with_items(recommender.datamodule)
         for depth in depths:
             findings += _at_depth(recommender, federation, depth, on_cut, settings)
+    if on_update:
+        whole = config.copy()
+        recommender, federation = restore(run_dir, whole, data, "none")
+        findings += _of_updates(whole, recommender, federation, on_update, settings)
     return findings
 
 
@@ -87,6 +94,11 @@ def check_attacks(config: DictConfig, names: Sequence[str]) -> None:
         raise ConfigError(
             f"attack={','.join(on_text)} recovers text, and backbone=sasrec reads item ids: attack a run with "
             "backbone=tiny or backbone=hf"
+        )
+    if "update_rows" in names and "rank" in config.adapter:
+        raise ConfigError(
+            "attack=update_rows reads the rows of the token embedding, which adapter=lora does not train: use "
+            "attack=update_scores"
         )
     trained = parts_of(config.adapter.get("layers", "head+body+tail"))
     if on_text and ("head" in trained) != ("body" in trained):
@@ -167,6 +179,34 @@ def _at_depth(
     initial = federation.population.initial
     with knowing(recommender.module, model, initial, trainer.datamodule, trainer.seed, fabric) as public:
         return findings_at(public, observed, names, recommender.backbone.tokenizer, settings)
+
+
+def _of_updates(
+    config: DictConfig,
+    recommender: Recommender,
+    federation: Federation,
+    names: Sequence[str],
+    settings: AttackSettings,
+) -> Iterator[Finding]:
+    """The findings of attacks on first updates, by number of users a client."""
+    assert isinstance(federation.executor, SerialExecutor)
+    module, initial = recommender.module, federation.population.initial
+    own, model = federation.executor.trainer, WholeClientModel(recommender.module, recommender.base)
+    attacks: dict[str, Callable[[StoredTensors], Tensor]] = {}
+    if "update_rows" in names:
+        rows = UpdateRows(module, initial.tensors())
+        attacks["update_rows"] = lambda adapter: rows.scores(adapter.tensors())
+    if "update_scores" in names:
+        attacks["update_scores"] = UpdateScores(module, model, initial, recommender.data, own.seed).scores
+    popularity = public_item_counts(recommender.data)
+    attacks["most_popular"] = lambda adapter: popularity
+    for number in settings.users_per_client:
+        data = with_clients(recommender.data, number, settings.update_clients, own.seed)
+        if data.num_clients:
+            batches = build_datamodule(config, data, module.objective)
+            trainer = LocalTrainer(own.fabric, module, batches, model, own.settings, own.seed)
+            for name, recall in update_recall(trainer, initial, attacks).items():
+                yield Finding(name, {"item_recall": recall}, users_per_client=number)
 
 
 def _observed(trainer: LocalTrainer, tap: Tap, federation: Federation, rows: int) -> Iterator[Observed]:

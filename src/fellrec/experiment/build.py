@@ -199,7 +199,7 @@ def build_recommender(config: DictConfig, data: PreparedData, fabric: Fabric | N
         fabric=fabric,
         data=data,
         cold=cold,
-        datamodule=_datamodule(config, data, module.objective),
+        datamodule=build_datamodule(config, data, module.objective),
         module=module,
         initial=copy_adapter(module.trainable),
         adapter=adapter,
@@ -444,7 +444,8 @@ def _clients_of_members(data: PreparedData) -> dict[str, range]:
     return {name: range(bounds[place], bounds[place + 1]) for place, name in enumerate(data.members)}
 
 
-def _datamodule(config: DictConfig, data: PreparedData, objective: Objective) -> FellrecDataModule:
+def build_datamodule(config: DictConfig, data: PreparedData, objective: Objective) -> FellrecDataModule:
+    """Batches of an objective by client."""
     measured = {"history_lengths": objective.history_lengths} if isinstance(objective, MeasuresHistories) else {}
     return FellrecDataModule(
         data,
@@ -461,4 +462,4 @@ def _datamodule(config: DictConfig, data: PreparedData, objective: Objective) ->
 def build_batches(config: DictConfig, backbone: Backbone, data: PreparedData) -> tuple[Objective, FellrecDataModule]:
     """The local objective and its batches by client; for counting, the backbone needs no weights."""
     objective = build_objective(config, backbone, data)
-    return objective, _datamodule(config, data, objective)
+    return objective, build_datamodule(config, data, objective)
