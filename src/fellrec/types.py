@@ -36,6 +36,7 @@ class Evaluation:
         first_items: Their first items, as far as the largest cutoff; ``None`` where rankings are not kept.
         reported: What the ranker told of each user, name → ``[U_eval]`` float64.
         choice: Which of the ranker's choices these are the metrics of, from 0; see ``ReportingRanker``.
+        poisoned: Clients that misbehave, see ``PoisonSettings``; ascending.
     """
 
     stage: str
@@ -48,3 +49,4 @@ class Evaluation:
     first_items: FirstItems | None = None
     reported: Mapping[str, Tensor] = field(default_factory=dict)
     choice: int = 0
+    poisoned: tuple[int, ...] = ()

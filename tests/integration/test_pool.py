@@ -23,7 +23,7 @@ CLIENTS = ["partition.num_clients=5", "trainer.timeout_seconds=100"]
 MIXED = (
     "aggregation=fellrec,updatemixing,centralized,scaffold,ifca,fedbuff adapter=lora adapter.dropout=0.2 "
     "trainer.accumulate_grad_batches=2 participation.rate=0.7 participation.on_failure=skip participation.slowdown=4 "
-    "objective._target_=fragile.Fragile"
+    "objective._target_=fragile.Fragile poison.clients=[1] poison.kind=label_flip"
 )
 FRAGILE = """
 from fellrec.models.objectives.retrieval import RetrievalObjective

@@ -305,11 +305,13 @@ def round_metrics(record: RoundRecord, num_clients: int | None = None) -> dict[s
 
 
 def client_table(evaluation: Evaluation) -> pd.DataFrame:
-    """One row per client: its evaluated users and its metrics."""
+    """One row per client: its evaluated users, whether it is poisoned if any is, and its metrics."""
     table = pd.DataFrame({name: values.numpy() for name, values in evaluation.per_client.items()})
     users = pd.Series(evaluation.client_of_user.numpy()).value_counts().reindex(table.index, fill_value=0)
     table.insert(0, "users", users)
     table.insert(0, "client", table.index)
+    if evaluation.poisoned:
+        table.insert(2, "poisoned", table.index.isin(evaluation.poisoned))
     return table
 
 

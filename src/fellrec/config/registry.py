@@ -38,6 +38,7 @@ from fellrec.federated.settings import (
     ExchangeSettings,
     ParticipationSettings,
     PoissonSamplerSettings,
+    PoisonSettings,
     PowerOfChoiceSamplerSettings,
     TraceSamplerSettings,
     TrainerSettings,
@@ -86,6 +87,7 @@ GROUPS: Mapping[str, type] = {
     "participation": ParticipationSettings,
     "exchange": ExchangeSettings,
     "privacy": PrivacySettings,
+    "poison": PoisonSettings,
     "trainer": TrainerSettings,
     "references": ReferenceSettings,
     "tracking": TrackingSettings,
@@ -154,6 +156,7 @@ CHOICES: Mapping[str, Mapping[str, type]] = {
 NEWER: Mapping[str, Mapping[str, Any]] = {
     "exchange": {},
     "privacy": {},
+    "poison": {},
     "participation.sampler": {"_target_": f"{_SAMPLERS}.UniformSampler"},
 }
 """Groups and choices that runs of earlier versions do not have in their configuration, with what these runs did."""

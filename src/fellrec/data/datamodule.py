@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, reduce
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,10 @@ class _Rows(Dataset[Any]):
         counts = (torch.arange(len(self) + 1, dtype=torch.float64) * held_out + 1e-9).floor()
         index = (counts.diff() > 0) == of_held_out
         return _Rows(self.items[index], self.is_target[index])
+
+    def relabelled(self, other_I: Tensor) -> _Rows:
+        """These rows with another item in the place of each target."""
+        return _Rows(torch.where(self.is_target, other_I[self.items.clamp(min=0)], self.items), self.is_target)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -144,6 +149,8 @@ class FellrecDataModule(LightningDataModule):
             similar length together, or ``None`` to only shuffle the rows.
         history_lengths: Returns the number of tokens ``[B]`` of the input for histories ``[B, H]``, by which users are
             batched; their number of items by default.
+        relabelled: Clients whose training rows have other items as targets → ``[I]`` int64, the item that takes the
+            place of each.
 
     Raises:
         LeakError: If the evaluation input contains a target, or lacks an interaction that precedes the targets, or a
@@ -161,6 +168,7 @@ class FellrecDataModule(LightningDataModule):
         seed: int = 0,
         lengths: Lengths = lambda items, is_target: None,
         history_lengths: HistoryLengths = _num_items,
+        relabelled: Mapping[int, Tensor] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         check_catalogues(data)
@@ -171,6 +179,7 @@ class FellrecDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.seed = seed
+        self._relabelled = relabelled
         self._make_rows = last_position_rows if one_target_per_row else windows
         self._users = {
             stage: _Users(data, stage, evaluated_users(data, stage), history_lengths) for stage in ("val", "test")
@@ -262,7 +271,9 @@ class FellrecDataModule(LightningDataModule):
             owner = self.data.client_of_user
             users = np.flatnonzero(owner >= 0 if client is None else owner == client)
             targets = np.ones_like(self.data.train_targets) if client == PUBLIC else self.data.train_targets
-            self._cache[client] = _Rows.of(self._training_rows(users, targets))
+            rows = _Rows.of(self._training_rows(users, targets))
+            other = None if client is None else self._relabelled.get(client)
+            self._cache[client] = rows if other is None else rows.relabelled(other)
             if len(self._cache) > _CACHED_CLIENTS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(client)

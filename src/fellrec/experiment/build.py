@@ -39,8 +39,11 @@ from fellrec.experiment.precision import use_precision, weights_dtype
 from fellrec.experiment.privacy import privacy_problems
 from fellrec.federated.base_change import BaseWeights
 from fellrec.federated.kept import KeptUsers
+from fellrec.federated.poison import relabelled
 from fellrec.federated.ranks import Ranks
 from fellrec.federated.samplers import Sampler
+from fellrec.federated.secure_sum import secure_problems
+from fellrec.federated.settings import PoisonSettings
 from fellrec.functional.by_size import check_length, distinct_numbers
 from fellrec.functional.candidates import SampledCandidates
 from fellrec.functional.ranges import refuse
@@ -74,6 +77,10 @@ _OF_TRAINING = (
     "patience", "select", "frontier_floor", "checkpoint_every", "checkpoints_kept", "clients_per_step",
 )  # fmt: skip
 """Settings of ``trainer`` that no ranking depends on."""
+
+
+_OF_MODEL = ("backbone", "adapter", "objective", "ranker", "seed")
+"""Groups and settings that decide what an adapter is part of."""
 
 
 @dataclass(frozen=True)
@@ -278,7 +285,12 @@ def build_rule(config: DictConfig) -> AggregationCallback:
     rule: AggregationCallback = instantiate(config.aggregation, "aggregation", of=AggregationCallback)
     limits = rule.limits if rule.second_model is None else replace(rule.limits, whole_model=True)
     plain = with_totals(as_dict(config))
-    refuse(*limits.problems(rule.name, plain), *joint_problems(config, rule), *privacy_problems(config, rule))
+    refuse(
+        *limits.problems(rule.name, plain),
+        *joint_problems(config, rule),
+        *privacy_problems(config, rule),
+        *secure_problems(rule, plain),
+    )
     ranks, num_clients = OmegaConf.select(config, "adapter.rank"), plain.get("partition", {}).get("num_clients")
     if OmegaConf.is_list(ranks) and isinstance(num_clients, int):
         Ranks(ranks, num_clients)  # refuses other numbers of ranks
@@ -297,7 +309,7 @@ def build_adapter(config: DictConfig) -> Any:
 def recommender_key(config: DictConfig) -> str:
     """The same for configurations that can share a recommender: they differ in nothing but the rule."""
     plain = as_dict(config)
-    return repr([plain[name] for name in ("backbone", "adapter", "split", "objective", "ranker", "trainer", "seed")])
+    return repr([plain[name] for name in (*_OF_MODEL, "split", "trainer", "poison")])
 
 
 def evaluation_key(config: DictConfig) -> str:
@@ -307,7 +319,7 @@ def evaluation_key(config: DictConfig) -> str:
     """
     plain = as_dict(config)
     trainer = {name: value for name, value in plain["trainer"].items() if name not in _OF_TRAINING}
-    return repr([trainer, *(plain[name] for name in ("backbone", "adapter", "objective", "ranker", "seed"))])
+    return repr([trainer, *(plain[name] for name in _OF_MODEL)])
 
 
 def build_backbone(config: DictConfig, data: PreparedData) -> Backbone:
@@ -424,6 +436,7 @@ def _metrics(
             reported,
             config.trainer.sampled_candidates,
             members=_clients_of_members(data),
+            poisoned=config.poison.clients,
             sync_on_compute=False,  # the coordinator collects the metrics of all processes
         )
         for _ in choices or (None,)
@@ -455,6 +468,7 @@ def build_datamodule(config: DictConfig, data: PreparedData, objective: Objectiv
         eval_batch_size=config.trainer.eval_batch_size,
         seed=config.seed,
         lengths=objective.lengths,
+        relabelled=relabelled(settings(PoisonSettings, config.poison, "poison"), data.places.items),
         **measured,
     )
 

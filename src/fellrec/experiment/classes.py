@@ -8,8 +8,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from fellrec.config.instantiate import as_dict, check_settings
-from fellrec.config.members import OF_MEMBER, key_of_member, member_configs
+from fellrec.aggregation.base import AggregationCallback
+from fellrec.config.instantiate import as_dict, check_settings, settings
+from fellrec.config.members import OF_MEMBER, is_federation, key_of_member, member_configs
 from fellrec.data.holdout import Holdout
 from fellrec.data.partition import Partition
 from fellrec.data.schema import Reader
@@ -18,7 +19,11 @@ from fellrec.experiment.build import build_rule, build_sampler
 from fellrec.experiment.fabric import PLUGINS
 from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.exchange import Transform
+from fellrec.federated.poison import problems
+from fellrec.federated.populations import OneForAll
 from fellrec.federated.samplers import Sampler
+from fellrec.federated.settings import PoisonSettings
+from fellrec.functional.ranges import refuse
 from fellrec.models.adapters import AdapterKind
 from fellrec.models.module import Objective, Ranker
 
@@ -51,10 +56,13 @@ def check_classes(config: DictConfig) -> None:
             raise ConfigError(f"callbacks.{name}.run_dir is not allowed: a callback is given the directory of its run")
     build_rule(config)
     build_sampler(config)
+    num_clients = OmegaConf.select(config, "partition.num_clients")
+    if isinstance(num_clients, int) and not is_federation(config):
+        refuse(*problems(settings(PoisonSettings, config.poison, "poison"), num_clients))
 
 
 def check_transforms(configs: Sequence[DictConfig]) -> None:
-    """Refuse ``exchange.transforms`` where clients exchange nothing, before data or models are loaded.
+    """Refuse what changes the exchange where clients exchange nothing, before data or models are loaded.
 
     Args:
         configs: All that one command runs: among rules that exchange updates, one that does not is named in a warning,
@@ -63,15 +71,27 @@ def check_transforms(configs: Sequence[DictConfig]) -> None:
     Raises:
         ConfigError: If no rule exchanges updates.
     """
-    given = [config for config in configs if config.exchange.transforms]
-    silent = [name for name, sees in ((rule.name, rule.sees) for rule in map(build_rule, given)) if sees == "nothing"]
+    _check_effect("exchange.transforms", [config for config in configs if config.exchange.transforms])
+    _check_effect("poison.clients", [config for config in configs if config.poison.clients])
+    _check_effect("exchange.secure", [config for config in configs if config.exchange.secure], off="false")
+
+
+def _check_effect(what: str, configs: Sequence[DictConfig], off: str = "[]") -> None:
+    """Refuse a setting that changes what clients send if no rule exchanges updates."""
+    rules = [(config, build_rule(config)) for config in configs]
+    silent = [rule.name for config, rule in rules if rule.sees == "nothing" and not _flips_labels(what, config, rule)]
     if not silent:
         return
     names = ", ".join(f"aggregation={name}" for name in dict.fromkeys(silent))
-    problem = f"exchange.transforms has no effect with {names}, where no update leaves a client"
-    if len(silent) == len(given):
-        raise ConfigError(f"{problem}; use exchange.transforms=[]")
+    problem = f"{what} has no effect with {names}, where no update leaves a client"
+    if len(silent) == len(configs):
+        raise ConfigError(f"{problem}; use {what}={off}")
     log.warning(problem)
+
+
+def _flips_labels(what: str, config: DictConfig, rule: AggregationCallback) -> bool:
+    """Whether a client trains on other rows, which needs no exchange, but training by client."""
+    return what == "poison.clients" and config.poison.kind == "label_flip" and rule.population is not OneForAll
 
 
 def _places(config: DictConfig) -> Iterator[tuple[str, Any, type | tuple[type, ...]]]:

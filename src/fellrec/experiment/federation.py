@@ -36,14 +36,16 @@ from fellrec.federated.ledger import Ledger
 from fellrec.federated.local import LocalTrainer
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.participation import AllAtOnce, Clients, Participation
+from fellrec.federated.poison import Poison, problems
 from fellrec.federated.population import Population
 from fellrec.federated.progress import Progress
 from fellrec.federated.ranks import Ranks
 from fellrec.federated.records import LoraLayer
 from fellrec.federated.selection import Selection
-from fellrec.federated.settings import ParticipationSettings, TrainerSettings
+from fellrec.federated.settings import ExchangeSettings, ParticipationSettings, PoisonSettings, TrainerSettings
 from fellrec.functional.by_size import of_clients
 from fellrec.functional.participation import cohort_size
+from fellrec.functional.ranges import refuse
 from fellrec.models.adapters import lora_layers
 from fellrec.models.module import OptimizerSettings
 from fellrec.types import PUBLIC
@@ -155,6 +157,8 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
             f"aggregation {rule.name} trains on the public users at the server, and data.public_user_rate={rate} gives "
             "none with a training target: raise it"
         )
+    poison = build_poison(config, num_clients)
+    exchange = settings(ExchangeSettings, config.exchange, "exchange")
     transforms = [instantiate(node, "exchange.transforms", of=Transform) for node in config.exchange.transforms]
     trained = [row for participant in range(population.num_participants) for row in population.rows_of(participant)]
     return Federation(
@@ -164,15 +168,17 @@ def build_federation(config: DictConfig, recommender: Recommender, session: Any 
         executor=executor,
         evaluator=local.evaluator,
         exchange=Exchange(
-            rule,
-            ledger,
-            transforms,
-            _at_server(config, recommender),
-            meters,
-            _layers(recommender),
-            num_clients,
-            ranks,
-            build_privacy(config, num_clients),
+            rule=rule,
+            ledger=ledger,
+            transforms=transforms,
+            at_server=_at_server(config, recommender),
+            meters=meters,
+            layers=_layers(recommender),
+            num_clients=num_clients,
+            ranks=ranks,
+            privacy=build_privacy(config, num_clients),
+            poison=poison,
+            secure=exchange if exchange.secure else None,
         ),
         selection=Selection(population, trainer.metric, trainer.select, trainer.patience, trainer.frontier_floor),
         progress=Progress(),
@@ -235,6 +241,17 @@ def build_server(config: DictConfig, part: ServerPart, num_rows: int, fabric: Fa
     rule = build_rule(config)
     rule.part_of = part.model.part_of
     return BodyServer(part.model, part.trainable, server, fabric.autocast, part.base, rule.local_terms)
+
+
+def build_poison(config: DictConfig, num_clients: int) -> Poison | None:
+    """The clients that misbehave in what they send; ``None`` if there are none.
+
+    Raises:
+        ConfigError: If one of them does not exist, or all misbehave.
+    """
+    given = settings(PoisonSettings, config.poison, "poison")
+    refuse(*problems(given, num_clients))
+    return Poison(given) if given.clients else None
 
 
 def _at_server(config: DictConfig, recommender: Recommender) -> Callable[[int, str], bool]:

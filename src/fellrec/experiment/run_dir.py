@@ -227,7 +227,8 @@ def write_evaluation(run_dir: Path, evaluation: Evaluation, extra: Mapping[str, 
     """Write ``results.json``: the figures of a stage."""
     per_client = {name: values.tolist() for name, values in evaluation.per_client.items()}
     summary = dict(evaluation.summary)
-    results = {"stage": evaluation.stage, "round_index": evaluation.round_index, **extra}
+    poisoned = {"poisoned_clients": list(evaluation.poisoned)} if evaluation.poisoned else {}
+    results = {"stage": evaluation.stage, "round_index": evaluation.round_index, **poisoned, **extra}
     write_json(run_dir / _RESULTS, {**results, "summary": summary, "per_client": per_client})
 
 

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from fellrec.errors import TrainingError
 from fellrec.federated.ledger import Ledger
+from fellrec.federated.poison import Poison
 from fellrec.federated.privacy import PrivateMean
 from fellrec.federated.ranks import Ranks
-from fellrec.federated.records import Aggregated, LoraLayer, LossJob, Received, SumsOnly, Trained, Updates
+from fellrec.federated.records import Aggregated, Failed, LoraLayer, LossJob, Received, SumsOnly, Trained, Updates
+from fellrec.federated.secure_sum import SecureSum
+from fellrec.federated.settings import ExchangeSettings
 from fellrec.functional.stacks import AdapterStack, Repeated, RowStack, as_lazy, first_row
 from fellrec.state.tensor_store import StoredTensors
 from fellrec.types import Adapter
@@ -86,6 +89,8 @@ class Exchange:
         num_clients: C, for the rule.
         ranks: LoRA ranks of the clients, if they differ: a client sends and receives the part of its rank.
         privacy: Gives the rule a noised mean of the updates instead of the updates.
+        poison: Clients that send something else than what they trained; ``None`` for none.
+        secure: Settings of secure sums; ``None`` for none.
     """
 
     def __init__(
@@ -99,7 +104,11 @@ class Exchange:
         num_clients: int = 0,
         ranks: Ranks | None = None,
         privacy: PrivateMean | None = None,
+        poison: Poison | None = None,
+        secure: ExchangeSettings | None = None,
     ) -> None:
+        self.poison = poison
+        self.secure = secure
         self.rule = rule
         self.ledger = ledger
         self.privacy = privacy
@@ -120,8 +129,31 @@ class Exchange:
             num_scalars = len(job.adapters)
             self.ledger.add(job.row, job.round_index, "train", "up", "scalar", num_scalars * _SCALAR_BYTES)
 
+    def sent(self, outcomes: Sequence[Trained | Failed], is_exchanged: Callable[[int], bool]) -> list[Trained | Failed]:
+        """What clients send of what they trained; what a client that misbehaves sends is replaced or refused.
+
+        Args:
+            outcomes: What they trained.
+            is_exchanged: Whether a row's adapter is sent.
+        """
+        if self.poison is None or self.rule.sees == "nothing":
+            return list(outcomes)
+
+        def leaving(trained: Trained) -> dict[str, Tensor]:
+            """What leaves a client; nothing of a row that is not sent."""
+            tensors = trained.adapter.tensors() if is_exchanged(trained.row) else {}
+            kept = {name: t for name, t in tensors.items() if self._leaves(name, trained)}
+            return {name: t for name, t in kept.items() if not self.at_server(trained.row, name)}
+
+        return self.poison.sent(outcomes, leaving, self.ranks)
+
     def up(
-        self, trained: Sequence[Trained], model: Adapter, root: Trained | None = None, started: Sequence[int] = ()
+        self,
+        trained: Sequence[Trained],
+        model: Adapter,
+        root: Trained | None = None,
+        started: Sequence[int] = (),
+        absent: Sequence[int] = (),
     ) -> Updates:
         """What the rule sees of the clients that finished a round; the bytes that they send are recorded.
 
@@ -131,20 +163,21 @@ class Exchange:
                 ``Population.model``.
             root: The server's own training, which sends nothing.
             started: Rows that began the round, whether or not they finished, for what privacy costs.
+            absent: Clients that were drawn and did not begin, for secure sums.
 
         Raises:
-            TrainingError: If an adapter is not finite.
+            TrainingError: If an adapter is not finite, or too few clients are left for a secure sum.
         """
         round_index, first = trained[0].job.round_index, trained[0].adapter.tensors()
         names = [name for name in first if self._leaves(name, trained[0])]
         shapes = {name: first[name].shape for name in names}
         self._received = first
         start_losses = [t.start_loss for t in trained if t.start_loss is not None]
-        sent = [self._sent(t, names) for t in trained]
+        starts, ends = [t.job.adapter.tensors for t in trained], [self._sent(t, names) for t in trained]
         updates = Updates(
             clients=tuple(t.row for t in trained),
-            start=RowStack(shapes, [t.job.adapter.tensors for t in trained]),
-            end=RowStack(shapes, sent),
+            start=RowStack(shapes, starts),
+            end=RowStack(shapes, ends),
             losses=torch.tensor([t.loss for t in trained], dtype=torch.float64),
             num_samples=torch.tensor([t.num_samples for t in trained], dtype=torch.float64),
             start_losses=torch.tensor(start_losses, dtype=torch.float64) if start_losses else None,
@@ -160,12 +193,21 @@ class Exchange:
         )
         self._arrived = {(t.row, t.job.round_index) for t in trained}
         if self.privacy is not None:
-            updates = self._noised(self.privacy, updates, sent, [*started, *updates.clients])
+            updates = self._noised(self.privacy, updates, ends, [*started, *updates.clients])
         updates.check_finite(round_index)
         if self.rule.sees != "sums":
             return updates
-        hidden = SumsOnly(updates.start, self.rule.name), SumsOnly(updates.end, self.rule.name)
+        secure = None
+        if self.secure is not None:
+            record = partial(self._record, round_index)
+            away = sorted({*absent, *(row for row in started if row < self.num_clients)} - {*updates.clients})
+            how = self.rule.name, shapes, updates.clients, starts, ends, away, self.secure, record
+            secure = SecureSum(*how)
+        hidden = SumsOnly(updates.start, self.rule.name), SumsOnly(updates.end, self.rule.name, secure)
         return replace(updates, start=hidden[0], end=hidden[1])
+
+    def _record(self, round_index: int, row: int, direction: str, kind: str, num_bytes: int) -> None:
+        self.ledger.add(row, round_index, "train", direction, kind, num_bytes)
 
     def down(self, updates: Updates, aggregated: Aggregated) -> Received:
         """What the clients receive; the bytes that they receive are recorded.
@@ -282,7 +324,8 @@ class Exchange:
         for name in self.rule.client_tensors:
             num_bytes += self._num_bytes(row, _tensors_of(trained.tensors, name))
         num_scalars = 2 if trained.start_loss is None else 3
-        self.ledger.add(row, round_index, "train", "up", "adapter", num_bytes)
+        if self.secure is None:  # otherwise the update is sent masked
+            self.ledger.add(row, round_index, "train", "up", "adapter", num_bytes)
         self.ledger.add(row, round_index, "train", "up", "scalar", num_scalars * _SCALAR_BYTES)
         return opened
 

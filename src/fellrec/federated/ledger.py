@@ -11,7 +11,8 @@ import torch
 
 from fellrec.state.tensor_store import StoredTensors
 
-KINDS = ("adapter", "hidden_state", "gradient", "scalar")
+KINDS = ("adapter", "hidden_state", "gradient", "scalar", "masked", "key")
+"""Stored by their place: new ones come last."""
 PHASES = ("train", "val", "test")
 DIRECTIONS = ("up", "down")
 _COLUMNS = ("client", "round", "phase", "direction", "kind")

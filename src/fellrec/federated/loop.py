@@ -123,9 +123,10 @@ class FederatedLoop:
         )
         model = self.population.model()
         outcomes, root = self.without_root(self.train(self.jobs(cohort)))
+        outcomes = self.exchange.sent(outcomes, self.population.is_exchanged)
         trained = self.participation.quorum(cohort, outcomes)
         sending = [t for t in trained if self.population.is_exchanged(t.row)]
-        updates = self.exchange.up(sending, model, root, cohort.rows)
+        updates = self.exchange.up(sending, model, root, cohort.rows, (*cohort.dropped, *cohort.late))
         self.events.call("on_aggregate_start", updates)
         aggregated = self.rule.aggregate(updates, round_index)
         self.population.receive(self.exchange.down(updates, aggregated))

@@ -15,6 +15,7 @@ from fellrec.functional.ranges import (
     Positive,
     RateBelow1,
     Seconds,
+    Seed,
     check,
     items,
     line,
@@ -191,6 +192,32 @@ class PowerOfChoiceSamplerSettings:
         check(self, "participation.sampler")
 
 
+Clients = Annotated[
+    Sequence[int],
+    items(whole(0), "a list of client numbers from 0, each once, such as [1,4]", distinct=True, least=0),
+]
+
+
+@dataclass(frozen=True)
+class PoisonSettings:
+    """Clients that misbehave, to measure what that does to the others; none by default."""
+
+    clients: Clients = ()
+    """Clients that misbehave, from 0; tables mark them, and have figures of the honest clients. []: none."""
+    kind: Literal["none", "label_flip", "sign_flip", "scale", "nan", "copy"] = "sign_flip"
+    """none: they behave, and are marked. label_flip: in their training rows every target is another item.
+    sign_flip, scale: they send their update times -``scale`` or ``scale``. nan: they send entries that are not numbers.
+    copy: they send the adapter of the first honest client of the round."""
+    scale: Positive = 10.0
+    """What sign_flip and scale multiply an update by."""
+    seed: Seed = 0
+    """Of the permutation of items that label_flip uses."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges."""
+        check(self, "poison")
+
+
 @dataclass(frozen=True)
 class ExchangeSettings:
     """What is exchanged between clients and server."""
@@ -198,7 +225,21 @@ class ExchangeSettings:
     transforms: Annotated[Sequence[Any], listed("a list, such as [clip,{name: quantise, bits: 4}]")] = ()
     """Applied to the updates that clients send, in this order: clip, noise, quantise, topk, with settings as in
     {name: clip, norm: 0.5}, or classes of your own as {_target_: my_module.Mine}."""
+    secure: bool = False
+    """Whether rules that need sums only get them by pairwise masks (docs/secure_sums.md), of fixed point numbers."""
+    secure_bits: Annotated[int, whole(1, 52)] = 24
+    """With ``secure``: bits after the point."""
+    secure_word: Literal[32, 64] = 32
+    """With ``secure``: bits of a number; sums are modulo 2 to this power."""
 
     def __post_init__(self) -> None:
-        """Check all ranges."""
-        check(self, "exchange")
+        """Check all ranges, and that a number has bits before the point."""
+        check(self, "exchange", self._without_room)
+
+    @property
+    def _without_room(self) -> str | None:
+        bits, word = self.secure_bits, self.secure_word
+        if word not in (32, 64) or bits <= word - 4:
+            return None
+        with_word = f"with exchange.secure_word={word}"
+        return f"exchange.secure_bits={bits} is not allowed {with_word}: a number of at most {word - 4}"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fellrec.errors import TrainingError
 from fellrec.federated.jobs import not_finite
+from fellrec.federated.secure_sum import SecureSum
 from fellrec.functional.stacks import AdapterStack, LazyStack, as_lazy, first_row
 from fellrec.types import Adapter
 
@@ -119,6 +120,8 @@ class Updates:
         Returns:
             Name → tensor of the parameter's own shape and type, computed in float64.
         """
+        if secure := _secure(self.end):
+            return self.like_adapters(secure.total(weights, of_updates=False))
         end, wide = _visible(self.end), weights.double()
         return {name: _joined(end, name, lambda _, block: wide @ block.double()) for name in end}
 
@@ -132,6 +135,9 @@ class Updates:
         Returns:
             As `weighted_sums`.
         """
+        if secure := _secure(self.end):
+            before, total = self._model_before(model), secure.total(weights, of_updates=True)
+            return self.like_adapters({name: before[name] + total[name] for name in total})
         start, end, wide = _visible(self.start), _visible(self.end), weights.double()
 
         def block_of(name: str, columns: slice, block: Tensor) -> Tensor:
@@ -151,6 +157,10 @@ class Updates:
         Returns:
             As `weighted_sums`.
         """
+        if secure := _secure(self.end):
+            kept, total = 1 - float(weights.sum()), secure.total(weights, of_updates=False)
+            model_before = self._model_before(model)
+            return self.like_adapters({name: kept * model_before[name] + total[name] for name in total})
         start, end, wide = _visible(self.start), _visible(self.end), weights.double()
 
         def block_of(name: str, columns: slice, block: Tensor) -> Tensor:
@@ -174,6 +184,8 @@ class Updates:
             TrainingError: See `check_common_start`.
         """
         self.check_common_start(rule)
+        if secure := _secure(self.end):
+            return self._model_before(None), secure.total(weights, of_updates=True)
         start, end, wide = _visible(self.start), _visible(self.end), weights.double()
         first = {name: start[name][0].double() for name in end}
         mean = {name: torch.zeros(start.shapes[name], dtype=torch.float64) for name in end}
@@ -182,6 +194,11 @@ class Updates:
             for columns, block in end.blocks(name):
                 flat[columns] = wide @ (block.double() - start.block(name, columns).double()).cpu()
         return first, mean
+
+    def _model_before(self, model: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """The exchanged part of a model, or the first start, float64."""
+        start = _visible(self.start)
+        return {name: (start[name][0] if model is None else model[name]).double().cpu() for name in start}
 
     def like_adapters(self, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One adapter's tensors in the types of the clients' own."""
@@ -213,11 +230,13 @@ class SumsOnly(Mapping[str, Tensor]):
     Args:
         stack: The adapters.
         rule: Name of the rule, for the error message.
+        secure: Computes sums where the server has no single adapter; ``None`` where it has.
     """
 
-    def __init__(self, stack: AdapterStack, rule: str) -> None:
+    def __init__(self, stack: AdapterStack, rule: str, secure: SecureSum | None = None) -> None:
         self.hidden = as_lazy(stack)
         self.rule = rule
+        self.secure = secure
 
     def __getitem__(self, name: str) -> Tensor:
         """Refuse.
@@ -244,6 +263,11 @@ def _check_finite(stack: LazyStack, clients: Sequence[int], round_index: int) ->
         if not bool(finite.all()):
             client = clients[int(finite.logical_not().nonzero()[0])]
             raise TrainingError(not_finite(name, f"client {client}", round_index))
+
+
+def _secure(stack: AdapterStack) -> SecureSum | None:
+    """What computes sums instead of the server, if anything."""
+    return stack.secure if isinstance(stack, SumsOnly) else None
 
 
 def _visible(stack: AdapterStack) -> LazyStack:

@@ -90,8 +90,8 @@ def number(accepts: Callable[[float], bool], text: str) -> Allowed:
     return Allowed(lambda value: _is_number(value) and math.isfinite(value) and accepts(value), text)
 
 
-def items(of: Allowed, text: str, distinct: bool = False) -> Allowed:
-    """Lists of at least one value of another range, each once if they are ``distinct``.
+def items(of: Allowed, text: str, distinct: bool = False, least: int = 1) -> Allowed:
+    """Lists of at least ``least`` values of another range, each once if they are ``distinct``.
 
     Example:
         >>> [items(whole(1), "").accepts(value) for value in ([5, 10], [], [0], 5)]
@@ -100,7 +100,7 @@ def items(of: Allowed, text: str, distinct: bool = False) -> Allowed:
 
     def accepts(value: Any) -> bool:
         """Whether a value is such a list."""
-        is_each_allowed = _is_list(value) and len(value) > 0 and all(map(of.accepts, value))
+        is_each_allowed = _is_list(value) and len(value) >= least and all(map(of.accepts, value))
         return is_each_allowed and not (distinct and len(set(value)) < len(value))
 
     return Allowed(accepts, text)

@@ -15,7 +15,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 from fellrec.functional.candidates import sampled_name
 from fellrec.functional.first_items import FirstItems
 from fellrec.functional.ranking import METRICS, ranking_metrics
-from fellrec.metrics.summary import client_means, group_figures, member_figures, summarise, user_mean
+from fellrec.metrics.summary import client_means, group_figures, honest_figures, member_figures, summarise, user_mean
 from fellrec.types import Evaluation
 
 
@@ -64,6 +64,7 @@ class ClientRankingMetrics(Metric):
         num_candidates: N, if targets are also ranked among a sample of N items; ``None`` if not.
         members: Of a federation of data sets, the clients of each by its name: metrics of their own, see
             ``member_figures``.
+        poisoned: Clients that misbehave: the others have metrics of their own, see ``honest_figures``.
         **kwargs: As for ``torchmetrics.Metric``.
     """
 
@@ -86,11 +87,13 @@ class ClientRankingMetrics(Metric):
         reported: Sequence[str] = (),
         num_candidates: int | None = None,
         members: Mapping[str, range] | None = None,
+        poisoned: Sequence[int] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.groups = dict(groups or {})
         self.members = dict(members or {})
+        self.poisoned = tuple(sorted(poisoned))
         self.num_clients = num_clients
         self.cutoffs = tuple(cutoffs)
         full = tuple(f"{name}_at_{cutoff}" for cutoff in self.cutoffs for name in METRICS)
@@ -196,7 +199,9 @@ class ClientRankingMetrics(Metric):
                 **evaluation.summary,
                 **group_figures(per_user, groups),
                 **member_figures(evaluation, self.members),
+                **honest_figures(evaluation, self.poisoned, self.num_clients),
             },
+            poisoned=self.poisoned,
             first_items=FirstItems(items, scores, is_tied.reshape(-1)) if items.numel() else None,
             reported=_vectors(result["reported"]),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from fellrec.functional.balance import balance
 from fellrec.types import Evaluation
+
+HONEST = "honest_clients"
+"""Beginning of the names of figures of the clients that do not misbehave."""
 
 
 def client_means(values: Tensor, client_of_user: Tensor, num_clients: int) -> Tensor:
@@ -119,14 +122,35 @@ def member_figures(evaluation: Evaluation, members: Mapping[str, range]) -> dict
         ``member/NAME/num_users``, and for each metric ``member/NAME/METRIC/mean`` over its clients with users and
         ``/pooled`` over its users: those that a run on its data alone calls ``METRIC/mean`` and ``METRIC/pooled``.
     """
-    figures = {}
-    for name, clients in members.items():
-        inside = (evaluation.client_of_user >= clients.start) & (evaluation.client_of_user < clients.stop)
-        figures[f"member/{name}/num_users"] = float(inside.sum())
-        if not inside.any():
-            continue
-        for metric, values in evaluation.per_user.items():
-            of_clients = evaluation.per_client[metric][clients.start : clients.stop]
-            figures[f"member/{name}/{metric}/mean"] = float(of_clients[~of_clients.isnan()].mean())
-            figures[f"member/{name}/{metric}/pooled"] = user_mean(values[inside])
+    found = [_figures_of_clients(evaluation, f"member/{name}", clients) for name, clients in members.items()]
+    return {name: value for figures in found for name, value in figures.items()}
+
+
+def honest_figures(evaluation: Evaluation, poisoned: Collection[int], num_clients: int) -> dict[str, float]:
+    """Metrics of the clients that do not misbehave; empty if none does.
+
+    Args:
+        evaluation: Of all clients.
+        poisoned: Clients that misbehave.
+        num_clients: C.
+
+    Returns:
+        ``honest_clients/num_users``, and for each metric ``honest_clients/METRIC/mean`` over the honest clients with
+        users and ``/pooled`` over their users.
+    """
+    honest = [client for client in range(num_clients) if client not in poisoned]
+    return _figures_of_clients(evaluation, HONEST, honest) if poisoned else {}
+
+
+def _figures_of_clients(evaluation: Evaluation, prefix: str, clients: Sequence[int]) -> dict[str, float]:
+    """Number of users of some clients, and their metrics: means over these clients and over their users."""
+    index = torch.tensor(clients, dtype=torch.int64)
+    inside = torch.isin(evaluation.client_of_user, index)
+    figures = {f"{prefix}/num_users": float(inside.sum())}
+    if not inside.any():
+        return figures
+    for metric, values in evaluation.per_user.items():
+        of_clients = evaluation.per_client[metric][index]
+        figures[f"{prefix}/{metric}/mean"] = float(of_clients[~of_clients.isnan()].mean())
+        figures[f"{prefix}/{metric}/pooled"] = user_mean(values[inside])
     return figures

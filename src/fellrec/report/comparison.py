@@ -202,6 +202,16 @@ class Comparison:
         return list(dict.fromkeys(result.seed for result in self.results))
 
     @property
+    def poisoned(self) -> tuple[int, ...]:
+        """Clients that misbehave in a run."""
+        return tuple(sorted({client for result in self.results for client in result.evaluation.poisoned}))
+
+    @property
+    def client_names(self) -> list[str]:
+        """The clients' numbers as text; those of clients that misbehave have an asterisk."""
+        return [f"{client}{'*' * (client in self.poisoned)}" for client in range(len(self.users_per_client))]
+
+    @property
     def measured_with(self) -> str:
         """Commit, number of threads and seeds as text; empty if they are not known."""
         return "" if self.provenance is None else self.provenance.text(self.seeds)
@@ -298,6 +308,7 @@ class Comparison:
             "users_per_client": list(self.users_per_client),
             "members": {name: dict(member) for name, member in self.members.items()},
             "cold": dict(self.cold),
+            **({"poisoned_clients": list(self.poisoned)} if self.poisoned else {}),
             "measured": {**({} if self.provenance is None else self.provenance.to_dict()), "seeds": self.seeds},
             "chosen_on_validation": self.chosen,
             "rules": {rule: self._rule_dict(rule) for rule in rules},
@@ -348,6 +359,8 @@ def _main_figures(result: RuleResult) -> set[str]:
 def _client_rows(result: RuleResult) -> pd.DataFrame:
     table = pd.DataFrame({name: values.numpy() for name, values in result.evaluation.per_client.items()})
     table.insert(0, "client", table.index)
+    if result.evaluation.poisoned:
+        table.insert(1, "poisoned", table.index.isin(result.evaluation.poisoned))
     return table
 
 

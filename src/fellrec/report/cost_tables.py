@@ -13,7 +13,14 @@ from fellrec.report.comparison import Comparison
 from fellrec.report.costs import DIRECTIONS, RunCost
 from fellrec.report.tables import display_name, number_text, text_table, write_table
 
-KINDS = {"hidden_state": "hidden states", "gradient": "gradients", "adapter": "adapters", "scalar": "scalars"}
+KINDS = {
+    "hidden_state": "hidden states",
+    "gradient": "gradients",
+    "adapter": "adapters",
+    "scalar": "scalars",
+    "masked": "masked updates",
+    "key": "keys and shares",
+}
 """Kinds of the ledger → what they are called."""
 
 COSTS: dict[str, Callable[[RunCost], float | None]] = {

@@ -78,7 +78,8 @@ def write_run_report(run_dir: Path, title: str, evaluation: Evaluation, lines: S
     """
     shown = [name for name in evaluation.per_client if name.endswith("_at_10")] or list(evaluation.per_client)[:4]
     users = [int((evaluation.client_of_user == client).sum()) for client in range(len(evaluation.per_client[shown[0]]))]
-    table = pd.DataFrame({"client": map(str, range(len(users))), "users": map(str, users)})
+    names = [f"{client}{' (poisoned)' * (client in evaluation.poisoned)}" for client in range(len(users))]
+    table = pd.DataFrame({"client": names, "users": map(str, users)})
     for name in shown:
         table[name] = [f"{value:.4f}" for value in evaluation.per_client[name].tolist()]
     figures = {"mean over clients": "mean", "pooled over users": "pooled", "std over clients": "std"}

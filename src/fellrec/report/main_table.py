@@ -12,6 +12,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fellrec.metrics.summary import HONEST
 from fellrec.report.comparison import MAIN_FIGURES, Comparison, RuleResult
 from fellrec.report.tables import (
     display_name,
@@ -24,7 +25,7 @@ from fellrec.report.tables import (
 
 _NARROW = {"s/round": "s/rd", "CPU s/round": "CPU\ns"}
 _DIRECTIONS = {
-    **dict.fromkeys(("val", "NDCG", "Recall", "worst", "gain"), "↑"),
+    **dict.fromkeys(("val", "NDCG", "Recall", "honest", "worst", "gain"), "↑"),
     **dict.fromkeys(("std", "CV", "s/round", "CPU s/round"), "↓"),
 }
 """Columns, without a cutoff → whether higher or lower is better."""
@@ -53,6 +54,9 @@ def comparison_numbers(comparison: Comparison, cutoff: int) -> pd.DataFrame:
                 for name, figure in MAIN_FIGURES.items():
                     mean, sd = comparison.mean_and_sd(rule, f"{metric}/{figure}")
                     row |= {f"{metric}_{name}": mean, f"{metric}_{name}_sd": sd}
+                if comparison.poisoned:
+                    mean, sd = comparison.mean_and_sd(rule, f"{HONEST}/{metric}/mean")
+                    row |= {f"{metric}_honest": mean, f"{metric}_honest_sd": sd}
                 row[f"{metric}_gain_over_local"] = comparison.gain(rule, metric)
             row["seconds_per_round"] = comparison.seconds_per_round(rule)
             row["cpu_seconds_per_round"] = comparison.cpu_seconds_per_round(rule)
@@ -78,6 +82,7 @@ def comparison_frame(comparison: Comparison, cutoff: int) -> pd.DataFrame:
             f"NDCG@{cutoff} pooled": _figure(comparison, rule, f"{ndcg}/pooled"),
             f"Recall@{cutoff}": _figure(comparison, rule, f"{recall}/mean"),
             f"Recall@{cutoff} pooled": _figure(comparison, rule, f"{recall}/pooled"),
+            "honest": _figure(comparison, rule, f"{HONEST}/{ndcg}/mean") if comparison.poisoned else "",
             "std": _figure(comparison, rule, f"{ndcg}/std"),
             "CV": number_text(_finite(comparison.mean_and_sd(rule, f"{ndcg}/coefficient_of_variation")[0]), ".2f"),
             "worst": _figure(comparison, rule, f"{ndcg}/worst"),
@@ -183,6 +188,7 @@ def table_caption(comparison: Comparison, cutoff: int) -> str:
     return (
         f"NDCG@{cutoff} and Recall@{cutoff}: mean over clients, and pooled over users. std, CV (std / mean), worst: "
         f"NDCG@{cutoff} over clients."
+        + (f" honest: the mean over clients without {_clients_text(comparison)}." if comparison.poisoned else "")
         + (f" gain: its mean difference to {display_name(comparison.baseline)}." if "gain" in frame else "")
         + (" ±: standard deviation over seeds." if frame[f"NDCG@{cutoff}"].str.contains("±").any() else "")
         + _identical_text(comparison)
@@ -191,6 +197,12 @@ def table_caption(comparison: Comparison, cutoff: int) -> str:
         + _cold_text(comparison)
         + (f" Measured: {comparison.measured_with}." if comparison.measured_with else "")
     )
+
+
+def _clients_text(comparison: Comparison) -> str:
+    """The clients that misbehave."""
+    numbers = ", ".join(map(str, comparison.poisoned))
+    return f"poisoned client{'s' * (len(comparison.poisoned) > 1)} {numbers}"
 
 
 def reading_note(comparison: Comparison, cutoff: int) -> str:

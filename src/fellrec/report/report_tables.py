@@ -167,7 +167,10 @@ def differences_table(comparison: Comparison) -> ReportTable | None:
 
 
 def clients_table(comparison: Comparison, metric: str) -> ReportTable:
-    """Each client's evaluated users and its metric under every learned line, mean over seeds."""
+    """Each client's evaluated users and its metric under every learned line, mean over seeds.
+
+    In the text, clients that misbehave have an asterisk.
+    """
     columns = {
         line: torch.stack([result.evaluation.per_client[metric] for result in comparison.of_rule(line)])
         .mean(dim=0)
@@ -176,7 +179,9 @@ def clients_table(comparison: Comparison, metric: str) -> ReportTable:
     }
     users = list(comparison.users_per_client)
     numbers = pd.DataFrame({"client": range(len(users)), "users": users, **columns})
-    text = pd.DataFrame({"client": map(str, range(len(users))), "users": map(str, users)})
+    if comparison.poisoned:
+        numbers.insert(2, "poisoned", numbers.index.isin(comparison.poisoned))
+    text = pd.DataFrame({"client": comparison.client_names, "users": map(str, users)})
     best: set[tuple[int, str]] = set()
     for line, values in columns.items():
         text[display_name(line)] = ["" if math.isnan(value) else f"{value:.4f}" for value in values]

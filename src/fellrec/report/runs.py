@@ -145,6 +145,7 @@ def evaluation_of(found: Mapping[str, Any], users: pd.DataFrame, user_ids: pd.Se
         per_client={name: torch.tensor(values, dtype=torch.float64) for name, values in found["per_client"].items()},
         summary={name: float(value) for name, value in found["summary"].items()},
         users=torch.from_numpy(index.astype(np.int64)),
+        poisoned=tuple(int(client) for client in found.get("poisoned_clients", ())),
     )
 
 

@@ -17,11 +17,12 @@ from fellrec.federated.ledger import Ledger
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.participation import Clients, Participation
 from fellrec.federated.privacy import PrivateMean
+from fellrec.federated.poison import Poison
 from fellrec.federated.progress import Progress
 from fellrec.federated.records import Failed, Job, LossJob, ScoreJob, Trained
 from fellrec.federated.samplers import Sampler
 from fellrec.federated.selection import Selection
-from fellrec.federated.settings import ParticipationSettings, TrainerSettings
+from fellrec.federated.settings import ExchangeSettings, ParticipationSettings, TrainerSettings
 from fellrec.metrics import summarise
 from fellrec.state.tensor_store import StoredTensors
 from fellrec.types import Evaluation
@@ -75,6 +76,8 @@ def fake_loop(
     transforms: Sequence[Transform] = (),
     sampler: Sampler | None = None,
     privacy: PrivateMean | None = None,
+    poison: Poison | None = None,
+    secure: ExchangeSettings | None = None,
     **trainer: Any,
 ) -> FederatedLoop:
     """A loop over adapters of two parameters."""
@@ -87,7 +90,9 @@ def fake_loop(
         population=population,
         participation=participation_of(rule, num_clients, participation or {}, sampler),
         executor=executor or FakeExecutor(),
-        exchange=Exchange(rule, Ledger(), transforms, num_clients=num_clients, privacy=privacy),
+        exchange=Exchange(
+            rule, Ledger(), transforms, num_clients=num_clients, privacy=privacy, poison=poison, secure=secure
+        ),
         rule=rule,
         selection=Selection(population, settings.metric, settings.select, settings.patience, settings.frontier_floor),
         progress=Progress(),
