@@ -12,6 +12,7 @@ from fellrec.aggregation.settings.mixing import FELLRecSettings
 from fellrec.errors import TrainingError
 from fellrec.federated.records import Aggregated, Updates
 from fellrec.functional import mixing
+from fellrec.functional.sketch import sketch_updates
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,20 @@ class FELLRec(AggregationCallback, FELLRecSettings):
         """
         self._check_finite("loss", updates.losses, updates)
         released = self.fidelity == "released_code"
-        start = updates.start if self.similarity == "update" and not released else None
-        gram = mixing.gram_matrix(updates.end, start)
+        gram = self._inner_products(updates, "parameters" if released else self.similarity)
         self._check_finite("adapter", gram.diagonal(), updates)
         similarity = mixing.similarity(gram)
         difficulty = mixing.difficulty(updates.losses.cpu(), self.temperature)
         speed = self._learning_speed(difficulty, round_index)
         matrix = mixing.mixing_matrix(similarity if self.attention else torch.ones_like(similarity), speed)
         return BalanceTerms(similarity, difficulty, speed, mixing.sequential_matrix(matrix) if released else matrix)
+
+    def _inner_products(self, updates: Updates, of: str) -> Tensor:
+        """``[N, N]`` float64, of what is compared."""
+        if of == "sketch":
+            sketches = sketch_updates(updates.end, updates.start, self.sketch_size)
+            return sketches @ sketches.T
+        return mixing.gram_matrix(updates.end, None if of == "parameters" else updates.start)
 
     def _learning_speed(self, difficulty: Tensor, round_index: int) -> Tensor:
         released = self.fidelity == "released_code"

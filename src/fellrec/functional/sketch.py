@@ -36,12 +36,30 @@ def sketch_updates(end: AdapterStack, start: AdapterStack, num_buckets: int = 40
     stack, origin = as_lazy(end), as_lazy(start)
     sketch = torch.zeros(stack.num_rows, num_buckets, dtype=torch.float64)
     for name in stack:
-        first = derive_seed("sketch", name)
         for columns, block in stack.blocks(name):
             update = (block.double() - origin.block(name, columns).double()).cpu()
-            place = np.arange(columns.start, columns.stop, dtype=np.uint64) + np.uint64(first)
-            hashed = scramble(scramble(place))
-            sign = torch.from_numpy((hashed & np.uint64(1)).astype(np.float64)) * 2 - 1
-            bucket = torch.from_numpy(((hashed >> np.uint64(1)) % np.uint64(num_buckets)).astype(np.int64))
+            bucket, sign = places(name, columns, num_buckets)
             sketch.index_add_(1, bucket, update * sign)
     return sketch
+
+
+def places(name: str, columns: slice, num_buckets: int) -> tuple[Tensor, Tensor]:
+    """Bucket and sign of entries of a parameter; everyone can compute them.
+
+    Args:
+        name: Of the parameter.
+        columns: Its entries, from ``start`` to ``stop``.
+        num_buckets: Length of a sketch.
+
+    Returns:
+        ``[n]`` int64 and ``[n]`` float64, -1 or 1.
+
+    Example:
+        >>> bucket, sign = places("a", slice(0, 3), 8)
+        >>> bool((bucket < 8).all()), sign.abs().tolist()
+        (True, [1.0, 1.0, 1.0])
+    """
+    first = np.uint64(derive_seed("sketch", name))
+    hashed = scramble(scramble(np.arange(columns.start, columns.stop, dtype=np.uint64) + first))
+    sign = torch.from_numpy((hashed & np.uint64(1)).astype(np.float64)) * 2 - 1
+    return torch.from_numpy(((hashed >> np.uint64(1)) % np.uint64(num_buckets)).astype(np.int64)), sign

@@ -135,10 +135,40 @@ def test_losses_and_adapters_that_are_not_finite_name_the_client(make_updates):
         ({"temperature": -0.1}, "aggregation.temperature=-0.1 is not allowed"),
         ({"attention": "yes"}, "aggregation.attention=yes is not allowed: true or false"),
         ({"heating": 1}, "aggregation.heating=1 is not allowed"),
-        ({"similarity": "updates"}, "aggregation.similarity=updates is not allowed: update or parameters"),
+        ({"similarity": "updates"}, "aggregation.similarity=updates is not allowed: update, parameters or sketch"),
         ({"fidelity": "code"}, "aggregation.fidelity=code is not allowed: paper or released_code"),
     ],
 )
 def test_settings_that_are_not_allowed(setting, message):
     with pytest.raises(ConfigError, match=message):
         FELLRec(**setting)
+
+
+def test_similarities_of_sketches_have_the_error_of_random_projections(make_updates):
+    """The error of a cosine has a standard deviation of at most √(2 / size), and half of that in METHOD (1).
+
+    Of 105 pairs of 15 clients the root mean square is below 1.3 times it, and no error is above 5 of them. What is
+    mixed, difficulties and speeds stay as they are, and a larger sketch is nearer to the exact matrix.
+    """
+    updates = make_updates(15)
+    exact = FELLRec().aggregate(updates, 3)
+    errors = []
+    for size in (64, 1024, 2**16):
+        found = FELLRec(similarity="sketch", sketch_size=size).aggregate(updates, 3)
+        pairs = torch.triu(torch.ones(15, 15), diagonal=1).bool()
+        error = (found.matrices["similarity"] - exact.matrices["similarity"])[pairs]
+        bound = (2 / size) ** 0.5 / 2
+        errors.append(float(error.square().mean().sqrt()))
+        assert errors[-1] < 1.3 * bound
+        assert float(error.abs().max()) < 5 * bound
+        for name, values in found.per_client.items():
+            assert torch.equal(values, exact.per_client[name])
+    assert errors[0] > 2 * errors[1] > 0
+
+
+@pytest.mark.parametrize("size", [0, 100, 8, 2**25, 64.0])
+def test_the_size_of_a_sketch_is_a_power_of_two(size):
+    with pytest.raises(
+        ConfigError, match="aggregation.sketch_size=.* is not allowed: a power of two from 16 to 16777216"
+    ):
+        FELLRec(similarity="sketch", sketch_size=size)

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from fellrec.aggregation.settings.about import About
 from fellrec.aggregation.settings.base import RuleSettings
-from fellrec.functional.ranges import NotNegative, Positive, Rate
+from fellrec.functional.ranges import Allowed, NotNegative, Positive, Rate, whole
+
+SketchSize = Annotated[
+    int,
+    Allowed(
+        lambda value: whole(16, 2**24).accepts(value) and value & (value - 1) == 0, "a power of two from 16 to 16777216"
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -32,8 +39,11 @@ class FELLRecSettings(RuleSettings):
     """Whether similarities weigh the senders, (1)."""
     heating: bool = True
     """Whether difficulties slow the receivers, (2) and (3)."""
-    similarity: Literal["update", "parameters"] = "update"
-    """What is compared: the round's updates (end minus start), or the parameters."""
+    similarity: Literal["update", "parameters", "sketch"] = "update"
+    """What is compared: the round's updates (end minus start), the parameters, or random projections of the updates
+    (docs/secure_sums.md)."""
+    sketch_size: SketchSize = 4096
+    """With ``similarity=sketch``: numbers of a projection; a cosine's standard error is at most √(2 / size)."""
     fidelity: Literal["paper", "released_code"] = "paper"
     """paper, or released_code for the authors' program with its mistakes: exponent ``t + 1/beta``, no heating at
     ``beta = 1``, raw parameters compared whatever ``similarity`` is, and mixing in place in client order. The weights
