@@ -84,7 +84,7 @@ SWEEPS = {
     "markov_bar": (1, {"ml_1m": 1}),
     "few_shot": (1, {"samples_1024": 4, "samples_null": 4}),
     "generative_targets": (1, {f"{s}_{t}": 1 for s in ("vocabulary", "catalogue") for t in ("one", "every")}),
-    "poisoning": (0, dict.fromkeys(("none", "label_flip", "sign_flip", "scale", "copy", "nan"), 6)),
+    "poisoning": (0, dict.fromkeys(("none", "label_flip", "sign_flip", "scale", "copy", "not_finite"), 6)),
     "rules": (
         2,
         {"games/fellrec": 3, "games/fedbuff": 3, "ml_1m/fellrec": 1, "ml_1m/fedbuff": 1}

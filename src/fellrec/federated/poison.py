@@ -74,7 +74,7 @@ class Poison:
     def _instead(self, start: Tensor, end: Tensor, other: Tensor) -> Tensor:
         """What is sent of a parameter, given its value before and after training and that of an honest client."""
         match self.settings.kind:
-            case "nan":
+            case "not_finite":
                 return torch.full_like(end, torch.nan)
             case "copy":
                 return other.to(end.dtype)

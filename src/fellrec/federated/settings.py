@@ -204,9 +204,9 @@ class PoisonSettings:
 
     clients: Clients = ()
     """Clients that misbehave, from 0; tables mark them, and have figures of the honest clients. []: none."""
-    kind: Literal["none", "label_flip", "sign_flip", "scale", "nan", "copy"] = "sign_flip"
+    kind: Literal["none", "label_flip", "sign_flip", "scale", "not_finite", "copy"] = "sign_flip"
     """none: they behave, and are marked. label_flip: in their training rows every target is another item.
-    sign_flip, scale: they send their update times -``scale`` or ``scale``. nan: they send entries that are not numbers.
+    sign_flip, scale: they send their update times -``scale`` or ``scale``. not_finite: every entry is NaN.
     copy: they send the adapter of the first honest client of the round."""
     scale: Positive = 10.0
     """What sign_flip and scale multiply an update by."""

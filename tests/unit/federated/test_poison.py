@@ -81,7 +81,7 @@ def test_the_second_round_starts_from_what_the_first_made() -> None:
     assert seen.received[1] == [5.5, 14.5, 7.5, 8.5]
 
 
-@pytest.mark.parametrize(("kind", "scale"), [("nan", 1.0), ("scale", 1e39)])
+@pytest.mark.parametrize(("kind", "scale"), [("not_finite", 1.0), ("scale", 1e39)])
 def test_an_adapter_that_is_not_finite_is_refused(kind: str, scale: float) -> None:
     """The run stops, or the mean is that of the others, (1 + 3 + 4) / 3."""
     with pytest.raises(TrainingError, match="the server refuses a of client 1 in round 0: it has values that are not"):
@@ -118,7 +118,7 @@ def test_only_what_leaves_a_client_is_replaced() -> None:
     poisoned.run()
     assert adapters(plain)[4:] == adapters(poisoned)[4:]
     assert adapters(plain)[0] != adapters(poisoned)[0]
-    at_server = Exchange(Uniform(), Ledger(), at_server=lambda row, name: name == "b", poison=poison("nan", 0))
+    at_server = Exchange(Uniform(), Ledger(), at_server=lambda row, name: name == "b", poison=poison("not_finite", 0))
     job = fake_loop(Uniform()).population.job(0, 0)
     ones = StoredTensors({"a": torch.ones(2), "b": torch.ones(2)})
     trained = Trained(job, ones, StoredTensors({}), loss=0.0, num_samples=1, num_steps=1, seconds=0.0)
