@@ -61,7 +61,7 @@ def secure_problems(rule: Rule, config: Mapping[str, Any]) -> Iterator[str]:
             "only"
         )
     if (config.get("privacy") or {}).get("unit", "none") != "none":
-        yield "exchange.secure=true is not allowed with privacy, whose server clips each update itself; use privacy=none"
+        yield "exchange.secure=true is not allowed with privacy, whose server clips each update: use privacy=none"
     if (transport := (config.get("split") or {}).get("transport", "none")) != "none":
         yield (
             f"exchange.secure=true is not allowed with split.transport={transport}: the server trains the body for "

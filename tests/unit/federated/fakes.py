@@ -16,8 +16,8 @@ from fellrec.federated.exchange import Exchange, Transform
 from fellrec.federated.ledger import Ledger
 from fellrec.federated.loop import FederatedLoop
 from fellrec.federated.participation import Clients, Participation
-from fellrec.federated.privacy import PrivateMean
 from fellrec.federated.poison import Poison
+from fellrec.federated.privacy import PrivateMean
 from fellrec.federated.progress import Progress
 from fellrec.federated.records import Failed, Job, LossJob, ScoreJob, Trained
 from fellrec.federated.samplers import Sampler
