@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -24,21 +25,14 @@ from fellrec.federated.ledger import Ledger
 from fellrec.federated.records import Job
 
 ROWS = 9
+OWN = ["backbone.num_layers=4", "adapter=lora", "adapter.dropout=0", "trainer.num_rounds=1", "split.head_layers=2"]
 
 
 @pytest.fixture(scope="module")
 def run_dir(lean_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with a head of two layers of four, and LoRA without dropout, which would change hidden states."""
     folder = tmp_path_factory.mktemp("attacked") / "run"
-    own = [
-        "backbone.num_layers=4",
-        "adapter=lora",
-        "adapter.dropout=0",
-        "trainer.num_rounds=1",
-        "split.head_layers=2",
-        "tracking.uri=null",
-    ]
-    fellrec.run([*lean_overrides, *own, f"run_dir={folder}"])
+    fellrec.run([*lean_overrides, *OWN, "tracking.uri=null", f"run_dir={folder}"])
     return folder
 
 
@@ -154,6 +148,41 @@ def test_first_updates_give_the_items_of_training_away(
         assert recall["update_rows", users] > 0.8
         assert recall["update_scores", users] > recall["chance", users]
     assert recall["chance", 1] < 0.3
+
+
+def test_the_callback_logs_leakage_beside_the_metrics_and_changes_none(
+    run_dir: Path, lean_overrides: list[str], tmp_path: Path, empty_store: Path
+) -> None:
+    store = shutil.copy(empty_store, tmp_path / "mlflow.db")
+    folder = tmp_path / "run"
+    added = ["+callbacks.leakage._target_=fellrec.callbacks.Leakage", "+callbacks.leakage.rows=6"]
+    fellrec.run([*lean_overrides, *OWN, *added, f"tracking.uri=sqlite:///{store}", f"run_dir={folder}"])
+    before, after = (json.loads((one / "results.json").read_text())["summary"] for one in (run_dir, folder))
+    assert before == after
+    lines = [line for path in (folder / "outbox").iterdir() for line in path.read_text().splitlines()]
+    logged = [json.loads(line) for line in lines if '"leakage/' in line]
+    metrics = {name: value for one in logged for name, value in one["metrics"].items()}
+    assert {one["step"] for one in logged} == {0}
+    assert {name.split("/")[1] for name in metrics} == {"nearest_embedding", "logit_lens"}
+    assert metrics["leakage/nearest_embedding/token_at_1"] > 0.5
+    assert all(0 <= value <= 1 for value in metrics.values())
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        (["backbone=sasrec"], "callbacks.leakage recovers text: it needs backbone=tiny or backbone=hf"),
+        (["+callbacks.leakage.attacks=[inverter]"], "callbacks.leakage.attacks=['inverter'] is not allowed: a list"),
+    ],
+)
+def test_the_callback_refuses_what_it_cannot_attack(
+    lean_overrides: list[str], tmp_path: Path, added: list[str], message: str
+) -> None:
+    lean = [item for item in lean_overrides if not item.startswith("backbone.")]
+    target = "+callbacks.leakage._target_=fellrec.callbacks.Leakage"
+    with pytest.raises(fellrec.FellrecError) as error:
+        fellrec.run([*lean, target, *added, "tracking.uri=null", f"run_dir={tmp_path / 'run'}"])
+    assert message in str(error.value)
 
 
 def test_lora_has_no_rows(run_dir: Path) -> None:
