@@ -20,6 +20,8 @@ from omegaconf import DictConfig
 from preloaded import program, python
 
 from fellrec.cli.main import main
+from fellrec.config.compose import compose
+from fellrec.experiment.build import build_rule
 from fellrec.experiment.variants import check_comparable, configurations
 from fellrec.experiment.versions import git_commit
 
@@ -132,6 +134,29 @@ def test_what_a_sweep_runs_can_be_composed(name: str, tmp_path: Path) -> None:
     folders, expected = SWEEPS[name]
     found = composed(name, folders, tmp_path / "out", tmp_path)
     assert {cell: len(configs) for cell, configs in found.items()} == expected
+
+
+def test_what_the_sweep_over_privacy_runs_can_be_composed_and_attacked(tmp_path: Path) -> None:
+    """Every private run is one that is allowed, every run with noise has a cut, and each of these is attacked."""
+    say = tmp_path / "say"
+    say.write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done; printf "\\n"\n')
+    say.chmod(0o755)
+    script = ROOT / "experiments" / "privacy" / "sweep.sh"
+    command = ["sh", str(script), str(tmp_path / "out"), "somewhere", "trainer.weight_decay=0.5"]
+    environment = {**os.environ, "FELLREC": str(say), "PYTHON": "true", "EPSILONS": "none 8", "NOISES": "0 3"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    verbs = [text.split("\n") for text in done.stdout.strip().split("\n\n")]
+    configs = {Path(c.run_dir).name: c for c in (compose(words) for verb, *words in verbs if verb == "train")}
+    for name, config in configs.items():
+        build_rule(config)
+        assert config.trainer.weight_decay == 0.5, "further overrides reach every run"
+        assert (config.privacy.unit, config.partition.num_clients is None) == (
+            ("user", True) if name.endswith("_8") else ("none", name.startswith("epsilon"))
+        )
+    noises = {name: c.split.hidden_noise for name, c in configs.items() if c.split.transport == "inprocess"}
+    assert noises == {"noise_0_0": 0, "noise_0_3": 3, "noise_1_0": 0, "noise_1_3": 3}
+    assert [Path(words[0]).name for verb, *words in verbs if verb == "attack"] == list(noises)
+    assert len(configs) == 8
 
 
 def test_the_main_table_compares_seven_rules(tmp_path: Path) -> None:
