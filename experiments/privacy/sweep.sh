@@ -28,17 +28,17 @@ one() {
 }
 
 for rule in ${RULES:-ffa_lora fedavg}; do
-    for epsilon in ${EPSILONS:-none 64 8}; do
-        budget="privacy=user_level privacy.epsilon=$epsilon privacy.delta=1e-3 privacy.clip_norm=0.2"
+    for epsilon in ${EPSILONS:-none 8 1}; do
+        budget="privacy=user_level privacy.epsilon=$epsilon privacy.delta=1e-3 privacy.clip_norm=0.05"
         if [ "$epsilon" = none ]; then budget=privacy=none; fi
         # shellcheck disable=SC2086  # several overrides
         one "epsilon_${rule}_$epsilon" "aggregation=$rule" partition=per_user trainer.num_rounds=3 \
-            trainer.max_local_steps=1 trainer.learning_rate=1e-2 trainer.evaluate_every=3 $budget "$@"
+            trainer.max_local_steps=1 trainer.learning_rate=2e-3 trainer.evaluate_every=3 $budget "$@"
     done
 done
 
 for depth in ${DEPTHS:-0 1}; do
-    for noise in ${NOISES:-0 0.3 3}; do
+    for noise in ${NOISES:-0 1 5}; do
         one "noise_${depth}_$noise" split=executed "split.head_layers=$depth" "split.hidden_noise=$noise" \
             aggregation=fedavg trainer.num_rounds=4 trainer.max_local_steps=10 trainer.learning_rate=3e-3 \
             trainer.evaluate_every=4 "$@"
