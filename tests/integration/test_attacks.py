@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,8 +14,10 @@ import torch
 import fellrec
 from fellrec.attacks import BASELINES, ON_CUT
 from fellrec.attacks.findings import Finding
+from fellrec.attacks.membership import known_users, member_auc, row_losses, rows_of
 from fellrec.attacks.observe import Tap, observe, one_step, with_items
 from fellrec.attacks.settings import AttackSettings
+from fellrec.attacks.update import first_update
 from fellrec.cli.main import main
 from fellrec.config.stored import read_config
 from fellrec.cut.client_model import CutClientModel
@@ -22,7 +25,8 @@ from fellrec.experiment.attack import attack, with_depths
 from fellrec.experiment.restore import restore
 from fellrec.federated.client_model import WholeClientModel
 from fellrec.federated.ledger import Ledger
-from fellrec.federated.records import Job
+from fellrec.federated.records import Job, ScoreJob
+from fellrec.federated.selection import Selection
 
 ROWS = 9
 OWN = ["backbone.num_layers=4", "adapter=lora", "adapter.dropout=0", "trainer.num_rounds=1", "split.head_layers=2"]
@@ -133,14 +137,18 @@ def test_what_is_wrong_is_refused_before_data_are_read(
     assert not (run_dir / "attack").exists()
 
 
-def test_first_updates_give_the_items_of_training_away(
-    lean_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Of an item table, every row is an item: far above chance, which is n of I items."""
-    folder = tmp_path / "run"
+@pytest.fixture(scope="module")
+def of_items(lean_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with item ids."""
+    folder = tmp_path_factory.mktemp("of_items") / "run"
     lean = [item for item in lean_overrides if not item.startswith("backbone.")]
     fellrec.run([*lean, "backbone=sasrec", "trainer.num_rounds=1", "tracking.uri=null", f"run_dir={folder}"])
-    main(["attack", str(folder), "attack.users_per_client=[1,5]", "attack.update_clients=4", "--format", "json"])
+    return folder
+
+
+def test_first_updates_give_the_items_of_training_away(of_items: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of an item table, every row is an item: far above chance, which is n of I items."""
+    main(["attack", str(of_items), "attack.users_per_client=[1,5]", "attack.update_clients=4", "--format", "json"])
     printed = json.loads(capsys.readouterr().out)["findings"]
     recall = {(one["attack"], one["users_per_client"]): one["metrics"]["item_recall"] for one in printed}
     assert {name for name, _ in recall} == {"update_rows", "update_scores", *BASELINES}
@@ -148,6 +156,45 @@ def test_first_updates_give_the_items_of_training_away(
         assert recall["update_rows", users] > 0.8
         assert recall["update_scores", users] > recall["chance", users]
     assert recall["chance", 1] < 0.3
+
+
+def test_members_are_told_from_others_after_overtraining(of_items: Path) -> None:
+    """A client that trains 40 epochs gives its members away; the initial model, which knows no user, does not."""
+    recommender, federation = restore(of_items, read_config(of_items), transport="none")
+    trainer = federation.executor.trainer  # type: ignore[attr-defined]
+    trainer.settings = replace(trainer.settings, local_epochs=40, max_local_steps=None, learning_rate=1e-2)
+    initial, module = federation.population.initial, recommender.module
+    model = WholeClientModel(module, recommender.base)
+    data = recommender.data
+    users = known_users(data, 100, seed=0)
+    users = users[data.client_of_user[users] == 0]
+    rows = [rows_of(data, users, is_member) for is_member in (True, False)]
+    assert [row[row >= 0][-1] for row in rows[1]] == [data.valid.row(user)[0] for user in users]
+    assert [row[row >= 0][-1] for row in rows[0]] == [data.train.row(user)[-1] for user in users]
+    overtrained = first_update(trainer, 0, initial)
+    auc = {}
+    for name, adapter in (("overtrained", overtrained), ("initial", initial)):
+        job = ScoreJob(0, adapter, (0,))
+        auc[name] = member_auc(*(row_losses(module, model, job, row, recommender.fabric, 0) for row in rows))
+    assert auc["overtrained"] > max(0.65, auc["initial"] + 0.1)
+
+
+def test_adapters_are_attacked_beside_what_knows_no_user(of_items: Path) -> None:
+    names = ["membership", "client_inference"]
+    found = attack(of_items, read_config(of_items), names, None, AttackSettings(users=12))
+    assert [one.attack for one in found] == [
+        "membership", "membership_calibrated", "initial_model", "client_inference", "largest_client",
+    ]  # fmt: skip
+    assert all(0 <= value <= 1 for one in found for value in one.metrics.values())
+
+
+def test_clients_with_one_adapter_cannot_be_told_apart(of_items: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shared(selection: Selection) -> list[ScoreJob]:
+        return [ScoreJob(0, selection.population.initial, (0, 1, 2))]
+
+    monkeypatch.setattr(Selection, "score_jobs", shared)
+    with pytest.raises(fellrec.FellrecError, match="this run has selected one adapter for all"):
+        attack(of_items, read_config(of_items), ["client_inference"], None, AttackSettings())
 
 
 def test_the_callback_logs_leakage_beside_the_metrics_and_changes_none(

@@ -19,7 +19,12 @@ ON_UPDATE = {
     "update_scores": "they are those that the updated model ranks higher than the initial one, for public histories",
 }
 """Attacks on the update of a client, by number of users a client."""
-ATTACKS = {**ON_CUT, **ON_UPDATE}
+ON_ADAPTER = {
+    "membership": "an interaction with a small loss under a client's adapter is guessed to have been trained on",
+    "client_inference": "a user is guessed to be of the client whose adapter gives the user's items the smallest loss",
+}
+"""Attacks on the adapters that the run has selected."""
+ATTACKS = {**ON_CUT, **ON_UPDATE, **ON_ADAPTER}
 """All attacks."""
 BASELINES = {
     "chance": "tokens and items drawn by how frequent they are in the public data",

@@ -27,6 +27,8 @@ class AttackSettings:
     """Of the clients whose first updates are attacked; they are made of the run's users anew."""
     update_clients: Count = 10
     """Clients whose updates are attacked, for each number of users."""
+    users: Count = 100
+    """Users on whom adapters are compared, by membership and client_inference."""
 
     def __post_init__(self) -> None:
         """Check all ranges."""

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
-from fellrec.attacks import ATTACKS, ON_CUT, ON_UPDATE
+from fellrec.attacks import ATTACKS, ON_CUT
 from fellrec.attacks.findings import Finding
 from fellrec.attacks.observe import Observed, Tap, observe, one_step, with_items
 from fellrec.attacks.on_cut import findings_at
-from fellrec.attacks.public import knowing, public_item_counts
+from fellrec.attacks.public import knowing
 from fellrec.attacks.settings import AttackSettings
-from fellrec.attacks.update import UpdateRows, UpdateScores, update_recall, with_clients
 from fellrec.config.instantiate import as_dict
 from fellrec.config.members import is_federation
 from fellrec.cut.client_model import CutClientModel
 from fellrec.errors import ConfigError, unknown
-from fellrec.experiment.build import Recommender, backbone_path, build_datamodule
+from fellrec.experiment.attack_whole import attack_whole
+from fellrec.experiment.build import Recommender, backbone_path
 from fellrec.experiment.federation import Federation
 from fellrec.experiment.restore import data_of, restore
 from fellrec.federated.client_model import WholeClientModel
@@ -31,7 +30,6 @@ from fellrec.functional.by_size import distinct_numbers
 from fellrec.models.backbone import load_shape
 from fellrec.models.remote import Cut
 from fellrec.models.settings import parts_of
-from fellrec.state.tensor_store import StoredTensors
 
 _LARGER_THAN_ANY = 10**9
 """Training samples that no client has: heads of these depths exist, and no client of the run has them by itself."""
@@ -59,7 +57,8 @@ def attack(
         BackboneError: If a depth leaves the server no layer.
     """
     check_attacks(config, names)
-    on_cut, on_update = ([name for name in names if name in some] for some in (ON_CUT, ON_UPDATE))
+    on_cut = [name for name in names if name in ON_CUT]
+    on_whole = [name for name in names if name not in ON_CUT]
     depths = check_depths(config, depths) if on_cut else []
     data = data_of(run_dir, config)
     findings = []
@@ -71,10 +70,10 @@ def attack(
         with_items(recommender.datamodule)
         for depth in depths:
             findings += _at_depth(recommender, federation, depth, on_cut, settings)
-    if on_update:
+    if on_whole:
         whole = config.copy()
         recommender, federation = restore(run_dir, whole, data, "none")
-        findings += _of_updates(whole, recommender, federation, on_update, settings)
+        findings += attack_whole(whole, recommender, federation, on_whole, settings)
     return findings
 
 
@@ -179,34 +178,6 @@ def _at_depth(
     initial = federation.population.initial
     with knowing(recommender.module, model, initial, trainer.datamodule, trainer.seed, fabric) as public:
         return findings_at(public, observed, names, recommender.backbone.tokenizer, settings)
-
-
-def _of_updates(
-    config: DictConfig,
-    recommender: Recommender,
-    federation: Federation,
-    names: Sequence[str],
-    settings: AttackSettings,
-) -> Iterator[Finding]:
-    """The findings of attacks on first updates, by number of users a client."""
-    assert isinstance(federation.executor, SerialExecutor)
-    module, initial = recommender.module, federation.population.initial
-    own, model = federation.executor.trainer, WholeClientModel(recommender.module, recommender.base)
-    attacks: dict[str, Callable[[StoredTensors], Tensor]] = {}
-    if "update_rows" in names:
-        rows = UpdateRows(module, initial.tensors())
-        attacks["update_rows"] = lambda adapter: rows.scores(adapter.tensors())
-    if "update_scores" in names:
-        attacks["update_scores"] = UpdateScores(module, model, initial, recommender.data, own.seed).scores
-    popularity = public_item_counts(recommender.data)
-    attacks["most_popular"] = lambda adapter: popularity
-    for number in settings.users_per_client:
-        data = with_clients(recommender.data, number, settings.update_clients, own.seed)
-        if data.num_clients:
-            batches = build_datamodule(config, data, module.objective)
-            trainer = LocalTrainer(own.fabric, module, batches, model, own.settings, own.seed)
-            for name, recall in update_recall(trainer, initial, attacks).items():
-                yield Finding(name, {"item_recall": recall}, users_per_client=number)
 
 
 def _observed(trainer: LocalTrainer, tap: Tap, federation: Federation, rows: int) -> Iterator[Observed]:
