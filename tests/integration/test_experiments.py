@@ -184,6 +184,27 @@ def test_the_final_runs_take_what_validation_chose(tmp_path: Path) -> None:
         assert configs[1].aggregation.alpha == 0.7
 
 
+def test_the_sweep_of_pretrained_models_takes_the_learning_rate_that_validation_chose(tmp_path: Path) -> None:
+    """FELLRec without one half has that of the whole rule."""
+    chosen = {"fedavg": "fedavg learning_rate=0.0003", "fellrec": "fellrec learning_rate=0.0001"}
+    for model in ("minilm_lora", "smollm2_lora"):
+        folder = tmp_path / "out" / "tuning" / f"ml_1m_{model}" / "comparison"
+        folder.mkdir(parents=True)
+        (folder / "comparison.json").write_text(json.dumps({"chosen_on_validation": chosen}))
+    found = composed("real_models", 2, tmp_path / "out", tmp_path, DATA="ml_1m", MODELS="minilm_lora smollm2_lora")
+    assert list(found) == [
+        f"ml_1m_{model}{part}" for model in ("minilm_lora", "smollm2_lora") for part in ("", "_halves")
+    ]
+    assert [config.trainer.learning_rate for config in found["ml_1m_minilm_lora"]] == [3e-4, 1e-4]
+    for configs in (found["ml_1m_minilm_lora_halves"], found["ml_1m_smollm2_lora_halves"]):
+        rules = [config.aggregation for config in configs]
+        assert [(rule.heating, rule.attention) for rule in rules] == [(False, True), (True, False)]
+        assert {config.trainer.learning_rate for config in configs} == {1e-4}
+        assert {(config.adapter.rank, config.adapter.alpha, config.adapter.dropout) for config in configs} == {
+            (8, 16, 0.05)
+        }
+
+
 def test_the_report_of_a_sweep(
     tmp_path: Path, lean_overrides: list[str], empty_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ class SimilarityRanker:
     @torch.no_grad()
     def refresh(self, model: SplitModel) -> None:
         """Compute the item vectors with the model's current adapter."""
-        self._items_ID = self.objective.item_vectors(model)
+        self._items_ID = self.objective.kept_item_vectors(model)
 
     @torch.no_grad()
     def scores(self, model: SplitModel, histories: Tensor) -> Tensor:

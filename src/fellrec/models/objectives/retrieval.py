@@ -15,6 +15,7 @@ from fellrec.errors import BackboneError, ConfigError
 from fellrec.models.objectives.direction import order_and_pooling
 from fellrec.models.objectives.groups import RowGroups
 from fellrec.models.objectives.item_table import ItemTable
+from fellrec.models.objectives.kept_vectors import KeptItemVectors
 from fellrec.models.objectives.softmax import CatalogueSoftmax
 from fellrec.models.objectives.vocabulary import check_tokens
 from fellrec.models.settings import RetrievalSettings
@@ -68,6 +69,7 @@ class RetrievalObjective:
         self.one_target_per_row = order == "newest_first"
         self.softmax = CatalogueSoftmax(len(catalogue), settings, item_counts)
         self.table = ItemTable(settings.refresh_items, settings.freeze_items_after)
+        self._kept = KeptItemVectors()
         first = tokenizer.bos_token_id if is_causal or tokenizer.cls_token_id is None else tokenizer.cls_token_id
         if first is None and pooling == "first":
             raise BackboneError("objective.pooling=first needs a tokenizer with a [CLS] or BOS token; use mean")
@@ -161,7 +163,7 @@ class RetrievalObjective:
 
     def prepare_step(self, model: SplitModel, round_index: int, step: int) -> None:
         """Refresh the item table before optimiser step ``step`` of a client's round; both count from 0."""
-        self.table.prepare(model, round_index, step, self.item_vectors)
+        self.table.prepare(model, round_index, step, self.kept_item_vectors)
 
     def draw(self, batch: dict[str, Tensor], streams: LayerStreams) -> dict[str, Tensor]:
         """Add the sample of items to a batch, see ``CatalogueSoftmax.draw``, with the texts of these items."""
@@ -239,6 +241,12 @@ class RetrievalObjective:
             kept = rows.to(device), slice(int(lengths[rows].max()))
             vectors.append(self._item_vectors(model(texts["item_ids"][kept]), texts["item_inside"][kept]))
         return self._scaled(torch.cat(vectors)[by_length.argsort().to(device)])
+
+    def kept_item_vectors(self, model: SplitModel) -> Tensor:
+        """`item_vectors` without gradients, computed once for each state of the weights; see ``KeptItemVectors``."""
+        if self.item_encoder == "tokens" or model.is_cut:  # cheap, or the body's weights are not known here
+            return self.item_vectors(model)
+        return self._kept.of(model, lambda: self.item_vectors(model))
 
     def _pool(self, hidden_BLD: Tensor, rows_T: Tensor, columns_T: Tensor) -> Tensor:
         """Vectors ``[T, D]`` of the histories that end at the given positions; later tokens are not used."""

@@ -293,3 +293,46 @@ def test_what_follows_a_rows_last_target_is_not_read(tiny: Backbone, model: Spli
     assert found[0].keys() == found[1].keys()
     for name, tensor in found[0].items():
         assert torch.equal(tensor, found[1][name]), name
+
+
+def test_item_vectors_are_computed_once_for_each_state_of_the_weights(tiny: Backbone, model: SplitModel) -> None:
+    """Also after other weights were used; a changed bit, another tensor in a weight's place or autocast is another."""
+    objective = RetrievalObjective(tiny.tokenizer, CATALOGUE, 3, RetrievalSettings(item_encoder="encoded"))
+    first = objective.kept_item_vectors(model)
+    assert not first.requires_grad
+    assert torch.equal(first, objective.item_vectors(model))
+    norm = tiny.model.model.norm
+    with torch.no_grad():
+        weight = norm.weight.clone()
+        norm.weight[0] = torch.nextafter(weight[0], weight[0] + 1)
+        changed = objective.kept_item_vectors(model)
+        assert torch.equal(changed, objective.item_vectors(model))
+        norm.weight.copy_(weight)
+    assert changed is not first and objective.kept_item_vectors(model) is first
+    own = norm.weight
+    norm.weight = torch.nn.Parameter(own.detach() * 2)
+    try:
+        assert torch.equal(objective.kept_item_vectors(model), objective.item_vectors(model))
+        assert objective.kept_item_vectors(model) is not first
+    finally:
+        norm.weight = own
+    with torch.autocast("cpu", torch.bfloat16):
+        assert objective.kept_item_vectors(model) is not first
+    assert objective.kept_item_vectors(model) is first
+
+
+def test_a_run_computes_the_vectors_of_a_shared_adapter_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FedAvg's five clients begin with one adapter, which was also the one that was validated."""
+    settings = [
+        "data=synthetic", "data.reader.num_users=60", "data.reader.num_items=50", "data.max_history=3",
+        "backbone.num_layers=2", "backbone.hidden_size=16", "backbone.pretrain.steps=2", "adapter=lora",
+        "objective.item_encoder=encoded", "objective.refresh_items=round", "aggregation=fedavg",
+        "trainer.num_rounds=2", "trainer.max_local_steps=2", "trainer.cutoffs=[10]", "references.show=[]",
+    ]  # fmt: skip
+    counted, compute = [], RetrievalObjective.item_vectors
+    monkeypatch.setattr(
+        RetrievalObjective, "item_vectors", lambda self, model: counted.append(1) or compute(self, model)
+    )
+    config = compose(settings)
+    build_loop(config, build_recommender(config, build_data(config)), []).run()
+    assert len(counted) == 3, "before training, and after each of two rounds"
