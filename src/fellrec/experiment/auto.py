@@ -123,7 +123,7 @@ def precisions(config: DictConfig, device: torch.device) -> list[str]:
 
 
 def _measured_choice(config: DictConfig, data: PreparedData) -> Candidate:
-    alone = OmegaConf.merge(config, {"split": {"transport": "none", **UNCHANGED}})
+    alone = OmegaConf.merge(config, {"split": {"transport": "none", **UNCHANGED}, "trainer": {"compile": False}})
     assert isinstance(alone, DictConfig)
     fabric = build_fabric(alone, alone=True)
     names = precisions(config, fabric.device)

@@ -32,6 +32,7 @@ from fellrec.data.prepared import PreparedData
 from fellrec.data.schema import Reader
 from fellrec.errors import ConfigError
 from fellrec.experiment.backbones import sasrec_backbone, tiny_backbone
+from fellrec.experiment.compiled import compile_layers, compile_problems
 from fellrec.experiment.fabric import build_fabric
 from fellrec.experiment.joint import joint_problems
 from fellrec.experiment.objectives import build_objective, build_ranker, check_all_prompts, of_members
@@ -249,6 +250,8 @@ def build_module(
         check_all_prompts(objective, data)
     fabric.to_device(backbone.model)
     adapter.attach(backbone.model, backbone.arch, config.seed, model.part_of)
+    if config.trainer.get("compile"):
+        compile_layers(model, fabric.device)
     ranker = build_ranker(config, objective, data)
     return FellrecModule(
         model=model,
@@ -290,6 +293,7 @@ def build_rule(config: DictConfig) -> AggregationCallback:
         *joint_problems(config, rule),
         *privacy_problems(config, rule),
         *secure_problems(rule, plain),
+        *compile_problems(config),
     )
     ranks, num_clients = OmegaConf.select(config, "adapter.rank"), plain.get("partition", {}).get("num_clients")
     if OmegaConf.is_list(ranks) and isinstance(num_clients, int):

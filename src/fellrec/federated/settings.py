@@ -104,6 +104,9 @@ class TrainerSettings:
     attention: Literal["sdpa", "eager", "auto"] = "sdpa"
     """Attention of the backbone, as in transformers: sdpa, in one fused operation where the architecture has it; eager,
     by matrix products, which are faster in bfloat16 on CPUs; auto: the faster one, measured at the start of the run."""
+    compile: bool = False
+    """Whether the layers are compiled by ``torch.compile``. Pays on long runs with adapter=full; with LoRA there was no
+    gain. Results differ in the last digits."""
     checkpoint_every: Count = 1
     """Rounds between checkpoints; what a client has trained is written to disk as soon as it is done."""
     checkpoints_kept: Count = 2
