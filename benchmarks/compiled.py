@@ -2,7 +2,8 @@
 
     python benchmarks/compiled.py [OVERRIDES…]
 
-The batches are the same; medians of their repeats after the first one. The seconds of compiling are wall time: compilers
+The batches are the same; medians of their repeats after the first one. The seconds of compiling are wall time, because
+compilers
 are processes of their own.
 """
 

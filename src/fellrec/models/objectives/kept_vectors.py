@@ -54,6 +54,6 @@ class KeptItemVectors:
         version, digest = self._hashes.get(tensor, (None, b""))
         if version != tensor._version:
             values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest = hashlib.sha256(values.numpy()).digest()
+            digest = hashlib.sha256(values.numpy().tobytes()).digest()
             self._hashes[tensor] = (tensor._version, digest)
         return name, digest
