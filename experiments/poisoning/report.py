@@ -39,7 +39,8 @@ def cells(out: Path) -> dict[str, dict[str, Any]]:
 def frame(out: Path, found: dict[str, dict[str, Any]]) -> pd.DataFrame:
     """Numbers, one row per rule and kind; intervals are paired over the honest clients' users, averaged over seeds."""
     rows = []
-    for rule, line in found[BEFORE]["rules"].items():
+    learned = {rule: line for rule, line in found[BEFORE]["rules"].items() if line["kind"] == "learned"}
+    for rule, line in learned.items():
         before = _users(out / BEFORE, line)
         for kind, comparison in found.items():
             own, poisoned = comparison["rules"][rule], comparison["poisoned_clients"]

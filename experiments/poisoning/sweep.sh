@@ -8,7 +8,7 @@ shift
 . "$(dirname "$0")/../common.sh"
 
 sasrec="${BACKBONE:-backbone=sasrec backbone.hidden_size=32} references.show=[]"
-small="trainer.batch_size=32 trainer.learning_rate=3e-3 trainer.num_rounds=8 trainer.max_local_steps=5 trainer.evaluate_every=4"
+small="trainer.batch_size=32 trainer.learning_rate=3e-3 trainer.num_rounds=5 trainer.max_local_steps=5 trainer.evaluate_every=5"
 
 # shellcheck disable=SC2086  # several overrides
 for kind in ${KINDS:-none label_flip sign_flip scale copy not_finite}; do

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
+from scripts import load_script
 
 import fellrec
 from fellrec.report.comparison import Comparison
@@ -16,17 +18,20 @@ from fellrec.report.main_table import print_comparison
 from fellrec.report.report_tables import clients_table
 from fellrec.report.runs import read_run
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 @pytest.fixture(scope="module")
-def comparison(lean_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+def comparison(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     how = [
+        "~callbacks.model",
         "poison.clients=[1]",
         "aggregation=fedavg,fellrec",
         "seed=0,1",
         "tracking.uri=null",
         "references.show=[random]",
     ]
-    return fellrec.compare([*lean_overrides, *how, f"run_dir={tmp_path_factory.mktemp('poisoned') / 'compare'}"])
+    return fellrec.compare([*tiny_overrides, *how, f"run_dir={tmp_path_factory.mktemp('poisoned') / 'compare'}"])
 
 
 def honest(comparison: Comparison, line: str) -> list[float]:
@@ -64,3 +69,22 @@ def test_the_files_of_a_run_name_its_poisoned_clients(comparison: Comparison) ->
     assert read_run(run_dir).result.evaluation.poisoned == (1,)
     whole = json.loads((Path(comparison.run_dir) / "comparison" / "comparison.json").read_text())
     assert whole["poisoned_clients"] == [1]
+
+
+def test_the_report_of_the_experiment(comparison: Comparison, tmp_path: Path) -> None:
+    """The same runs as before and after: nothing changes. FedAvg's weight is a client's share of all samples."""
+    report = load_script(ROOT / "experiments" / "poisoning" / "report.py")
+    assert comparison.run_dir is not None
+    for kind in ("none", "sign_flip"):
+        shutil.copytree(comparison.run_dir, tmp_path / kind)
+    report.main(tmp_path)
+    table = pd.read_csv(tmp_path / "poisoning.csv").set_index(["rule", "kind"])
+    assert table.index.tolist() == [(rule, kind) for rule in ("fedavg", "fellrec") for kind in ("none", "sign_flip")]
+    changes = ["pooled_difference", "low", "high", "worst_honest_change", "poisoned_change"]
+    assert not table[changes].to_numpy().any()
+    assert table.loc[("fedavg", "none"), "honest"] == pytest.approx(np.mean(honest(comparison, "fedavg")), rel=1e-12)
+    samples = json.loads((Path(comparison.run_dir) / "fedavg-s0" / "data.json").read_text())["statistics"]
+    share = np.array(samples["train_targets_per_client"]) / sum(samples["train_targets_per_client"])
+    assert table.loc[("fedavg", "none"), "weight"] == pytest.approx(share[1], rel=1e-9)
+    assert pd.read_csv(tmp_path / "clients.csv").columns.tolist()[2:] == ["client_0", "client_1", "client_2"]
+    assert "| 0 | 1* | 2 |" in (tmp_path / "clients.md").read_text()

@@ -136,7 +136,7 @@ def _train(
     print_comparison(comparison, console, table_cutoff(config))
     if run.result is not None and (missing := failure_message(run.result)):
         console.print(missing, style="yellow", highlight=False)
-    if result.cost is not None and config.split.transport != "none":
+    if result.cost is not None and (config.split.transport != "none" or config.exchange.secure):
         print_run_cost(result.cost, console)
     console.print(finish_message(run.run_dir, config), highlight=False, markup=False)
 
