@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ METRIC = "ndcg_at_10"
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """The results of a run, with the mean over clients on validation in its last round."""
+    """The results of a run, with means over clients in its last round: on validation, and of the training loss."""
     found: dict[str, Any] = json.loads((folder / "results.json").read_text())
     rounds = pd.read_csv(folder / "rounds.csv")
-    found["last"] = rounds.groupby("round")[f"val_{METRIC}"].mean().dropna().iloc[-1]
+    means = rounds.groupby("round")[[f"val_{METRIC}", "loss"]].mean()
+    found["last"] = {name: values.dropna().iloc[-1] for name, values in means.items()}
     finished = json.loads((folder / "finished.json").read_text())
     return {**found, "best_round": finished["best_round"]}
 
@@ -43,16 +45,21 @@ def by_epsilon(out: Path) -> pd.DataFrame:
                 **_accuracy(found),
             }
         )
-    return pd.DataFrame(rows).sort_values(["rule", "ε planned"], ascending=[True, False])
+    return _sorted(rows, ["rule", "ε planned"], [True, False])
 
 
 def by_noise(out: Path) -> pd.DataFrame:
-    """One row for each depth and noise, with the best attack of those that were made on the first cut."""
+    """One row for each depth of the run and noise, with the best attack at every depth that was attacked."""
     rows = []
     for folder in sorted(out.glob("noise_*")):
         _, depth, noise = folder.name.split("_")
-        rows.append({"head layers": int(depth), "noise": float(noise), **_accuracy(results(folder)), **_leaked(folder)})
-    return pd.DataFrame(rows).sort_values(["head layers", "noise"])
+        run = {"head layers": int(depth), "noise": float(noise), **_accuracy(results(folder))}
+        rows += [run | leaked for leaked in _leaked(folder)]
+    return _sorted(rows, ["head layers", "attacked at", "noise"], [True, True, True])
+
+
+def _sorted(rows: list[dict[str, Any]], columns: list[str], ascending: list[bool]) -> pd.DataFrame:
+    return pd.DataFrame(rows).sort_values(columns, ascending=ascending) if rows else pd.DataFrame()
 
 
 def _accuracy(found: dict[str, Any]) -> dict[str, Any]:
@@ -61,17 +68,20 @@ def _accuracy(found: dict[str, Any]) -> dict[str, Any]:
         "NDCG@10": summary[f"{METRIC}/mean"],
         "std over clients": summary[f"{METRIC}/std"],
         "round tested": found["best_round"],
-        "val NDCG@10, last round": found["last"],
+        "val NDCG@10, last round": found["last"][f"val_{METRIC}"],
+        "train loss, last round": found["last"]["loss"],
     }
 
 
-def _leaked(folder: Path) -> dict[str, float]:
+def _leaked(folder: Path) -> Iterator[dict[str, float]]:
+    """What the better of both attacks recovers, by the depth at which the run's model was cut for them."""
     findings = json.loads((folder / "attack" / "attack.json").read_text())["findings"]
-    table = {finding["attack"]: finding for finding in findings}
-    attacks = [table[name] for name in ("nearest_embedding", "logit_lens") if name in table]
-    names = {"token@1": "token_at_1", "title@1": "title_at_1"}
-    found = {shown: max(attack[name] for attack in attacks) for shown, name in names.items()}
-    return {**found, "token@1, chance": table["chance"]["token_at_1"]}
+    for depth in sorted({finding["depth"] for finding in findings}):
+        table = {finding["attack"]: finding["metrics"] for finding in findings if finding["depth"] == depth}
+        attacks = [table[name] for name in ("nearest_embedding", "logit_lens")]
+        names = {"token@1": "token_at_1", "title@1": "title_at_1"}
+        found = {shown: max(attack[name] for attack in attacks) for shown, name in names.items()}
+        yield {"attacked at": depth, **found, "token@1, chance": table["chance"]["token_at_1"]}
 
 
 def _text(value: Any) -> str:
@@ -83,6 +93,8 @@ def _text(value: Any) -> str:
 def main(out: Path) -> None:
     """Write and print both tables."""
     for name, table in (("epsilon", by_epsilon(out)), ("noise", by_noise(out))):
+        if table.empty:
+            continue
         text = markdown(table.map(_text))
         (out / f"{name}.md").write_text(f"{text}\n", encoding="utf-8")
         sys.stdout.write(f"{text}\n\n")
