@@ -38,7 +38,7 @@ for rule in ${RULES:-ffa_lora fedavg}; do
 done
 
 for depth in ${DEPTHS:-0 1}; do
-    for noise in ${NOISES:-0 1 5}; do
+    for noise in ${NOISES:-0 0.01 0.03 0.1 0.3}; do
         one "noise_${depth}_$noise" split=executed "split.head_layers=$depth" "split.hidden_noise=$noise" \
             aggregation=fedavg trainer.num_rounds=4 trainer.max_local_steps=10 trainer.learning_rate=3e-3 \
             trainer.evaluate_every=4 "$@"
