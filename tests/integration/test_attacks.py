@@ -27,6 +27,8 @@ from fellrec.federated.client_model import WholeClientModel
 from fellrec.federated.ledger import Ledger
 from fellrec.federated.records import Job, ScoreJob
 from fellrec.federated.selection import Selection
+from fellrec.tracking.run_log import id_of_run
+from fellrec.tracking.store import make_client
 
 ROWS = 9
 OWN = ["backbone.num_layers=4", "adapter=lora", "adapter.dropout=0", "trainer.num_rounds=1", "split.head_layers=2"]
@@ -198,7 +200,11 @@ def test_clients_with_one_adapter_cannot_be_told_apart(of_items: Path, monkeypat
 
 
 def test_the_callback_logs_leakage_beside_the_metrics_and_changes_none(
-    run_dir: Path, lean_overrides: list[str], tmp_path: Path, empty_store: Path
+    run_dir: Path,
+    lean_overrides: list[str],
+    tmp_path: Path,
+    empty_store: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     store = shutil.copy(empty_store, tmp_path / "mlflow.db")
     folder = tmp_path / "run"
@@ -213,6 +219,16 @@ def test_the_callback_logs_leakage_beside_the_metrics_and_changes_none(
     assert {name.split("/")[1] for name in metrics} == {"nearest_embedding", "logit_lens"}
     assert metrics["leakage/nearest_embedding/token_at_1"] > 0.5
     assert all(0 <= value <= 1 for value in metrics.values())
+    main(["attack", str(folder), "attack=public_tail", "split.head_layers=0,2", "attack.rows=3", "--log"])
+    run_id = id_of_run(folder)
+    assert run_id is not None
+    history = make_client(f"sqlite:///{store}").get_metric_history(run_id, "attack/public_tail/target_at_10")
+    found = json.loads((folder / "attack" / "attack.json").read_text())["findings"]
+    expected = {one["depth"]: one["metrics"]["target_at_10"] for one in found if one["attack"] == "public_tail"}
+    assert {point.step: point.value for point in history} == expected
+    with pytest.raises(SystemExit):
+        main(["attack", str(run_dir), "--log"])
+    assert "is not tracked by MLflow; leave out --log" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the run are now",
     )
     parser.add_argument("--output", metavar="PATH", help="new directory (default: RUN_DIR/attack)")
+    parser.add_argument("--log", action="store_true", help="log the figures to the run in MLflow too")
     add_format(parser)
     add_trust(parser)
 
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
     from fellrec.attacks import defaults
     from fellrec.cli.arguments import check_empty
     from fellrec.config.stored import moved, read_config
-    from fellrec.experiment.attack import attack
+    from fellrec.experiment.attack import attack, check_tracked, log_findings
     from fellrec.experiment.run_dir import provenance
     from fellrec.report.leakage import leakage_table, write_leakage
     from fellrec.report.tables import results_console
@@ -62,10 +63,14 @@ def run(options: argparse.Namespace) -> None:
     asked, others = _asked(options.overrides)
     settings = _settings(asked)
     config = moved(read_config(run_dir, options.trust), others)
+    if options.log:
+        check_tracked(run_dir, config)
     names = _words(asked[_NAMES]) if _NAMES in asked else defaults(config.backbone.name)
     findings = attack(run_dir, config, names, _depths(asked), settings)
     about = {"run": run_dir.name, "attacks": names, "settings": asdict(settings)}
     files = write_leakage(folder, findings, about, provenance(run_dir).text([config.seed]))
+    if options.log:
+        log_findings(run_dir, config, findings, folder.name)
     if options.format == "json":
         _print_json(about, findings)
         return

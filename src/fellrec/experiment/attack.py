@@ -21,6 +21,7 @@ from fellrec.experiment.attack_whole import attack_whole
 from fellrec.experiment.build import Recommender, backbone_path
 from fellrec.experiment.federation import Federation
 from fellrec.experiment.restore import data_of, restore
+from fellrec.experiment.store import store_of
 from fellrec.federated.client_model import WholeClientModel
 from fellrec.federated.executor import SerialExecutor
 from fellrec.federated.ledger import Ledger
@@ -30,6 +31,7 @@ from fellrec.functional.by_size import distinct_numbers
 from fellrec.models.backbone import load_shape
 from fellrec.models.remote import Cut
 from fellrec.models.settings import parts_of
+from fellrec.tracking.run_log import NewRun, is_logged, open_log
 
 _LARGER_THAN_ANY = 10**9
 """Training samples that no client has: heads of these depths exist, and no client of the run has them by itself."""
@@ -75,6 +77,35 @@ def attack(
         recommender, federation = restore(run_dir, whole, data, "none")
         findings += attack_whole(whole, recommender, federation, on_whole, settings)
     return findings
+
+
+def check_tracked(run_dir: Path, config: DictConfig) -> None:
+    """Refuse to log to a run that is not tracked.
+
+    Raises:
+        ConfigError: If it has no MLflow run.
+    """
+    if store_of(config) is None or not is_logged(run_dir):
+        raise ConfigError(f"--log: {run_dir} is not tracked by MLflow; leave out --log")
+
+
+def log_findings(run_dir: Path, config: DictConfig, findings: Sequence[Finding], name: str) -> None:
+    """Log findings to the run in MLflow, as ``attack/nearest_embedding/token_at_1`` with the depth as the step.
+
+    The step of attacks on updates is the number of users a client; of others it is 0.
+
+    Args:
+        run_dir: Of a run for which `check_tracked` holds.
+        config: Of the run.
+        findings: Of the attack.
+        name: Of the attack's output; findings with the same name are logged once.
+    """
+    log = open_log(run_dir, NewRun(store_of(config), config.tracking.experiment, "", {}))
+    for finding in findings:
+        metrics = {f"attack/{finding.attack}/{metric}": value for metric, value in finding.metrics.items()}
+        step = finding.depth if finding.depth is not None else finding.users_per_client or 0
+        log.log_metrics(metrics, step, once=f"{name} {finding.attack}")
+    log.close()
 
 
 def check_attacks(config: DictConfig, names: Sequence[str]) -> None:

@@ -246,6 +246,11 @@ def place_of(run_dir: Path) -> tuple[str, str] | None:
     return sent.experiment_id, sent.run_id
 
 
+def is_logged(run_dir: Path) -> bool:
+    """Whether the outbox of a run has an operation: the run is, or will be, in a store."""
+    return any(True for _ in operations(run_dir / _OUTBOX))
+
+
 def store_of_run(run_dir: Path, named: str) -> str:
     """The store of a run without a password: that of its outbox, or the one of its settings if it logged nothing.
 
@@ -253,9 +258,8 @@ def store_of_run(run_dir: Path, named: str) -> str:
         run_dir: The run directory.
         named: ``tracking.uri`` of its settings.
     """
-    folder = run_dir / _OUTBOX
-    is_logged = any(True for _ in operations(folder))
-    return hide(str(first_operation(folder).fields["uri"]) if is_logged else absolute(named))
+    first = first_operation(run_dir / _OUTBOX) if is_logged(run_dir) else None
+    return hide(absolute(named) if first is None else str(first.fields["uri"]))
 
 
 def id_of_run(run_dir: Path) -> str | None:
