@@ -35,7 +35,8 @@ class Leakage(FederatedCallback):
 
     ``leakage/nearest_embedding/token_at_1`` and so on, as in docs/attacks.md, from the hidden states of the first
     training rows of the first clients at the run's own ``split.head_layers`` (the smallest, if clients differ), with
-    their adapters of that round, as they are sent (``split.hidden_dtype``), but without dropout.
+    their adapters of that round, as ``split.hidden_dtype`` rounds them, but without dropout, clipping
+    and noise.
 
     Args:
         recommender: Of the run.
