@@ -295,6 +295,24 @@ for words in ("train", "compare", "plan", "submit", "prepare", "check-rule fedav
     assert done.stderr.count("unknown backbone 'tinny'") == 6
 
 
+def test_a_wrong_directory_is_refused_without_heavy_imports() -> None:
+    """By every verb that computes with a finished run."""
+    code = """
+import sys
+from fellrec.cli.main import main
+for words in ("evaluate nowhere", "recommend nowhere --client 0 --history Heat", "attack nowhere"):
+    try:
+        main(words.split())
+    except SystemExit as stop:
+        assert stop.code == 1, words
+    heavy = {"torch", "lightning", "transformers", "mlflow", "pandas"} & sys.modules.keys()
+    assert not heavy, (words, heavy)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("nowhere has no config.yaml; give the directory of a run") == 3
+
+
 def test_without_a_verb_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main([])

@@ -52,17 +52,18 @@ def run(options: argparse.Namespace) -> None:
     from fellrec.attacks import defaults
     from fellrec.cli.arguments import check_empty
     from fellrec.config.stored import moved, read_config
-    from fellrec.experiment.attack import attack, check_tracked, log_findings
-    from fellrec.experiment.run_dir import provenance
-    from fellrec.report.leakage import leakage_table, write_leakage
-    from fellrec.report.tables import results_console
 
     run_dir = Path(options.run_dir)
     folder = Path(options.output) if options.output else run_dir / "attack"
     check_empty(folder)
     asked, others = _asked(options.overrides)
     settings = _settings(asked)
-    config = moved(read_config(run_dir, options.trust), others)
+    config = moved(read_config(run_dir, options.trust), others)  # what is wrong is refused before PyTorch is imported
+    from fellrec.experiment.attack import attack, check_tracked, log_findings
+    from fellrec.experiment.run_dir import provenance
+    from fellrec.report.leakage import leakage_table, write_leakage
+    from fellrec.report.tables import results_console
+
     if options.log:
         check_tracked(run_dir, config)
     names = _words(asked[_NAMES]) if _NAMES in asked else defaults(config.backbone.name)

@@ -40,12 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Entry point of the verb."""
     from fellrec.config.stored import read_config
+
+    run_dir = Path(options.run_dir)
+    config = read_config(run_dir, options.trust)  # a wrong directory is refused before PyTorch is imported
     from fellrec.data.titles import items_of
     from fellrec.experiment.restore import data_of
     from fellrec.experiment.served import ServedModel, check_request, nearest_client
 
-    run_dir = Path(options.run_dir)
-    config = read_config(run_dir, options.trust)
     data = data_of(run_dir, config)
     items = items_of(options.history, data.catalogue)
     client = nearest_client(data, items) if options.nearest else options.client
