@@ -49,7 +49,7 @@ AXES: dict[str, tuple[str, tuple[int, ...], Overrides]] = {
     ),
     "history": (
         "longest history, items",
-        (5, 10, 20, 40, 80),
+        (5, 10, 20, 40),
         lambda n: (*USERS, "data.reader.mean_length=200", f"data.max_history={n}"),
     ),
     "rank": ("rank of LoRA", (4, 8, 16, 32, 64), lambda n: (*USERS, f"adapter.rank={n}")),
@@ -127,8 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = [{"value": value, **measure(overrides(value))} for value in values]
         slopes = {line: exponent(values, [row[line] for row in rows]) for line in ("round", "evaluation")}
         results[name] = {"rows": rows, **slopes}
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1) + "\n")
     if options.figure:
         draw(results, options.figure)
     show(results)

@@ -99,7 +99,7 @@ def test_generation_with_a_cache_on_both_sides_is_exact(name: str, beams: int) -
         client, link, server = cut_in_two(model, head, tail)
         with link.on_behalf_of(1, 0, "test"):
             cache = client.new_cache()
-            written = client.model.generate(input_ids=ids, past_key_values=cache, **how)
+            written = client.model.generate(input_ids=ids, **client.cache_argument(cache), **how)
             assert server.caches
             client.drop_cache(cache)
         assert torch.equal(written, expected), (head, tail)
@@ -119,12 +119,12 @@ def test_a_copied_cache_grows_on_its_own(name: str) -> None:
     whole = model(torch.cat([ids.repeat_interleave(2, dim=0), more], dim=1), use_cache=False).logits[:, 5:]
     with torch.no_grad(), link.on_behalf_of(0, 0, "val"):
         cache = client.new_cache()
-        client.model(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+        client.model(ids, attention_mask=torch.ones_like(ids), **client.cache_argument(cache), use_cache=True)
         for _ in range(2):
             twin = client.copy_cache(cache)
             twin.batch_repeat_interleave(2)
             mask = torch.ones(4, 8, dtype=torch.long)
-            logits = client.model(more, attention_mask=mask, past_key_values=twin, use_cache=True).logits
+            logits = client.model(more, attention_mask=mask, **client.cache_argument(twin), use_cache=True).logits
             torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-5)
 
 
@@ -217,7 +217,7 @@ def test_rows_of_a_cache_are_positions_in_its_batch_and_nothing_else() -> None:
     client, link, _ = cut_in_two(whole_model("llama"), 2, 1)
     with torch.no_grad(), link.on_behalf_of(0, 0, "test"):
         cache = client.new_cache()
-        client.model(torch.randint(3, 97, (3, 5)), past_key_values=cache, use_cache=True)
+        client.model(torch.randint(3, 97, (3, 5)), **client.cache_argument(cache), use_cache=True)
         link.select_rows(cache.number, cache.number, torch.tensor([2, 0]))
         for ids in ([2, 0], [-1, 0], [96, 0]):
             with pytest.raises(SplitError, match="client 0 in round 0: its rows are not positions in a batch of 2"):

@@ -100,7 +100,7 @@ def test_generation_with_a_cache_writes_what_it_writes_without_one(
     model = random_model(name, objective)
     ids, mask = pad_left(*objective.prompts(HISTORIES))
     how = {"max_new_tokens": 9, "num_beams": num_beams, "do_sample": False, "pad_token_id": 0, "eos_token_id": 2}
-    written = model.model.generate(input_ids=ids, attention_mask=mask, past_key_values=model.new_cache(), **how)
+    written = model.model.generate(input_ids=ids, attention_mask=mask, **model.cache_argument(model.new_cache()), **how)
     assert torch.equal(written, model.model.generate(input_ids=ids, attention_mask=mask, use_cache=False, **how))
 
 

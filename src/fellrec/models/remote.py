@@ -149,6 +149,11 @@ class CutCache(DynamicCache):
         return twin
 
 
+def _cache_in(values: Iterable[Any]) -> Cache | None:
+    """The key-value cache among arguments; what it is called depends on the release of Transformers."""
+    return next((value for value in values if isinstance(value, Cache)), None)
+
+
 class RemoteLayer(nn.Module):
     """Stands for a decoder layer of another process; the hidden state passes unchanged.
 
@@ -161,9 +166,9 @@ class RemoteLayer(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[B, L, D]`` unchanged."""
-        caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
-        if caches:
-            remember_length(caches[0], self.layer, hidden)
+        cache = _cache_in((*args, *kwargs.values()))
+        if cache is not None:
+            remember_length(cache, self.layer, hidden)
         return hidden
 
 
@@ -186,7 +191,7 @@ class RemoteBody(RemoteLayer):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The body's output ``[B, L, D]``."""
-        mask, position_ids, cache = (self._call[name] for name in ("attention_mask", "position_ids", "past_key_values"))
+        mask, position_ids, cache = (self._call[name] for name in ("attention_mask", "position_ids", "cache"))
         seen = 0 if cache is None else cache.get_seq_length(self.layer)
         positions = positions_of(position_ids, mask, seen, hidden.shape[1])
         number = cache.number if isinstance(cache, CutCache) else None
@@ -195,7 +200,8 @@ class RemoteBody(RemoteLayer):
         return output
 
     def _remember(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._call = {name: kwargs.get(name) for name in ("attention_mask", "position_ids", "past_key_values")}
+        self._call = {name: kwargs.get(name) for name in ("attention_mask", "position_ids")}
+        self._call["cache"] = _cache_in(kwargs.values())
 
 
 class _RemoteFunction(torch.autograd.Function):

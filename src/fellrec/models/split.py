@@ -9,6 +9,7 @@ Shape letters: B rows, L tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -231,13 +232,20 @@ class SplitModel(nn.Module):
             inputs_embeds=hidden_BLD,
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=cache,
+            **self.cache_argument(cache),
             use_cache=cache is not None,
         )
         if cache is not None:
             for number in (*self.cut.layers("head"), *self.cut.layers("tail")):
                 remember_length(cache, number, hidden_BLD)
         return output.last_hidden_state
+
+    def cache_argument(self, cache: Cache | None) -> dict[str, Cache | None]:
+        """A key-value cache as an argument of the model: ``cache`` since Transformers 5.24, before that
+        ``past_key_values``.
+        """
+        names = inspect.signature(self.model.forward).parameters
+        return {"cache" if "cache" in names else "past_key_values": cache}
 
     def new_cache(self) -> Cache:
         """An empty key-value cache for ``model``; with a link it has a side on the server too."""

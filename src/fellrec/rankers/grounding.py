@@ -107,7 +107,7 @@ class GroundingRanker:
             attention_mask=mask.to(device),
             max_new_tokens=self.max_new_tokens,
             num_beams=self.num_beams,
-            past_key_values=cache,
+            **model.cache_argument(cache),
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,

@@ -32,7 +32,7 @@ def next_logits(model: SplitModel, cache: Cache, tokens: Tensor, mask: Tensor) -
         input_ids=tokens,
         attention_mask=mask,
         position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :],
-        past_key_values=cache,
+        **model.cache_argument(cache),
         use_cache=True,
         logits_to_keep=1,
     )
@@ -108,7 +108,7 @@ class LikelihoodRanker:
                 input_ids=tree.token.expand(len(mask), -1),
                 attention_mask=sees if model.attention == "sdpa" else _as_bias(sees, end_bV),
                 position_ids=mask.sum(dim=1, keepdim=True) + tree.depth,
-                past_key_values=cache,
+                **model.cache_argument(cache),
                 use_cache=True,
             ).logits
             cache.crop(-len(tree.token))
@@ -154,7 +154,7 @@ class LikelihoodRanker:
             input_ids=inputs[:, :-1],
             attention_mask=full_mask[:, :-1],
             position_ids=position_ids[:, :-1],
-            past_key_values=cache,
+            **model.cache_argument(cache),
             use_cache=True,
         ).logits
         model.drop_cache(cache)
