@@ -44,8 +44,11 @@ AXES: dict[str, tuple[str, tuple[int, ...], Overrides]] = {
     ),
     "catalogue": (
         "items of the catalogue",
-        (1000, 5000, 20000, 80000),
-        lambda n: ("data.reader.num_users=400", f"data.reader.num_items={n}"),
+        (1000, 5000, 20000, 80000),  # nearly all of which occur in the data; those that do are counted
+        lambda n: (
+            *("data.reader.num_users=400", "data.reader.mean_length=400", f"data.reader.num_items={n}"),
+            *("data.reader.habit_rate=0", "data.reader.random_rate=1"),
+        ),
     ),
     "history": (
         "longest history, items",
@@ -57,10 +60,11 @@ AXES: dict[str, tuple[str, tuple[int, ...], Overrides]] = {
 
 
 def measure(overrides: Sequence[str]) -> dict[str, float]:
-    """CPU seconds of a round after the first, and of an evaluation."""
+    """CPU seconds of a round after the first, and of an evaluation; and the number of items."""
     config = compose([*COMMON, *overrides])
-    loop = build_federation(config, build_recommender(config, build_data(config))).loop([])
-    found = {}
+    data = build_data(config)
+    loop = build_federation(config, build_recommender(config, data)).loop([])
+    found = {"items": float(len(data.catalogue))}
     loop.run_round(0)
     for name, work in {"round": lambda: loop.run_round(1), "evaluation": lambda: loop.validate(1)}.items():
         started = time.process_time()
@@ -125,7 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _, values, overrides = AXES[name]
         values = tuple(value for value in values if options.largest is None or value <= options.largest)
         rows = [{"value": value, **measure(overrides(value))} for value in values]
-        slopes = {line: exponent(values, [row[line] for row in rows]) for line in ("round", "evaluation")}
+        if name == "catalogue":
+            rows = [{**row, "value": int(row["items"])} for row in rows]
+        places = [int(row["value"]) for row in rows]
+        slopes = {line: exponent(places, [row[line] for row in rows]) for line in ("round", "evaluation")}
         results[name] = {"rows": rows, **slopes}
         if options.json:
             options.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -8,6 +8,9 @@ from pathlib import Path
 import growth
 import pytest
 
+from fellrec.config.compose import compose
+from fellrec.experiment.build import build_data
+
 
 def test_rounds_of_few_clients_are_measured_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, figure = tmp_path / "figures.json", tmp_path / "growth.svg"
@@ -29,3 +32,9 @@ def test_the_exponent_is_that_of_the_last_half() -> None:
 def test_an_unknown_axis_is_refused() -> None:
     with pytest.raises(SystemExit, match="--axes=users: users must be among clients, catalogue, history, rank"):
         growth.main(["--axes", "users"])
+
+
+def test_a_catalogue_of_the_size_that_is_asked_for_is_measured() -> None:
+    """Items without an interaction are not in the data: nearly all have one."""
+    config = compose([*growth.COMMON, *growth.AXES["catalogue"][2](1000)])
+    assert 990 <= len(build_data(config).catalogue) <= 1000
