@@ -58,7 +58,7 @@ $(BIN)/.docs: $(BIN)/.installed
 docs: $(BIN)/.docs  ## the documentation as a site in build/docs, with warnings as errors
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs . build/docs
 
-ml-1m: install  ## the MovieLens-1M comparison of the README (DATA=folder that holds ml-1m, 20 minutes on 2 cores)
+ml-1m: install  ## compare on MovieLens-1M with the small default model (DATA=folder that holds ml-1m, 20 minutes on 2 cores)
 	$(BIN)/fellrec compare experiment=ml_1m_small data.root=$(DATA)/ml-1m
 
 bench: install  ## compare with other frameworks (BENCH_ROWS=loop,flower: only these rows; an hour on 2 cores)

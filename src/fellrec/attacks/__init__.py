@@ -5,6 +5,10 @@ This module is cheap to import: the command line lists attacks without loading t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from fellrec.errors import ConfigError, unknown
+
 ON_CUT = {
     "nearest_embedding": "each hidden state of the first cut is compared with the public token embeddings",
     "logit_lens": "the public final norm and LM head read the hidden states of the first cut",
@@ -31,6 +35,17 @@ BASELINES = {
     "most_popular": "the most frequent tokens, titles and items of the public data",
 }
 """What is known without an attack; reported beside every attack."""
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse attacks that do not exist.
+
+    Raises:
+        ConfigError: Saying which.
+    """
+    for name in names:
+        if name not in ATTACKS:
+            raise ConfigError(unknown("attack", name, ATTACKS))
 
 
 def defaults(backbone: str) -> list[str]:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from fellrec.cli.arguments import add_format, add_run_dir, add_trust
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from fellrec.attacks.findings import Finding
     from fellrec.attacks.settings import AttackSettings
 
@@ -49,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: If the run is not finished, an attack or a depth does not fit it, or the output exists.
     """
-    from fellrec.attacks import defaults
+    from fellrec.attacks import check_names, defaults
     from fellrec.cli.arguments import check_empty
     from fellrec.config.stored import moved, read_config
 
@@ -58,6 +60,7 @@ def run(options: argparse.Namespace) -> None:
     check_empty(folder)
     asked, others = _asked(options.overrides)
     settings = _settings(asked)
+    check_names(_words(asked[_NAMES]) if _NAMES in asked else [])
     config = moved(read_config(run_dir, options.trust), others)  # what is wrong is refused before PyTorch is imported
     from fellrec.experiment.attack import attack, check_tracked, log_findings
     from fellrec.experiment.run_dir import provenance
@@ -76,6 +79,7 @@ def run(options: argparse.Namespace) -> None:
         _print_json(about, findings)
         return
     results_console().print(leakage_table(findings, f"Recovered from {run_dir.name}"))
+    sys.stdout.write(_legend(config, findings))
     sys.stdout.write("".join(f"{path}\n" for path in files))
 
 
@@ -115,3 +119,21 @@ def _settings(asked: dict[str, str]) -> AttackSettings:
 def _print_json(about: dict[str, Any], findings: Sequence[Finding]) -> None:
     shown = {**about, "findings": [finding.to_dict() for finding in findings]}
     sys.stdout.write(f"{json.dumps(shown, indent=1)}\n")
+
+
+def _legend(config: DictConfig, findings: Sequence[Finding]) -> str:
+    """What the columns are, and what an attack on a private run does not say."""
+    lines = []
+    if any(finding.depth is not None for finding in findings):
+        lines.append(
+            "Shares that were recovered, by layers of the client's head. token, title: of histories, with the right "
+            "one among 1 or 10 guesses (a title: all its tokens); target: of the next items; ROUGE-L: titles in order."
+        )
+    if any(finding.users_per_client is not None for finding in findings):
+        lines.append("items of training: share of a client's training items among as many guesses, by users a client.")
+        if config.get("privacy") and config.privacy.unit != "none":
+            lines.append(
+                "The updates are those that the server of this private run receives, before its noise: privacy=… "
+                "trusts the server, and protects what the rule is given, see docs/privacy.md."
+            )
+    return "".join(f"{line}\n" for line in lines)

@@ -30,7 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--nearest", action="store_true", help="that of the client whose users are nearest, for a new user"
     )
     parser.add_argument(
-        "--history", nargs="+", required=True, metavar="TITLE", help="titles in quotes, oldest first; case is ignored"
+        "--history",
+        nargs="+",
+        required=True,
+        metavar="TITLE",
+        help="titles in quotes, or item ids, oldest first; case is ignored",
     )
     parser.add_argument("-k", type=int, default=10, help="number of items (default: 10)")
     add_format(parser)

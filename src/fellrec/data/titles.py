@@ -16,6 +16,8 @@ _MOST_UNKNOWN = 10
 def items_of(titles: Sequence[str], catalogue: Catalogue) -> list[int]:
     """The items that titles name; case and punctuation do not count, and of items with one title the first is taken.
 
+    What is no title may be an item id.
+
     Args:
         titles: As a user typed them.
         catalogue: The items.
@@ -25,7 +27,8 @@ def items_of(titles: Sequence[str], catalogue: Catalogue) -> list[int]:
     """
     exact = {title: item for item, title in reversed(list(enumerate(catalogue.titles)))}
     plain = {utils.default_process(title): item for title, item in reversed(exact.items())}
-    found = [exact.get(title, plain.get(utils.default_process(title))) for title in titles]
+    by_id = {item_id: item for item, item_id in enumerate(catalogue.item_ids)}
+    found = [exact.get(title, plain.get(utils.default_process(title), by_id.get(title))) for title in titles]
     unknown = [title for title, item in zip(titles, found, strict=True) if item is None]
     if unknown:
         raise DataError("\n".join(_unknown(title, catalogue) for title in unknown[:_MOST_UNKNOWN]))
@@ -47,4 +50,7 @@ def _unknown(title: str, catalogue: Catalogue) -> str:
         (name for name, *_ in similar), key=lambda name: -fuzz.QRatio(title, name, processor=utils.default_process)
     )
     names = ", ".join(map(repr, nearest[:_SUGGESTED]))
-    return f"no item is called {title!r}; " + (f"did you mean {names}?" if names else "no title is similar")
+    if names:
+        return f"no item is called {title!r}; did you mean {names}?"
+    some = ", ".join(map(repr, choices[:_SUGGESTED]))
+    return f"no item is called {title!r}, and no title is similar; the catalogue begins with {some}"

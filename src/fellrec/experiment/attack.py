@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from fellrec.attacks import ATTACKS, ON_CUT
+from fellrec.attacks import ON_CUT, check_names
 from fellrec.attacks.findings import Finding
 from fellrec.attacks.observe import Observed, Tap, observe, one_step, with_items
 from fellrec.attacks.on_cut import findings_at
@@ -16,7 +16,7 @@ from fellrec.attacks.settings import AttackSettings
 from fellrec.config.instantiate import as_dict
 from fellrec.config.members import is_federation
 from fellrec.cut.client_model import CutClientModel
-from fellrec.errors import ConfigError, unknown
+from fellrec.errors import ConfigError
 from fellrec.experiment.attack_whole import attack_whole
 from fellrec.experiment.build import Recommender, backbone_path
 from fellrec.experiment.federation import Federation
@@ -114,9 +114,7 @@ def check_attacks(config: DictConfig, names: Sequence[str]) -> None:
     Raises:
         ConfigError: Saying which, and what is allowed.
     """
-    for name in names:
-        if name not in ATTACKS:
-            raise ConfigError(unknown("attack", name, ATTACKS))
+    check_names(names)
     if is_federation(config):
         raise ConfigError("data=federation cannot be attacked: attack a run on one of its data sets")
     on_text = [name for name in names if name in ON_CUT]
