@@ -29,7 +29,13 @@ from fellrec.experiment.federation import build_federation
 COMMON = (
     *("data=synthetic", "data.reader.preset=micro_lens_shaped", "data.public_user_rate=0.1", "adapter=lora"),
     *("backbone.pretrain.steps=1", "backbone.num_layers=2", "trainer.max_local_steps=2", "trainer.batch_size=16"),
-    *("trainer.cutoffs=[10]", "aggregation=fellrec", "trainer.num_rounds=1000", "trainer.evaluate_every=1000"),
+    *(
+        "backbone.max_position_embeddings=1024",
+        "trainer.cutoffs=[10]",
+        "aggregation=fellrec",
+        "trainer.num_rounds=1000",
+        "trainer.evaluate_every=1000",
+    ),
 )
 USERS = ("data.reader.num_users=400", "data.reader.num_items=2000")
 Overrides = Callable[[int], Sequence[str]]

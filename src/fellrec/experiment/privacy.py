@@ -45,7 +45,6 @@ def _of_rule(rule: AggregationCallback) -> list[str | None]:
     reads = {
         "the clients' losses": rule.needs_start_loss,
         f"the clients' tensors {', '.join(rule.client_tensors)}": bool(rule.client_tensors),
-        "the clients' numbers of steps": rule.limits.reads_steps,
     }
     return [
         f"no update leaves a client with {called}; use privacy=none" if rule.sees == "nothing" else None,

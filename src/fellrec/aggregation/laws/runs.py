@@ -37,6 +37,7 @@ EXCLUDED: Mapping[str, Mapping[str, Any]] = {
     "changes_base": {"backbone": {"quantize": "nf4"}},
     "asynchronous": {"participation": {"over_selection": 2}},
     "one_rank": {"adapter": {"rank": [2, 4]}},
+    "reads_steps": {"privacy": {"unit": "client"}},
     "needs_public_users": {"data": {"public_user_rate": 0}},
 }
 """For each field of `Limits` but `least_because`, settings that it excludes."""

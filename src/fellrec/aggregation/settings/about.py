@@ -79,6 +79,7 @@ class Limits:
             "backbone.quantize": self.changes_base,
             "participation=power_of_choice or poisson and participation.over_selection": self.asynchronous,
             "data.public_user_rate=0": self.needs_public_users,
+            "privacy": self.reads_steps,
         }
         return [text for text, applies in found.items() if applies]
 
@@ -97,6 +98,7 @@ class Limits:
         rate, clients = _at(config, "participation.rate", 1), _at(config, "partition.num_clients", None)
         dropout, over = _at(config, "participation.dropout", 0), _at(config, "participation.over_selection", 1)
         sampler = str(_at(config, "participation.sampler._target_", "")).rpartition(".")[2]
+        unit = _at(config, "privacy.unit", "none")
         because = f"with {self.least_because} " if self.least_because else ""
         few = isinstance(clients, int) and isinstance(rate, (int, float)) and max(1, round(rate * clients))
         return [
@@ -124,6 +126,9 @@ class Limits:
             f"{because}needs at least {self.least_clients} clients in a round: partition.num_clients={clients} with "
             f"participation.rate={rate} gives {few}"
             if few and few < self.least_clients
+            else None,
+            f"reads the clients' numbers of steps, which privacy={unit}_level does not release; use privacy=none"
+            if self.reads_steps and unit != "none"
             else None,
             "trains on the public users at the server: data.public_user_rate=0 is not allowed, raise it"
             if self.needs_public_users and _at(config, "data.public_user_rate", None) == 0
