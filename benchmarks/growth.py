@@ -105,13 +105,16 @@ def draw(results: dict[str, Any], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "growth"
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, len(results), figsize=(3 * len(results), 3), squeeze=False, layout="constrained")
+    size = 3 * len(results), 3
+    figure, panels = plt.subplots(1, len(results), figsize=size, squeeze=False, sharey=True, layout="constrained")
     for panel, (name, rows) in zip(panels[0], results.items(), strict=True):
         values = [row["value"] for row in rows["rows"]]
         for line, colour, marker in (("round", "#0072B2", "o"), ("evaluation", "#D55E00", "s")):
             seconds = [row[line] for row in rows["rows"]]
             panel.loglog(values, seconds, color=colour, marker=marker, label=f"{line}, exponent {rows[line]:.2f}")
         panel.set_xlabel(AXES[name][0])
+        panel.set_xticks(values, [f"{value:,}" for value in values])
+        panel.set_xticks([], minor=True)
         panel.grid(True, which="major", alpha=0.3)
         panel.legend(fontsize=7)
     panels[0][0].set_ylabel("CPU seconds")
