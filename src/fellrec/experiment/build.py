@@ -440,7 +440,7 @@ def _metrics(
             reported,
             config.trainer.sampled_candidates,
             members=_clients_of_members(data),
-            poisoned=config.poison.clients,
+            poisoned=poison_settings(config).clients,
             sync_on_compute=False,  # the coordinator collects the metrics of all processes
         )
         for _ in choices or (None,)
@@ -461,6 +461,11 @@ def _clients_of_members(data: PreparedData) -> dict[str, range]:
     return {name: range(bounds[place], bounds[place + 1]) for place, name in enumerate(data.members)}
 
 
+def poison_settings(config: DictConfig) -> PoisonSettings:
+    """The settings of clients that misbehave; without any in the configuration of a model that is served."""
+    return settings(PoisonSettings, config.get("poison") or {}, "poison")
+
+
 def build_datamodule(config: DictConfig, data: PreparedData, objective: Objective) -> FellrecDataModule:
     """Batches of an objective by client."""
     measured = {"history_lengths": objective.history_lengths} if isinstance(objective, MeasuresHistories) else {}
@@ -472,7 +477,7 @@ def build_datamodule(config: DictConfig, data: PreparedData, objective: Objectiv
         eval_batch_size=config.trainer.eval_batch_size,
         seed=config.seed,
         lengths=objective.lengths,
-        relabelled=relabelled(settings(PoisonSettings, config.poison, "poison"), data.places.items),
+        relabelled=relabelled(poison_settings(config), data.places.items),
         **measured,
     )
 
