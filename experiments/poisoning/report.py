@@ -25,7 +25,7 @@ from fellrec.report.tables import display_name, markdown
 
 METRIC = "ndcg_at_10"
 BEFORE = "none"
-"""The kind with which nobody misbehaves."""
+"""The kind in which all clients are honest."""
 
 
 def cells(out: Path) -> dict[str, dict[str, Any]]:

@@ -8,8 +8,7 @@
 set -eu
 out=$1 data=$2
 shift 2
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # the number changes the order of sums, and so results
-fellrec=${FELLREC:-fellrec} python=${PYTHON:-python}
+. "$(dirname "$0")/../common.sh"
 small="data=ml_1m data.max_users=250 data.max_history=10 backbone.hidden_size=32 backbone.num_layers=3
  backbone.pretrain.steps=150 adapter=lora adapter.rank=4 trainer.batch_size=16 references.show=[] tracking.uri=null
  ~callbacks.matrices ~callbacks.model"

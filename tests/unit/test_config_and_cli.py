@@ -277,40 +277,37 @@ def test_a_reader_that_leaves_ends_a_command_without_a_traceback(group: str) -> 
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_mistakes_are_found_without_heavy_imports() -> None:
-    """A wrong choice is refused by every verb that takes settings before PyTorch is imported."""
-    code = """
+def refused_without_heavy_imports(*commands: str) -> str:
+    """What is printed by commands that end with status 1 before PyTorch is imported."""
+    code = f"""
 import sys
 from fellrec.cli.main import main
-for words in ("train", "compare", "plan", "submit", "prepare", "check-rule fedavg"):
-    try:
-        main([*words.split(), "backbone=tinny"])
-    except SystemExit as stop:
-        assert stop.code == 1, words
-    heavy = {"torch", "lightning", "transformers", "mlflow", "pandas"} & sys.modules.keys()
-    assert not heavy, (words, heavy)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("unknown backbone 'tinny'") == 6
-
-
-def test_a_wrong_directory_is_refused_without_heavy_imports() -> None:
-    """By every verb that computes with a finished run."""
-    code = """
-import sys
-from fellrec.cli.main import main
-for words in ("evaluate nowhere", "recommend nowhere --client 0 --history Heat", "attack nowhere"):
+for words in {commands}:
     try:
         main(words.split())
     except SystemExit as stop:
         assert stop.code == 1, words
-    heavy = {"torch", "lightning", "transformers", "mlflow", "pandas"} & sys.modules.keys()
+    heavy = {{"torch", "lightning", "transformers", "mlflow", "pandas"}} & sys.modules.keys()
     assert not heavy, (words, heavy)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("nowhere has no config.yaml; give the directory of a run") == 3
+    return done.stderr
+
+
+def test_mistakes_are_found_without_heavy_imports() -> None:
+    """A wrong choice is refused by every verb that takes settings before PyTorch is imported."""
+    verbs = ("train", "compare", "plan", "submit", "prepare", "check-rule fedavg")
+    said = refused_without_heavy_imports(*(f"{verb} backbone=tinny" for verb in verbs))
+    assert said.count("unknown backbone 'tinny'") == 6
+
+
+def test_a_wrong_directory_is_refused_without_heavy_imports() -> None:
+    """By every verb that computes with a finished run."""
+    said = refused_without_heavy_imports(
+        "evaluate nowhere", "recommend nowhere --client 0 --history Heat", "attack nowhere"
+    )
+    assert said.count("nowhere has no config.yaml; give the directory of a run") == 3
 
 
 def test_without_a_verb_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

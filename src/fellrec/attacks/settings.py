@@ -24,7 +24,7 @@ class AttackSettings:
     users_per_client: Annotated[
         Sequence[int], items(whole(1), "a list of whole numbers of at least 1, such as [1,5,20]")
     ] = (1, 5, 20)
-    """Of the clients whose first updates are attacked; they are made of the run's users anew."""
+    """Users of each client whose first update is attacked; these clients are new groups of the run's users."""
     update_clients: Count = 10
     """Clients whose updates are attacked, for each number of users."""
     users: Count = 100

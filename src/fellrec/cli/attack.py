@@ -131,7 +131,7 @@ def _legend(config: DictConfig, findings: Sequence[Finding]) -> str:
         )
     if any(finding.users_per_client is not None for finding in findings):
         lines.append("items of training: share of a client's training items among as many guesses, by users a client.")
-        if config.get("privacy") and config.privacy.unit != "none":
+        if config.privacy.unit != "none":
             lines.append(
                 "The updates are those that the server of this private run receives, before its noise: privacy=… "
                 "trusts the server, and protects what the rule is given, see docs/privacy.md."

@@ -67,15 +67,12 @@ def read_config(run_dir: Path, trusted: Collection[str] = ()) -> DictConfig:
             f"{path} has format {found or 0}, this version of fellrec reads format {_FORMAT}: the run was made by "
             "another version and cannot be resumed or evaluated by this one; its results and adapters stay readable"
         )
-    _add_newer(config)
+    _add_newer_groups(config)
     plain: Any = OmegaConf.to_container(config)
     _check_shape(plain, path)
     _check_trust(plain, trusted, path)
     _use_own_cache(config, path)
-    for part in parts(plain):
-        for name, default in defaults_of(part.kind).items():
-            if name not in part.values and default != "???":
-                OmegaConf.update(config, part.dotted(name), default)
+    add_newer(config)
     try:
         check(config)
     except ConfigError as error:
@@ -178,8 +175,18 @@ def _check_events(text: str, path: Path) -> None:
             raise ConfigError(f"{path} is not the configuration of a run: it has aliases, or too many levels")
 
 
-def _add_newer(config: DictConfig) -> None:
-    """Add what did not exist when the run was made, as it was then."""
+def add_newer(config: DictConfig) -> None:
+    """Add groups and settings that a stored configuration does not have, with their defaults: they are newer."""
+    _add_newer_groups(config)
+    plain: Any = OmegaConf.to_container(config)
+    for part in parts(plain):
+        for name, default in defaults_of(part.kind).items():
+            if name not in part.values and default != "???":
+                OmegaConf.update(config, part.dotted(name), default)
+
+
+def _add_newer_groups(config: DictConfig) -> None:
+    """Add groups that did not exist when the run was made, as it was then."""
     for key, node in NEWER.items():
         group, _, name = key.partition(".")
         if group in config and name and OmegaConf.is_dict(config[group]) and name not in config[group]:

@@ -16,7 +16,7 @@ _MOST_UNKNOWN = 10
 def items_of(titles: Sequence[str], catalogue: Catalogue) -> list[int]:
     """The items that titles name; case and punctuation do not count, and of items with one title the first is taken.
 
-    What is no title may be an item id.
+    An item id is accepted instead of a title; if a text is both, it is the title.
 
     Args:
         titles: As a user typed them.

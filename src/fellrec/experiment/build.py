@@ -250,7 +250,7 @@ def build_module(
         check_all_prompts(objective, data)
     fabric.to_device(backbone.model)
     adapter.attach(backbone.model, backbone.arch, config.seed, model.part_of)
-    if config.trainer.get("compile"):
+    if config.trainer.compile:
         compile_layers(model, fabric.device)
     ranker = build_ranker(config, objective, data)
     return FellrecModule(
@@ -440,7 +440,7 @@ def _metrics(
             reported,
             config.trainer.sampled_candidates,
             members=_clients_of_members(data),
-            poisoned=poison_settings(config).clients,
+            poisoned=config.poison.clients,
             sync_on_compute=False,  # the coordinator collects the metrics of all processes
         )
         for _ in choices or (None,)
@@ -461,11 +461,6 @@ def _clients_of_members(data: PreparedData) -> dict[str, range]:
     return {name: range(bounds[place], bounds[place + 1]) for place, name in enumerate(data.members)}
 
 
-def poison_settings(config: DictConfig) -> PoisonSettings:
-    """The settings of clients that misbehave; without any in the configuration of a model that is served."""
-    return settings(PoisonSettings, config.get("poison") or {}, "poison")
-
-
 def build_datamodule(config: DictConfig, data: PreparedData, objective: Objective) -> FellrecDataModule:
     """Batches of an objective by client."""
     measured = {"history_lengths": objective.history_lengths} if isinstance(objective, MeasuresHistories) else {}
@@ -477,7 +472,7 @@ def build_datamodule(config: DictConfig, data: PreparedData, objective: Objectiv
         eval_batch_size=config.trainer.eval_batch_size,
         seed=config.seed,
         lengths=objective.lengths,
-        relabelled=relabelled(poison_settings(config), data.places.items),
+        relabelled=relabelled(settings(PoisonSettings, config.poison, "poison"), data.places.items),
         **measured,
     )
 

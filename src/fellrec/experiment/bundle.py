@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 from safetensors.torch import load_file
 
 from fellrec.config.instantiate import as_dict, is_own, targets
+from fellrec.config.stored import add_newer
 from fellrec.cut.settings import UNCHANGED
 from fellrec.data.cold import ColdStart
 from fellrec.data.prepared import PreparedData
@@ -193,6 +194,7 @@ def _source(work: Path) -> Path:
 def _config(plain: dict[str, Any]) -> DictConfig:
     """The settings of a run for one process on whatever device there is, with a whole model."""
     config = OmegaConf.create(plain)
+    add_newer(config)
     config.trainer.accelerator, config.trainer.devices, config.trainer.num_nodes = "auto", 1, 1
     config.split.update({"transport": "none", **UNCHANGED})
     if config.adapter.get("path") is not None:

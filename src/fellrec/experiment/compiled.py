@@ -23,7 +23,7 @@ def compile_layers(model: SplitModel, device: torch.device) -> None:
         device: Where it computes.
 
     Raises:
-        ConfigError: If there is no C++ compiler, which a CPU needs.
+        ConfigError: If the device is a CPU and no C++ compiler is installed.
     """
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:

@@ -1,4 +1,6 @@
-"""Sums of vectors that nobody sees: the protocol of Bonawitz et al. (CCS 2017, arXiv:1611.04482), passive adversary.
+"""Sums of vectors by masks: the protocol of Bonawitz et al. (CCS 2017, arXiv:1611.04482), passive adversary.
+
+The server sees the sum and no single vector.
 
 Four exchanges: keys, encrypted shares of secrets, masked vectors, shares again. Clients may drop out between any two of
 them. The masks of pairs of clients cancel in the sum; those of a client that dropped out are computed again from its

@@ -114,7 +114,7 @@ def problems(settings: PoisonSettings, num_clients: int) -> Iterator[str]:
     wrong = [client for client in settings.clients if client >= num_clients]
     if wrong:
         yield (
-            f"poison.clients={list(settings.clients)}: there is no client {wrong[0]}; choose from 0 to "
+            f"poison.clients={list(settings.clients)}: client {wrong[0]} does not exist; choose from 0 to "
             f"{num_clients - 1}"
         )
     elif len(settings.clients) >= num_clients:

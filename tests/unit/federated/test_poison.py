@@ -214,7 +214,10 @@ def before_and_after(plain: Recommender, flipped: Recommender) -> tuple[list[int
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["poison.clients=[7]", "partition.num_clients=3"], r"clients=\[7\]: there is no client 7; choose from 0 to 2"),
+        (
+            ["poison.clients=[7]", "partition.num_clients=3"],
+            r"clients=\[7\]: client 7 does not exist; choose from 0 to 2",
+        ),
         (["poison.clients=[0,1]", "partition.num_clients=2"], "all 2 clients misbehave; leave at least one out"),
     ],
 )
