@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tracking_servers import Content, Relay, Server, content, logged_points, pos
 
 from fellrec.cli.main import main
 from fellrec.pool.pool import COORDINATOR
-from fellrec.tracking.delivery import OutboxClient
+from fellrec.tracking.delivery import OutboxClient, OutboxError
 from fellrec.tracking.outbox import Outbox, Sent, first_operation, num_left, operations, read_sent, write_sent
 from fellrec.tracking.run_log import NewRun, RunLog
 
@@ -154,9 +155,11 @@ def test_a_process_killed_at_any_time_logs_each_point_once(server: Server, tmp_p
         process.wait()
     process, log = start(tmp_path, str(ENDLESS), str(run_dir), server.uri, str(steps))
     while process.poll() is None:  # like `fellrec sync` during a run
-        OutboxClient(run_dir / "outbox").send()
+        with suppress(OutboxError):  # a busy machine exceeds the time limit of a request
+            OutboxClient(run_dir / "outbox").send()
         time.sleep(0.05)
     assert process.returncode == 0, log.read_text()
+    OutboxClient(run_dir / "outbox").send()
     arrived = on(server, run_dir)
     assert len(arrived.points) == 21 * steps
     assert [point for point in arrived.points if point[0] != "nan"] == [
