@@ -14,11 +14,12 @@ COMMON = (
     "trainer.reset_optimizer=true",
     "trainer.accelerator=cpu",
     "references.show=[]",
-    "backbone.pretrain.steps=50",
     "trainer.num_rounds=3",
 )
 """Of all workloads: five clients, three rounds. Losses can only agree without dropout, and the rivals' clients keep no
 state of an optimiser from round to round."""
+TINY = ("backbone.pretrain.steps=50",)
+"""Of the tiny backbone, unless another one is asked for, such as ``backbone=smollm2``."""
 ROUND = ("trainer.max_local_steps=3", "trainer.batch_size=16")
 """Of the rows that time rounds."""
 COMMAND = ("trainer.max_local_steps=2", "trainer.batch_size=16", "data.reader.num_users=300")
@@ -34,7 +35,8 @@ def overrides_of(family: str, size: Sequence[str], more: Sequence[str] = ()) -> 
         more: The user's, which come last.
     """
     rule = ("aggregation=centralized",) if family.startswith("pooled-") else ()
-    return [f"objective={family.removeprefix('pooled-')}", *COMMON, *rule, *size, *more]
+    tiny = () if any(override.startswith("backbone=") for override in more) else TINY
+    return [f"objective={family.removeprefix('pooled-')}", *COMMON, *tiny, *rule, *size, *more]
 
 
 def is_frozen(folder: Path, overrides: Sequence[str]) -> bool:

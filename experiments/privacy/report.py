@@ -30,22 +30,33 @@ def results(folder: Path) -> dict[str, Any]:
     return {**found, "best_round": finished["best_round"]}
 
 
+def findings(folder: Path) -> list[dict[str, Any]]:
+    """What the attacks on a run have found."""
+    found: list[dict[str, Any]] = json.loads((folder / "attack" / "attack.json").read_text())["findings"]
+    return found
+
+
 def by_epsilon(out: Path) -> pd.DataFrame:
-    """One row for each rule and ε."""
+    """One row for each model, rule and ε."""
     rows = []
     for folder in sorted(out.glob("epsilon_*")):
-        found, (_, *rule, epsilon) = results(folder), folder.name.split("_")
+        found, (_, model, *rule, epsilon) = results(folder), folder.name.split("_")
         private = found.get("privacy", {})
+        attacks = {finding["attack"]: finding["metrics"] for finding in findings(folder)}
         rows.append(
             {
+                "model": model,
                 "rule": "_".join(rule),
                 "ε planned": float("inf") if epsilon == "none" else float(epsilon),
                 "ε spent": private.get("epsilon"),
                 "noise multiplier": private.get("noise_multiplier"),
                 **_accuracy(found),
+                "member AUC": attacks["membership"]["member_auc"],
+                "calibrated": attacks["membership_calibrated"]["member_auc"],
+                "without training": attacks["initial_model"]["member_auc"],
             }
         )
-    return _sorted(rows, ["rule", "ε planned"], [True, False])
+    return _sorted(rows, ["model", "rule", "ε planned"], [True, True, False])
 
 
 def by_noise(out: Path) -> pd.DataFrame:
@@ -75,9 +86,9 @@ def _accuracy(found: dict[str, Any]) -> dict[str, Any]:
 
 def _leaked(folder: Path) -> Iterator[dict[str, float]]:
     """What the better of both attacks recovers, by the depth at which the run's model was cut for them."""
-    findings = json.loads((folder / "attack" / "attack.json").read_text())["findings"]
-    for depth in sorted({finding["depth"] for finding in findings}):
-        table = {finding["attack"]: finding["metrics"] for finding in findings if finding["depth"] == depth}
+    found_at = findings(folder)
+    for depth in sorted({finding["depth"] for finding in found_at}):
+        table = {finding["attack"]: finding["metrics"] for finding in found_at if finding["depth"] == depth}
         attacks = [table[name] for name in ("nearest_embedding", "logit_lens")]
         names = {"token@1": "token_at_1", "title@1": "title_at_1"}
         found = {shown: max(attack[name] for attack in attacks) for shown, name in names.items()}

@@ -4,46 +4,69 @@
 #
 #   sh experiments/privacy/sweep.sh OUT ../shared/data/ml-1m [OVERRIDE...]
 #
-# Environment variables: EPSILONS, RULES, NOISES and DEPTHS select runs; FELLREC and PYTHON are the commands to run.
+# Environment variables: MODELS, EPSILONS, RULES, NOISES, DEPTHS and SEEDS select runs; FELLREC and PYTHON are the commands to
+# run.
 set -eu
 out=$1 data=$2
 shift 2
 . "$(dirname "$0")/../common.sh"
-small="data=ml_1m data.max_users=250 data.max_history=10 backbone.hidden_size=32 backbone.num_layers=3
- backbone.pretrain.steps=150 adapter=lora adapter.rank=4 trainer.batch_size=16 references.show=[] tracking.uri=null
- ~callbacks.matrices ~callbacks.model"
+common="data=ml_1m references.show=[] tracking.uri=null ~callbacks.matrices ~callbacks.model"
+tiny="data.max_users=250 data.max_history=10 backbone.hidden_size=32 backbone.num_layers=3 backbone.pretrain.steps=150
+ adapter=lora adapter.rank=4 trainer.batch_size=16"
 
 # one NAME OVERRIDE...: one run
 one() {
     name=$1
     shift
-    if [ -f "$out/$name/results.json" ]; then return; fi
+    if [ -f "$out/$name/finished.json" ]; then return; fi
     # shellcheck disable=SC2086  # several overrides
     if [ -f "$out/$name/config.yaml" ]; then
         $fellrec train "resume=$out/$name"
     else
-        $fellrec train $small "data.root=$data" "$@" "run_dir=$out/$name"
+        $fellrec train $common "data.root=$data" "$@" "run_dir=$out/$name"
     fi
 }
 
-for rule in ${RULES:-ffa_lora fedavg}; do
-    for epsilon in ${EPSILONS:-none 8 1}; do
-        budget="privacy=user_level privacy.epsilon=$epsilon privacy.delta=1e-3 privacy.clip_norm=0.05"
-        if [ "$epsilon" = none ]; then budget=privacy=none; fi
+# attack NAME OVERRIDE...: attacks on a run
+attack() {
+    name=$1
+    shift
+    [ -f "$out/$name/attack/attack.json" ] || $fellrec attack "$out/$name" "$@"
+}
+
+# by_epsilon MODEL RULE DELTA CLIP EPSILON OVERRIDE...: one user a client
+by_epsilon() {
+    name="epsilon_$1_$2_$5" budget="privacy=user_level privacy.epsilon=$5 privacy.delta=$3 privacy.clip_norm=$4"
+    if [ "$5" = none ]; then budget=privacy=none; fi
+    rule=$2
+    shift 5
+    # shellcheck disable=SC2086  # several overrides
+    one "$name" "aggregation=$rule" partition=per_user $budget "$@"
+    attack "$name" attack=membership attack.users=1000
+}
+
+for model in ${MODELS:-sasrec tiny}; do
+    for epsilon in ${EPSILONS:-none 8 3 1}; do
         # shellcheck disable=SC2086  # several overrides
-        one "epsilon_${rule}_$epsilon" "aggregation=$rule" partition=per_user trainer.num_rounds=3 \
-            trainer.max_local_steps=1 trainer.learning_rate=2e-3 trainer.evaluate_every=3 $budget "$@"
+        case $model in
+            sasrec) by_epsilon sasrec fedavg 1e-4 0.3 "$epsilon" backbone=sasrec backbone.hidden_size=32 \
+                participation=poisson participation.rate=0.1 trainer.num_rounds=40 trainer.local_epochs=5 \
+                trainer.learning_rate=0.01 trainer.evaluate_every=10 "$@" ;;
+            tiny) for rule in ${RULES:-ffa_lora fedavg}; do
+                by_epsilon tiny "$rule" 1e-3 0.05 "$epsilon" $tiny trainer.num_rounds=3 trainer.max_local_steps=1 \
+                    trainer.learning_rate=2e-3 trainer.evaluate_every=3 "$@"
+            done ;;
+        esac
     done
 done
 
 for depth in ${DEPTHS:-0 1}; do
     for noise in ${NOISES:-0 0.01 0.03 0.1 0.3}; do
-        one "noise_${depth}_$noise" split=executed "split.head_layers=$depth" "split.hidden_noise=$noise" \
+        # shellcheck disable=SC2086  # several overrides
+        one "noise_${depth}_$noise" $tiny split=executed "split.head_layers=$depth" "split.hidden_noise=$noise" \
             aggregation=fedavg trainer.num_rounds=4 trainer.max_local_steps=10 trainer.learning_rate=3e-3 \
             trainer.evaluate_every=4 "$@"
-        if [ ! -f "$out/noise_${depth}_$noise/attack/attack.json" ]; then
-            $fellrec attack "$out/noise_${depth}_$noise" attack=nearest_embedding,logit_lens
-        fi
+        attack "noise_${depth}_$noise" attack=nearest_embedding,logit_lens
     done
 done
 [ "$fellrec" = echo ] || $python "$(dirname "$0")/report.py" "$out"

@@ -19,6 +19,8 @@ import torch
 from omegaconf import DictConfig
 from preloaded import program, python
 
+from fellrec.attacks import check_names
+from fellrec.cli import attack
 from fellrec.cli.main import main
 from fellrec.config.compose import compose
 from fellrec.experiment.build import build_rule
@@ -136,17 +138,22 @@ def test_what_a_sweep_runs_can_be_composed(name: str, tmp_path: Path) -> None:
     assert {cell: len(configs) for cell, configs in found.items()} == expected
 
 
-def test_what_the_sweep_over_privacy_runs_can_be_composed_and_attacked(tmp_path: Path) -> None:
-    """Every private run is one that is allowed, every run with noise has a cut, and each of these is attacked."""
+def spoken(name: str, tmp_path: Path, **variables: str) -> list[list[str]]:
+    """The words of each command of a sweep over MovieLens-1M that is not one of comparisons."""
     say = tmp_path / "say"
     say.write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done; printf "\\n"\n')
     say.chmod(0o755)
-    script = ROOT / "experiments" / "privacy" / "sweep.sh"
+    script = ROOT / "experiments" / name / "sweep.sh"
     command = ["sh", str(script), str(tmp_path / "out"), "somewhere", "trainer.weight_decay=0.5"]
-    environment = {**os.environ, "FELLREC": str(say), "PYTHON": "true", "EPSILONS": "none 8", "NOISES": "0 3"}
+    environment = {**os.environ, "FELLREC": str(say), "PYTHON": "true", **variables}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    verbs = [text.split("\n") for text in done.stdout.strip().split("\n\n")]
-    configs = {Path(c.run_dir).name: c for c in (compose(words) for verb, *words in verbs if verb == "train")}
+    return [text.split("\n") for text in done.stdout.strip().split("\n\n")]
+
+
+def test_what_the_sweep_over_privacy_runs_can_be_composed_and_attacked(tmp_path: Path) -> None:
+    """Every private run is one that is allowed, every run with noise has a cut, and each run is attacked."""
+    said = spoken("privacy", tmp_path, EPSILONS="none 8", NOISES="0 3")
+    configs = {Path(c.run_dir).name: c for c in (compose(words) for verb, *words in said if verb == "train")}
     for name, config in configs.items():
         build_rule(config)
         assert config.trainer.weight_decay == 0.5, "further overrides reach every run"
@@ -155,8 +162,49 @@ def test_what_the_sweep_over_privacy_runs_can_be_composed_and_attacked(tmp_path:
         )
     noises = {name: c.split.hidden_noise for name, c in configs.items() if c.split.transport == "inprocess"}
     assert noises == {"noise_0_0": 0, "noise_0_3": 3, "noise_1_0": 0, "noise_1_3": 3}
-    assert [Path(words[0]).name for verb, *words in verbs if verb == "attack"] == list(noises)
-    assert len(configs) == 8
+    assert [Path(words[0]).name for verb, *words in said if verb == "attack"] == list(configs)
+    assert len(configs) == 2 + 4 + 4
+
+
+def test_what_the_sweep_over_leakage_runs_can_be_composed_and_attacked(tmp_path: Path) -> None:
+    said = spoken("leakage", tmp_path, SEEDS="0,1")
+    for verb, *words in said:
+        if verb == "train":
+            config = compose(words)
+            build_rule(config)
+            assert config.trainer.weight_decay == 0.5, "further overrides reach every run"
+        else:
+            asked, others = attack._asked(words[1:])
+            attack._settings(asked)
+            check_names(asked["attack"].split(","))
+            assert not others
+    runs = [f"{cell}-s{seed}" for cell in ("tiny", "tiny_full", "sasrec", "smollm2") for seed in (0, 1)]
+    assert [Path(words[0]).name for verb, *words in said if verb == "attack"] == runs
+
+
+def test_what_attacks_found_over_seeds(tmp_path: Path) -> None:
+    """Mean and deviation by hand; a line of the figure for each attack that has the metric."""
+    for seed, share in ((0, 0.2), (1, 0.6)):
+        folder = tmp_path / "out" / f"tiny-s{seed}" / "attack"
+        folder.mkdir(parents=True)
+        (folder.parent / "versions.json").write_text(json.dumps({"git_commit": "1234567", "num_threads": 1}))
+        found = [
+            {"attack": "inverter", "depth": depth, "users_per_client": None, "metrics": {"token_at_1": share}}
+            for depth in (0, 2)
+        ]
+        found.append({"attack": "update_rows", "depth": None, "users_per_client": 5, "metrics": {"item_recall": share}})
+        found.append({"attack": "membership", "depth": None, "users_per_client": None, "metrics": {"member_auc": 0.5}})
+        (folder / "attack.json").write_text(json.dumps({"findings": found}))
+    code, shown = python([str(ROOT / "experiments" / "leakage" / "report.py"), str(tmp_path / "out")], tmp_path)
+    assert code == 0, shown
+    for row in (
+        "| tiny | 2 | inverter | 0.400 ±0.283 |",  # √((0.2² + 0.2²) / 1)
+        "| tiny | 5 | update_rows | 0.400 ±0.283 |",
+        "| tiny | membership | 0.500 ±0.000 |",
+        "*Measured*: commit 1234567",
+    ):
+        assert row in shown
+    assert matplotlib.image.imread(tmp_path / "out" / "leakage.png").std() > 0.02
 
 
 def test_the_main_table_compares_seven_rules(tmp_path: Path) -> None:

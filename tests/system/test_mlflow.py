@@ -34,6 +34,7 @@ CHROMIUM = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """``fellrec ui`` on a free port; yields its address. A signal to this one process must stop all that it started."""
     folder, port = tmp_path_factory.mktemp("server"), free_port()
+    stop = signal.SIGINT if request.param == "sqlite" else signal.SIGTERM
     with ExitStack() as stack:
         sqlite = f"sqlite:///{folder / 'mlflow.db'}"
         database = sqlite if request.param == "sqlite" else stack.enter_context(postgresql())
@@ -56,10 +57,11 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             assert f"{address}/#/experiments" in (folder / "log").read_text()
             yield address
         finally:
-            process.terminate()
+            process.send_signal(stop)
             status = process.wait(timeout=60)
             left = [child for child in started if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
-    assert status == 128 + signal.SIGTERM
+    assert status == 128 + stop
+    assert "Traceback" not in (folder / "log").read_text()
     assert started
     assert not left, "no server is left behind"
 

@@ -73,7 +73,8 @@ def run(options: argparse.Namespace) -> None:
 def _serve(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run the server as a process group of its own until it ends or this process is told to stop.
 
-    MLflow's command does not hand signals on: if it alone were stopped, its workers would keep the port.
+    MLflow's command does not hand signals on: if it alone were stopped, its workers would keep the port. Every signal
+    is handed on as SIGTERM: at SIGINT each process of MLflow would print a traceback.
 
     Returns:
         The exit status: the server's, or 128 and the number of the signal.
@@ -85,13 +86,13 @@ def _serve(command: Sequence[str], environment: Mapping[str, str]) -> int:
         """Hand the signal on; one that comes before the server exists is handed on below."""
         received.append(number)
         if server is not None:
-            _signal(server.pid, number)
+            _signal(server.pid, signal.SIGTERM)
 
     for number in _STOP:
         signal.signal(number, stop)
     server = subprocess.Popen(command, env=environment, start_new_session=True)
-    for early in list(received):
-        _signal(server.pid, early)
+    if received:
+        _signal(server.pid, signal.SIGTERM)
     while not received and server.poll() is None:
         with suppress(subprocess.TimeoutExpired):
             server.wait(0.5)

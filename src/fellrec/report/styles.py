@@ -7,7 +7,7 @@ white. Markers differ wherever colours differ, so a figure that is printed in gr
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -85,8 +85,9 @@ class Style:
 def styles(lines: Iterable[str]) -> dict[str, Style]:
     """The style of each line of a comparison; no two are the same.
 
-    A rule of fellrec has one style everywhere. A rule of the user's own has one that its name decides, unless another
-    rule of the figure has that. Lines of one rule with different settings differ in how their markers are filled.
+    A rule of fellrec has one style everywhere. A rule of the user's own, or an attack, has one that its name decides,
+    unless another line of the figure has that, or its colour while a colour is free. Lines of one rule with different
+    settings differ in how their markers are filled.
 
     Args:
         lines: Rules, with settings that vary after them, such as ``"fellrec alpha=0.3"``.
@@ -101,10 +102,7 @@ def styles(lines: Iterable[str]) -> dict[str, Style]:
     lines = list(dict.fromkeys(lines))
     places: dict[str, int] = {}
     for rule in sorted({_rule(line) for line in lines}, key=lambda rule: (rule not in _ORDER, rule)):
-        place = _ORDER.index(rule) if rule in _ORDER else zlib.crc32(rule.encode()) % _MOST
-        while place in places.values() and len(places) < _MOST:
-            place = (place + 1) % _MOST
-        places[rule] = place
+        places[rule] = _ORDER.index(rule) if rule in _ORDER else _free_place(rule, places.values())
     counts: dict[str, int] = {}
     found = {}
     for line in lines:
@@ -112,6 +110,15 @@ def styles(lines: Iterable[str]) -> dict[str, Style]:
         number = counts[rule] = counts.get(rule, -1) + 1
         found[line] = _style(places[rule], number)
     return found
+
+
+def _free_place(rule: str, others: Collection[int]) -> int:
+    """The place that a name decides, or the next free one, with a colour that is free as long as there is one."""
+    colours = {other % len(COLOURS) for other in others}
+    first = zlib.crc32(rule.encode()) % _MOST
+    places = [(first + step) % _MOST for step in range(_MOST)]
+    free = [place for place in places if place not in others] or places
+    return next((place for place in free if place % len(COLOURS) not in colours), free[0])
 
 
 def in_order(lines: Iterable[str]) -> list[str]:

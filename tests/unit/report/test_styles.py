@@ -50,5 +50,14 @@ def test_settings_of_a_rule_and_own_rules_are_told_apart() -> None:
     assert look["fellrec alpha=0.3"].colour == look["fellrec alpha=0.7"].colour
 
 
+def test_lines_share_a_colour_only_where_colours_are_used_up() -> None:
+    for lines in (
+        ["nearest_embedding", "logit_lens", "public_tail", "inverter", "chance", "most_popular"],
+        list("abcdefgh"),
+    ):
+        assert len({style.colour for style in styles(lines).values()}) == len(lines)
+    assert len({style.colour for style in styles(["fedavg", *"abcdefgh"]).values()}) == len(COLOURS)
+
+
 def test_order() -> None:
     assert in_order(["mine b", "fellrec", "local", "mine a"]) == ["local", "fellrec", "mine b", "mine a"]
