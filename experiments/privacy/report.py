@@ -1,8 +1,8 @@
-"""What privacy costs: one table by ε, one by noise in hidden states and depth of the head.
+"""What privacy costs: tables by ε, by noise in hidden states and depth of the head, and by noise in gradients.
 
 python experiments/privacy/report.py OUT
 
-writes ``epsilon.md`` and ``noise.md`` into the directory of the sweep.
+writes ``epsilon.md``, ``noise.md`` and ``gradient_noise.md`` into the directory of the sweep.
 """
 
 from __future__ import annotations
@@ -69,6 +69,23 @@ def by_noise(out: Path) -> pd.DataFrame:
     return _sorted(rows, ["head layers", "attacked at", "noise"], [True, True, True])
 
 
+def by_gradient_noise(out: Path) -> pd.DataFrame:
+    """One row for each noise in the gradients that clients send."""
+    rows = []
+    for folder in sorted(out.glob("gradient_*")):
+        attacks = {finding["attack"]: finding["metrics"] for finding in findings(folder)}
+        rows.append(
+            {
+                "noise": float(folder.name.split("_")[1]),
+                **_accuracy(results(folder)),
+                "target@1": attacks["gradient"]["target_at_1"],
+                "target@10": attacks["gradient"]["target_at_10"],
+                "target@10, most popular": attacks["most_popular"]["target_at_10"],
+            }
+        )
+    return _sorted(rows, ["noise"], [True])
+
+
 def _sorted(rows: list[dict[str, Any]], columns: list[str], ascending: list[bool]) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values(columns, ascending=ascending) if rows else pd.DataFrame()
 
@@ -85,11 +102,11 @@ def _accuracy(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _leaked(folder: Path) -> Iterator[dict[str, float]]:
-    """What the better of both attacks recovers, by the depth at which the run's model was cut for them."""
+    """What the best of the attacks recovers, by the depth at which the run's model was cut for them."""
     found_at = findings(folder)
     for depth in sorted({finding["depth"] for finding in found_at}):
         table = {finding["attack"]: finding["metrics"] for finding in found_at if finding["depth"] == depth}
-        attacks = [table[name] for name in ("nearest_embedding", "logit_lens")]
+        attacks = [table[name] for name in ("nearest_embedding", "logit_lens", "transformer_inverter")]
         names = {"token@1": "token_at_1", "title@1": "title_at_1"}
         found = {shown: max(attack[name] for attack in attacks) for shown, name in names.items()}
         yield {"attacked at": depth, **found, "token@1, chance": table["chance"]["token_at_1"]}
@@ -102,8 +119,9 @@ def _text(value: Any) -> str:
 
 
 def main(out: Path) -> None:
-    """Write and print both tables."""
-    for name, table in (("epsilon", by_epsilon(out)), ("noise", by_noise(out))):
+    """Write and print the tables."""
+    tables = {"epsilon": by_epsilon(out), "noise": by_noise(out), "gradient_noise": by_gradient_noise(out)}
+    for name, table in tables.items():
         if table.empty:
             continue
         text = markdown(table.map(_text))

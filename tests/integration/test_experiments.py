@@ -152,7 +152,7 @@ def spoken(name: str, tmp_path: Path, **variables: str) -> list[list[str]]:
 
 def test_what_the_sweep_over_privacy_runs_can_be_composed_and_attacked(tmp_path: Path) -> None:
     """Every private run is one that is allowed, every run with noise has a cut, and each run is attacked."""
-    said = spoken("privacy", tmp_path, EPSILONS="none 8", NOISES="0 3")
+    said = spoken("privacy", tmp_path, EPSILONS="none 8", NOISES="0 3", GRADIENT_NOISES="0.5")
     configs = {Path(c.run_dir).name: c for c in (compose(words) for verb, *words in said if verb == "train")}
     for name, config in configs.items():
         build_rule(config)
@@ -161,9 +161,10 @@ def test_what_the_sweep_over_privacy_runs_can_be_composed_and_attacked(tmp_path:
             ("user", True) if name.endswith("_8") else ("none", name.startswith("epsilon"))
         )
     noises = {name: c.split.hidden_noise for name, c in configs.items() if c.split.transport == "inprocess"}
-    assert noises == {"noise_0_0": 0, "noise_0_3": 3, "noise_1_0": 0, "noise_1_3": 3}
+    assert noises == {"noise_0_0": 0, "noise_0_3": 3, "noise_1_0": 0, "noise_1_3": 3, "gradient_0.5": 0}
+    assert configs["gradient_0.5"].split.gradient_noise == 0.5
     assert [Path(words[0]).name for verb, *words in said if verb == "attack"] == list(configs)
-    assert len(configs) == 2 + 4 + 4
+    assert len(configs) == 2 + 4 + 4 + 1
 
 
 def test_what_the_sweep_over_leakage_runs_can_be_composed_and_attacked(tmp_path: Path) -> None:
@@ -178,7 +179,9 @@ def test_what_the_sweep_over_leakage_runs_can_be_composed_and_attacked(tmp_path:
             attack._settings(asked)
             check_names(asked["attack"].split(","))
             assert not others
-    runs = [f"{cell}-s{seed}" for cell in ("tiny", "tiny_full", "sasrec", "smollm2") for seed in (0, 1)]
+    runs = [
+        f"{cell}-s{seed}" for cell in ("tiny", "tiny_full", "sasrec", "sasrec_sampled", "smollm2") for seed in (0, 1)
+    ]
     assert [Path(words[0]).name for verb, *words in said if verb == "attack"] == runs
 
 

@@ -12,6 +12,7 @@ from fellrec.callbacks.costs import CostMeter
 from fellrec.federated.callback import FederatedCallback
 from fellrec.federated.ledger import Ledger
 from fellrec.federated.records import FitResult
+from fellrec.state.files import link_files
 from fellrec.state.tensor_store import StoredTensors
 
 SaveAdapter = Callable[[Mapping[str, Tensor], tuple[StoredTensors, ...], Path], None]
@@ -20,6 +21,8 @@ SaveAdapter = Callable[[Mapping[str, Tensor], tuple[StoredTensors, ...], Path], 
 
 class RunOutputs(FederatedCallback):
     """Writes ``results.json``, what there is of single users, ``ledger.csv`` and the selected ``adapters/``.
+
+    Clients with one version of the adapter have links to the same files, which are written once.
 
     Args:
         run_dir: The run's directory.
@@ -50,6 +53,12 @@ class RunOutputs(FederatedCallback):
         self._write_results(result, cost | failed)
         self.ledger.frame().to_csv(self.run_dir / "ledger.csv", index=False)
         clients = ["shared"] if result.is_shared else [f"client_{client:02d}" for client in range(len(result.served))]
+        written: dict[tuple[int, ...], Path] = {}
         for name, stored, base in zip(clients, result.served, result.bases):
+            folder, version = self.run_dir / "adapters" / name, tuple(map(id, (stored, *base)))
+            if version in written:
+                link_files(written[version], folder)
+                continue
             tensors = stored.tensors()
-            self._save_adapter({key: tensors[key] for key in sorted(tensors)}, base, self.run_dir / "adapters" / name)
+            self._save_adapter({key: tensors[key] for key in sorted(tensors)}, base, folder)
+            written[version] = folder

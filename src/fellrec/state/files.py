@@ -80,6 +80,31 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
+def link_files(source: Path, folder: Path) -> None:
+    """Give a directory the files of another one: by links, or by copies where the file system has no links.
+
+    Args:
+        source: A directory of files.
+        folder: New, or with files of the same names, which are replaced.
+
+    Raises:
+        StorageError: If a file cannot be written.
+    """
+    make_folder(folder)
+    for path in source.iterdir():
+        draft = draft_of(folder / path.name)
+        with writing(folder / path.name):
+            try:
+                try:
+                    os.link(path, draft)
+                except OSError:
+                    shutil.copyfile(path, draft)
+                draft.replace(folder / path.name)
+            except OSError:
+                discard(draft)
+                raise
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Report which file could not be written, why, and how much space is left.
