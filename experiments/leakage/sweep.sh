@@ -43,7 +43,7 @@ for cell in ${CELLS:-tiny tiny_full sasrec sasrec_sampled smollm2}; do
         sasrec_sampled) one sasrec_sampled update_rows,update_scores,membership,client_inference "$by_users" \
             data.max_users=500 aggregation=fellrec backbone=sasrec objective.num_negatives=1024 trainer.batch_size=32 \
             trainer.learning_rate=3e-3 trainer.num_rounds=10 trainer.max_local_steps=10 trainer.evaluate_every=5 "$@" ;;
-        smollm2) one smollm2 nearest_embedding,logit_lens,inverter,public_tail \
+        smollm2) one smollm2 nearest_embedding,logit_lens,inverter,public_tail,gradient \
             "split.head_layers=0,1,2,4,8,15 attack.rows=10 attack.inverter_steps=30" \
             data.max_users=50 data.max_history=5 aggregation=fedavg backbone=smollm2 adapter=lora trainer.num_rounds=1 \
             trainer.max_local_steps=2 trainer.batch_size=4 "$@" ;;
