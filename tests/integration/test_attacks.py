@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -146,6 +148,27 @@ def of_items(lean_overrides: list[str], tmp_path_factory: pytest.TempPathFactory
     lean = [item for item in lean_overrides if not item.startswith("backbone.")]
     fellrec.run([*lean, "backbone=sasrec", "trainer.num_rounds=1", "tracking.uri=null", f"run_dir={folder}"])
     return folder
+
+
+def test_what_does_not_fit_a_run_is_refused_without_pytorch(of_items: Path) -> None:
+    """Importing PyTorch takes longer than reading the titles of a run from the cache."""
+    code = (
+        "import sys; from fellrec.cli.main import main\n"
+        f"run = {str(of_items)!r}\n"
+        "for words in (['attack', run, 'attack=gradient'], ['recommend', run, '--client', '0', '--history', 'No such film'],\n"
+        "              ['recommend', run, '--client', '99', '--history', 'No such film']):\n"
+        "    try: main(words)\n"
+        "    except SystemExit as stop: print(stop.code)\n"
+        "print([name for name in ('torch', 'lightning', 'transformers', 'mlflow') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"] * 3 + ["[]"], done.stderr
+    for message in (
+        "backbone=sasrec reads item ids",
+        "no item is called 'No such film'",
+        "client 99 is not allowed: the run has",
+    ):
+        assert message in done.stderr
 
 
 def test_first_updates_give_the_items_of_training_away(of_items: Path, capsys: pytest.CaptureFixture[str]) -> None:

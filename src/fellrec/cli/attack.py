@@ -52,6 +52,7 @@ def run(options: argparse.Namespace) -> None:
         ConfigError: If the run is not finished, an attack or a depth does not fit it, or the output exists.
     """
     from fellrec.attacks import check_names, defaults
+    from fellrec.attacks.checks import check_attacks
     from fellrec.cli.arguments import check_empty
     from fellrec.config.stored import moved, read_config
 
@@ -60,8 +61,10 @@ def run(options: argparse.Namespace) -> None:
     check_empty(folder)
     asked, others = _asked(options.overrides)
     settings = _settings(asked)
-    check_names(_words(asked[_NAMES]) if _NAMES in asked else [])
-    config = moved(read_config(run_dir, options.trust), others)  # what is wrong is refused before PyTorch is imported
+    check_names(_words(asked[_NAMES]) if _NAMES in asked else [])  # what is wrong is refused before PyTorch is imported
+    config = moved(read_config(run_dir, options.trust), others)
+    names = _words(asked[_NAMES]) if _NAMES in asked else defaults(config.backbone.name)
+    check_attacks(config, names)
     from fellrec.experiment.attack import attack, check_tracked, log_findings
     from fellrec.experiment.run_dir import provenance
     from fellrec.report.leakage import leakage_table, write_leakage
@@ -69,7 +72,6 @@ def run(options: argparse.Namespace) -> None:
 
     if options.log:
         check_tracked(run_dir, config)
-    names = _words(asked[_NAMES]) if _NAMES in asked else defaults(config.backbone.name)
     findings = attack(run_dir, config, names, _depths(asked), settings)
     about = {"run": run_dir.name, "attacks": names, "settings": asdict(settings)}
     files = write_leakage(folder, findings, about, provenance(run_dir).text([config.seed]))

@@ -43,10 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Entry point of the verb."""
+    from fellrec.config.paths import cache_dir
     from fellrec.config.stored import read_config
 
     run_dir = Path(options.run_dir)
-    config = read_config(run_dir, options.trust)  # a wrong directory is refused before PyTorch is imported
+    config = read_config(run_dir, options.trust)  # what can be seen now is refused before PyTorch is imported
+    _check_early(run_dir, cache_dir(config), options)
     from fellrec.data.titles import items_of
     from fellrec.experiment.restore import data_of
     from fellrec.experiment.served import ServedModel, check_request, nearest_client
@@ -61,6 +63,21 @@ def run(options: argparse.Namespace) -> None:
         sys.stdout.write(json.dumps(shown, indent=1) + "\n")
         return
     _print(client, found)
+
+
+def _check_early(run_dir: Path, cache: Path, options: argparse.Namespace) -> None:
+    """Refuse an unknown client or title, if the data that the run was trained on are in the cache."""
+    from fellrec.data.schema import ITEMS, Catalogue
+    from fellrec.data.titles import check_client, items_of
+
+    try:
+        about = json.loads((run_dir / "data.json").read_text())
+        catalogue, num_clients = Catalogue.read(cache / "data" / about["key"] / ITEMS), about["statistics"]["clients"]
+    except (OSError, ValueError, KeyError, TypeError):  # the data are read and checked later
+        return
+    if options.client is not None:
+        check_client(options.client, num_clients)
+    items_of(options.history, catalogue)
 
 
 def _print(client: int, found: list[Recommended]) -> None:

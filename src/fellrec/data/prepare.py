@@ -20,7 +20,7 @@ from fellrec.data.holdout import TEST, TRAIN, VALID, GivenSplit, GlobalTime, Hol
 from fellrec.data.partition import Partition, PartitionInput, by_size
 from fellrec.data.prepared import PreparedData
 from fellrec.data.ragged import IntArray, Ragged
-from fellrec.data.schema import Catalogue, RawData, Reader
+from fellrec.data.schema import ITEMS, Catalogue, RawData, Reader
 from fellrec.data.settings import DataSettings
 from fellrec.data.statistics import STAGES, cut_ties, notes, statistics, tie_counts
 from fellrec.errors import DataError
@@ -266,7 +266,7 @@ def _save(data: PreparedData, folder: Path) -> None:
     items = pd.DataFrame({"item_id": data.catalogue.item_ids, "title": data.catalogue.titles})
     scalars = {name: getattr(data, name) for name in ("name", "num_clients", "max_history", "key", "ranks_seen")}
     np.savez(folder / "arrays.npz", train_targets=data.train_targets, client_of_user=data.client_of_user, **arrays)
-    pd.concat([items, data.catalogue.attributes], axis=1).to_parquet(folder / "items.parquet", index=False)
+    pd.concat([items, data.catalogue.attributes], axis=1).to_parquet(folder / ITEMS, index=False)
     data.users.to_parquet(folder / "users.parquet", index=False)
     (folder / "data.json").write_text(json.dumps({**scalars, "statistics": dict(data.statistics), "notes": data.notes}))
 
@@ -279,9 +279,8 @@ def _load(folder: Path) -> PreparedData:
             Ragged(arrays[f"{name}_values"], arrays[f"{name}_offsets"]) for name in _RAGGED
         )
         train_targets, client_of_user = arrays["train_targets"], arrays["client_of_user"]
-    items = pd.read_parquet(folder / "items.parquet")
     return PreparedData(
-        catalogue=Catalogue(tuple(items["item_id"]), tuple(items["title"]), items.drop(columns=["item_id", "title"])),
+        catalogue=Catalogue.read(folder / ITEMS),
         users=pd.read_parquet(folder / "users.parquet"),
         train_targets=train_targets,
         client_of_user=client_of_user,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +17,8 @@ from fellrec.errors import ConfigError, DataError, unknown
 Locate = Callable[[int], str]
 """Row of a frame → ``file:line``, for error messages."""
 
+ITEMS = "items.parquet"
+"""The file of the items in the directory of prepared data."""
 NO_VALUE = ("", "nan", "null", "none", "na", "n/a", "nat", "<na>", "\\n")
 """How missing values are written by pandas, databases and other programs, in small letters."""
 TEXT_STYLES = ("plain", "key_value")
@@ -81,6 +84,12 @@ class Catalogue:
     item_ids: tuple[str, ...]
     titles: tuple[str, ...]
     attributes: pd.DataFrame
+
+    @classmethod
+    def read(cls, path: Path) -> Catalogue:
+        """From a Parquet file with columns ``item_id``, ``title`` and those of the attributes."""
+        items = pd.read_parquet(path)
+        return cls(tuple(items["item_id"]), tuple(items["title"]), items.drop(columns=["item_id", "title"]))
 
     def __len__(self) -> int:
         return len(self.item_ids)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rapidfuzz import fuzz, process, utils
 
 from fellrec.data.schema import Catalogue
-from fellrec.errors import DataError
+from fellrec.errors import ConfigError, DataError
 
 _SUGGESTED, _CANDIDATES, _LEAST_SCORE = 3, 50, 60.0
 _MOST_UNKNOWN = 10
@@ -33,6 +33,16 @@ def items_of(titles: Sequence[str], catalogue: Catalogue) -> list[int]:
     if unknown:
         raise DataError("\n".join(_unknown(title, catalogue) for title in unknown[:_MOST_UNKNOWN]))
     return [item for item in found if item is not None]
+
+
+def check_client(client: int, num_clients: int) -> None:
+    """Refuse a client that does not exist.
+
+    Raises:
+        ConfigError: Saying which there are.
+    """
+    if not 0 <= client < num_clients:
+        raise ConfigError(f"client {client} is not allowed: the run has clients 0 to {num_clients - 1}")
 
 
 def _unknown(title: str, catalogue: Catalogue) -> str:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from fellrec.attacks import ON_CUT, check_names
+from fellrec.attacks import ON_CUT
+from fellrec.attacks.checks import check_attacks
 from fellrec.attacks.findings import Finding
 from fellrec.attacks.observe import Observed, Tap, observe, one_step, with_items
 from fellrec.attacks.on_cut import findings_at
 from fellrec.attacks.public import knowing
 from fellrec.attacks.settings import AttackSettings
 from fellrec.config.instantiate import as_dict
-from fellrec.config.members import is_federation
 from fellrec.cut.client_model import CutClientModel
 from fellrec.errors import ConfigError
 from fellrec.experiment.attack_whole import attack_whole
@@ -30,7 +30,6 @@ from fellrec.federated.records import Job
 from fellrec.functional.by_size import distinct_numbers
 from fellrec.models.backbone import load_shape
 from fellrec.models.remote import Cut
-from fellrec.models.settings import parts_of
 from fellrec.tracking.run_log import NewRun, is_logged, open_log
 
 _LARGER_THAN_ANY = 10**9
@@ -106,34 +105,6 @@ def log_findings(run_dir: Path, config: DictConfig, findings: Sequence[Finding],
         step = finding.depth if finding.depth is not None else finding.users_per_client or 0
         log.log_metrics(metrics, step, once=f"{name} {finding.attack}")
     log.close()
-
-
-def check_attacks(config: DictConfig, names: Sequence[str]) -> None:
-    """Refuse attacks that do not exist or do not fit a run, before anything expensive.
-
-    Raises:
-        ConfigError: Saying which, and what is allowed.
-    """
-    check_names(names)
-    if is_federation(config):
-        raise ConfigError("data=federation cannot be attacked: attack a run on one of its data sets")
-    on_text = [name for name in names if name in ON_CUT]
-    if config.backbone.name == "sasrec" and on_text:
-        raise ConfigError(
-            f"attack={','.join(on_text)} recovers text, and backbone=sasrec reads item ids: attack a run with "
-            "backbone=tiny or backbone=hf"
-        )
-    if "update_rows" in names and "rank" in config.adapter:
-        raise ConfigError(
-            "attack=update_rows reads the rows of the token embedding, which adapter=lora does not train: use "
-            "attack=update_scores"
-        )
-    trained = parts_of(config.adapter.get("layers", "head+body+tail"))
-    if on_text and ("head" in trained) != ("body" in trained):
-        raise ConfigError(
-            f"attack={','.join(on_text)} cuts the model at several depths, and adapter.layers={config.adapter.layers} "
-            "trains only one of head and body: attack a run that trains both or none of them"
-        )
 
 
 def check_depths(config: DictConfig, depths: Sequence[int] | None) -> list[int]:

@@ -19,7 +19,7 @@ from fellrec.data.partition import user_item_matrix
 from fellrec.data.prepared import PreparedData
 from fellrec.data.ragged import Ragged
 from fellrec.data.schema import Catalogue
-from fellrec.data.titles import items_of
+from fellrec.data.titles import check_client, items_of
 from fellrec.errors import ConfigError, DataError
 from fellrec.experiment.restore import restore
 from fellrec.federated.base_change import BaseWeights
@@ -116,8 +116,7 @@ class ServedModel:
 
 def check_request(data: PreparedData, client: int, history: Sequence[str], k: int) -> list[int]:
     """The items of a history in the client's catalogue; see `ServedModel.recommend`."""
-    if not 0 <= client < data.num_clients:
-        raise ConfigError(f"client {client} is not allowed: the run has clients 0 to {data.num_clients - 1}")
+    check_client(client, data.num_clients)
     catalogue, _ = catalogue_of(data, client)
     num_items = len(catalogue)
     if not 1 <= k <= num_items:
