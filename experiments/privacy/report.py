@@ -2,7 +2,7 @@
 
 python experiments/privacy/report.py OUT
 
-writes ``epsilon.md``, ``noise.md`` and ``gradient_noise.md`` into the directory of the sweep.
+writes ``epsilon.md``, ``noise.md`` and ``gradients.md`` into the directory of the sweep.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _text(value: Any) -> str:
 
 def main(out: Path) -> None:
     """Write and print the tables."""
-    tables = {"epsilon": by_epsilon(out), "noise": by_noise(out), "gradient_noise": by_gradient_noise(out)}
+    tables = {"epsilon": by_epsilon(out), "noise": by_noise(out), "gradients": by_gradient_noise(out)}
     for name, table in tables.items():
         if table.empty:
             continue

@@ -75,7 +75,7 @@ for depth in ${DEPTHS:-0 1}; do
         attack "noise_${depth}_$noise" attack=nearest_embedding,logit_lens,transformer_inverter
     done
 done
-for noise in ${GRADIENT_NOISES:-0 0.0001 0.001 0.01}; do
+for noise in ${GRADIENT_NOISES:-0 0.001 0.01 0.1 1}; do
     cut "gradient_$noise" 1 "split.gradient_noise=$noise" "$@"
     attack "gradient_$noise" attack=gradient split.head_layers=1
 done
