@@ -52,9 +52,9 @@ def run(options: argparse.Namespace) -> None:
         ConfigError: If the run is not finished, an attack or a depth does not fit it, or the output exists.
     """
     from fellrec.attacks import check_names, defaults
-    from fellrec.attacks.checks import check_attacks
     from fellrec.cli.arguments import check_empty
     from fellrec.config.stored import moved, read_config
+    from fellrec.experiment.attackable import check_attacks
 
     run_dir = Path(options.run_dir)
     folder = Path(options.output) if options.output else run_dir / "attack"

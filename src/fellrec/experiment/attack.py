@@ -8,7 +8,6 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from fellrec.attacks import ON_CUT
-from fellrec.attacks.checks import check_attacks
 from fellrec.attacks.findings import Finding
 from fellrec.attacks.observe import Observed, Tap, observe, one_step, with_items
 from fellrec.attacks.on_cut import findings_at
@@ -18,6 +17,7 @@ from fellrec.config.instantiate import as_dict
 from fellrec.cut.client_model import CutClientModel
 from fellrec.errors import ConfigError
 from fellrec.experiment.attack_whole import attack_whole
+from fellrec.experiment.attackable import check_attacks
 from fellrec.experiment.build import Recommender, backbone_path
 from fellrec.experiment.federation import Federation
 from fellrec.experiment.restore import data_of, restore
