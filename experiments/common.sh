@@ -26,6 +26,25 @@ cell() {
     fi
 }
 
+# run NAME OVERRIDE...: one run
+run() {
+    name=$1
+    shift
+    if [ -f "$out/$name/finished.json" ]; then return; fi
+    if [ -f "$out/$name/config.yaml" ]; then
+        $fellrec train "resume=$out/$name"
+    else
+        $fellrec train "$@" "run_dir=$out/$name"
+    fi
+}
+
+# attack NAME OVERRIDE...: attacks on a run
+attack() {
+    name=$1
+    shift
+    [ -f "$out/$name/attack/attack.json" ] || $fellrec attack "$out/$name" "$@"
+}
+
 # report [PAIR...]: write tables and a figure of all cells into OUT
 report() {
     [ "$fellrec" = echo ] || $python "$(dirname "$0")/../report.py" "$out" "$@"

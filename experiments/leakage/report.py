@@ -22,7 +22,7 @@ from fellrec.report.provenance import measured_line
 from fellrec.report.styles import drawing
 from fellrec.report.tables import markdown
 
-COLUMNS = ("token@1", "title@1", "target@10")
+METRICS = ("token_at_1", "title_at_1", "target_at_10")
 """Of the figure."""
 PLACES = {"depth": "head layers", "users_per_client": "users a client"}
 
@@ -54,29 +54,22 @@ def _mean(values: pd.Series) -> str:
     return f"{values.mean():.3f}" + (f" ±{values.std():.3f}" if len(values) > 1 else "")
 
 
-def draw(shown: pd.DataFrame) -> Figure:
-    """Recovered tokens, titles and targets of each run by layers of the head.
+def draw(found: pd.DataFrame) -> Figure:
+    """Recovered tokens, titles and targets of each run by layers of the head, means over seeds.
 
     Args:
-        shown: The table of attacks at the cut, as text.
+        found: The figures of attacks at the cut.
     """
-    depths = sorted(set(shown["head layers"]), key=int)
+    depths = sorted(found["depth"].astype(int).unique())
     figures: dict[str, dict[str, list[float | None]]] = {}
-    for run, own in shown.groupby("run", sort=False):
-        for column in (name for name in COLUMNS if name in own):
-            lines = {
-                attack: rows.set_index("head layers")[column] for attack, rows in own.groupby("attack", sort=False)
-            }
-            figures[f"{run}: {column}"] = {
-                str(attack): [_number(cells.get(depth, "")) for depth in depths]
-                for attack, cells in lines.items()
-                if (cells != "").any()
-            }
-    return panels("layers of the head", depths, figures)
-
-
-def _number(cell: str) -> float | None:
-    return float(cell.partition(" ")[0]) if cell else None
+    for run, own in found.groupby("run", sort=False):
+        for metric in METRICS:
+            means = own[own["metric"] == metric].groupby(["attack", "depth"], sort=False)["value"].mean()
+            attacks = dict.fromkeys(attack for attack, _ in means.index)
+            if attacks:
+                lines = {attack: [means.get((attack, depth)) for depth in depths] for attack in attacks}
+                figures[f"{run}: {metric_name(metric)}"] = lines
+    return panels("layers of the head", [str(depth) for depth in depths], figures)
 
 
 KINDS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
@@ -101,7 +94,7 @@ def main(out: Path) -> None:
         sys.stdout.write(f"{text}\n")
         if name == "at_cut":
             with drawing():
-                draw(shown).savefig(out / "leakage.png", dpi=110)
+                draw(own).savefig(out / "leakage.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -10,21 +10,14 @@ out=$1 data=$2
 shift 2
 . "$(dirname "$0")/../common.sh"
 
-# one NAME ATTACKS SETTINGS OVERRIDE...: one run for each seed, and the attacks on it
-one() {
-    name=$1 attacks=$2 settings=$3
-    shift 3
+# each_seed ATTACKS SETTINGS OVERRIDE...: one run of the cell for each seed, and the attacks on it
+each_seed() {
+    attacks=$1 settings=$2
+    shift 2
     for seed in $(echo "$seeds" | tr , ' '); do
-        run=$out/$name-s$seed
-        if [ ! -f "$run/finished.json" ]; then
-            if [ -f "$run/config.yaml" ]; then
-                $fellrec train "resume=$run"
-            else
-                $fellrec train data=ml_1m "data.root=$data" 'references.show=[]' tracking.uri=null "$@" "seed=$seed" "run_dir=$run"
-            fi
-        fi
+        run "$cell-s$seed" data=ml_1m "data.root=$data" 'references.show=[]' tracking.uri=null "$@" "seed=$seed"
         # shellcheck disable=SC2086  # several settings
-        [ -f "$run/attack/attack.json" ] || $fellrec attack "$run" "attack=$attacks" $settings
+        attack "$cell-s$seed" "attack=$attacks" $settings
     done
 }
 
@@ -34,16 +27,16 @@ at_cut=nearest_embedding,logit_lens,inverter,transformer_inverter,public_tail,gr
 for cell in ${CELLS:-tiny tiny_full sasrec sasrec_sampled smollm2}; do
     # shellcheck disable=SC2086  # several overrides
     case $cell in
-        tiny) one tiny "$at_cut,update_scores" "split.head_layers=0,1,2,4 attack.rows=20 $by_users" \
+        tiny) each_seed "$at_cut,update_scores" "split.head_layers=0,1,2,4 attack.rows=20 $by_users" \
             data.max_users=500 aggregation=fedavg adapter=lora $tiny "$@" ;;
-        tiny_full) one tiny_full update_rows,update_scores "$by_users" \
+        tiny_full) each_seed update_rows,update_scores "$by_users" \
             data.max_users=500 aggregation=fedavg adapter=full $tiny "$@" ;;
-        sasrec) one sasrec update_rows,update_scores "$by_users" \
+        sasrec) each_seed update_rows,update_scores "$by_users" \
             data.max_users=500 aggregation=fedavg backbone=sasrec trainer.num_rounds=1 trainer.max_local_steps=10 "$@" ;;
-        sasrec_sampled) one sasrec_sampled update_rows,update_scores,membership,client_inference "$by_users" \
+        sasrec_sampled) each_seed update_rows,update_scores,membership,client_inference "$by_users" \
             data.max_users=500 aggregation=fellrec backbone=sasrec objective.num_negatives=1024 trainer.batch_size=32 \
             trainer.learning_rate=3e-3 trainer.num_rounds=10 trainer.max_local_steps=10 trainer.evaluate_every=5 "$@" ;;
-        smollm2) one smollm2 nearest_embedding,logit_lens,inverter,public_tail,gradient \
+        smollm2) each_seed nearest_embedding,logit_lens,inverter,public_tail,gradient \
             "split.head_layers=0,1,2,4,8,15 attack.rows=10 attack.inverter_steps=30" \
             data.max_users=50 data.max_history=5 aggregation=fedavg backbone=smollm2 adapter=lora trainer.num_rounds=1 \
             trainer.max_local_steps=2 trainer.batch_size=4 "$@" ;;

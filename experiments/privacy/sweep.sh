@@ -14,24 +14,12 @@ common="data=ml_1m references.show=[] tracking.uri=null ~callbacks.matrices ~cal
 tiny="data.max_users=250 data.max_history=10 backbone.hidden_size=32 backbone.num_layers=3 backbone.pretrain.steps=150
  adapter=lora adapter.rank=4 trainer.batch_size=16"
 
-# one NAME OVERRIDE...: one run
+# one NAME OVERRIDE...: one run with the common settings
 one() {
     name=$1
     shift
-    if [ -f "$out/$name/finished.json" ]; then return; fi
     # shellcheck disable=SC2086  # several overrides
-    if [ -f "$out/$name/config.yaml" ]; then
-        $fellrec train "resume=$out/$name"
-    else
-        $fellrec train $common "data.root=$data" "$@" "run_dir=$out/$name"
-    fi
-}
-
-# attack NAME OVERRIDE...: attacks on a run
-attack() {
-    name=$1
-    shift
-    [ -f "$out/$name/attack/attack.json" ] || $fellrec attack "$out/$name" "$@"
+    run "$name" $common "data.root=$data" "$@"
 }
 
 # by_epsilon MODEL RULE DELTA CLIP EPSILON OVERRIDE...: one user a client
