@@ -5,7 +5,7 @@
 #
 # OUT/tuning/CELL has the tuning runs (seed 0, two learning rates for each rule), OUT/CELL the comparison of the selected settings.
 # The environment variables MODELS (minilm_lora minilm_full smollm2_lora), DATA (ml_1m games), SAMPLES (1024, null for all),
-# USERS, ROUNDS and RULES make it smaller; RATES are the learning rates of LoRA.
+# USERS, ROUNDS and RULES make it smaller; RATES are the learning rates of LoRA. With one rate nothing is tuned.
 set -eu
 out=$1 ml_1m=$2 games=$3
 shift 3
@@ -37,12 +37,22 @@ study() {
     set -- $(settings_of $model) "data.max_users=${USERS:-1000}" data.max_history=10 \
         "data.max_train_samples=${SAMPLES:-1024}" trainer.batch_size=32 "trainer.num_rounds=${ROUNDS:-5}" \
         references.show=[popularity,markov_decay,pretrained] "$@"
-    finals=$seeds kept=$out
-    seeds=0 out=$kept/tuning
-    cell "$name" "$@" --run "aggregation=$rules trainer.learning_rate=$(rates_of $model)"
-    seeds=$finals out=$kept
-    [ "$fellrec" = echo ] && return
-    chosen=$($python "$(dirname "$0")/../chosen.py" "$out/tuning/$name/comparison/comparison.json")
+    case $(rates_of $model) in
+        *,*)
+            finals=$seeds kept=$out
+            seeds=0 out=$kept/tuning
+            cell "$name" "$@" --run "aggregation=$rules trainer.learning_rate=$(rates_of $model)"
+            seeds=$finals out=$kept
+            [ "$fellrec" = echo ] && return
+            chosen=$($python "$(dirname "$0")/../chosen.py" "$out/tuning/$name/comparison/comparison.json")
+            ;;
+        *)
+            chosen=
+            for rule in $(echo "$rules" | tr , ' '); do
+                chosen="$chosen --run 'aggregation=$rule trainer.learning_rate=$(rates_of $model)'"
+            done
+            ;;
+    esac
     eval "cell \"\$name\" \"\$@\" $chosen"
     # FELLRec without heating and without attention, with the learning rate that was best for it.
     fellrec_chosen=$(echo "$chosen" | grep -o "aggregation=fellrec[^']*" || true)
