@@ -16,6 +16,7 @@ from bench.environments import ROOT, Environment
 from bench.measure import Seconds, run
 from bench.settings import COMMAND, is_frozen, overrides_of
 
+_NOT_KEPT = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "FELLREC_CACHE")
 _CLIENT = re.compile(r"train/loss/client/(\d+)")
 
 
@@ -30,9 +31,9 @@ class Found:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a command: one thread, this source tree, no network."""
+    """Of a command: one thread, this source tree, no network; compiled modules are kept, as for a user."""
     paths = os.pathsep.join(str(ROOT / name) for name in ("src", "benchmarks"))
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "FELLREC_CACHE")}
+    kept = {name: value for name, value in os.environ.items() if name not in _NOT_KEPT}
     threads = os.environ.get("OMP_NUM_THREADS", "1")
     return {**kept, "PYTHONPATH": paths, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", **more}
 

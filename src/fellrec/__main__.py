@@ -2,9 +2,12 @@
 
 import sys
 
+from fellrec.launch.garbage import begin_imports
+
 
 def run() -> None:
     """Run the command of this process; Ctrl-C is one line also while modules are imported."""
+    begin_imports()
     try:
         from fellrec.cli.main import main
     except KeyboardInterrupt:

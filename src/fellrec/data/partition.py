@@ -12,9 +12,6 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 from scipy import sparse
-from sklearn.cluster import KMeans
-from sklearn.decomposition import TruncatedSVD
-from sklearn.preprocessing import normalize
 
 from fellrec.data.ragged import IntArray, Ragged
 from fellrec.data.schema import NO_VALUE, Catalogue
@@ -62,6 +59,10 @@ class KMeansPartition(KMeansSettings):
         Raises:
             DataError: If there are fewer than two users or items.
         """
+        from sklearn.cluster import KMeans  # two seconds of imports, which data that are kept do not need
+        from sklearn.decomposition import TruncatedSVD
+        from sklearn.preprocessing import normalize
+
         _check_count(self.num_clients, given)
         matrix = user_item_matrix(given.train, len(given.catalogue))
         if min(matrix.shape) < 2:

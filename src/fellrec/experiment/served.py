@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from lightning import Fabric
 from omegaconf import DictConfig
-from sklearn.decomposition import TruncatedSVD
-from sklearn.preprocessing import normalize
 
 from fellrec.cut.settings import UNCHANGED
 from fellrec.data.partition import user_item_matrix
@@ -146,6 +144,9 @@ def nearest_client(data: PreparedData, items: Sequence[int]) -> int:
     Raises:
         DataError: If there are too few users or items for factors.
     """
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.preprocessing import normalize
+
     private = np.flatnonzero(data.client_of_user >= 0)
     matrix, num_items = user_item_matrix(data.train.take(private), len(data.catalogue)), len(data.catalogue)
     if min(matrix.shape) < 2:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 NUM_RESAMPLES = 10_000
@@ -137,6 +136,8 @@ def wilcoxon_p(differences: Tensor) -> float:
         return math.nan
     if not differences.any():
         return 1.0
+    from scipy import stats
+
     return float(stats.wilcoxon(differences.cpu().double().numpy(), zero_method="wilcox").pvalue)
 
 

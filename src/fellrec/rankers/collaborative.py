@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import sparse
-from sklearn.decomposition import TruncatedSVD
 from torch import Tensor
 
 from fellrec.data.ragged import IntArray, Ragged
@@ -84,6 +83,8 @@ class PureSVDRanker:
         Raises:
             DataError: If there are fewer than two users or items.
         """
+        from sklearn.decomposition import TruncatedSVD
+
         matrix = _binary(train.row_index, train.values, (len(train), num_items))
         if min(matrix.shape) < 2:
             raise DataError("the baseline mf needs at least two users and two items; leave it out of references.show")
