@@ -72,10 +72,11 @@ def kill_at(counted: Callable[[str], str | None], number: int) -> Callable[[str]
 
 
 def arm(at: str, number: int) -> None:
-    """Kill at the ``number``-th call of a hook, or with ``write`` at the ``number``-th flush of a file or folder."""
+    """Kill at the ``number``-th call of a hook, or with ``write`` before a file gets its name or is flushed."""
     if at == "write":
-        before, fsync = kill_at(lambda name: name, number), os.fsync
+        before, fsync, replace = kill_at(lambda name: name, number), os.fsync, os.replace
         os.fsync = lambda handle: (before("write"), fsync(handle))[1]  # type: ignore[assignment]
+        os.replace = lambda *paths: (before("write"), replace(*paths))[1]  # type: ignore[assignment]
         return
     before, call = kill_at(lambda name: name if name == at else None, number), Events.call
 

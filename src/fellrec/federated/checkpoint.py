@@ -4,8 +4,9 @@
     checkpoints/tensors/000034.….safetensors      stored versions; each is written once
     checkpoints/tensors/parts.00012.safetensors   tensors that parts hold themselves, such as a rule's moments
 
-Every file is written beside its place, flushed and renamed, and has a checksum. One manifest for all parts keeps them
-consistent: a checkpoint is there as a whole or not at all.
+Every file is written beside its place and renamed, and has a checksum; the tensors' files are flushed to the disk
+before the manifest that names them. One manifest for all parts keeps them consistent: a checkpoint is there as a whole
+or not at all.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fellrec.errors import CheckpointError, TrainingError
-from fellrec.state.files import make_folder, read_checked, sync_folder, write_checked, writing
+from fellrec.state.files import make_folder, read_checked, sync_files, sync_folder, write_checked, writing
 from fellrec.state.inside import file_in
 from fellrec.state.tensor_store import SUFFIX, StoredTensors, check_file, map_tensors, write_tensors
 
@@ -60,6 +61,7 @@ class CheckpointFolder:
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder = folder
         self.keep = keep
+        self._on_disk: set[str] = set()
 
     @property
     def tensors(self) -> Path:
@@ -93,8 +95,11 @@ class CheckpointFolder:
         }
         if own:
             manifest[_PARTS] = f"{_PARTS}.{round_index:05d}{SUFFIX}"
-            write_tensors(self.tensors / manifest[_PARTS], own)
+            write_tensors(self._new(manifest[_PARTS]), own)
         path = self._path(round_index)
+        needed = set(_files(path, {**manifest, "states": states}))
+        sync_files([self.tensors / name for name in sorted(needed - self._on_disk)], self.tensors)
+        self._on_disk = needed
         write_checked(path, {**manifest, "states": states})
         self._remove_old()
         return path
@@ -149,7 +154,7 @@ class CheckpointFolder:
         if isinstance(value, StoredTensors):
             if id(value) not in written:
                 if value.path is None:
-                    value.persist(self.tensors / f"{where.replace('/', '.')}.{label}{SUFFIX}")
+                    value.persist(self._new(f"{where.replace('/', '.')}.{label}{SUFFIX}"))
                 assert value.path is not None
                 assert value.path.parent == self.tensors, f"{value.path} is not of this run"
                 written[id(value)] = value.path.name
@@ -164,6 +169,11 @@ class CheckpointFolder:
         if isinstance(value, list | tuple):
             return [self._encode(item, label, own, written, f"{where}/{place}") for place, item in enumerate(value)]
         return value
+
+    def _new(self, name: str) -> Path:
+        """A file that is written now; there may have been one of the same name, if the round was saved before."""
+        self._on_disk.discard(name)
+        return self.tensors / name
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{_PREFIX}{number:05d}.json"

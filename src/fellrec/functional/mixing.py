@@ -18,6 +18,8 @@ from fellrec.functional.stacks import AdapterStack, LazyStack, as_lazy
 
 _COLUMNS = 4096
 """Entries of an inner product that are added in float32: more of them would cost digits."""
+_ROWS = 128
+"""Rows of a symmetric product that are computed together, with all columns from the first of them on."""
 
 
 @torch.no_grad()
@@ -46,7 +48,11 @@ def gram_matrix(stack: AdapterStack, start: AdapterStack | None = None) -> Tenso
             else:
                 rows = _for_products(block) - _for_products(origin.block(name, columns))
             for part in rows.split(_COLUMNS, dim=1):
-                gram += (part @ part.T).to("cpu", torch.float64)
+                for first in range(0, end.num_rows, _ROWS):  # a block of the diagonal, and what is right of it
+                    panel = part[first : first + _ROWS] @ part[first:].T
+                    gram[first : first + _ROWS, first:] += panel.to("cpu", torch.float64)
+    for first in range(0, end.num_rows, _ROWS):
+        gram[first + _ROWS :, first : first + _ROWS] = gram[first : first + _ROWS, first + _ROWS :].T
     return gram
 
 

@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 DRAFT = "."
 """First letter of a draft's name, which glob patterns without it do not match."""
+_SYNCED_AT_A_TIME = 8
+"""Files that are flushed at the same time."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -58,6 +61,23 @@ def discard(draft: Path) -> None:
 def sync_folder(folder: Path) -> None:
     """Flush the names in a directory to the disk."""
     _flush(folder)
+
+
+def sync_files(paths: Iterable[Path], folder: Path) -> None:
+    """Flush files of a directory to the disk, and then their names; several at a time, which takes less time in all.
+
+    Raises:
+        StorageError: If one of them cannot be written.
+    """
+
+    def sync(path: Path) -> None:
+        with writing(path):
+            _flush(path)
+
+    with ThreadPoolExecutor(_SYNCED_AT_A_TIME) as pool:
+        list(pool.map(sync, paths))
+    with writing(folder):
+        sync_folder(folder)
 
 
 @contextmanager

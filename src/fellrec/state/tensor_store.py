@@ -1,6 +1,8 @@
 """Versions of clients' tensors: each is written once, never changed, and kept in memory or in a safetensors file.
 
 The state of a run refers to versions; a new state refers to other versions. Files are memory-mapped when they are read.
+They are whole whenever the process is killed; a checkpoint flushes those that it refers to before it is written, so
+that they are whole too if the machine loses power.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from fellrec.errors import CheckpointError
 from fellrec.functional.stacks import LazyStack
-from fellrec.state.files import commit, discard, draft_of, make_folder, sync_folder, writing
+from fellrec.state.files import discard, draft_of, make_folder, writing
 
 SUFFIX = ".safetensors"
 _DTYPES = {
@@ -36,6 +38,8 @@ _NAMED = {name: dtype for dtype, name in _DTYPES.items()}
 _ABOUT = "__metadata__"
 _LARGEST_HEADER = 100 << 20
 """Of safetensors, in bytes."""
+_BUFFER_BYTES = 32 << 20
+"""Bytes of files that are written side by side that are collected before they are written, of all of them together."""
 _UNKNOWN = "0" * 32
 """Placeholder in the header while the checksum is computed."""
 
@@ -127,14 +131,16 @@ class TensorStore:
                 for row in range(len(clients))
             ]
         with ExitStack() as open_writers:
-            writers = [open_writers.enter_context(SafetensorsWriter(self.path_of(client), kinds)) for client in clients]
+            size = _BUFFER_BYTES // max(1, len(clients))
+            writers = [
+                open_writers.enter_context(SafetensorsWriter(self.path_of(client), kinds, buffer_bytes=size))
+                for client in clients
+            ]
             for name in writers[0].names if writers else ():
                 for _, block in stack.blocks(name):
                     for row, writer in enumerate(writers):
                         writer.append(block[row].to(kinds[name][0]))
             checksums = [writer.finish() for writer in writers]
-        with writing(self.folder):
-            sync_folder(self.folder)
         return [StoredTensors(path=w.path, checksum=checksum) for w, checksum in zip(writers, checksums, strict=True)]
 
     def path_of(self, client: int, name: str = "") -> Path:
@@ -150,20 +156,34 @@ class SafetensorsWriter:
     """Writes a safetensors file in pieces to a draft beside its path; a context in which `finish` renames the draft.
 
     safetensors' own writer needs all tensors of a file at once; here the files of a whole cohort are written side by
-    side. The file is opened for every piece: there may be more files than a process can have open.
+    side. Pieces are collected, and the file is opened only to write them: there may be more files than a process can
+    have open.
+
+    Args:
+        path: The file.
+        kinds: Its tensors.
+        about: Metadata for its header.
+        buffer_bytes: Bytes that are collected before they are written.
     """
 
-    def __init__(self, path: Path, kinds: TensorSpecs, about: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        kinds: TensorSpecs,
+        about: Mapping[str, str] | None = None,
+        buffer_bytes: int = _BUFFER_BYTES,
+    ) -> None:
         self.path = path
         self.names = sorted(kinds, key=lambda name: (-kinds[name][0].itemsize, name))  # as safetensors aligns them
         self._draft = draft_of(path)
         self._header = _header(self.names, kinds, {**(about or {}), "checksum": _UNKNOWN})
         self._digest = hashlib.blake2b(digest_size=len(_UNKNOWN) // 2)
+        self._buffer, self._buffer_bytes = bytearray(), buffer_bytes
 
     def __enter__(self) -> SafetensorsWriter:
         discard(self._draft)
         try:
-            self._write(self._header)
+            self._append(self._header)
         except BaseException:
             discard(self._draft)
             raise
@@ -174,28 +194,35 @@ class SafetensorsWriter:
 
     def append(self, tensor: Tensor) -> None:
         """Append entries; tensors follow each other in the order of ``names``."""
-        self._write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._append(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def finish(self) -> str:
-        """Write the checksum into the header, flush and rename.
+        """Write the rest and the checksum, and rename.
 
         Returns:
             The checksum.
         """
         checksum = self._digest.hexdigest()
+        self._write()
         with writing(self.path):
             handle = os.open(self._draft, os.O_WRONLY)
             try:
                 os.pwrite(handle, checksum.encode(), self._header.index(_UNKNOWN.encode()))
             finally:
                 os.close(handle)
-            commit(self._draft, self.path)
+            self._draft.replace(self.path)
         return checksum
 
-    def _write(self, content: Any) -> None:
-        with writing(self.path), self._draft.open("ab") as file:
-            file.write(content)
+    def _append(self, content: Any) -> None:
         self._digest.update(content)
+        self._buffer += content
+        if len(self._buffer) >= self._buffer_bytes:
+            self._write()
+
+    def _write(self) -> None:
+        with writing(self.path), self._draft.open("ab") as file:
+            file.write(self._buffer)
+        self._buffer.clear()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> str:
@@ -216,10 +243,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
     with SafetensorsWriter(path, specs, about) as writer:
         for name in writer.names:
             writer.append(tensors[name])
-        checksum = writer.finish()
-    with writing(path.parent):
-        sync_folder(path.parent)
-    return checksum
+        return writer.finish()
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from fellrec.experiment.federation import build_federation
 from fellrec.federated.checkpoint import CheckpointFolder
 from fellrec.federated.ledger import Ledger
 from fellrec.state.files import read_checked, write_checked
+from fellrec.state.tensor_store import TensorStore
 
 Make = Callable[..., "Checkpointed"]
 
@@ -85,6 +88,68 @@ def only_in_newest(folder: Path) -> Path:
     """A client's file that the newest manifest names and the one before it does not."""
     named = [{entry["$stored"] for entry in states(folder, n)["population"]["adapters"]} for n in (2, 3)]
     return folder / "tensors" / min(named[1] - named[0])
+
+
+def test_what_a_checkpoint_names_is_on_the_disk_before_it(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that loses power keeps what was flushed; a file that is named by a manifest must not be empty then."""
+    events: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def flushing(handle: int) -> None:
+        fsync(handle)
+        events.append(("flushed", Path(os.readlink(f"/proc/self/fd/{handle}")).name))
+
+    def naming(draft: Path, path: Path) -> None:
+        replace(draft, path)
+        events.append(("named", Path(path).name))
+
+    monkeypatch.setattr(os, "fsync", flushing)
+    monkeypatch.setattr(os, "replace", naming)
+    run = make(tmp_path / "run")
+    run.loop.run()
+    manifests = [event for event in events if event[0] == "named" and event[1].startswith("round_")]
+    assert manifests[-1] == ("named", "round_00003.json")
+    flushed: list[str] = []
+    for manifest in manifests:
+        before = events[: events.index(manifest)]
+        flushed = [name for what, name in before if what == "flushed"]
+        path = run.folder.folder / manifest[1]
+        if path.exists():  # the older ones are gone
+            assert set(read_checked(path)["files"]) <= set(flushed)
+            assert flushed[-2] == "tensors"  # their names, and then the draft of the manifest
+    named = Counter(name for what, name in events if what == "named" and name.endswith(".safetensors"))
+    written = Counter(name for name in flushed if name.endswith(".safetensors"))
+    assert written <= named, "nothing is flushed twice"
+    assert not [name for name in written if ".trained-" in name], "nor what an aggregation replaces"
+
+
+class Held:
+    """A part with a tensor of its own, and a version that has no file yet."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"own": torch.ones(2), "version": TensorStore().put(0, {"a": torch.ones(3)})}
+
+
+def test_a_round_that_is_saved_again_is_flushed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files have the names of those that were flushed before, and are others."""
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def flushing(handle: int) -> None:
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", flushing)
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    for _ in range(2):
+        flushed.clear()
+        folder.save({"held": Held()}, 0)
+        assert sorted(name for name in flushed if name.endswith(".safetensors")) == [
+            "held.version.00000.safetensors",
+            "parts.00000.safetensors",
+        ]
 
 
 def flip(path: Path, place: int) -> None:

@@ -32,6 +32,20 @@ def test_gram_equals_that_of_the_concatenation(monkeypatch):
     np.testing.assert_allclose(mixing.gram_matrix(*wide), expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("num_clients", [1, 3, 4, 7])
+def test_gram_of_more_clients_than_are_multiplied_at_once(monkeypatch, num_clients):
+    """Only half of the products are computed; the other half is the same by symmetry."""
+    end, start = random_stack(num_clients), random_stack(num_clients, seed=1)
+    whole = mixing.gram_matrix(end, start)
+    monkeypatch.setattr(mixing, "_ROWS", 3)
+    gram = mixing.gram_matrix(end, start)
+    torch.testing.assert_close(gram, whole, rtol=0, atol=whole.max().item() * 2**-20)
+    updates = concatenated(end) - concatenated(start)
+    np.testing.assert_allclose(gram, updates @ updates.T, rtol=0, atol=whole.max().item() * 2**-20)
+    for first in range(0, num_clients, 3):
+        assert torch.equal(gram[first + 3 :, first : first + 3], gram[first : first + 3, first + 3 :].T)
+
+
 def test_small_updates_of_large_adapters_keep_their_direction():
     # Differences are computed before the products, so they are not lost to rounding.
     start = {"a": torch.full((2, 2), 1000.0)}
