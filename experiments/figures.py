@@ -92,8 +92,9 @@ def gains() -> dict[str, pd.DataFrame]:
     found = {f"SASRec, tuned: {name}": table for name, table in zip(BOTH, page, strict=True)}
     main = next(table for table in tables(HERE / "main_table" / "README.md") if MEAN in table.columns)
     found |= {CELLS[str(cell)]: table for cell, table in main.groupby("cell", sort=False)}
-    domains = next(table for table in tables(HERE / "cross_domain" / "README.md") if MEAN in table.columns)
-    found["three catalogues: films, games, toys"] = domains[domains["cell"] == "tiny_2"]
+    domains = pd.concat(table for table in tables(HERE / "cross_domain" / "README.md") if MEAN in table.columns)
+    for cell, clients in (("tiny_2", "two clients"), ("tiny_1", "one client")):
+        found[f"films, games and toys: {clients} of each"] = domains[domains["cell"] == cell]
     return {title: _gains(table) for title, table in found.items()}
 
 
