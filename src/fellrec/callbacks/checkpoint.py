@@ -15,9 +15,10 @@ from fellrec.functional.ranges import Count
 class Checkpoint(FederatedCallback):
     """Writes ``checkpoints`` in the run directory; ``fellrec train resume=RUN_DIR`` continues from there.
 
-    Every client's adapter and optimiser state are on disk before any callback is called at its end, so stopping a run
-    loses at most the client that was being trained. The manifest is written at the end of a round. What must happen
-    before a round counts as done (logging) comes before this callback in the list.
+    Every client's adapter and optimiser state are in files before any callback is called at its end, so stopping a run
+    loses at most the client that was being trained; a loss of power may lose those of the round. The manifest is
+    written at the end of a round. What must happen before a round counts as done (logging) comes before this callback
+    in the list.
 
     Args:
         run_dir: The run's directory.

@@ -15,6 +15,7 @@ from fellrec.distributed.meeting import MeetingStrategy
 from fellrec.distributed.processes import check_cores, cluster_environment, launched_devices
 from fellrec.errors import ConfigError
 from fellrec.experiment.precision import AUTO, ChosenPrecision, check_precision
+from fellrec.launch.garbage import end_imports
 
 PLUGINS = (ClusterEnvironment, Precision, CheckpointIO)
 """What Fabric takes as plugins."""
@@ -35,6 +36,7 @@ def build_fabric(config: DictConfig, alone: bool = False) -> Fabric:
     Raises:
         ConfigError: If Fabric refuses the settings, or number types do not fit together.
     """
+    end_imports()
     trainer = config.trainer
     plugins = [instantiate(plugin, "trainer.plugins", of=PLUGINS) for plugin in trainer.get("plugins") or ()]
     devices, num_nodes = (1, 1) if alone else launched_devices(trainer.devices, trainer.num_nodes)

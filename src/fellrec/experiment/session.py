@@ -46,7 +46,6 @@ from fellrec.experiment.federation import build_serial, build_server
 from fellrec.experiment.precision import use_precision, weights_dtype
 from fellrec.federated.ledger import Ledger
 from fellrec.functional.nested import flatten
-from fellrec.launch.garbage import end_imports
 from fellrec.models.backbone import DTYPES, local_folder
 from fellrec.models.partial import fingerprint as fingerprint_of
 from fellrec.models.partial import load_partial
@@ -253,7 +252,6 @@ def run_processes(configs: Sequence[DictConfig], coordinate: Callable[[Session |
         FellrecError: After the other processes were sent the reason why this one ends.
     """
     _quieten_lightning()
-    end_imports()
     config = configs[0]
     fabric = build_fabric(config)
     check_processes(config, fabric.world_size)

@@ -127,6 +127,7 @@ class CheckpointFolder:
         if not numbers or round_index not in (None, *numbers):
             what = "checkpoint" if round_index is None else f"checkpoint of round {round_index}"
             raise TrainingError(f"nothing to resume: no {what} in {self.folder}")
+        self._on_disk = set()  # files of later rounds may be written again
         checked: dict[str, str] = {}
         if round_index is not None:
             manifest: dict[str, Any] | None = self._read(round_index, checked)

@@ -17,7 +17,7 @@ def begin_imports() -> None:
 
 
 def end_imports() -> None:
-    """After `begin_imports`: look as often as usual, but not at what has been imported."""
-    if gc.get_threshold() == _IMPORTING:
+    """After `begin_imports`, before models are loaded: look as often as usual, but not at what has been imported."""
+    if gc.get_threshold()[0] == _IMPORTING[0]:  # Python 3.14 keeps none of the others
         gc.freeze()
         gc.set_threshold(*_USUAL)

@@ -215,13 +215,15 @@ class SafetensorsWriter:
 
     def _append(self, content: Any) -> None:
         self._digest.update(content)
-        self._buffer += content
-        if len(self._buffer) >= self._buffer_bytes:
-            self._write()
+        if len(self._buffer) + len(content) < self._buffer_bytes:
+            self._buffer += content
+        else:
+            self._write(content)
 
-    def _write(self) -> None:
+    def _write(self, content: Any = b"") -> None:
         with writing(self.path), self._draft.open("ab") as file:
             file.write(self._buffer)
+            file.write(content)
         self._buffer.clear()
 
 

@@ -23,7 +23,7 @@ from fellrec.experiment.federation import build_federation
 from fellrec.federated.checkpoint import CheckpointFolder
 from fellrec.federated.ledger import Ledger
 from fellrec.state.files import read_checked, write_checked
-from fellrec.state.tensor_store import TensorStore
+from fellrec.state.tensor_store import TensorStore, open_store
 
 Make = Callable[..., "Checkpointed"]
 
@@ -126,10 +126,18 @@ def test_what_a_checkpoint_names_is_on_the_disk_before_it(
 
 
 class Held:
-    """A part with a tensor of its own, and a version that has no file yet."""
+    """A part with a tensor of its own, a version that has no file yet, and one that has."""
+
+    def __init__(self, folder: Path) -> None:
+        self.store = open_store(folder)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"own": torch.ones(2), "version": TensorStore().put(0, {"a": torch.ones(3)})}
+        tensors = {"a": torch.ones(3)}
+        versions = {"version": TensorStore().put(0, tensors), "file": self.store.put(0, tensors, "same")}
+        return {"own": torch.ones(2), **versions}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing is kept."""
 
 
 def test_a_round_that_is_saved_again_is_flushed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,13 +151,15 @@ def test_a_round_that_is_saved_again_is_flushed_again(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(os, "fsync", flushing)
     folder = CheckpointFolder(tmp_path / "checkpoints")
-    for _ in range(2):
+    held, new = Held(folder.tensors), ["held.version.00000.safetensors", "parts.00000.safetensors"]
+    saved = []
+    for step in range(4):
         flushed.clear()
-        folder.save({"held": Held()}, 0)
-        assert sorted(name for name in flushed if name.endswith(".safetensors")) == [
-            "held.version.00000.safetensors",
-            "parts.00000.safetensors",
-        ]
+        folder.save({"held": held}, 0)
+        saved.append(sorted(name for name in flushed if name.endswith(".safetensors")))
+        if step == 2:
+            folder.load({"held": held})
+    assert saved == [["000000.same.safetensors", *new], new, new, ["000000.same.safetensors", *new]]
 
 
 def flip(path: Path, place: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,15 @@ from fellrec.errors import CheckpointError, StorageError
 from fellrec.functional.mixing import Mixture
 from fellrec.functional.stacks import as_lazy
 from fellrec.state.bank import AdapterBank
-from fellrec.state.tensor_store import StoredTensors, TensorStore, check_file, map_tensors, open_store, write_tensors
+from fellrec.state.tensor_store import (
+    SafetensorsWriter,
+    StoredTensors,
+    TensorStore,
+    check_file,
+    map_tensors,
+    open_store,
+    write_tensors,
+)
 
 TENSORS = {
     "b.half": torch.randn(3, 2).half(),
@@ -105,6 +114,29 @@ def test_reading_a_file_again_and_again_takes_no_memory(tmp_path: Path) -> None:
     for _ in range(8000):  # so many that a huge page more or less, 2 MB, does not matter
         map_tensors(path)
     assert anonymous_bytes() - before < 8000 * 50 * 16, "a quarter of what safetensors' reader keeps"
+
+
+def test_a_large_tensor_is_written_without_a_copy(tmp_path: Path) -> None:
+    tensor = torch.ones(16 << 20)  # 64 MB; what torch allocates is not traced
+    tracemalloc.start()
+    try:
+        write_tensors(tmp_path / "x.safetensors", {"a": tensor[:100], "b": tensor, "c": tensor[:100]})
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["b"], tensor)
+
+
+@pytest.mark.parametrize("buffer_bytes", [0, 1, 9, 40, 1 << 20])
+def test_what_is_written_does_not_depend_on_the_buffer(tmp_path: Path, buffer_bytes: int) -> None:
+    write_tensors(tmp_path / "x.safetensors", TENSORS, {"about": "it"})
+    kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in TENSORS.items()}
+    path = tmp_path / "y.safetensors"
+    with SafetensorsWriter(path, kinds, {"about": "it"}, buffer_bytes) as writer:
+        for name in writer.names:
+            writer.append(TENSORS[name])
+        writer.finish()
+    assert path.read_bytes() == (tmp_path / "x.safetensors").read_bytes()
 
 
 def stack(num_clients: int) -> dict[str, torch.Tensor]:
