@@ -17,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from fellrec.config.describe import choices
 from fellrec.config.instantiate import as_dict, settings
@@ -222,7 +222,13 @@ def _hydra(overrides: Sequence[str]) -> DictConfig:
         with suppress(OmegaConfBaseException):  # Hydra says what is wrong
             config = copy.deepcopy(_of_choices(conf_dir(), tuple(str(item.input_line) for item in choosing)))
             for item in setting:
-                OmegaConf.update(config, item.key_or_group, item.value(), merge=True)
+                try:
+                    OmegaConf.update(config, item.key_or_group, item.value(), merge=True)
+                except (ConfigKeyError, ConfigAttributeError) as error:
+                    key = item.key_or_group
+                    if error.full_key == key:
+                        raise _UnknownKeyError(_unknown_key(key, overrides), key) from error
+                    raise
             return config
     return _composed_by_hydra(given, overrides)
 
