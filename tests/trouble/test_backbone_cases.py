@@ -561,4 +561,4 @@ def test_modules_of_a_pipeline_that_are_not_applied_are_named(
     modules = [{"idx": k, "path": "", "type": f"sentence_transformers.models.{kind}"} for k, kind in enumerate(kinds)]
     (tmp_path / "model" / "modules.json").write_text(json.dumps(modules))
     load_hf(str(tmp_path / "model"))
-    assert "is a sentence-transformers pipeline: its Pooling, Dense are not applied" in caplog.text
+    assert "objective.similarity decide how hidden states become a vector, not its Pooling, Dense" in caplog.text

@@ -98,6 +98,19 @@ def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     return [text for text in overrides if text not in of_members], of_members
 
 
+def _check_given_once(overrides: Sequence[str]) -> None:
+    """Refuse a mapping of members that has a name twice: of two values of a key, Hydra keeps the last one.
+
+    Raises:
+        ConfigError: Naming it.
+    """
+    for text in overrides:
+        key, _, value = text.partition("=")
+        names = re.findall(r"[{,]\s*([^\s:,{}]+)\s*:", value) if key.lstrip("+") == "data.members" else []
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(f"data.members has the name {twice[0]} twice: members need different names")
+
+
 def add_members(
     config: DictConfig, own: Sequence[str], of_members: Sequence[str], compose: Callable[[Sequence[str]], DictConfig]
 ) -> None:
@@ -112,6 +125,7 @@ def add_members(
     Raises:
         ConfigError: If an override is about no member, or is not allowed for its member's data.
     """
+    _check_given_once(own)
     choices = members_of(config.data)
     for text in of_members:
         name = _match(text)["name"]

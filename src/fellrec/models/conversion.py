@@ -106,7 +106,9 @@ def _from_gguf(given: str, file: Path, folder: Path) -> None:
         raise
     except Exception as error:  # whatever transformers and gguf raise for such a file
         text = shorten(" ".join(str(error).split()), 300)
-        raise BackboneError(f"{given} cannot be converted: {type(error).__name__}: {text}") from error
+        raise BackboneError(
+            f"{given} cannot be converted, it may be incomplete: {type(error).__name__}: {text}"
+        ) from error
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are ordinary ones now
     save_folder(model, tokenizer, folder)

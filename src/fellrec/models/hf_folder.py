@@ -241,7 +241,7 @@ def check_no_adapter(given: str, folder: Path) -> None:
 
 
 def note_pipeline(given: str, folder: Path) -> None:
-    """Warn of the modules of a sentence-transformers pipeline, which are not applied."""
+    """Warn of the modules of a sentence-transformers pipeline, in whose place the objective's settings are."""
     try:
         modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
         names = [str(module["type"]).rpartition(".")[2] for module in modules]
@@ -250,8 +250,8 @@ def note_pipeline(given: str, folder: Path) -> None:
     others = [name for name in names if name != "Transformer"]
     if others:
         _log.warning(
-            f"{given} is a sentence-transformers pipeline: its {', '.join(others)} are not applied; objective.pooling "
-            "decides how hidden states become a vector"
+            f"{given} is a sentence-transformers pipeline: objective.pooling and objective.similarity decide how hidden "
+            f"states become a vector, not its {', '.join(others)}"
         )
 
 

@@ -213,7 +213,7 @@ def reading_note(comparison: Comparison, cutoff: int) -> str:
     counting = [
         display_name(rule)
         for rule in comparison.rules("reference")
-        if rule not in (*_BASES, "random") and comparison.mean_and_sd(rule, figure)[0] > best
+        if rule not in (*_BASES, "random", "client_popularity") and comparison.mean_and_sd(rule, figure)[0] > best
     ]
     if not counting:
         return ""

@@ -214,9 +214,9 @@ def test_a_run_with_a_gguf_file_records_where_its_backbone_is_from(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "cannot be converted: ValueError"),
-        (b"GGUF" + bytes(100), "cannot be converted: "),
-        (b"<!DOCTYPE html>" + b" " * 100, "cannot be converted: ValueError: .* not a GGUF file"),
+        (b"", "cannot be converted, it may be incomplete: ValueError"),
+        (b"GGUF" + bytes(100), "cannot be converted, it may be incomplete: "),
+        (b"<!DOCTYPE html>" + b" " * 100, "cannot be converted, it may be incomplete: ValueError: .* not a GGUF file"),
     ],
 )
 def test_a_damaged_gguf_file_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
