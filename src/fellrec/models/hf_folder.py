@@ -250,8 +250,8 @@ def note_pipeline(given: str, folder: Path) -> None:
     others = [name for name in names if name != "Transformer"]
     if others:
         _log.warning(
-            f"{given} is a sentence-transformers pipeline: objective.pooling and objective.similarity decide how hidden "
-            f"states become a vector, not its {', '.join(others)}"
+            f"{given} is a sentence-transformers pipeline: objective.pooling and objective.similarity decide how "
+            f"hidden states become a vector, not its {', '.join(others)}"
         )
 
 

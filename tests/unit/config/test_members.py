@@ -68,7 +68,10 @@ def test_rules_see_the_clients_of_all_members() -> None:
         (["data=federation"], "data.members needs a value: give data.members="),
         (["data=federation", "data.members=[]"], "data.members=[] is not allowed: a list of different choices"),
         (["data=federation", "data.members=[games,games]"], "data.members has games twice: members need different na"),
-        (["data=federation", "data.members={a: games, a: toys}"], "data.members has the name a twice: members need diff"),
+        (
+            ["data=federation", "data.members={a: games, a: toys}"],
+            "data.members has the name a twice: members need diff",
+        ),
         (["data=federation", "data.members=[games,toyz]"], "unknown data in data.members 'toyz'; choose from: toys, "),
         (["data=federation", "data.members=[federation]"], "unknown data in data.members 'federation'; choose from: "),
         (["data=federation", "data.members={a/b: games}"], "data.members: the name 'a/b' is not allowed"),

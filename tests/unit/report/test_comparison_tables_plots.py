@@ -136,7 +136,9 @@ def test_seeds_that_changed_nothing_are_told(comparison: Comparison) -> None:
 def test_counting_rankers_that_win_are_explained_in_one_sentence(comparison: Comparison) -> None:
     assert "How to read this" not in shown(comparison), "popularity does not win"
     alone = result("client_popularity", 0, [0.9, 0.9, 0.9], kind="reference", seconds=None)
-    assert "How to read this" not in shown(replace(comparison, results=[*comparison.results, alone])), "it is not central"
+    assert "How to read this" not in shown(replace(comparison, results=[*comparison.results, alone])), (
+        "it is not central"
+    )
     won = [*comparison.results, alone, result("markov", 0, [0.9, 0.9, 0.9], kind="reference", seconds=None)]
     text = " ".join(shown(replace(comparison, results=won)).split())
     assert "How to read this: Markov beats the learned rules by counting" in text
