@@ -39,7 +39,7 @@ _ABOUT = "__metadata__"
 _LARGEST_HEADER = 100 << 20
 """Of safetensors, in bytes."""
 _BUFFER_BYTES = 32 << 20
-"""Bytes of files that are written side by side that are collected before they are written, of all of them together."""
+"""Bytes that are collected before they are written, of all files that are written side by side."""
 _UNKNOWN = "0" * 32
 """Placeholder in the header while the checksum is computed."""
 
