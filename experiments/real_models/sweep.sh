@@ -14,7 +14,7 @@ rules=${RULES:-local,fedavg,uniform,fellrec,updatemixing,centralized}
 rates=${RATES:-1e-4,3e-4}
 lora="adapter=lora adapter.rank=8 adapter.alpha=16 adapter.dropout=0.05"
 # Item vectors are computed once a round: with every step they would take ten times as long as the histories. With the
-# default temperature of 0.05 the loss of MiniLM begins above that of equal scores, and the first steps undo its ranking.
+# default temperature of 0.05 the loss of MiniLM's first round is above that of equal scores, and validation became worse.
 minilm="${MINILM:-backbone=minilm} objective=retrieval objective.item_encoder=encoded objective.refresh_items=round
     objective.pooling=mean objective.temperature=0.2"
 smollm2="${SMOLLM2:-backbone=smollm2} objective=generative"

@@ -69,13 +69,8 @@ def sync_files(paths: Iterable[Path], folder: Path) -> None:
     Raises:
         StorageError: If one of them cannot be written.
     """
-
-    def sync(path: Path) -> None:
-        with writing(path):
-            _flush(path)
-
     with ThreadPoolExecutor(_SYNCED_AT_A_TIME) as pool:
-        list(pool.map(sync, paths))
+        list(pool.map(_sync_file, paths))
     with writing(folder):
         sync_folder(folder)
 
@@ -202,6 +197,11 @@ def write_parquet(path: Path, frame: pd.DataFrame) -> None:
         StorageError: If it cannot be written.
     """
     write_atomically(path, frame.to_parquet(None, index=False))
+
+
+def _sync_file(path: Path) -> None:
+    with writing(path):
+        _flush(path)
 
 
 def _flush(path: Path) -> None:
